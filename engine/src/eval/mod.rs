@@ -1,0 +1,1 @@
+//! Quality metrics on features and logits.
