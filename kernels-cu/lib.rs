@@ -1,1 +1,113 @@
-//! Kernels.
+//! The operators of graft, one directory each, and what they share.
+//!
+//! `<op>/op.toml` is the contract, `<op>/mod.rs` the oracle (`reference`), `<op>/cpu.rs` the fast CPU path.
+//! Everything here works on plain slices: this crate knows nothing of tensors, models or devices. Shapes are
+//! checked by the engine's generated entry points before a call; lengths are therefore trusted here.
+
+#[rustfmt::skip]
+pub mod generated;
+pub mod check;
+pub mod simd;
+
+pub mod ln_modulate;
+
+/// A floating type that an oracle can run in: f32 for comparisons, f64 for finite differences.
+pub trait Real: Copy + Default + 'static {
+    /// To f64, exactly.
+    fn f64(self) -> f64;
+    /// From f64, rounded to nearest.
+    fn from_f64(value: f64) -> Self;
+}
+
+impl Real for f32 {
+    fn f64(self) -> f64 {
+        f64::from(self)
+    }
+    fn from_f64(value: f64) -> Self {
+        value as f32
+    }
+}
+
+impl Real for f64 {
+    fn f64(self) -> f64 {
+        self
+    }
+    fn from_f64(value: f64) -> Self {
+        value
+    }
+}
+
+/// A weight, stored in the working type or in bf16.
+#[derive(Clone, Copy)]
+pub enum Weight<'a, T> {
+    /// Stored in the working type.
+    Native(&'a [T]),
+    /// Stored in bf16.
+    Bf16(&'a [half::bf16]),
+}
+
+impl<T: Real> Weight<'_, T> {
+    /// Element `i` as f64.
+    pub fn at(&self, i: usize) -> f64 {
+        match self {
+            Weight::Native(w) => w[i].f64(),
+            Weight::Bf16(w) => w[i].to_f64(),
+        }
+    }
+}
+
+/// Size class of a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// Up to 2·10⁷ multiply-adds: every backend, always.
+    Tiny,
+    /// The shapes of real models: benches and the GPU.
+    Real,
+}
+
+/// A named shape of an operator.
+#[derive(Clone, Copy, Debug)]
+pub struct Case<D, P> {
+    /// Name, unique in the operator.
+    pub name: &'static str,
+    /// Size class.
+    pub tier: Tier,
+    /// Dims.
+    pub dims: D,
+    /// Parameters.
+    pub params: P,
+    /// Optional tensors that are absent.
+    pub absent: &'static [&'static str],
+    /// Weights stored as bf16.
+    pub bf16: &'static [&'static str],
+    /// Whether finite differences can be taken.
+    pub gradcheck: bool,
+}
+
+/// What the registry knows of an operator.
+#[derive(Clone, Copy, Debug)]
+pub struct OpInfo {
+    /// Name.
+    pub name: &'static str,
+    /// One sentence.
+    pub summary: &'static str,
+    /// Whether it has a backward pass.
+    pub backward: bool,
+    /// Names of its cases.
+    pub cases: &'static [&'static str],
+    /// Bounds that replace those of the dtype.
+    pub tolerance: Option<check::Tolerance>,
+}
+
+#[cfg(test)]
+mod tests {
+    /// The oracle's backward passes are the derivatives of its forward passes.
+    #[test]
+    fn gradients_match_finite_differences() {
+        let rows = super::generated::gradchecks();
+        assert!(!rows.is_empty());
+        for (op, case, row) in rows {
+            assert!(row.error <= 1e-6, "{op}/{case}: d{}: analytic {} numeric {}", row.input, row.analytic, row.numeric);
+        }
+    }
+}

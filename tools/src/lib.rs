@@ -1,1 +1,3 @@
-//! Developer tools.
+//! Developer tools as a library, so that tests can call what `xtask` runs.
+
+pub mod codegen;

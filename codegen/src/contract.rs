@@ -1,0 +1,264 @@
+//! Parsing and checking of `op.toml`.
+
+use serde::Deserialize;
+use std::collections::BTreeMap;
+
+/// A whole operator contract. Field meanings are those of `op.toml`; `CONTRIBUTING.md` shows one with comments.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Contract {
+    /// Operator name, equal to its directory.
+    pub name: String,
+    /// One sentence.
+    pub summary: String,
+    /// The mathematics, a line each.
+    pub formula: Vec<String>,
+    /// Dim letters in the order of the generated `Dims` struct.
+    pub dims: Vec<String>,
+    /// Dims that no input shape holds as a bare letter: the caller gives them.
+    #[serde(default)]
+    pub given: Vec<String>,
+    /// Scalar parameters.
+    #[serde(default)]
+    pub param: Vec<Param>,
+    /// Conditions on dims and parameters, checked by the entry point.
+    #[serde(default)]
+    pub require: Vec<Require>,
+    /// Tensors read.
+    #[serde(default)]
+    pub input: Vec<Tensor>,
+    /// Tensors updated in place.
+    #[serde(default)]
+    pub inout: Vec<Tensor>,
+    /// Tensors written; the first is the result, `saved` ones exist for the backward pass.
+    #[serde(default)]
+    pub output: Vec<Tensor>,
+    /// Present when the operator has a backward pass.
+    pub gradient: Option<Gradient>,
+    /// Cost formulas in the dims.
+    pub cost: Cost,
+    /// Bounds that differ from the table of the dtype, with the reason.
+    pub tolerance: Option<Tolerance>,
+    /// Named shapes.
+    #[serde(default)]
+    pub case: Vec<Case>,
+}
+
+/// A scalar parameter.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Param {
+    /// Name.
+    pub name: String,
+    /// `usize`, `u64`, `f32` or `bool`.
+    #[serde(rename = "type")]
+    pub ty: String,
+    /// Meaning and unit.
+    pub doc: String,
+}
+
+/// A condition of the entry point.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Require {
+    /// Boolean expression over dims (upper case) and parameters (lower case).
+    pub that: String,
+    /// What must hold, in words.
+    pub must: String,
+}
+
+/// A tensor argument.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tensor {
+    /// Name.
+    pub name: String,
+    /// Dim expressions; `[]` is a scalar.
+    pub shape: Vec<String>,
+    /// `f32` (default), `i32`, or `f32|bf16` for a weight that may be stored in either.
+    #[serde(default = "f32_name")]
+    pub dtype: String,
+    /// May be absent.
+    #[serde(default)]
+    pub optional: bool,
+    /// Inputs: a gradient exists (`true`), or equals the output's gradient (`alias`).
+    #[serde(default)]
+    pub grad: Grad,
+    /// Outputs: only the backward pass reads it.
+    #[serde(default)]
+    pub saved: bool,
+    /// How test inputs are drawn: `normal` (default), `uniform:LO:HI`, `index:EXPR`, `positive`.
+    #[serde(default = "normal_name")]
+    pub fill: String,
+    /// Meaning.
+    pub doc: String,
+}
+
+fn f32_name() -> String {
+    "f32".into()
+}
+
+fn normal_name() -> String {
+    "normal".into()
+}
+
+/// Whether and how an input has a gradient.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Grad {
+    /// No gradient.
+    #[default]
+    None,
+    /// The backward pass computes it.
+    Computed,
+    /// It is the gradient of the result itself (a residual connection).
+    Alias,
+}
+
+/// The backward pass.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gradient {
+    /// Forward tensors (inputs, outputs) that it reads.
+    pub needs: Vec<String>,
+}
+
+/// Cost of one forward call.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cost {
+    /// Floating-point operations (2 per multiply-add), an expression over the dims.
+    pub flops: String,
+    /// Bytes that must cross memory at the least, all tensors in f32, an expression over the dims.
+    pub bytes: String,
+}
+
+/// Bounds for |got − want| ≤ atol + rtol·|want| and for the relative RMS error.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tolerance {
+    /// Absolute bound.
+    pub atol: f64,
+    /// Relative bound.
+    pub rtol: f64,
+    /// Relative RMS bound.
+    pub rms: f64,
+    /// Why the table of the dtype does not hold.
+    pub reason: String,
+}
+
+/// A named shape.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Case {
+    /// Name, unique in the contract.
+    pub name: String,
+    /// `tiny` (oracle, cpu, emu: always) or `real` (cuda and benches).
+    pub tier: String,
+    /// Value of every dim.
+    pub dims: BTreeMap<String, usize>,
+    /// Value of every parameter.
+    #[serde(default)]
+    pub params: BTreeMap<String, toml::Value>,
+    /// Optional tensors that are absent.
+    #[serde(default)]
+    pub absent: Vec<String>,
+    /// Weights stored as bf16.
+    #[serde(default)]
+    pub bf16: Vec<String>,
+    /// `false` where finite differences cannot be taken (kinks, rounding to bf16).
+    #[serde(default = "yes")]
+    pub gradcheck: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Contract {
+    /// Parses and checks a contract. `place` names the file in errors.
+    ///
+    /// # Errors
+    /// One line that names the file, the entry, and what is wrong with it.
+    pub fn parse(place: &str, text: &str) -> Result<Contract, String> {
+        let contract: Contract = toml::from_str(text).map_err(|e| format!("{place}: {e}"))?;
+        contract.check().map_err(|e| format!("{place}: {e}"))?;
+        Ok(contract)
+    }
+
+    /// All tensors: inputs, in-out, outputs.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.input.iter().chain(&self.inout).chain(&self.output)
+    }
+
+    /// The tensor called `name`.
+    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.tensors().find(|t| t.name == name)
+    }
+
+    /// The result of the forward pass, where there is one.
+    pub fn result(&self) -> Option<&Tensor> {
+        self.output.first().filter(|t| !t.saved)
+    }
+
+    /// Inputs whose gradient the backward pass computes.
+    pub fn computed_grads(&self) -> impl Iterator<Item = &Tensor> {
+        self.input.iter().filter(|t| t.grad == Grad::Computed)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let known_dim = |expr: &str| -> Result<(), String> {
+            for word in expr.split(|c: char| !c.is_alphanumeric()).filter(|w| !w.is_empty()) {
+                if word.parse::<usize>().is_err() && !self.dims.iter().any(|d| d == word) {
+                    return Err(format!("dim {word} is not in dims = {:?}", self.dims));
+                }
+            }
+            Ok(())
+        };
+        for tensor in self.tensors() {
+            tensor.shape.iter().try_for_each(|e| known_dim(e)).map_err(|e| format!("tensor {}: {e}", tensor.name))?;
+            if !["f32", "i32", "f32|bf16"].contains(&tensor.dtype.as_str()) {
+                return Err(format!("tensor {}: dtype {} is not f32, i32 or f32|bf16", tensor.name, tensor.dtype));
+            }
+        }
+        for dim in &self.dims {
+            let bare = self.input.iter().chain(&self.inout).any(|t| !t.optional && t.shape.contains(dim));
+            let optional = self.input.iter().any(|t| t.optional && t.shape.contains(dim));
+            if !bare && !optional && !self.given.contains(dim) {
+                return Err(format!("dim {dim} is in no input shape: list it in given"));
+            }
+        }
+        for param in &self.param {
+            if !["usize", "u64", "f32", "bool"].contains(&param.ty.as_str()) {
+                return Err(format!("param {}: type {} is not usize, u64, f32 or bool", param.name, param.ty));
+            }
+        }
+        if let Some(gradient) = &self.gradient {
+            if let Some(missing) = gradient.needs.iter().find(|n| self.tensor(n).is_none()) {
+                return Err(format!("gradient needs {missing}, which is no tensor of the operator"));
+            }
+            if self.result().is_none() || self.computed_grads().next().is_none() {
+                return Err("gradient: an operator with a backward pass has a result and an input with grad".into());
+            }
+        }
+        for case in &self.case {
+            let context = |e: String| format!("case {}: {e}", case.name);
+            if !["tiny", "real"].contains(&case.tier.as_str()) {
+                return Err(context(format!("tier {} is not tiny or real", case.tier)));
+            }
+            for dim in &self.dims {
+                case.dims.get(dim).ok_or_else(|| context(format!("dim {dim} has no value")))?;
+            }
+            for param in &self.param {
+                case.params.get(&param.name).ok_or_else(|| context(format!("param {} has no value", param.name)))?;
+            }
+            for name in case.absent.iter().chain(&case.bf16) {
+                self.tensor(name).ok_or_else(|| context(format!("{name} is no tensor of the operator")))?;
+            }
+        }
+        if self.case.iter().all(|c| c.tier != "tiny") {
+            return Err("no tiny case: nothing would test the operator".into());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,540 @@
+//! `engine/src/ops/generated.rs`: checked entry points, autograd nodes and conformance rows of every operator.
+
+use crate::HEADER;
+use crate::contract::{Contract, Grad, Gradient, Tensor};
+use crate::emit_kernels::fill;
+use crate::names::{camel, dim_locals, mentions, rust_expr, shape_doc};
+use std::fmt::Write;
+
+/// Renders the file.
+pub fn render(contracts: &[Contract]) -> String {
+    let mut out = format!(
+        "{HEADER}//! Checked entry points, autograd nodes and conformance rows of every operator.\n\
+         //!\n//! An entry point unifies the dims over its arguments, names the argument that does not fit, allocates the\n\
+         //! outputs and hands plain slices to the device's path. Nothing runs before every check has passed.\n\
+         #![allow(clippy::all, unused)]\n#![cfg_attr(rustfmt, rustfmt::skip)]\n\n\
+         use super::check::{{Conform, DimCheck, no_path, require, want_dtype}};\n\
+         use crate::autograd::{{Graph, Var}};\nuse crate::backend::{{Device, DeviceKind}};\n\
+         use crate::error::{{Error, Result}};\nuse crate::tensor::{{DType, Tensor}};\nuse graft_kernels as kernels;\n\
+         use graft_kernels::check::Fill;\nuse graft_kernels::{{Case, Tier}};\n\n\
+         /// Runs every case of every operator; see [`super::check`].\npub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[\n"
+    );
+    for c in contracts {
+        let _ = writeln!(out, "    ({:?}, {}_conform),", c.name, c.name);
+    }
+    out += "];\n";
+    for c in contracts {
+        out_struct(&mut out, c);
+        forward(&mut out, c);
+        if let Some(gradient) = &c.gradient {
+            backward(&mut out, c, gradient);
+            graph_method(&mut out, c, gradient);
+        }
+        conform(&mut out, c);
+    }
+    out
+}
+
+/// A result struct where there is more than one output tensor.
+fn out_struct(out: &mut String, c: &Contract) {
+    if c.output.len() > 1 {
+        let _ = writeln!(out, "\n/// Outputs of [`{}`].\npub struct {}Out {{", c.name, camel(&c.name));
+        for t in &c.output {
+            let ty = if t.optional { "Option<Tensor>" } else { "Tensor" };
+            let _ = writeln!(out, "    /// {} {}: {}\n    pub {}: {ty},", shape_doc(t), t.dtype, t.doc, t.name);
+        }
+        out.push_str("}\n");
+    }
+    if c.gradient.is_some() && c.computed_grads().count() > 1 {
+        let _ = writeln!(out, "\n/// Gradients of [`{}`]; absent where not asked for.\npub struct {}Grads {{", c.name, camel(&c.name));
+        for t in c.computed_grads() {
+            let _ = writeln!(out, "    /// {} f32\n    pub {}: Option<Tensor>,", shape_doc(t), t.name);
+        }
+        out.push_str("}\n");
+    }
+}
+
+/// Function parameters for tensors read.
+fn signature(c: &Contract) -> String {
+    let mut parts = Vec::new();
+    for t in &c.input {
+        parts.push(format!("{}: {}", t.name, if t.optional { "Option<&Tensor>" } else { "&Tensor" }));
+    }
+    for t in &c.inout {
+        parts.push(format!("{}: {}", t.name, if t.optional { "Option<&mut Tensor>" } else { "&mut Tensor" }));
+    }
+    for t in c.output.iter().filter(|t| t.optional) {
+        parts.push(format!("want_{}: bool", t.name));
+    }
+    for d in &c.given {
+        parts.push(format!("{}: usize", d.to_lowercase()));
+    }
+    parts.join(", ")
+}
+
+fn return_type(c: &Contract) -> String {
+    match c.output.len() {
+        0 => "()".into(),
+        1 => "Tensor".into(),
+        _ => format!("{}Out", camel(&c.name)),
+    }
+}
+
+/// Statements that unify the dims and check dtypes and devices of `tensors`.
+fn checks(c: &Contract, tensors: &[(&Tensor, String)]) -> String {
+    let mut s = String::new();
+    let _ = writeln!(s, "    let mut check = DimCheck::new({:?}, &{:?});", c.name, c.dims);
+    for d in &c.given {
+        let _ = writeln!(s, "    check.given({d:?}, {})?;", d.to_lowercase());
+    }
+    // Bare letters bind first, so that expressions can be evaluated whatever the order of the arguments.
+    for pass in ["bind", "match_exprs"] {
+        for (t, name) in tensors {
+            let shape = format!("&{:?}", t.shape);
+            let call = |value: &str| format!("check.{pass}({name:?}, {value}, {shape})?;");
+            let line = if t.optional {
+                format!("if let Some(t) = {} {{ {} }}", reborrow(t, c, name), call("t"))
+            } else {
+                call(&plain(t, c, name))
+            };
+            let _ = writeln!(s, "    {line}");
+        }
+    }
+    for (t, name) in tensors {
+        let allowed = match t.dtype.as_str() {
+            "i32" => "&[DType::I32]",
+            "f32|bf16" => "&[DType::F32, DType::BF16]",
+            _ => "&[DType::F32]",
+        };
+        let line = if t.optional {
+            format!("if let Some(t) = {} {{ want_dtype({:?}, {name:?}, t, {allowed})?; }}", reborrow(t, c, name), c.name)
+        } else {
+            format!("want_dtype({:?}, {name:?}, {}, {allowed})?;", c.name, plain(t, c, name))
+        };
+        let _ = writeln!(s, "    {line}");
+    }
+    let fields: Vec<String> = c.dims.iter().map(|d| format!("{}: check.dim({d:?})?", d.to_lowercase())).collect();
+    let _ = writeln!(s, "    let dims = Dims {{ {} }};", fields.join(", "));
+    s
+}
+
+fn is_inout(t: &Tensor, c: &Contract) -> bool {
+    c.inout.iter().any(|i| i.name == t.name)
+}
+
+fn plain(t: &Tensor, c: &Contract, name: &str) -> String {
+    if is_inout(t, c) { format!("&*{name}") } else { name.to_string() }
+}
+
+fn reborrow(t: &Tensor, c: &Contract, name: &str) -> String {
+    if is_inout(t, c) { format!("{name}.as_deref()") } else { name.to_string() }
+}
+
+fn requires(c: &Contract) -> String {
+    let mut s = String::new();
+    let mut conditions = String::new();
+    for r in &c.require {
+        let mut that = r.that.clone();
+        for p in &c.param {
+            that = replace_word(&that, &p.name, &format!("params.{}", p.name));
+        }
+        let lowered = lower_dims(c, &that);
+        let _ = writeln!(conditions, "    require({:?}, {lowered}, {:?}, {:?}, || format!(\"{{dims:?}}, {{params:?}}\"))?;", c.name, r.that, r.must);
+    }
+    if !conditions.is_empty() {
+        let _ = writeln!(s, "    {}", dim_locals(c, &conditions));
+    }
+    s + &conditions
+}
+
+/// Lower-cases whole words that are dims and nothing else.
+fn lower_dims(c: &Contract, expr: &str) -> String {
+    c.dims.iter().fold(expr.to_string(), |e, d| replace_word(&e, d, &d.to_lowercase()))
+}
+
+fn replace_word(text: &str, word: &str, with: &str) -> String {
+    let mut out = String::new();
+    let mut token = String::new();
+    for ch in text.chars().chain([' ']) {
+        if ch.is_alphanumeric() || ch == '_' {
+            token.push(ch);
+        } else {
+            out += if token == word { with } else { &token };
+            token.clear();
+            out.push(ch);
+        }
+    }
+    out.truncate(out.trim_end().len());
+    out
+}
+
+fn shape_array(t: &Tensor) -> String {
+    format!("&[{}]", t.shape.iter().map(|s| rust_expr(s)).collect::<Vec<_>>().join(", "))
+}
+
+/// Passes a tensor read to the kernel struct.
+fn read(t: &Tensor, name: &str) -> String {
+    let method = match t.dtype.as_str() {
+        "i32" => "i32s",
+        "f32|bf16" => "weight",
+        _ => "f32s",
+    };
+    if t.optional {
+        format!("{}: match {name} {{ Some(t) => Some(t.{method}()?), None => None }}", t.name)
+    } else {
+        format!("{}: {name}.{method}()?", t.name)
+    }
+}
+
+fn write(t: &Tensor, field: &str, var: &str, optional: bool) -> String {
+    let method = if t.dtype == "i32" { "i32s_mut" } else { "f32s_mut" };
+    if optional {
+        format!("{field}: match &mut {var} {{ Some(t) => Some(t.{method}()?), None => None }}")
+    } else {
+        format!("{field}: {var}.{method}()?")
+    }
+}
+
+fn dispatch(c: &Contract, pass: &str) -> String {
+    format!(
+        "    match device.kind() {{\n        DeviceKind::Cpu => kernels::{0}::cpu::{pass}(args),\n        DeviceKind::Oracle => kernels::{0}::reference::{pass}(args),\n        other => return Err(no_path({0:?}, other)),\n    }}\n",
+        c.name
+    )
+}
+
+fn forward(out: &mut String, c: &Contract) {
+    let name = &c.name;
+    let _ = write!(out, "\n/// {}\n///\n/// ```text\n", c.summary);
+    for line in &c.formula {
+        let _ = writeln!(out, "/// {line}");
+    }
+    out.push_str("/// ```\n");
+    for t in c.input.iter().chain(&c.inout) {
+        let _ = writeln!(out, "/// - `{}` `{}` {}{}: {}", t.name, shape_doc(t), t.dtype.replace('|', " or "), if t.optional { ", optional" } else { "" }, t.doc);
+    }
+    for t in &c.output {
+        let _ = writeln!(out, "/// - returns `{}` `{}` {}: {}", t.name, shape_doc(t), t.dtype, t.doc);
+    }
+    let _ = writeln!(out, "///\n/// # Errors\n/// Names the argument whose shape, dtype or device does not fit, before anything runs.");
+    let first = c.input.iter().chain(&c.inout).find(|t| !t.optional);
+    let device_arg = if first.is_none() { "device: &Device, " } else { "" };
+    let _ = writeln!(
+        out,
+        "pub fn {name}({device_arg}{}, params: kernels::generated::{name}::Params) -> Result<{}> {{\n    use kernels::generated::{name}::{{Dims, Forward}};",
+        signature(c),
+        return_type(c)
+    );
+    let read_list: Vec<(&Tensor, String)> = c.input.iter().chain(&c.inout).map(|t| (t, t.name.clone())).collect();
+    out.push_str(&checks(c, &read_list));
+    out.push_str(&requires(c));
+    if let Some(first) = first {
+        let _ = writeln!(out, "    let device = {}.device().clone();", first.name);
+        let others: Vec<String> = read_list
+            .iter()
+            .filter(|(t, _)| t.name != first.name)
+            .map(|(t, n)| if t.optional { format!("({n:?}, {})", reborrow(t, c, n)) } else { format!("({n:?}, Some({}))", plain(t, c, n)) })
+            .collect();
+        let _ = writeln!(out, "    check.same_device(&device, &[{}])?;", others.join(", "));
+    } else {
+        out.push_str("    let device = device.clone();\n");
+    }
+    let mut body = String::new();
+    for t in &c.output {
+        let alloc = if t.dtype == "i32" { "empty_i32" } else { "empty" };
+        let value = if t.optional {
+            format!("if want_{} {{ Some(device.{alloc}({})?) }} else {{ None }}", t.name, shape_array(t))
+        } else {
+            format!("device.{alloc}({})?", shape_array(t))
+        };
+        let _ = writeln!(body, "    let mut {} = {value};", t.name);
+    }
+    if !body.is_empty() {
+        let _ = writeln!(out, "    {}\n{body}", dim_locals(c, &body));
+    }
+    let mut fields = vec!["dims".to_string(), "params".to_string()];
+    fields.extend(c.input.iter().map(|t| read(t, &t.name)));
+    fields.extend(c.inout.iter().map(|t| {
+        if t.optional {
+            let method = if t.dtype == "i32" { "i32s_mut" } else { "f32s_mut" };
+            format!("{0}: match {0} {{ Some(t) => Some(t.{method}()?), None => None }}", t.name)
+        } else {
+            write(t, &t.name, &t.name, false)
+        }
+    }));
+    fields.extend(c.output.iter().map(|t| write(t, &t.name, &t.name, t.optional)));
+    let _ = writeln!(out, "    let args = Forward {{ {} }};", fields.join(", "));
+    out.push_str(&dispatch(c, "forward"));
+    let names: Vec<&str> = c.output.iter().map(|t| t.name.as_str()).collect();
+    let result = match names.len() {
+        0 => "()".into(),
+        1 => names[0].to_string(),
+        _ => format!("{}Out {{ {} }}", camel(name), names.join(", ")),
+    };
+    let _ = writeln!(out, "    Ok({result})\n}}");
+}
+
+fn needs<'a>(c: &'a Contract, gradient: &'a Gradient) -> Vec<&'a Tensor> {
+    gradient.needs.iter().filter_map(|n| c.tensor(n)).collect()
+}
+
+fn grads_type(c: &Contract) -> String {
+    if c.computed_grads().count() > 1 { format!("{}Grads", camel(&c.name)) } else { "Option<Tensor>".into() }
+}
+
+fn backward(out: &mut String, c: &Contract, gradient: &Gradient) {
+    let Some(result) = c.result() else { return };
+    let name = &c.name;
+    let dy = format!("d{}", result.name);
+    let needs = needs(c, gradient);
+    let mut params = vec![format!("{dy}: &Tensor")];
+    params.extend(needs.iter().map(|t| format!("{}: {}", t.name, if t.optional { "Option<&Tensor>" } else { "&Tensor" })));
+    params.extend(c.given.iter().map(|d| format!("{}: usize", d.to_lowercase())));
+    // Dims that only unneeded tensors carry must be given as well.
+    let known: Vec<&Tensor> = needs.iter().copied().chain([result]).collect();
+    let extra: Vec<&String> = c
+        .dims
+        .iter()
+        .filter(|d| !c.given.contains(d) && !known.iter().any(|t| !t.optional && t.shape.contains(d)))
+        .collect();
+    params.extend(extra.iter().map(|d| format!("{}: usize", d.to_lowercase())));
+    let wants: Vec<String> = c.computed_grads().map(|t| format!("want_{}: bool", t.name)).collect();
+    let _ = writeln!(
+        out,
+        "\n/// Backward pass of [`{name}`]: gradients of the inputs asked for, from `{dy}` and the saved tensors.\n///\n/// # Errors\n/// As the forward pass.\npub fn {name}_backward({}, {}, params: kernels::generated::{name}::Params) -> Result<{}> {{\n    use kernels::generated::{name}::{{Backward, Dims}};",
+        params.join(", "),
+        wants.join(", "),
+        grads_type(c)
+    );
+    let mut list: Vec<(&Tensor, String)> = vec![(result, dy.clone())];
+    list.extend(needs.iter().map(|t| (*t, t.name.clone())));
+    let text = checks(c, &list);
+    let head = format!("    let mut check = DimCheck::new({:?}, &{:?});\n", c.name, c.dims);
+    let mut given = head.clone();
+    for d in &extra {
+        let _ = writeln!(given, "    check.given({:?}, {})?;", d, d.to_lowercase());
+    }
+    out.push_str(&text.replacen(&head, &given, 1));
+    let others: Vec<String> =
+        needs.iter().map(|t| if t.optional { format!("({0:?}, {0})", t.name) } else { format!("({0:?}, Some({0}))", t.name) }).collect();
+    let _ = writeln!(out, "    let device = {dy}.device().clone();\n    check.same_device(&device, &[{}])?;", others.join(", "));
+    let mut body = String::new();
+    for t in c.computed_grads() {
+        let _ = writeln!(body, "    let mut grad_{0} = if want_{0} {{ Some(device.empty({1})?) }} else {{ None }};", t.name, shape_array(t));
+    }
+    let _ = writeln!(out, "    {}\n{body}", dim_locals(c, &body));
+    let mut fields = vec!["dims".into(), "params".into(), format!("{dy}: {dy}.f32s()?")];
+    fields.extend(needs.iter().map(|t| read(t, &t.name)));
+    fields.extend(c.computed_grads().map(|t| write(t, &format!("d{}", t.name), &format!("grad_{}", t.name), true)));
+    let _ = writeln!(out, "    let args = Backward {{ {} }};", fields.join(", "));
+    out.push_str(&dispatch(c, "backward"));
+    let grads: Vec<&Tensor> = c.computed_grads().collect();
+    let value = if grads.len() > 1 {
+        let fields: Vec<String> = grads.iter().map(|t| format!("{0}: grad_{0}", t.name)).collect();
+        format!("{}Grads {{ {} }}", camel(name), fields.join(", "))
+    } else {
+        format!("grad_{}", grads[0].name)
+    };
+    let _ = writeln!(out, "    Ok({value})\n}}");
+}
+
+/// Extra dims of the backward entry point, in its parameter order.
+fn extra_dims<'a>(c: &'a Contract, gradient: &'a Gradient) -> Vec<&'a String> {
+    let Some(result) = c.result() else { return Vec::new() };
+    let known: Vec<&Tensor> = needs(c, gradient).into_iter().chain([result]).collect();
+    c.dims
+        .iter()
+        .filter(|d| !c.given.contains(d) && !known.iter().any(|t| !t.optional && t.shape.contains(d)))
+        .collect()
+}
+
+/// How to read dim `d` off the forward inputs.
+fn dim_source(c: &Contract, d: &str) -> String {
+    for t in &c.input {
+        if let Some(axis) = t.shape.iter().position(|s| s == d) {
+            return if t.optional {
+                format!("{}.map_or(0, |v| v.tensor().dim({axis}))", t.name)
+            } else {
+                format!("{}.tensor().dim({axis})", t.name)
+            };
+        }
+    }
+    d.to_lowercase()
+}
+
+/// The recording method: forward now, backward on the tape.
+fn graph_method(out: &mut String, c: &Contract, gradient: &Gradient) {
+    let Some(result) = c.result() else { return };
+    let name = &c.name;
+    let needs = needs(c, gradient);
+    let mut params: Vec<String> = c
+        .input
+        .iter()
+        .map(|t| {
+            let base = if t.dtype == "i32" { "Tensor" } else { "Var" };
+            format!("{}: {}", t.name, if t.optional { format!("Option<&{base}>") } else { format!("&{base}") })
+        })
+        .collect();
+    let optional_outputs: Vec<&Tensor> = c.output.iter().filter(|t| t.optional).collect();
+    params.extend(c.given.iter().map(|d| format!("{}: usize", d.to_lowercase())));
+    let _ = writeln!(
+        out,
+        "\nimpl Graph<'_> {{\n    /// [`{name}`], recorded.\n    ///\n    /// # Errors\n    /// As the operator.\n    pub fn {name}(&self, {}, params: kernels::generated::{name}::Params) -> Result<Var> {{",
+        params.join(", ")
+    );
+    let differentiable: Vec<&Tensor> = c.input.iter().filter(|t| t.grad != Grad::None).collect();
+    let sources: Vec<String> = differentiable
+        .iter()
+        .map(|t| if t.optional { format!("{0}.and_then(|v| self.source(v))", t.name) } else { format!("self.source({})", t.name) })
+        .collect();
+    let _ = writeln!(out, "        let sources = [{}];\n        let record = sources.iter().any(Option::is_some);", sources.join(", "));
+    let mut args: Vec<String> = c
+        .input
+        .iter()
+        .map(|t| match (t.dtype.as_str(), t.optional) {
+            ("i32", _) => t.name.clone(),
+            (_, true) => format!("{}.map(Var::tensor)", t.name),
+            _ => format!("{}.tensor()", t.name),
+        })
+        .collect();
+    for t in &optional_outputs {
+        args.push(match c.output.iter().find(|o| o.name == t.name).map(|o| &o.fill) {
+            Some(rule) if rule.starts_with("when:") => {
+                let when = &rule["when:".len()..];
+                let mut expr = when.to_string();
+                for p in &c.param {
+                    expr = replace_word(&expr, &p.name, &format!("params.{}", p.name));
+                }
+                format!("record && ({expr})")
+            }
+            _ => "record".into(),
+        });
+    }
+    args.extend(c.given.iter().map(|d| d.to_lowercase()));
+    let _ = writeln!(out, "        let out = {name}({}, params)?;", args.join(", "));
+    let result_expr = if c.output.len() == 1 { "out".to_string() } else { format!("out.{}", result.name) };
+    let _ = writeln!(out, "        if !record {{\n            return Ok(Var::constant({result_expr}));\n        }}");
+    // Saved tensors, explicitly.
+    let mut saved_list = Vec::new();
+    for t in &needs {
+        let is_output = c.output.iter().any(|o| o.name == t.name);
+        let value = match (is_output, c.output.len(), t.optional, t.dtype.as_str()) {
+            (true, 1, ..) => "out.clone()".to_string(),
+            (true, ..) => format!("out.{}.clone()", t.name),
+            (false, _, true, "i32") => format!("{}.cloned()", t.name),
+            (false, _, true, _) => format!("{}.map(|v| v.tensor().clone())", t.name),
+            (false, _, false, "i32") => format!("{}.clone()", t.name),
+            (false, ..) => format!("{}.tensor().clone()", t.name),
+        };
+        let _ = writeln!(out, "        let saved_{} = {value};", t.name);
+        saved_list.push(if t.optional {
+            format!("saved_{}.as_ref()", t.name)
+        } else {
+            format!("Some(&saved_{})", t.name)
+        });
+    }
+    let extra = extra_dims(c, gradient);
+    for d in &extra {
+        let _ = writeln!(out, "        let {} = {};", d.to_lowercase(), dim_source(c, d));
+    }
+    let _ = writeln!(
+        out,
+        "        let saved = [{}].into_iter().flatten().map(Tensor::bytes).sum();\n        Ok(self.record({name:?}, {result_expr}, saved, move |dy, grads| {{",
+        saved_list.join(", ")
+    );
+    let mut call = vec!["dy".to_string()];
+    call.extend(needs.iter().map(|t| if t.optional { format!("saved_{}.as_ref()", t.name) } else { format!("&saved_{}", t.name) }));
+    call.extend(c.given.iter().map(|d| d.to_lowercase()));
+    call.extend(extra.iter().map(|d| d.to_lowercase()));
+    for t in c.computed_grads() {
+        let index = differentiable.iter().position(|d| d.name == t.name).unwrap_or(0);
+        call.push(format!("sources[{index}].is_some()"));
+    }
+    let _ = writeln!(out, "            let found = {name}_backward({}, params)?;", call.join(", "));
+    let single = c.computed_grads().count() == 1;
+    for (index, t) in differentiable.iter().enumerate() {
+        let value = match t.grad {
+            Grad::Alias => "Some(dy.clone())".to_string(),
+            _ if single => "found.clone()".to_string(),
+            _ => format!("found.{}", t.name),
+        };
+        let _ = writeln!(out, "            grads.add(sources[{index}], {value})?;");
+    }
+    out.push_str("            Ok(())\n        }))\n    }\n}\n");
+}
+
+/// One conformance function: every case, forward and backward, outputs named.
+fn conform(out: &mut String, c: &Contract) {
+    let name = &c.name;
+    let _ = writeln!(
+        out,
+        "\nfn {name}_conform(run: &mut Conform<'_>) -> Result<()> {{\n    use kernels::generated::{name}::{{CASES, Dims, INFO, Params}};\n    for case in CASES {{\n        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {{"
+    );
+    let mut body = String::new();
+    body += "            let absent = |name: &str| case.absent.contains(&name);\n";
+    for t in c.input.iter().chain(&c.inout) {
+        let method = if t.dtype == "i32" { "draw_i32" } else { "draw" };
+        let mut value = format!("io.{method}(case.name, {:?}, {}, {})?", t.name, shape_array(t), fill(t));
+        if t.dtype == "f32|bf16" {
+            value = format!("io.stored({value}, case.bf16.contains(&{:?}))?", t.name);
+        }
+        if t.optional {
+            value = format!("if absent({:?}) {{ None }} else {{ Some({value}) }}", t.name);
+        }
+        let mutable = if c.inout.iter().any(|i| i.name == t.name) { "mut " } else { "" };
+        let _ = writeln!(body, "            let {mutable}{} = {value};", t.name);
+    }
+    let mut args: Vec<String> = Vec::new();
+    if c.input.iter().chain(&c.inout).all(|t| t.optional) {
+        args.push("io.device()".into());
+    }
+    args.extend(c.input.iter().map(|t| if t.optional { format!("{}.as_ref()", t.name) } else { format!("&{}", t.name) }));
+    args.extend(c.inout.iter().map(|t| if t.optional { format!("{}.as_mut()", t.name) } else { format!("&mut {}", t.name) }));
+    args.extend(c.output.iter().filter(|t| t.optional).map(|t| format!("!absent({:?})", t.name)));
+    args.extend(c.given.iter().map(|d| d.to_lowercase()));
+    let _ = writeln!(body, "            let out = {name}({}, params)?;", args.join(", "));
+    for t in &c.output {
+        let value = if c.output.len() == 1 { "out".to_string() } else { format!("out.{}", t.name) };
+        if t.optional {
+            let _ = writeln!(body, "            if let Some(t) = &{value} {{ io.result({:?}, t)?; }}", t.name);
+        } else {
+            let _ = writeln!(body, "            io.result({:?}, &{value})?;", t.name);
+        }
+    }
+    for t in &c.inout {
+        if t.optional {
+            let _ = writeln!(body, "            if let Some(t) = &{0} {{ io.result({0:?}, t)?; }}", t.name);
+        } else {
+            let _ = writeln!(body, "            io.result({0:?}, &{0})?;", t.name);
+        }
+    }
+    if let (Some(gradient), Some(result)) = (&c.gradient, c.result()) {
+        let dy = format!("d{}", result.name);
+        let _ = writeln!(body, "            let {dy} = io.draw(case.name, {dy:?}, {}, Fill::Normal)?;", shape_array(result));
+        let mut args = vec![format!("&{dy}")];
+        for t in needs(c, gradient) {
+            let base = match (c.output.iter().any(|o| o.name == t.name), c.output.len()) {
+                (true, 1) => "out".to_string(),
+                (true, _) => format!("out.{}", t.name),
+                _ => t.name.clone(),
+            };
+            args.push(if t.optional { format!("{base}.as_ref()") } else { format!("&{base}") });
+        }
+        args.extend(c.given.iter().chain(extra_dims(c, gradient)).map(|d| d.to_lowercase()));
+        args.extend(c.computed_grads().map(|t| if t.optional { format!("!absent({:?})", t.name) } else { "true".into() }));
+        let _ = writeln!(body, "            let grads = {name}_backward({}, params)?;", args.join(", "));
+        let single = c.computed_grads().count() == 1;
+        for t in c.computed_grads() {
+            let value = if single { "grads".to_string() } else { format!("grads.{}", t.name) };
+            let _ = writeln!(body, "            if let Some(t) = &{value} {{ io.result(\"d{}\", t)?; }}", t.name);
+        }
+    }
+    let locals = c.param.iter().map(|p| p.name.as_str()).filter(|p| c.input.iter().any(|t| mentions(&t.fill, p)));
+    let locals: Vec<&str> = locals.collect();
+    let param_locals =
+        if locals.is_empty() { String::new() } else { format!("            let Params {{ {}, .. }} = params;\n", locals.join(", ")) };
+    let _ = write!(
+        out,
+        "            let (dims, params) = (case.dims, case.params);\n            {}\n{param_locals}{body}            Ok(())\n        }})?;\n    }}\n    Ok(())\n}}\n",
+        dim_locals(c, &body)
+    );
+}

@@ -1,0 +1,145 @@
+//! Vector building blocks of the CPU paths.
+//!
+//! Functions are plain Rust over slices, written in lanes of [`LANES`] so that the compiler vectorises them without
+//! reordering sums, and instantiated for the processor's best instruction set by [`vectorised`].
+
+/// Independent accumulators of a reduction: one AVX-512 register of f32, two AVX2 ones.
+pub const LANES: usize = 16;
+
+/// Runs `body` compiled for the best instruction set of this processor (AVX-512, AVX2+FMA, or the baseline).
+///
+/// `body` and what it calls must be `#[inline(always)]` to be compiled along.
+#[inline(always)]
+pub fn vectorised<R>(body: impl FnOnce() -> R) -> R {
+    struct Body<F>(F);
+    impl<R, F: FnOnce() -> R> pulp::WithSimd for Body<F> {
+        type Output = R;
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, simd: S) -> R {
+            simd.vectorize(
+                #[inline(always)]
+                || (self.0)(),
+            )
+        }
+    }
+    arch().dispatch(Body(body))
+}
+
+fn arch() -> pulp::Arch {
+    static ARCH: std::sync::OnceLock<pulp::Arch> = std::sync::OnceLock::new();
+    *ARCH.get_or_init(pulp::Arch::new)
+}
+
+/// Σ f(i) over `0..len` in [`LANES`] partial sums.
+#[inline(always)]
+pub fn sum_by(len: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut acc = [0.0f32; LANES];
+    let whole = len / LANES * LANES;
+    let mut i = 0;
+    while i < whole {
+        for lane in 0..LANES {
+            acc[lane] += f(i + lane);
+        }
+        i += LANES;
+    }
+    let mut total = 0.0;
+    for j in whole..len {
+        total += f(j);
+    }
+    reduce(acc) + total
+}
+
+/// Pairwise sum of the lanes: the same order on every machine.
+#[inline(always)]
+pub fn reduce(mut acc: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            acc[i] += acc[i + half];
+        }
+        half /= 2;
+    }
+    acc[0]
+}
+
+/// e^x to about 1 ulp·2 over the range where the result is a normal f32; 0 below, +∞ above; NaN stays NaN.
+///
+/// Cody–Waite reduction x = k·ln 2 + r, |r| ≤ ln 2 / 2, and a degree-6 polynomial in r.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    const LN2_HI: f32 = 0.693_359_4;
+    const LN2_LO: f32 = -2.121_944_4e-4;
+    // Adding 1.5·2²³ rounds to an integer kept in the low mantissa bits.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = x.clamp(-87.336_54, 88.722_83);
+    let shifted = clamped.mul_add(LOG2_E, ROUND);
+    let k = shifted - ROUND;
+    let r = k.mul_add(-LN2_LO, k.mul_add(-LN2_HI, clamped));
+    let mut p = 1.388_889e-3f32;
+    p = p.mul_add(r, 8.333_334e-3);
+    p = p.mul_add(r, 4.166_666_8e-2);
+    p = p.mul_add(r, 1.666_666_7e-1);
+    p = p.mul_add(r, 0.5);
+    p = p.mul_add(r, 1.0);
+    p = p.mul_add(r, 1.0);
+    // Two factors so that k = 128 does not overflow the exponent field.
+    let k = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let half = k >> 1;
+    let pow2 = |e: i32| f32::from_bits(((e + 127) as u32) << 23);
+    let y = p * pow2(half) * pow2(k - half);
+    let y = if x < -87.336_54 { 0.0 } else { y };
+    let y = if x > 88.722_83 { f32::INFINITY } else { y };
+    if x.is_nan() { x } else { y }
+}
+
+/// tanh x = 1 − 2/(e^{2x} + 1); absolute error below 2e-7.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    1.0 - 2.0 / (exp(2.0 * x) + 1.0)
+}
+
+/// 1 / (1 + e^{−x}).
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_and_total() {
+        let mut worst = 0.0f64;
+        for i in -870_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let want = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) - want).abs() / want);
+        }
+        assert!(worst < 3e-7, "relative error {worst:e}");
+        assert_eq!(exp(-1000.0), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(1000.0), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
+        assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn tanh_saturates() {
+        assert_eq!(tanh(50.0), 1.0);
+        assert_eq!(tanh(-50.0), -1.0);
+        for i in -100..=100 {
+            let x = i as f32 * 0.1;
+            assert!((f64::from(tanh(x)) - f64::from(x).tanh()).abs() < 3e-7);
+        }
+    }
+
+    #[test]
+    fn sums_agree_with_plain_loops() {
+        for len in [0, 1, 15, 16, 17, 100] {
+            let sum = vectorised(|| sum_by(len, |i| i as f32));
+            assert_eq!(sum, (0..len).sum::<usize>() as f32);
+        }
+    }
+}

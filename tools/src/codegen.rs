@@ -1,0 +1,57 @@
+//! Reads the contracts, renders them, and writes or verifies the generated files.
+
+use graft_codegen::contract::Contract;
+use std::path::{Path, PathBuf};
+
+/// Root of the workspace this tool was built in.
+pub fn workspace_root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).unwrap_or_default()
+}
+
+/// Reads every `kernels-cu/<op>/op.toml` below `root`.
+///
+/// # Errors
+/// A line that names the file and what is wrong with it.
+pub fn contracts(root: &Path) -> Result<Vec<Contract>, String> {
+    let kernels = root.join("kernels-cu");
+    let entries = std::fs::read_dir(&kernels).map_err(|e| format!("{}: {e}", kernels.display()))?;
+    let mut paths: Vec<PathBuf> =
+        entries.filter_map(|e| e.ok()).map(|e| e.path().join("op.toml")).filter(|p| p.is_file()).collect();
+    paths.sort();
+    paths
+        .iter()
+        .map(|path| {
+            let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+            let contract = Contract::parse(&path.display().to_string(), &text)?;
+            let directory = path.parent().and_then(Path::file_name).and_then(|n| n.to_str()).unwrap_or_default();
+            if contract.name != directory {
+                return Err(format!("{}: name {} differs from its directory", path.display(), contract.name));
+            }
+            Ok(contract)
+        })
+        .collect()
+}
+
+/// Generated files that differ from what is on disk, as (path, text).
+///
+/// # Errors
+/// As [`contracts`].
+pub fn stale(root: &Path) -> Result<Vec<(PathBuf, String)>, String> {
+    let rendered = graft_codegen::render(contracts(root)?);
+    Ok(rendered
+        .into_iter()
+        .map(|file| (root.join(file.path), file.text))
+        .filter(|(path, text)| std::fs::read_to_string(path).ok().as_ref() != Some(text))
+        .collect())
+}
+
+/// Writes every stale generated file; returns their paths.
+///
+/// # Errors
+/// As [`contracts`], or a path that cannot be written.
+pub fn write(root: &Path) -> Result<Vec<PathBuf>, String> {
+    stale(root)?
+        .into_iter()
+        .map(|(path, text)| std::fs::write(&path, text).map(|()| path.clone()).map_err(|e| format!("{}: {e}", path.display())))
+        .collect()
+}
