@@ -8,16 +8,112 @@ use crate::{Case, OpInfo, Tier, Weight};
 
 /// Every operator, by name.
 pub const OPS: &[OpInfo] = &[
+    gate_residual::INFO,
     ln_modulate::INFO,
 ];
 
 /// Every gradient check of the tiny cases: (operator, case, row).
 pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     let mut rows = Vec::new();
+    for case in gate_residual::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(gate_residual::gradcheck(case).into_iter().map(|row| ("gate_residual", case.name, row)));
+    }
     for case in ln_modulate::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(ln_modulate::gradcheck(case).into_iter().map(|row| ("ln_modulate", case.name, row)));
     }
     rows
+}
+
+/// Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.
+pub mod gate_residual {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub d: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Row of `modulation` that gates.
+        pub gate_row: usize,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, D] f32: Residual stream.
+        pub residual: &'a [T],
+        /// [B, C, D] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        pub modulation: &'a [T],
+        /// [B, N, D] f32: Result of the block's operator.
+        pub branch: &'a [T],
+        /// [B, N, D] f32: New residual stream.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, D] f32: New residual stream.
+        pub dy: &'a [T],
+        /// [B, C, D] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        pub modulation: &'a [T],
+        /// [B, N, D] f32: Result of the block's operator.
+        pub branch: &'a [T],
+        /// [B, C, D] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        pub dmodulation: Option<&'a mut [T]>,
+        /// [B, N, D] f32: Result of the block's operator.
+        pub dbranch: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        2*b*n*d
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        4*(3*b*n*d + b*d)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, c: 6, d: 37 }, params: Params { gate_row: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, c: 1, d: 1 }, params: Params { gate_row: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 6, d: 1152 }, params: Params { gate_row: 5 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "gate_residual", summary: "Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.", backward: true, cases: &["odd", "one", "dit_xl_256"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, c, d, .. } = dims;
+        let residual = check::draw_f64(case.name, "residual", b * n * d, check::Fill::Normal);
+        let modulation = check::draw_f64(case.name, "modulation", b * c * d, check::Fill::Normal);
+        let branch = check::draw_f64(case.name, "branch", b * n * d, check::Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * d, check::Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |modulation: &[f64], branch: &[f64]| {
+            let mut y = vec![0.0f64; b * n * d];
+            super::super::gate_residual::reference::forward(Forward { dims, params, residual: &residual[..], modulation: modulation, branch: branch, y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&modulation, &branch);
+        let mut dmodulation = vec![0.0f64; b * c * d];
+        let mut dbranch = vec![0.0f64; b * n * d];
+        super::super::gate_residual::reference::backward(Backward { dims, params, dy: &cotangent, modulation: &modulation[..], branch: &branch[..], dmodulation: Some(&mut dmodulation[..]), dbranch: Some(&mut dbranch[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("modulation", case.name, &modulation, &dmodulation, |moved| check::dot(&forward(moved, &branch).0, &cotangent))); }
+        { rows.push(check::directional("branch", case.name, &branch, &dbranch, |moved| check::dot(&forward(&modulation, moved).0, &cotangent))); }
+        rows
+    }
 }
 
 /// LayerNorm without affine parameters, then the scale and shift that the conditioning chose.

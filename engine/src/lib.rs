@@ -4,7 +4,11 @@
 //! `tensor` ◀ `backend` ◀ `autograd` ◀ `ops` ◀ `nn` ◀ `models` ◀ `sample`, `train`, `eval`, `graft` ◀ `cli`.
 //! `io` alone touches files; `cli` alone prints and exits; `error` is used by all.
 
+pub mod autograd;
+pub mod backend;
 pub mod error;
 pub mod eval;
 pub mod io;
+pub mod ops;
 pub mod sample;
+pub mod tensor;

@@ -17,8 +17,137 @@ use graft_kernels::{Case, Tier};
 
 /// Runs every case of every operator; see [`super::check`].
 pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
+    ("gate_residual", gate_residual_conform),
     ("ln_modulate", ln_modulate_conform),
 ];
+
+/// Gradients of [`gate_residual`]; absent where not asked for.
+pub struct GateResidualGrads {
+    /// [B, C, D] f32
+    pub modulation: Option<Tensor>,
+    /// [B, N, D] f32
+    pub branch: Option<Tensor>,
+}
+
+/// Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.
+///
+/// ```text
+/// y[b,n,d] = residual[b,n,d] + modulation[b,gate_row,d] * branch[b,n,d]
+/// ```
+/// - `residual` `[B, N, D]` f32: Residual stream.
+/// - `modulation` `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+/// - `branch` `[B, N, D]` f32: Result of the block's operator.
+/// - returns `y` `[B, N, D]` f32: New residual stream.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn gate_residual(residual: &Tensor, modulation: &Tensor, branch: &Tensor, params: kernels::generated::gate_residual::Params) -> Result<Tensor> {
+    use kernels::generated::gate_residual::{Dims, Forward};
+    let mut check = DimCheck::new("gate_residual", &["B", "N", "C", "D"]);
+    check.bind("residual", residual, &["B", "N", "D"])?;
+    check.bind("modulation", modulation, &["B", "C", "D"])?;
+    check.bind("branch", branch, &["B", "N", "D"])?;
+    check.match_exprs("residual", residual, &["B", "N", "D"])?;
+    check.match_exprs("modulation", modulation, &["B", "C", "D"])?;
+    check.match_exprs("branch", branch, &["B", "N", "D"])?;
+    want_dtype("gate_residual", "residual", residual, &[DType::F32])?;
+    want_dtype("gate_residual", "modulation", modulation, &[DType::F32])?;
+    want_dtype("gate_residual", "branch", branch, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, d: check.dim("D")? };
+    let Dims { c, .. } = dims;
+    require("gate_residual", params.gate_row < c, "gate_row < C", "a row of the modulation table", || format!("{dims:?}, {params:?}"))?;
+    let device = residual.device().clone();
+    check.same_device(&device, &[("modulation", Some(modulation)), ("branch", Some(branch))])?;
+    let Dims { b, n, d, .. } = dims;
+    let mut y = device.empty(&[b, n, d])?;
+
+    let args = Forward { dims, params, residual: residual.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gate_residual::cpu::forward(args),
+        DeviceKind::Oracle => kernels::gate_residual::reference::forward(args),
+        other => return Err(no_path("gate_residual", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`gate_residual`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn gate_residual_backward(dy: &Tensor, modulation: &Tensor, branch: &Tensor, want_modulation: bool, want_branch: bool, params: kernels::generated::gate_residual::Params) -> Result<GateResidualGrads> {
+    use kernels::generated::gate_residual::{Backward, Dims};
+    let mut check = DimCheck::new("gate_residual", &["B", "N", "C", "D"]);
+    check.bind("dy", dy, &["B", "N", "D"])?;
+    check.bind("modulation", modulation, &["B", "C", "D"])?;
+    check.bind("branch", branch, &["B", "N", "D"])?;
+    check.match_exprs("dy", dy, &["B", "N", "D"])?;
+    check.match_exprs("modulation", modulation, &["B", "C", "D"])?;
+    check.match_exprs("branch", branch, &["B", "N", "D"])?;
+    want_dtype("gate_residual", "dy", dy, &[DType::F32])?;
+    want_dtype("gate_residual", "modulation", modulation, &[DType::F32])?;
+    want_dtype("gate_residual", "branch", branch, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, d: check.dim("D")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[("modulation", Some(modulation)), ("branch", Some(branch))])?;
+    let Dims { b, n, c, d, .. } = dims;
+    let mut grad_modulation = if want_modulation { Some(device.empty(&[b, c, d])?) } else { None };
+    let mut grad_branch = if want_branch { Some(device.empty(&[b, n, d])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None }, dbranch: match &mut grad_branch { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gate_residual::cpu::backward(args),
+        DeviceKind::Oracle => kernels::gate_residual::reference::backward(args),
+        other => return Err(no_path("gate_residual", other)),
+    }
+    Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch })
+}
+
+impl Graph<'_> {
+    /// [`gate_residual`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn gate_residual(&self, residual: &Var, modulation: &Var, branch: &Var, params: kernels::generated::gate_residual::Params) -> Result<Var> {
+        let sources = [self.source(residual), self.source(modulation), self.source(branch)];
+        let record = sources.iter().any(Option::is_some);
+        let out = gate_residual(residual.tensor(), modulation.tensor(), branch.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_modulation = modulation.tensor().clone();
+        let saved_branch = branch.tensor().clone();
+        let saved = [Some(&saved_modulation), Some(&saved_branch)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("gate_residual", out, saved, move |dy, grads| {
+            let found = gate_residual_backward(dy, &saved_modulation, &saved_branch, sources[1].is_some(), sources[2].is_some(), params)?;
+            grads.add(sources[0], Some(dy.clone()))?;
+            grads.add(sources[1], found.modulation)?;
+            grads.add(sources[2], found.branch)?;
+            Ok(())
+        }))
+    }
+}
+
+fn gate_residual_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::gate_residual::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, c, d, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let residual = io.draw(case.name, "residual", &[b, n, d], check::Fill::Normal)?;
+            let modulation = io.draw(case.name, "modulation", &[b, c, d], check::Fill::Normal)?;
+            let branch = io.draw(case.name, "branch", &[b, n, d], check::Fill::Normal)?;
+            let out = gate_residual(&residual, &modulation, &branch, params)?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, n, d], Fill::Normal)?;
+            let grads = gate_residual_backward(&dy, &modulation, &branch, true, true, params)?;
+            if let Some(t) = &grads.modulation { io.result("dmodulation", t)?; }
+            if let Some(t) = &grads.branch { io.result("dbranch", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
 
 /// Outputs of [`ln_modulate`].
 pub struct LnModulateOut {

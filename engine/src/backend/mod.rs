@@ -1,0 +1,56 @@
+//! Backends: what runs the operators, and what this machine offers.
+//!
+//! A [`Device`] names its backend; the generated entry points of `ops` pick the path. `cpu` is the fast path of
+//! `graft_kernels::<op>::cpu`, `oracle` the plain loops. `cuda` (driver, streams, graphs) and `emu` (the CUDA
+//! sources on an emulated GPU) have their rooms here.
+
+pub mod cpu;
+pub mod cuda;
+
+pub use crate::tensor::{Device, DeviceKind};
+
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+use graft_kernels::axpy;
+use graft_kernels::generated::axpy::{Dims, Forward, Params};
+
+/// The device that a `--backend` flag names.
+///
+/// # Errors
+/// An unknown name, or a backend that this machine cannot run.
+pub fn open(name: &str) -> Result<Device> {
+    match name {
+        "cpu" => Ok(Device::cpu()),
+        "oracle" => Ok(Device::oracle()),
+        "cuda" => {
+            cuda::probe()?;
+            Err(Error::failure("--backend cuda", "this build has no CUDA kernels yet").fix("use --backend cpu"))
+        }
+        "emu" => Err(Error::failure("--backend emu", "this build has no CUDA kernels yet").fix("use --backend cpu")),
+        other => {
+            Err(Error::usage("--backend", "unknown backend").is(format!("{other:?}")).must("cpu, oracle, emu or cuda"))
+        }
+    }
+}
+
+/// `target += addend`, in place where `target` is not shared: how gradients are summed.
+///
+/// # Errors
+/// When the shapes differ, or the device has no path.
+pub fn add_into(target: &mut Tensor, addend: &Tensor) -> Result<()> {
+    if target.shape() != addend.shape() {
+        return Err(Error::failure("add", "shapes differ").is(addend.shape()).must(target.shape()));
+    }
+    if !target.is_unique() {
+        *target = target.copy()?;
+    }
+    let kind = target.device().kind();
+    let dims = Dims { l: target.len() };
+    let args = Forward { dims, params: Params { alpha: 1.0 }, x: addend.f32s()?, y: target.f32s_mut()? };
+    match kind {
+        DeviceKind::Cpu => axpy::cpu::forward(args),
+        DeviceKind::Oracle => axpy::reference::forward(args),
+        other => return Err(Error::failure("add", format!("no {other} path"))),
+    }
+    Ok(())
+}

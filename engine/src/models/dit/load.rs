@@ -1,0 +1,279 @@
+//! Loading: finds out layout and sizes, checks every tensor, then fills a model. Nothing is half-loaded.
+
+use super::names::{Layout, diffusers_copies, diffusers_parts};
+use super::{Dit, DitConfig};
+use crate::autograd::ParamId;
+use crate::error::{Error, Result};
+use crate::io::{json, torch_zip::TorchFile, weights};
+use crate::models::source::{Source, read_weight};
+use crate::tensor::Device;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// Metadata key under which a folder carries the operators of its blocks.
+pub(super) const OPERATORS_KEY: &str = "graft.operators";
+
+/// Loads a DiT from a diffusers folder, a folder with an original `.pt`, or a `.pt` or safetensors file.
+///
+/// # Errors
+/// One line that names the file, the tensor, what it is and what it must be.
+pub fn load(path: &Path, device: &Device) -> Result<Dit> {
+    let (config, source) = open(path)?;
+    let mut model = Dit::new(config, device, 0)?;
+    fill(&mut model, source.as_ref())?;
+    Ok(model)
+}
+
+/// Sizes and operators of a model folder or file, without its weights.
+///
+/// # Errors
+/// As [`load`].
+pub fn describe(path: &Path) -> Result<DitConfig> {
+    Ok(open(path)?.0)
+}
+
+fn open(path: &Path) -> Result<(DitConfig, Box<dyn Source>)> {
+    if !path.exists() {
+        return Err(Error::failure(path.display().to_string(), "no such file or folder").must("a model folder or checkpoint").fix("check --model"));
+    }
+    let pickled = path.extension().is_some_and(|e| e == "pt" || e == "pth" || e == "bin");
+    if pickled {
+        let source: Box<dyn Source> = Box::new(TorchFile::open(path)?.state_dict()?);
+        let beside = path.parent().map(|p| p.join("config.json")).filter(|p| p.is_file());
+        let config = match beside {
+            Some(file) => configure(&json::read(&file)?, &file, &BTreeMap::new())?,
+            None => infer(source.as_ref())?,
+        };
+        return Ok((config, source));
+    }
+    let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
+    let config_path = folder.join("config.json");
+    if path.is_dir() && let Some(found) = crate::io::weights::only_pickle(path)? {
+        return open(&found);
+    }
+    let config_json = json::read(&config_path)?;
+    let opened = weights::open_weights(path)?;
+    let config = configure(&config_json, &config_path, opened.metadata())?;
+    Ok((config, Box::new(opened)))
+}
+
+/// Reads a configuration in diffusers' or the original's vocabulary.
+fn configure(config: &Value, path: &Path, metadata: &BTreeMap<String, String>) -> Result<DitConfig> {
+    let place = path.display().to_string();
+    let class = config.get("_class_name").and_then(Value::as_str);
+    let reader = Reader { place: &place, config };
+    let mut found = match class {
+        Some("DiTTransformer2DModel") => reader.diffusers()?,
+        None => reader.original()?,
+        Some("Transformer2DModel") if config.get("norm_type").and_then(Value::as_str) == Some("ada_norm_zero") => reader.diffusers()?,
+        Some(other) => {
+            return Err(Error::failure(place, "unsupported model class")
+                .is(other)
+                .must("DiTTransformer2DModel")
+                .fix("give the folder of the transformer itself"));
+        }
+    };
+    if let Some(text) = metadata.get(OPERATORS_KEY) {
+        let specs: Vec<BTreeMap<String, crate::nn::operators::Spec>> = serde_json::from_str(text).map_err(|e| {
+            Error::failure(&place, format!("metadata {OPERATORS_KEY} cannot be read: {e}")).must("the text that this program wrote")
+        })?;
+        if specs.len() != found.depth() {
+            return Err(Error::failure(&place, format!("metadata {OPERATORS_KEY} does not fit the depth"))
+                .is(format!("{} blocks", specs.len()))
+                .must(format!("{} blocks", found.depth())));
+        }
+        for (block, spec) in found.blocks.iter_mut().zip(specs) {
+            for (site, target) in [("attn", &mut block.attn), ("mlp", &mut block.mlp)] {
+                if let Some(given) = spec.get(site) {
+                    *target = given.clone();
+                }
+            }
+        }
+    }
+    found.check().map_err(|e| e.context(&place))?;
+    Ok(found)
+}
+
+struct Reader<'a> {
+    place: &'a str,
+    config: &'a Value,
+}
+
+impl Reader<'_> {
+    fn whole(&self, key: &str) -> Result<Option<usize>> {
+        match self.config.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => value.as_u64().and_then(|v| usize::try_from(v).ok()).map(Some).ok_or_else(|| {
+                Error::failure(format!("{}: {key}", self.place), "not a whole number").is(value).must("a non-negative integer")
+            }),
+        }
+    }
+
+    fn needed(&self, key: &str) -> Result<usize> {
+        self.whole(key)?.ok_or_else(|| Error::failure(format!("{}: {key}", self.place), "missing field").must("a whole number"))
+    }
+
+    fn number(&self, key: &str, default: f64) -> f64 {
+        self.config.get(key).and_then(json::number).unwrap_or(default)
+    }
+
+    fn diffusers(&self) -> Result<DitConfig> {
+        let heads = self.needed("num_attention_heads")?;
+        let width = heads.saturating_mul(self.needed("attention_head_dim")?);
+        let depth = self.depth("num_layers")?;
+        let in_channels = self.needed("in_channels")?;
+        let out_channels = self.whole("out_channels")?.unwrap_or(in_channels);
+        Ok(DitConfig {
+            patch: self.needed("patch_size")?,
+            input_size: self.needed("sample_size")?,
+            in_channels,
+            learn_sigma: self.learn_sigma(in_channels, out_channels)?,
+            classes: self.whole("num_embeds_ada_norm")?.unwrap_or(1000),
+            norm_eps: self.number("norm_eps", 1e-5) as f32,
+            ..DitConfig::plain(depth, width, heads)
+        })
+    }
+
+    fn original(&self) -> Result<DitConfig> {
+        let heads = self.needed("num_heads")?;
+        let (depth, width) = (self.depth("depth")?, self.needed("hidden_size")?);
+        let learn_sigma = self.config.get("learn_sigma").and_then(Value::as_bool).unwrap_or(true);
+        let block = DitConfig::plain_block(heads, self.number("mlp_ratio", 4.0));
+        Ok(DitConfig {
+            patch: self.needed("patch_size")?,
+            input_size: self.needed("input_size")?,
+            in_channels: self.whole("in_channels")?.unwrap_or(4),
+            learn_sigma,
+            classes: self.whole("num_classes")?.unwrap_or(1000),
+            blocks: vec![block; depth],
+            ..DitConfig::plain(depth, width, heads)
+        })
+    }
+
+    // Bounded before it sizes a vector: the number comes from a file.
+    fn depth(&self, key: &str) -> Result<usize> {
+        let depth = self.needed(key)?;
+        if depth == 0 || depth > 1000 {
+            return Err(Error::failure(format!("{}: {key}", self.place), "impossible depth").is(depth).must("1 to 1000"));
+        }
+        Ok(depth)
+    }
+
+    fn learn_sigma(&self, inputs: usize, outputs: usize) -> Result<bool> {
+        if outputs == inputs || outputs == inputs.saturating_mul(2) {
+            return Ok(outputs != inputs);
+        }
+        Err(Error::failure(format!("{}: out_channels", self.place), "fits neither noise nor noise and variance")
+            .is(outputs)
+            .must(format!("{inputs} or {}", inputs.saturating_mul(2))))
+    }
+}
+
+/// Reads the sizes of an original checkpoint off its tensors; the number of heads is that of the published width.
+fn infer(source: &dyn Source) -> Result<DitConfig> {
+    let place = source.place();
+    let shape = |name: &str| -> Result<Vec<usize>> {
+        let t = source.tensor(name).ok_or_else(|| {
+            Error::failure(format!("{place}: {name}"), "missing tensor").must("present in an original DiT checkpoint")
+        })?;
+        Ok(t.shape().to_vec())
+    };
+    let names = source.names();
+    if Layout::of(names.iter().map(String::as_str)) != Some(Layout::Original) {
+        return Err(Error::failure(&place, "unknown layout")
+            .is(format!("{} tensors, none named blocks.*", names.len()))
+            .must("an original DiT checkpoint, or a folder with config.json"));
+    }
+    let unexpected = |name: &str, found: &[usize]| Error::failure(format!("{place}: {name}"), "wrong shape").is(format!("{found:?}"));
+    let patch_shape = shape("x_embedder.proj.weight")?;
+    let &[width, in_channels, patch, _] = patch_shape.as_slice() else { return Err(unexpected("x_embedder.proj.weight", &patch_shape)) };
+    let pos = shape("pos_embed")?;
+    let &[1, tokens, _] = pos.as_slice() else { return Err(unexpected("pos_embed", &pos)) };
+    let outputs = shape("final_layer.linear.bias")?;
+    let labels = shape("y_embedder.embedding_table.weight")?;
+    let per_patch = in_channels.saturating_mul(patch).saturating_mul(patch);
+    let heads = DitConfig::heads_of_width(width).ok_or_else(|| {
+        Error::failure(&place, "the number of heads cannot be told from the file")
+            .is(format!("width {width}"))
+            .must("a published width (384, 768, 1024, 1152)")
+            .fix("put a config.json with num_heads beside the checkpoint")
+    })?;
+    let depth = (0..1000).take_while(|i| names.contains(&format!("blocks.{i}.adaLN_modulation.1.weight"))).count();
+    let config = DitConfig {
+        patch,
+        input_size: tokens.isqrt().saturating_mul(patch),
+        in_channels,
+        learn_sigma: outputs.first() == Some(&per_patch.saturating_mul(2)),
+        classes: labels.first().map_or(0, |n| n.saturating_sub(1)),
+        ..DitConfig::plain(depth, width, heads)
+    };
+    config.check().map_err(|e| e.context(&place))?;
+    Ok(config)
+}
+
+/// Fills every parameter, after all names were checked.
+fn fill(model: &mut Dit, source: &dyn Source) -> Result<()> {
+    let names = source.names();
+    let layout = Layout::of(names.iter().map(String::as_str)).ok_or_else(|| {
+        Error::failure(source.place(), "unknown layout").is(format!("{} tensors", names.len())).must("tensors named blocks.* or transformer_blocks.*")
+    })?;
+    let wanted: Vec<(ParamId, Vec<String>)> = model
+        .params
+        .iter()
+        .map(|(id, p)| {
+            let parts = match layout {
+                Layout::Original => vec![p.name.clone()],
+                Layout::Diffusers => diffusers_parts(&p.name),
+            };
+            (id, parts)
+        })
+        .collect();
+    let copies = if layout == Layout::Diffusers { diffusers_copies(&model.config) } else { Vec::new() };
+    let mut expected: BTreeSet<&str> = wanted.iter().flat_map(|(_, parts)| parts).map(String::as_str).collect();
+    expected.extend(copies.iter().map(|(copy, _)| copy.as_str()));
+    // A missing tensor explains more than the unexpected one that took its place.
+    if let Some(missing) = wanted.iter().flat_map(|(_, parts)| parts).find(|n| !names.contains(*n)) {
+        return Err(Error::failure(format!("{}: {missing}", source.place()), "missing tensor")
+            .must("present in this model")
+            .fix("use the complete checkpoint, with the config.json that belongs to it"));
+    }
+    if let Some(extra) = names.iter().find(|n| !expected.contains(n.as_str())) {
+        return Err(Error::failure(format!("{}: {extra}", source.place()), "unexpected tensor")
+            .must("absent in a model of these sizes and operators")
+            .fix("use the config.json that belongs to the checkpoint"));
+    }
+    for (id, parts) in wanted {
+        if parts.is_empty() {
+            continue;
+        }
+        let shape = model.params.get(id).value.shape();
+        let mut part_shape = shape.dims().to_vec();
+        part_shape[0] /= parts.len();
+        let device = model.params.get(id).value.device().clone();
+        let mut value = device.empty(shape.dims())?;
+        let target = value.f32s_mut()?;
+        let chunk = target.len() / parts.len();
+        for (name, target) in parts.iter().zip(target.chunks_mut(chunk.max(1))) {
+            target.copy_from_slice(&read_weight(source, name, &part_shape)?);
+        }
+        model.params.set(id, value)?;
+    }
+    Ok(())
+}
+
+/// Rounds the weights of all products to bf16 storage, for inference in half the memory.
+///
+/// # Errors
+/// When memory runs out.
+pub fn to_bf16(model: &mut Dit) -> Result<()> {
+    // Matrices of linear layers; tables that are looked up and convolution taps stay in f32.
+    let is_product = |name: &str, rank: usize| rank == 2 && name.ends_with("weight") && !name.contains("embedding_table");
+    let chosen = model.params.iter().filter(|(_, p)| is_product(&p.name, p.value.shape().dims().len()));
+    let ids: Vec<ParamId> = chosen.map(|(id, _)| id).collect();
+    for id in ids {
+        let rounded = model.params.get(id).value.to_bf16()?;
+        model.params.set(id, rounded)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,295 @@
+//! DiT: the class-conditional diffusion transformer with adaLN-zero (arXiv 2212.09748).
+//!
+//! Layer numbering, token order and formulas are those of the original implementation; `Semantics` states the two
+//! places where the diffusers implementation differs.
+
+mod config;
+mod load;
+mod names;
+mod save;
+
+pub use config::{BlockSpec, DitConfig};
+pub use load::{describe, load};
+pub use save::{SaveAs, save};
+
+use crate::autograd::{Graph, ParamId, ParamStore, Var};
+use crate::error::{Error, Result};
+use crate::nn::operators::{self, BlockDims, Operator, Site};
+use crate::nn::{Builder, Epilogue, Init, Linear, Scheme};
+use crate::ops::{act, contracts, sinusoid};
+use crate::tensor::{Device, Tensor};
+
+/// Width of the timestep sinusoid.
+const FREQUENCIES: usize = 256;
+
+/// Rows of a block's modulation table, in the order of the checkpoint.
+mod row {
+    pub const ATTN: Rows = Rows { shift: 0, scale: 1, gate: 2 };
+    pub const MLP: Rows = Rows { shift: 3, scale: 4, gate: 5 };
+
+    #[derive(Clone, Copy)]
+    pub struct Rows {
+        pub shift: usize,
+        pub scale: usize,
+        pub gate: usize,
+    }
+}
+
+/// Details in which implementations of the same model differ.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Semantics {
+    /// Timestep frequencies are exp(−ln 10⁴ · i / this).
+    pub frequency_denominator: f32,
+    /// Epsilon of the LayerNorm before the MLP.
+    pub mlp_norm_eps: f32,
+}
+
+impl Semantics {
+    /// The original implementation, in which the published weights were trained.
+    pub const ORIGINAL: Semantics = Semantics { frequency_denominator: 128.0, mlp_norm_eps: EPS };
+
+    /// The diffusers implementation, for parity with it; `norm_eps` is that of its `config.json`.
+    pub fn diffusers(norm_eps: f32) -> Semantics {
+        Semantics { frequency_denominator: 127.0, mlp_norm_eps: norm_eps }
+    }
+}
+
+const EPS: f32 = 1e-6;
+
+/// How a forward pass runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Run {
+    /// Which implementation's details.
+    pub semantics: Semantics,
+    /// Keep only the inputs of each block and compute the rest again in the backward pass.
+    pub checkpoint: bool,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Run { semantics: Semantics::ORIGINAL, checkpoint: false }
+    }
+}
+
+/// Sees input and output (before the gate) of every site: `(block, site, input, output)`, each `[B, N, D]`.
+pub type Observer<'o> = dyn FnMut(usize, Site, &Tensor, &Tensor) -> Result<()> + 'o;
+
+/// A diffusion transformer with its parameters.
+#[derive(Debug)]
+pub struct Dit {
+    /// Sizes and operators.
+    pub config: DitConfig,
+    /// All parameters, named as in the original checkpoint.
+    pub params: ParamStore,
+    x_embedder: Linear,
+    pos_embed: ParamId,
+    t_embedder: [Linear; 2],
+    labels: ParamId,
+    blocks: Vec<Block>,
+    final_modulation: Linear,
+    final_linear: Linear,
+}
+
+#[derive(Debug)]
+struct Block {
+    attn: Box<dyn Operator>,
+    mlp: Box<dyn Operator>,
+    modulation: Linear,
+}
+
+impl Dit {
+    /// A new model, initialised as the original is (adaLN and final layers zero, so that each block starts as the
+    /// identity), from a seed.
+    ///
+    /// # Errors
+    /// A configuration that cannot be, or too little memory.
+    pub fn new(config: DitConfig, device: &Device, seed: u64) -> Result<Dit> {
+        config.check()?;
+        let d = config.width;
+        let dims = config.block_dims();
+        let mut params = ParamStore::default();
+        let mut b = Builder::new(&mut params, device, seed, Scheme::Xavier);
+        let patch_values = config.in_channels * config.patch * config.patch;
+        let pos_embed = b.frozen("pos_embed", &[1, dims.tokens, d], &position_table(config.grid(), d))?;
+        let patch_shape = [d, config.in_channels, config.patch, config.patch];
+        let x_embedder = b.linear_from("x_embedder.proj", &patch_shape, Init::xavier(patch_values, d), Init::Zeros)?;
+        let mut t = b.below("t_embedder");
+        let t_embedder = [
+            t.linear_from("mlp.0", &[d, FREQUENCIES], Init::Normal(0.02), Init::Zeros)?,
+            t.linear_from("mlp.2", &[d, d], Init::Normal(0.02), Init::Zeros)?,
+        ];
+        let labels = b.param("y_embedder.embedding_table.weight", &[config.classes + 1, d], Init::Normal(0.02))?;
+        let mut blocks = Vec::with_capacity(config.depth());
+        for (i, spec) in config.blocks.iter().enumerate() {
+            let mut block = b.below(&format!("blocks.{i}"));
+            blocks.push(Block {
+                attn: operators::build(&spec.attn, Site::Attn, dims, &mut block.below("attn"))?,
+                mlp: operators::build(&spec.mlp, Site::Mlp, dims, &mut block.below("mlp"))?,
+                modulation: block.linear_from("adaLN_modulation.1", &[6 * d, d], Init::Zeros, Init::Zeros)?,
+            });
+        }
+        let mut last = b.below("final_layer");
+        let outputs = config.patch * config.patch * config.out_channels();
+        let final_linear = last.linear_from("linear", &[outputs, d], Init::Zeros, Init::Zeros)?;
+        let final_modulation = last.linear_from("adaLN_modulation.1", &[2 * d, d], Init::Zeros, Init::Zeros)?;
+        Ok(Dit { config, params, x_embedder, pos_embed, t_embedder, labels, blocks, final_modulation, final_linear })
+    }
+
+    /// The operator at a site.
+    pub fn operator(&self, block: usize, site: Site) -> Option<&dyn Operator> {
+        let block = self.blocks.get(block)?;
+        Some(match site {
+            Site::Attn => block.attn.as_ref(),
+            Site::Mlp => block.mlp.as_ref(),
+        })
+    }
+
+    /// Predicts noise (and variance values where the model has them).
+    ///
+    /// `x [B, C, S, S]` noisy images or latents, `t [B]` f32 timesteps in 0..1000 (fractions allowed), `y [B]` i32
+    /// labels, where `classes` is the null label. Returns `[B, out_channels, S, S]`.
+    ///
+    /// # Errors
+    /// When a shape does not fit or a label is out of range.
+    pub fn forward<'m>(&'m self, g: &Graph<'m>, x: &Var, t: &Tensor, y: &Tensor, run: Run) -> Result<Var> {
+        self.forward_observed(g, x, t, y, run, None)
+    }
+
+    /// [`Dit::forward`] that shows input and output of every site to `observer`.
+    ///
+    /// # Errors
+    /// As [`Dit::forward`], and those of the observer.
+    pub fn forward_observed<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        x: &Var,
+        t: &Tensor,
+        y: &Tensor,
+        run: Run,
+        mut observer: Option<&mut Observer<'_>>,
+    ) -> Result<Var> {
+        let c = &self.config;
+        let side = c.input_size;
+        if x.tensor().shape().dims() != [x.dim(0), c.in_channels, side, side] {
+            return Err(Error::failure("dit: x", "wrong shape")
+                .is(x.tensor().shape())
+                .must(format!("[B, {}, {side}, {side}]", c.in_channels)));
+        }
+        let condition = self.condition(g, t, y, run.semantics)?;
+        let tokens = g.patchify(x, c.patch, c.grid(), c.grid(), contracts::patchify::Params {})?;
+        let pos = g.reshape(&g.param(&self.params, self.pos_embed), &[c.tokens(), c.width])?;
+        let mut h = self.embed(g, &tokens, &pos)?;
+        for index in 0..self.blocks.len() {
+            h = match &mut observer {
+                Some(observer) => self.block(g, index, &h, &condition, run, Some(observer))?,
+                None if run.checkpoint && g.is_recording() => {
+                    g.checkpoint(&[&h, &condition], move |g, inputs| self.block(g, index, &inputs[0], &inputs[1], run, None))?
+                }
+                None => self.block(g, index, &h, &condition, run, None)?,
+            };
+        }
+        let modulation = self.modulation(g, &self.final_modulation, &condition, 2)?;
+        let h = g.ln_modulate(&h, &modulation, contracts::ln_modulate::Params { shift: 0, scale: 1, eps: EPS })?;
+        let out = self.final_linear.forward(g, &self.params, &h, act::NONE)?;
+        g.unpatchify(&out, c.out_channels(), c.patch, c.grid(), c.grid(), contracts::unpatchify::Params {})
+    }
+
+    fn embed(&self, g: &Graph<'_>, tokens: &Var, pos: &Var) -> Result<Var> {
+        // The patch convolution is a product: its weight [D, C, P, P] flattens to [D, C·P·P].
+        let c = &self.config;
+        let weight = g.reshape(&g.param(&self.params, self.x_embedder.weight), &[c.width, tokens.dim(2)])?;
+        let bias = self.x_embedder.bias.map(|id| g.param(&self.params, id));
+        // Three or sixteen values a token: rounding them to bf16 would save nothing.
+        let settings = contracts::gemm::Params { act: act::NONE, gate_row: 0, bf16: false };
+        g.gemm(tokens, &weight, bias.as_ref(), Some(pos), None, None, settings)
+    }
+
+    /// SiLU(timestep embedding + label embedding), `[B, 1, D]`: every use of the condition begins with this SiLU.
+    fn condition(&self, g: &Graph<'_>, t: &Tensor, y: &Tensor, semantics: Semantics) -> Result<Var> {
+        let settings = contracts::sinusoid::Params { denominator: semantics.frequency_denominator };
+        let waves = sinusoid(t, FREQUENCIES, settings)?;
+        let b = waves.dim(0);
+        let waves = Var::constant(waves.reshape(&[b, 1, FREQUENCIES])?);
+        let h = self.t_embedder[0].forward(g, &self.params, &waves, act::SILU)?;
+        let h = self.t_embedder[1].forward(g, &self.params, &h, act::NONE)?;
+        let h = g.reshape(&h, &[b, self.config.width])?;
+        let table = g.param(&self.params, self.labels);
+        let condition = g.embed(&table, y, Some(&h), contracts::embed::Params { act: act::SILU })?;
+        g.reshape(&condition, &[b, 1, self.config.width])
+    }
+
+    fn modulation(&self, g: &Graph<'_>, layer: &Linear, condition: &Var, rows: usize) -> Result<Var> {
+        let m = layer.forward(g, &self.params, condition, act::NONE)?;
+        g.reshape(&m, &[condition.dim(0), rows, self.config.width])
+    }
+
+    fn block(
+        &self,
+        g: &Graph<'_>,
+        index: usize,
+        x: &Var,
+        condition: &Var,
+        run: Run,
+        mut observer: Option<&mut &mut Observer<'_>>,
+    ) -> Result<Var> {
+        let block = &self.blocks[index];
+        let modulation = self.modulation(g, &block.modulation, condition, 6)?;
+        let sites = [
+            (Site::Attn, &block.attn, row::ATTN, EPS),
+            (Site::Mlp, &block.mlp, row::MLP, run.semantics.mlp_norm_eps),
+        ];
+        let mut x = x.clone();
+        for (site, operator, rows, eps) in sites {
+            let settings = contracts::ln_modulate::Params { shift: rows.shift, scale: rows.scale, eps };
+            let h = g.ln_modulate(&x, &modulation, settings)?;
+            x = match &mut observer {
+                None => {
+                    let epilogue = Epilogue { residual: &x, modulation: &modulation, gate_row: rows.gate };
+                    operator.forward(g, &self.params, &h, Some(epilogue))?
+                }
+                Some(observer) => {
+                    let branch = operator.forward(g, &self.params, &h, None)?;
+                    observer(index, site, h.tensor(), branch.tensor())?;
+                    g.gate_residual(&x, &modulation, &branch, contracts::gate_residual::Params { gate_row: rows.gate })?
+                }
+            };
+        }
+        Ok(x)
+    }
+}
+
+/// Fixed 2-D sine–cosine position table `[N, D]`: the first half of a row encodes the column, the second the row,
+/// each as [sin | cos] over frequencies 10000^(−4i/D).
+fn position_table(grid: usize, width: usize) -> Vec<f32> {
+    let quarter = width / 4;
+    let mut table = Vec::with_capacity(grid * grid * width);
+    for token in 0..grid * grid {
+        for position in [token % grid, token / grid] {
+            let angle = |i: usize| position as f64 * 10_000f64.powf(-(i as f64) / quarter as f64);
+            table.extend((0..quarter).map(|i| angle(i).sin() as f32));
+            table.extend((0..quarter).map(|i| angle(i).cos() as f32));
+        }
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn position_table_of_xl() {
+        let table = position_table(16, 1152);
+        let row = &table[(5 * 16 + 3) * 1152..][..1152];
+        let want = [(0, 0.141_120_01), (1, 0.233_830_75), (288, -0.989_992_5), (576, -0.958_924_27), (864, 0.283_662_19)];
+        for (i, value) in want {
+            assert!((row[i] - value).abs() < 1e-6, "element {i}: {} against {value}", row[i]);
+        }
+    }
+
+    #[test]
+    fn xl_has_the_published_number_of_parameters() {
+        let config = DitConfig::named("DiT-XL/2").unwrap();
+        assert_eq!(config.parameters(), 674_834_720);
+    }
+}

@@ -1,0 +1,79 @@
+//! Where weights are read from: safetensors (whole or sharded) or a restricted read of a `torch.save` file.
+
+use crate::error::{Error, Result};
+use crate::io::weights::ShardedFile;
+use std::collections::BTreeSet;
+
+/// A tensor found in a file.
+pub trait StoredTensor {
+    /// Shape, outermost first.
+    fn shape(&self) -> &[usize];
+    /// Whether the dtype is a floating type that weights come in.
+    fn is_weight(&self) -> bool;
+    /// Name of the dtype.
+    fn dtype_name(&self) -> String;
+    /// Values as f32.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    fn values(&self) -> Result<Vec<f32>>;
+}
+
+/// A set of named tensors, read tensor by tensor.
+pub trait Source {
+    /// The file or folder, for messages.
+    fn place(&self) -> String;
+    /// All names.
+    fn names(&self) -> BTreeSet<String>;
+    /// One tensor.
+    fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>>;
+}
+
+impl StoredTensor for crate::io::safetensors::TensorView<'_> {
+    fn shape(&self) -> &[usize] {
+        self.shape
+    }
+    fn is_weight(&self) -> bool {
+        self.dtype.is_weight()
+    }
+    fn dtype_name(&self) -> String {
+        self.dtype.to_string()
+    }
+    fn values(&self) -> Result<Vec<f32>> {
+        self.to_f32()
+    }
+}
+
+impl Source for ShardedFile {
+    fn place(&self) -> String {
+        self.place().to_string()
+    }
+    fn names(&self) -> BTreeSet<String> {
+        self.names().map(str::to_string).collect()
+    }
+    fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>> {
+        self.get(name).map(|view| Box::new(view) as Box<dyn StoredTensor + '_>)
+    }
+}
+
+/// Reads a weight and checks presence, dtype, shape and finiteness.
+pub(super) fn read_weight(source: &dyn Source, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+    let place = || format!("{}: {name}", source.place());
+    let tensor = source.tensor(name).ok_or_else(|| {
+        Error::failure(place(), "missing tensor").must(format!("present with shape {shape:?}")).fix("use the complete checkpoint of this model")
+    })?;
+    if !tensor.is_weight() {
+        return Err(Error::failure(place(), "unsupported dtype for a weight").is(tensor.dtype_name()).must("F32, F16, BF16 or F64"));
+    }
+    if tensor.shape() != shape {
+        return Err(Error::failure(place(), "wrong shape").is(format!("{:?}", tensor.shape())).must(format!("{shape:?}")));
+    }
+    let values = tensor.values()?;
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(values),
+        Some(at) => Err(Error::failure(place(), "non-finite weights")
+            .is(format!("{} at element {at}", values[at]))
+            .must("finite numbers")
+            .fix("the checkpoint is damaged or its training diverged: use another one")),
+    }
+}

@@ -1,0 +1,68 @@
+//! Linear layers with the epilogues of a transformer block.
+
+use crate::autograd::{Graph, ParamId, ParamStore, Precision, Var};
+use crate::error::Result;
+use crate::ops::{act, contracts::gemm};
+
+/// y = x·wᵀ + b.
+#[derive(Clone, Copy, Debug)]
+pub struct Linear {
+    /// `[out, in]`.
+    pub weight: ParamId,
+    /// `[out]`.
+    pub bias: Option<ParamId>,
+}
+
+/// What follows a branch of a block: `residual + modulation[gate_row] · branch`.
+#[derive(Clone, Copy)]
+pub struct Epilogue<'a> {
+    /// Residual stream `[B, N, D]`.
+    pub residual: &'a Var,
+    /// Modulation table `[B, C, D]`.
+    pub modulation: &'a Var,
+    /// Row of the table that gates.
+    pub gate_row: usize,
+}
+
+impl Linear {
+    /// `act(x·wᵀ + b)` for `x [B, N, in]`; `activation` is a code of [`act`].
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn forward(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, activation: usize) -> Result<Var> {
+        self.run(g, params, x, None, activation, None)
+    }
+
+    /// `x·wᵀ + b + pos[n]` for a table `pos [N, out]`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn forward_with_rows(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, pos: &Var) -> Result<Var> {
+        self.run(g, params, x, Some(pos), act::NONE, None)
+    }
+
+    /// `x·wᵀ + b`, then the block's epilogue where there is one.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn project(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, epilogue: Option<Epilogue<'_>>) -> Result<Var> {
+        self.run(g, params, x, None, act::NONE, epilogue)
+    }
+
+    fn run(
+        &self,
+        g: &Graph<'_>,
+        params: &ParamStore,
+        x: &Var,
+        pos: Option<&Var>,
+        activation: usize,
+        epilogue: Option<Epilogue<'_>>,
+    ) -> Result<Var> {
+        let weight = g.param(params, self.weight);
+        let bias = self.bias.map(|id| g.param(params, id));
+        let gate_row = epilogue.map_or(0, |e| e.gate_row);
+        let settings = gemm::Params { act: activation, gate_row, bf16: g.precision() == Precision::Bf16 };
+        let (gate, residual) = (epilogue.map(|e| e.modulation), epilogue.map(|e| e.residual));
+        g.gemm(x, &weight, bias.as_ref(), pos, gate, residual, settings)
+    }
+}

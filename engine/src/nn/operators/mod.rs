@@ -1,0 +1,165 @@
+//! Operators that can sit at a site of a block.
+//!
+//! A site's operator sees the modulated, normalised features `[B, N, D]` and gives `[B, N, D]` before the gate; it
+//! never sees timestep or condition (arXiv 2506.05340, §3). Adding one is a file here and a line in [`REGISTRY`].
+
+mod hyena;
+mod mha;
+mod mlp;
+
+use super::{Builder, Epilogue};
+use crate::autograd::{Graph, ParamStore, Var};
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// A place in a block that holds an operator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Site {
+    /// Token mixing.
+    Attn,
+    /// Channel mixing.
+    Mlp,
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Site::Attn => "attn",
+            Site::Mlp => "mlp",
+        })
+    }
+}
+
+/// Sizes of the block around a site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockDims {
+    /// Width D.
+    pub width: usize,
+    /// Attention heads H.
+    pub heads: usize,
+    /// Tokens N.
+    pub tokens: usize,
+}
+
+/// Which operator, with its options: `{ kind = "hyena_x", taps = 4 }` in a plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Spec {
+    /// Name in the registry.
+    pub kind: String,
+    /// Options by name; those not given take the operator's defaults.
+    #[serde(flatten)]
+    pub options: BTreeMap<String, f64>,
+}
+
+impl Spec {
+    /// An operator with default options.
+    pub fn new(kind: &str) -> Spec {
+        Spec { kind: kind.to_string(), options: BTreeMap::new() }
+    }
+
+    /// With one option set.
+    pub fn with(mut self, option: &str, value: f64) -> Spec {
+        self.options.insert(option.to_string(), value);
+        self
+    }
+
+    fn value(&self, option: &str) -> Option<f64> {
+        self.options.get(option).copied()
+    }
+
+    /// An option that is a positive whole number.
+    fn whole(&self, option: &str, default: usize) -> Result<usize> {
+        match self.value(option) {
+            None => Ok(default),
+            Some(v) if v >= 1.0 && v.fract() == 0.0 && v <= 1e9 => Ok(v as usize),
+            Some(v) => Err(Error::usage(format!("{}: {option}", self.kind), "not a positive whole number").is(v)),
+        }
+    }
+}
+
+impl fmt::Display for Spec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.kind)?;
+        for (i, (name, value)) in self.options.iter().enumerate() {
+            write!(f, "{}{name}={value}", if i == 0 { "(" } else { ", " })?;
+        }
+        if self.options.is_empty() { Ok(()) } else { f.write_str(")") }
+    }
+}
+
+/// Floating-point operations of a site for one sample, split as the paper's tables do.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SiteFlops {
+    /// The operator itself.
+    pub operator: f64,
+    /// The projections around it ("featurizer").
+    pub projections: f64,
+}
+
+impl SiteFlops {
+    /// Both parts.
+    pub fn total(&self) -> f64 {
+        self.operator + self.projections
+    }
+}
+
+/// An operator with its parameters' places in a store.
+pub trait Operator: Send + Sync + fmt::Debug {
+    /// Kind and all options, so that building from it gives the same operator.
+    fn spec(&self) -> Spec;
+
+    /// Forward pass over `x [B, N, D]`; `epilogue` is applied to the result where there is one.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn forward(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, epilogue: Option<Epilogue<'_>>) -> Result<Var>;
+
+    /// Cost for one sample of `dims.tokens` tokens.
+    fn flops(&self, dims: BlockDims) -> SiteFlops;
+}
+
+/// An entry of the registry.
+pub struct Kind {
+    /// Name in plans.
+    pub name: &'static str,
+    /// Site it fits.
+    pub site: Site,
+    /// One sentence.
+    pub summary: &'static str,
+    /// Options with their defaults, as text.
+    pub options: &'static [(&'static str, &'static str)],
+    build: fn(&Spec, BlockDims, &mut Builder<'_>) -> Result<Box<dyn Operator>>,
+}
+
+/// Every operator.
+pub const REGISTRY: &[Kind] = &[mha::KIND, hyena::X, mlp::KIND];
+
+/// Creates an operator with new parameters, named below the builder's prefix.
+///
+/// # Errors
+/// An unknown kind, a site that it does not fit, an unknown option, or a size that it cannot take.
+pub fn build(spec: &Spec, site: Site, dims: BlockDims, builder: &mut Builder<'_>) -> Result<Box<dyn Operator>> {
+    let names = || {
+        let fitting = REGISTRY.iter().filter(|k| k.site == site).map(|k| k.name);
+        fitting.collect::<Vec<_>>().join(", ")
+    };
+    let kind = REGISTRY.iter().find(|k| k.name == spec.kind).ok_or_else(|| {
+        Error::usage("operator", "unknown operator").is(format!("{:?}", spec.kind)).must(format!("one of {}", names()))
+    })?;
+    if kind.site != site {
+        return Err(Error::usage(format!("operator {}", kind.name), "does not fit this site")
+            .is(site)
+            .must(kind.site)
+            .fix(format!("use one of {}", names())));
+    }
+    if let Some(unknown) = spec.options.keys().find(|o| kind.options.iter().all(|(name, _)| name != o)) {
+        let known: Vec<&str> = kind.options.iter().map(|(name, _)| *name).collect();
+        return Err(Error::usage(format!("operator {}", kind.name), "unknown option")
+            .is(unknown)
+            .must(if known.is_empty() { "no option".into() } else { known.join(", ") }));
+    }
+    (kind.build)(spec, dims, builder)
+}

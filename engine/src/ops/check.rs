@@ -1,0 +1,301 @@
+//! Checks of the entry points, and the conformance runner: operator × case × backend.
+
+use crate::backend::{Device, DeviceKind};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+use graft_kernels::check::{Comparison, Fill, Tolerance, compare, draw_f32, draw_i32};
+use graft_kernels::{OpInfo, Tier};
+
+/// Unifies the dim letters of a contract over the shapes of the arguments.
+pub(super) struct DimCheck {
+    op: &'static str,
+    names: &'static [&'static str],
+    values: [Option<usize>; MAX_DIMS],
+    bound_by: [&'static str; MAX_DIMS],
+}
+
+const MAX_DIMS: usize = 12;
+
+impl DimCheck {
+    pub(super) fn new(op: &'static str, names: &'static [&'static str]) -> Self {
+        debug_assert!(names.len() <= MAX_DIMS);
+        DimCheck { op, names, values: [None; MAX_DIMS], bound_by: [""; MAX_DIMS] }
+    }
+
+    fn index(&self, dim: &str) -> Option<usize> {
+        self.names.iter().position(|n| *n == dim)
+    }
+
+    /// A dim that the caller states.
+    pub(super) fn given(&mut self, dim: &'static str, value: usize) -> Result<()> {
+        if let Some(i) = self.index(dim) {
+            (self.values[i], self.bound_by[i]) = (Some(value), "the caller");
+        }
+        Ok(())
+    }
+
+    /// Binds the bare letters of one argument's shape.
+    pub(super) fn bind(&mut self, name: &'static str, t: &Tensor, shape: &[&str]) -> Result<()> {
+        let dims = t.shape();
+        if dims.dims().len() != shape.len() {
+            return Err(Error::failure(format!("{}: {name}", self.op), "wrong rank").is(dims).must(format!("[{}]", shape.join(", "))));
+        }
+        for (expr, &size) in shape.iter().zip(dims.dims()) {
+            if let Some(i) = self.index(expr) && self.values[i].is_none() {
+                (self.values[i], self.bound_by[i]) = (Some(size), name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares every axis with its expression.
+    pub(super) fn match_exprs(&mut self, name: &'static str, t: &Tensor, shape: &[&str]) -> Result<()> {
+        for (axis, (expr, &size)) in shape.iter().zip(t.shape().dims()).enumerate() {
+            let Some(want) = self.eval(expr) else { continue };
+            if want != size {
+                let origin = self.index(expr).map_or(String::new(), |i| format!(" as in {}", self.bound_by[i]));
+                return Err(Error::failure(format!("{}: {name}", self.op), format!("axis {axis} does not fit"))
+                    .is(t.shape())
+                    .must(format!("[{}] with {expr} = {want}{origin}", shape.join(", "))));
+            }
+            if size == 0 {
+                return Err(Error::failure(format!("{}: {name}", self.op), "empty tensor").is(t.shape()).must("every dim at least 1"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Products and sums of dims and literals, as contracts write them; `None` where a dim is unbound.
+    fn eval(&self, expr: &str) -> Option<usize> {
+        expr.split('+').try_fold(0usize, |sum, term| {
+            let product = term.split('*').try_fold(1usize, |p, factor| {
+                let factor = factor.trim();
+                let value = match self.index(factor) {
+                    Some(i) => self.values[i]?,
+                    None => factor.parse().ok()?,
+                };
+                p.checked_mul(value)
+            })?;
+            sum.checked_add(product)
+        })
+    }
+
+    /// Value of a dim; 0 where only absent optional arguments carry it.
+    pub(super) fn dim(&self, dim: &str) -> Result<usize> {
+        Ok(self.index(dim).and_then(|i| self.values[i]).unwrap_or(0))
+    }
+
+    /// Every argument on one device.
+    pub(super) fn same_device(&self, device: &Device, others: &[(&str, Option<&Tensor>)]) -> Result<()> {
+        for (name, t) in others {
+            if let Some(t) = t && t.device() != device {
+                return Err(Error::failure(format!("{}: {name}", self.op), "on another device")
+                    .is(t.device().kind())
+                    .must(device.kind())
+                    .fix("copy it to the device of the first argument"));
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn want_dtype(op: &str, name: &str, t: &Tensor, allowed: &[DType]) -> Result<()> {
+    if allowed.contains(&t.dtype()) {
+        return Ok(());
+    }
+    let names: Vec<String> = allowed.iter().map(DType::to_string).collect();
+    Err(Error::failure(format!("{op}: {name}"), "wrong dtype").is(t.dtype()).must(names.join(" or ")))
+}
+
+pub(super) fn require(op: &str, holds: bool, that: &str, must: &str, found: impl Fn() -> String) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::failure(op, format!("{that} does not hold")).is(found()).must(must)) }
+}
+
+/// Every element of an index tensor lies in `0..end`.
+pub(super) fn check_index(op: &str, name: &str, t: &Tensor, end: usize) -> Result<()> {
+    match t.i32s()?.iter().position(|&i| i < 0 || i as usize >= end) {
+        None => Ok(()),
+        Some(at) => Err(Error::failure(format!("{op}: {name}"), format!("element {at} is out of range"))
+            .is(t.i32s()?[at])
+            .must(format!("0 to {}", end.saturating_sub(1)))),
+    }
+}
+
+pub(super) fn no_path(op: &str, kind: DeviceKind) -> Error {
+    Error::failure(op, format!("no {kind} path for this operator")).fix("use --backend cpu")
+}
+
+/// Verdict of one row of the conformance table.
+#[derive(Clone, Debug)]
+pub enum Verdict {
+    /// Every output within its bounds and bit-equal on a second run; the worst comparison.
+    Ok(Comparison),
+    /// The output that failed, and how.
+    Fail(String),
+    /// Not run, and why.
+    Skip(String),
+}
+
+/// One row of the conformance table.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// Operator.
+    pub op: &'static str,
+    /// Case.
+    pub case: &'static str,
+    /// Backend under test.
+    pub backend: DeviceKind,
+    /// Verdict.
+    pub verdict: Verdict,
+}
+
+type CaseBody<'b> = &'b mut dyn FnMut(&mut Io<'_>) -> Result<()>;
+
+/// Runs the cases of one operator on one backend against the oracle.
+pub struct Conform<'a> {
+    subject: &'a Device,
+    oracle: &'a Device,
+    rows: &'a mut Vec<Row>,
+}
+
+impl Conform<'_> {
+    /// One case: oracle, subject, subject again.
+    pub(super) fn case(&mut self, info: &OpInfo, case: &'static str, tier: Tier, bf16: bool, body: CaseBody<'_>) -> Result<()> {
+        if tier == Tier::Real {
+            return Ok(());
+        }
+        let want = collect(self.oracle, body)?;
+        let first = collect(self.subject, body)?;
+        let second = collect(self.subject, body)?;
+        let tolerance = info.tolerance.unwrap_or(if bf16 { Tolerance::BF16 } else { Tolerance::F32 });
+        let verdict = judge(&want, &first, &second, tolerance);
+        self.rows.push(Row { op: info.name, case, backend: self.subject.kind(), verdict });
+        Ok(())
+    }
+}
+
+fn judge(want: &[Named], first: &[Named], second: &[Named], tolerance: Tolerance) -> Verdict {
+    let mut worst: Option<Comparison> = None;
+    for ((w, f), s) in want.iter().zip(first).zip(second) {
+        let result = compare(&f.values, &w.values, tolerance);
+        if !result.pass {
+            return Verdict::Fail(format!(
+                "{}: worst {:.2} of its bound at element {}, rel rms {:.2e} (bound {:.0e})",
+                w.name, result.worst, result.worst_index, result.rel_rms, tolerance.rms
+            ));
+        }
+        if f.values.iter().zip(&s.values).any(|(a, b)| a.to_bits() != b.to_bits()) {
+            return Verdict::Fail(format!("{}: a second run gave other bits", w.name));
+        }
+        if worst.is_none_or(|held| result.worst > held.worst) {
+            worst = Some(result);
+        }
+    }
+    match worst {
+        Some(result) if want.len() == first.len() => Verdict::Ok(result),
+        _ => Verdict::Fail("outputs differ in number".into()),
+    }
+}
+
+struct Named {
+    name: String,
+    values: Vec<f32>,
+}
+
+fn collect(device: &Device, body: CaseBody<'_>) -> Result<Vec<Named>> {
+    let mut io = Io { device, results: Vec::new() };
+    body(&mut io)?;
+    Ok(io.results)
+}
+
+/// Inputs and outputs of one conformance run.
+pub struct Io<'a> {
+    device: &'a Device,
+    results: Vec<Named>,
+}
+
+impl Io<'_> {
+    pub(super) fn device(&self) -> &Device {
+        self.device
+    }
+
+    pub(super) fn draw(&self, case: &str, name: &str, shape: &[usize], fill: Fill) -> Result<Tensor> {
+        let len = shape.iter().product();
+        Tensor::from_f32(self.device, shape, &draw_f32(case, name, len, fill))
+    }
+
+    pub(super) fn draw_i32(&self, case: &str, name: &str, shape: &[usize], fill: Fill) -> Result<Tensor> {
+        let len = shape.iter().product();
+        Tensor::from_i32(self.device, shape, &draw_i32(case, name, len, fill))
+    }
+
+    pub(super) fn stored(&self, t: Tensor, bf16: bool) -> Result<Tensor> {
+        if bf16 { t.to_bf16() } else { Ok(t) }
+    }
+
+    pub(super) fn result(&mut self, name: &str, t: &Tensor) -> Result<()> {
+        self.results.push(Named { name: name.to_string(), values: t.to_vec()? });
+        Ok(())
+    }
+}
+
+/// Runs every tiny case of the operators whose name contains `filter` on `subject`, in contract order.
+///
+/// Fresh buffers are poisoned with NaN, so an output that is not written completely fails.
+///
+/// # Errors
+/// When an entry point refuses a case: the contract and its cases disagree.
+pub fn conformance(subject: &Device, filter: &str) -> Result<Vec<Row>> {
+    let oracle = Device::oracle();
+    oracle.set_poison(true);
+    subject.set_poison(true);
+    let mut rows = Vec::new();
+    for (op, run) in super::generated::CONFORMANCE {
+        if op.contains(filter) {
+            run(&mut Conform { subject, oracle: &oracle, rows: &mut rows })?;
+        }
+    }
+    subject.set_poison(false);
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::{contracts::ln_modulate::Params, ln_modulate};
+
+    fn params() -> Params {
+        Params { shift: 0, scale: 1, eps: 1e-6 }
+    }
+
+    #[test]
+    fn errors_name_the_argument() {
+        let device = Device::cpu();
+        let x = Tensor::zeros(&device, &[2, 3, 4]).unwrap();
+        let m = Tensor::zeros(&device, &[4, 6, 4]).unwrap();
+        let message = ln_modulate(&x, &m, params()).err().unwrap().to_string();
+        assert_eq!(message, "ln_modulate: modulation: axis 0 does not fit; is [4, 6, 4]; must be [B, C, D] with B = 2 as in x");
+        let m = Tensor::zeros(&device, &[2, 6]).unwrap();
+        assert!(ln_modulate(&x, &m, params()).err().unwrap().to_string().contains("modulation: wrong rank"));
+        let m = Tensor::from_i32(&device, &[2, 6, 4], &[0; 48]).unwrap();
+        assert!(ln_modulate(&x, &m, params()).err().unwrap().to_string().contains("wrong dtype; is i32; must be f32"));
+        let other = Tensor::zeros(&Device::cpu(), &[2, 6, 4]).unwrap();
+        assert!(ln_modulate(&x, &other, params()).err().unwrap().to_string().contains("another device"));
+        let empty = Tensor::zeros(&device, &[0, 3, 4]).unwrap();
+        let m = Tensor::zeros(&device, &[0, 6, 4]).unwrap();
+        assert!(ln_modulate(&empty, &m, params()).err().unwrap().to_string().contains("empty tensor"));
+        let m = Tensor::zeros(&device, &[2, 1, 4]).unwrap();
+        assert!(ln_modulate(&x, &m, params()).err().unwrap().to_string().contains("two different rows"));
+    }
+
+    #[test]
+    fn a_wrong_output_is_a_failed_row() {
+        let want = [Named { name: "y".into(), values: vec![1.0, 2.0] }];
+        let wrong = [Named { name: "y".into(), values: vec![1.0, 2.1] }];
+        let nan = [Named { name: "y".into(), values: vec![1.0, f32::NAN] }];
+        assert!(matches!(judge(&want, &wrong, &wrong, Tolerance::F32), Verdict::Fail(_)));
+        assert!(matches!(judge(&want, &nan, &nan, Tolerance::F32), Verdict::Fail(_)));
+        assert!(matches!(judge(&want, &want, &wrong, Tolerance::F32), Verdict::Fail(_)));
+        assert!(matches!(judge(&want, &want, &want, Tolerance::F32), Verdict::Ok(_)));
+    }
+}

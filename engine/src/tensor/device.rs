@@ -1,0 +1,220 @@
+//! Devices and their memory pools.
+//!
+//! A device hands out buffers and takes them back: after the first step of a loop every request is met by a buffer
+//! of the same size that an earlier step returned, so the loop allocates nothing. Counters tell live and peak bytes.
+
+use super::{DType, Shape, Tensor};
+use crate::error::{Error, Result};
+use bytemuck::{Pod, Zeroable};
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What runs the operators.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// The fast CPU path.
+    Cpu,
+    /// The oracles: slow, exact, for comparison.
+    Oracle,
+    /// The CUDA kernels on an emulated GPU.
+    Emu,
+    /// The CUDA kernels on a GPU.
+    Cuda,
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DeviceKind::Cpu => "cpu",
+            DeviceKind::Oracle => "oracle",
+            DeviceKind::Emu => "emu",
+            DeviceKind::Cuda => "cuda",
+        })
+    }
+}
+
+/// One cache line: buffers are sequences of lines, so every tensor starts on a 64-byte boundary.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+// SAFETY: sixteen f32 in 64 bytes aligned to 64: no padding, and every bit pattern is a valid value.
+#[allow(unsafe_code)]
+unsafe impl Zeroable for Line {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Pod for Line {}
+
+/// Storage of a tensor.
+pub(crate) struct Buffer {
+    lines: Vec<Line>,
+    device: Device,
+}
+
+impl Buffer {
+    pub(crate) fn floats(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.lines)
+    }
+
+    pub(crate) fn floats_mut(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(&mut self.lines)
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Gives the buffer back to its pool if this was the last reference; the `Arc` itself is kept for reuse.
+    pub(crate) fn release(mut buffer: Arc<Buffer>) {
+        if Arc::get_mut(&mut buffer).is_some() {
+            let pool = Arc::clone(&buffer.device.0);
+            pool.live.fetch_sub(buffer.lines.len() * 64, Ordering::Relaxed);
+            pool.lock().entry(buffer.lines.len()).or_default().push(Recycled(buffer));
+        }
+    }
+}
+
+/// A buffer waiting in the pool. Its device handle points back at the pool, which is broken up by `Device::trim`
+/// or when the last outside handle goes.
+struct Recycled(Arc<Buffer>);
+
+struct Pool {
+    kind: DeviceKind,
+    free: Mutex<HashMap<usize, Vec<Recycled>>>,
+    live: AtomicUsize,
+    peak: AtomicUsize,
+    poison: AtomicBool,
+}
+
+impl Pool {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<usize, Vec<Recycled>>> {
+        // The map is whole between operations, so a panic elsewhere while it was held leaves it usable.
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Bytes held by tensors of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryStats {
+    /// Bytes of tensors alive now.
+    pub live: usize,
+    /// Largest value of `live` since the last [`Device::reset_peak`].
+    pub peak: usize,
+    /// Bytes waiting in the pool.
+    pub pooled: usize,
+}
+
+/// A handle on a device; clones share its memory pool.
+#[derive(Clone)]
+pub struct Device(Arc<Pool>);
+
+impl PartialEq for Device {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({})", self.0.kind)
+    }
+}
+
+impl Device {
+    fn host(kind: DeviceKind) -> Device {
+        Device(Arc::new(Pool {
+            kind,
+            free: Mutex::new(HashMap::new()),
+            live: AtomicUsize::new(0),
+            peak: AtomicUsize::new(0),
+            poison: AtomicBool::new(false),
+        }))
+    }
+
+    /// A new pool on the fast CPU path.
+    pub fn cpu() -> Device {
+        Device::host(DeviceKind::Cpu)
+    }
+
+    /// A new pool on the oracles.
+    pub fn oracle() -> Device {
+        Device::host(DeviceKind::Oracle)
+    }
+
+    /// What runs the operators of this device.
+    pub fn kind(&self) -> DeviceKind {
+        self.0.kind
+    }
+
+    /// Fills fresh f32 buffers with NaN, so that a value that is read before it is written shows. For tests.
+    pub fn set_poison(&self, on: bool) {
+        self.0.poison.store(on, Ordering::Relaxed);
+    }
+
+    /// An f32 tensor with unspecified values.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn empty(&self, shape: &[usize]) -> Result<Tensor> {
+        self.tensor(shape, DType::F32)
+    }
+
+    /// An i32 tensor with unspecified values.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn empty_i32(&self, shape: &[usize]) -> Result<Tensor> {
+        self.tensor(shape, DType::I32)
+    }
+
+    fn tensor(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let shape = Shape::new(shape)?;
+        Ok(Tensor::new(shape, dtype, self.buffer(shape, dtype)?))
+    }
+
+    pub(crate) fn buffer(&self, shape: Shape, dtype: DType) -> Result<Arc<Buffer>> {
+        let lines = (shape.len() * dtype.size()).div_ceil(64);
+        let recycled = self.0.lock().get_mut(&lines).and_then(Vec::pop);
+        let mut buffer = match recycled {
+            Some(Recycled(buffer)) => buffer,
+            None => self.allocate(lines)?,
+        };
+        if self.0.poison.load(Ordering::Relaxed) && let Some(buffer) = Arc::get_mut(&mut buffer) {
+            buffer.floats_mut().fill(f32::NAN);
+        }
+        let live = self.0.live.fetch_add(lines * 64, Ordering::Relaxed) + lines * 64;
+        self.0.peak.fetch_max(live, Ordering::Relaxed);
+        Ok(buffer)
+    }
+
+    fn allocate(&self, lines: usize) -> Result<Arc<Buffer>> {
+        let mut held: Vec<Line> = Vec::new();
+        held.try_reserve_exact(lines).map_err(|_| {
+            Error::failure(format!("{} memory", self.0.kind), "out of memory")
+                .is(format!("{} bytes requested, {} in use", lines * 64, self.memory().live))
+                .must("free memory")
+                .fix("use a smaller batch, --dtype bf16, or activation checkpointing")
+        })?;
+        held.resize(lines, Line::zeroed());
+        Ok(Arc::new(Buffer { lines: held, device: self.clone() }))
+    }
+
+    /// Live, peak and pooled bytes.
+    pub fn memory(&self) -> MemoryStats {
+        let pooled = self.0.lock().iter().map(|(lines, list)| lines * 64 * list.len()).sum();
+        MemoryStats { live: self.0.live.load(Ordering::Relaxed), peak: self.0.peak.load(Ordering::Relaxed), pooled }
+    }
+
+    /// Starts a new peak measurement at the current live bytes.
+    pub fn reset_peak(&self) {
+        self.0.peak.store(self.0.live.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    /// Frees the pooled buffers.
+    pub fn trim(&self) {
+        let pooled = std::mem::take(&mut *self.0.lock());
+        drop(pooled);
+    }
+}

@@ -1,0 +1,324 @@
+//! Tensors: a shape, a dtype and shared storage on a device. Always contiguous, row-major.
+//!
+//! Contiguity is an invariant, not a flag: operators that need a part of a tensor (a row of a modulation table, the
+//! q/k/v parts of a projection) take the whole and an index. Storage comes from the device's [`pool`](device) and
+//! returns to it when the last tensor that shares it is dropped.
+
+mod device;
+mod shape;
+
+pub use device::{Device, DeviceKind, MemoryStats};
+pub use shape::Shape;
+
+use crate::error::{Error, Result};
+use device::Buffer;
+use graft_kernels::Weight;
+use half::bf16;
+use std::fmt;
+use std::sync::Arc;
+
+/// Element type of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// 32-bit float.
+    F32,
+    /// bfloat16: weights only.
+    BF16,
+    /// 32-bit signed integer: labels and indices.
+    I32,
+}
+
+impl DType {
+    /// Bytes per element.
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 | DType::I32 => 4,
+            DType::BF16 => 2,
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DType::F32 => "f32",
+            DType::BF16 => "bf16",
+            DType::I32 => "i32",
+        })
+    }
+}
+
+/// A contiguous, row-major tensor. Cloning shares the storage; writing needs sole ownership.
+#[derive(Clone)]
+pub struct Tensor {
+    shape: Shape,
+    dtype: DType,
+    // None only while dropping.
+    buffer: Option<Arc<Buffer>>,
+}
+
+impl Drop for Tensor {
+    fn drop(&mut self) {
+        if let Some(buffer) = self.buffer.take() {
+            Buffer::release(buffer);
+        }
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tensor({} {} on {})", self.shape, self.dtype, self.device().kind())
+    }
+}
+
+impl Tensor {
+    pub(crate) fn new(shape: Shape, dtype: DType, buffer: Arc<Buffer>) -> Self {
+        Tensor { shape, dtype, buffer: Some(buffer) }
+    }
+
+    /// f32 values with a shape, on a device.
+    ///
+    /// # Errors
+    /// When the number of values is not the product of the dims, or memory runs out.
+    pub fn from_f32(device: &Device, shape: &[usize], values: &[f32]) -> Result<Tensor> {
+        let mut t = device.empty(shape)?;
+        copy_checked(t.shape, t.f32s_mut()?, values)?;
+        Ok(t)
+    }
+
+    /// i32 values with a shape, on a device.
+    ///
+    /// # Errors
+    /// As [`Tensor::from_f32`].
+    pub fn from_i32(device: &Device, shape: &[usize], values: &[i32]) -> Result<Tensor> {
+        let mut t = device.empty_i32(shape)?;
+        copy_checked(t.shape, t.i32s_mut()?, values)?;
+        Ok(t)
+    }
+
+    /// A tensor of zeros.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn zeros(device: &Device, shape: &[usize]) -> Result<Tensor> {
+        let mut t = device.empty(shape)?;
+        t.f32s_mut()?.fill(0.0);
+        Ok(t)
+    }
+
+    /// Shape.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// Size of one axis; 1 beyond the rank.
+    pub fn dim(&self, axis: usize) -> usize {
+        self.shape.dims().get(axis).copied().unwrap_or(1)
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.len()
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.dtype.size()
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Device that holds the storage.
+    pub fn device(&self) -> &Device {
+        self.buffer().device()
+    }
+
+    fn buffer(&self) -> &Arc<Buffer> {
+        match &self.buffer {
+            Some(buffer) => buffer,
+            None => unreachable!("the buffer is taken only by drop"),
+        }
+    }
+
+    /// The same values in another shape.
+    ///
+    /// # Errors
+    /// When the element counts differ.
+    pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
+        let shape = Shape::new(shape)?;
+        if shape.len() != self.len() {
+            return Err(Error::failure("reshape", "element counts differ").is(self.shape).must(format!("the size of {shape}")));
+        }
+        Ok(Tensor { shape, dtype: self.dtype, buffer: self.buffer.clone() })
+    }
+
+    /// f32 values in place.
+    ///
+    /// # Errors
+    /// When the dtype is another or the storage is not in host memory.
+    pub fn f32s(&self) -> Result<&[f32]> {
+        self.want(DType::F32)?;
+        Ok(&self.buffer().floats()[..self.len()])
+    }
+
+    /// i32 values in place.
+    ///
+    /// # Errors
+    /// As [`Tensor::f32s`].
+    pub fn i32s(&self) -> Result<&[i32]> {
+        self.want(DType::I32)?;
+        Ok(&bytemuck::cast_slice(self.buffer().floats())[..self.len()])
+    }
+
+    /// bf16 values in place.
+    ///
+    /// # Errors
+    /// As [`Tensor::f32s`].
+    pub fn bf16s(&self) -> Result<&[bf16]> {
+        self.want(DType::BF16)?;
+        Ok(&bytemuck::cast_slice(self.buffer().floats())[..self.len()])
+    }
+
+    /// The values as a weight, in whichever type they are stored.
+    ///
+    /// # Errors
+    /// When the dtype is an integer.
+    pub fn weight(&self) -> Result<Weight<'_, f32>> {
+        Ok(match self.dtype {
+            DType::BF16 => Weight::Bf16(self.bf16s()?),
+            _ => Weight::Native(self.f32s()?),
+        })
+    }
+
+    /// Mutable f32 values.
+    ///
+    /// # Errors
+    /// When the dtype is another, or another tensor shares the storage.
+    pub fn f32s_mut(&mut self) -> Result<&mut [f32]> {
+        self.want(DType::F32)?;
+        let len = self.len();
+        Ok(&mut self.floats_mut()?[..len])
+    }
+
+    /// Mutable i32 values.
+    ///
+    /// # Errors
+    /// As [`Tensor::f32s_mut`].
+    pub fn i32s_mut(&mut self) -> Result<&mut [i32]> {
+        self.want(DType::I32)?;
+        let len = self.len();
+        Ok(&mut bytemuck::cast_slice_mut(self.floats_mut()?)[..len])
+    }
+
+    fn floats_mut(&mut self) -> Result<&mut [f32]> {
+        let shape = self.shape;
+        match self.buffer.as_mut().and_then(Arc::get_mut) {
+            Some(buffer) => Ok(buffer.floats_mut()),
+            None => Err(Error::failure(format!("tensor {shape}"), "written while another tensor shares its storage")
+                .fix("write to a copy (Tensor::copy)")),
+        }
+    }
+
+    /// Whether this tensor alone owns its storage, so that it may be written in place.
+    pub fn is_unique(&mut self) -> bool {
+        self.buffer.as_mut().is_some_and(|b| Arc::get_mut(b).is_some())
+    }
+
+    fn want(&self, dtype: DType) -> Result<()> {
+        if self.dtype == dtype {
+            return Ok(());
+        }
+        Err(Error::failure(format!("tensor {}", self.shape), "wrong dtype").is(self.dtype).must(dtype))
+    }
+
+    /// A copy in fresh storage on the same device.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn copy(&self) -> Result<Tensor> {
+        let mut buffer = self.device().buffer(self.shape, self.dtype)?;
+        if let Some(target) = Arc::get_mut(&mut buffer) {
+            let words = (self.bytes()).div_ceil(4);
+            target.floats_mut()[..words].copy_from_slice(&self.buffer().floats()[..words]);
+        }
+        Ok(Tensor::new(self.shape, self.dtype, buffer))
+    }
+
+    /// The values rounded to bf16 (ties to even).
+    ///
+    /// # Errors
+    /// When the dtype is not f32, or memory runs out.
+    pub fn to_bf16(&self) -> Result<Tensor> {
+        let source = self.f32s()?;
+        let mut buffer = self.device().buffer(self.shape, DType::BF16)?;
+        if let Some(target) = Arc::get_mut(&mut buffer) {
+            let target: &mut [bf16] = bytemuck::cast_slice_mut(target.floats_mut());
+            target.iter_mut().zip(source).for_each(|(t, s)| *t = bf16::from_f32(*s));
+        }
+        Ok(Tensor::new(self.shape, DType::BF16, buffer))
+    }
+
+    /// All values as f32 on the host, whatever the dtype.
+    ///
+    /// # Errors
+    /// When the storage cannot be read.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        Ok(match self.dtype {
+            DType::F32 => self.f32s()?.to_vec(),
+            DType::BF16 => self.bf16s()?.iter().map(|v| v.to_f32()).collect(),
+            DType::I32 => self.i32s()?.iter().map(|&v| v as f32).collect(),
+        })
+    }
+}
+
+fn copy_checked<T: Copy>(shape: Shape, target: &mut [T], values: &[T]) -> Result<()> {
+    if target.len() != values.len() {
+        return Err(Error::failure("tensor", "number of values does not match the shape")
+            .is(format!("{} values", values.len()))
+            .must(format!("{} for {shape}", target.len())));
+    }
+    target.copy_from_slice(values);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writing_shared_storage_is_refused() {
+        let device = Device::cpu();
+        let mut a = Tensor::from_f32(&device, &[2], &[1.0, 2.0]).unwrap();
+        let b = a.clone();
+        assert!(a.f32s_mut().unwrap_err().to_string().contains("shares its storage"));
+        drop(b);
+        a.f32s_mut().unwrap()[0] = 5.0;
+        assert_eq!(a.f32s().unwrap(), [5.0, 2.0]);
+    }
+
+    #[test]
+    fn storage_is_recycled() {
+        let device = Device::cpu();
+        let first = device.empty(&[100]).unwrap();
+        let address = first.f32s().unwrap().as_ptr();
+        drop(first);
+        let second = device.empty(&[10, 10]).unwrap();
+        assert_eq!(second.f32s().unwrap().as_ptr(), address);
+        assert_eq!(device.memory().live, second.bytes().next_multiple_of(64));
+    }
+
+    #[test]
+    fn bf16_rounds_to_even() {
+        let device = Device::cpu();
+        let t = Tensor::from_f32(&device, &[2], &[1.0, 1.0 + 1.0 / 256.0]).unwrap();
+        assert_eq!(t.to_bf16().unwrap().to_vec().unwrap(), [1.0, 1.0]);
+    }
+}
