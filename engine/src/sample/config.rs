@@ -23,11 +23,8 @@ pub struct SolverConfig {
 /// Fields that must have the one supported value: name, and the supported values; the first is the class default.
 type Fixed = [(&'static str, &'static [&'static str])];
 
-const COMMON: &Fixed = &[
-    ("prediction_type", &["\"epsilon\""]),
-    ("thresholding", &["false"]),
-    ("rescale_betas_zero_snr", &["false"]),
-];
+const COMMON: &Fixed =
+    &[("prediction_type", &["\"epsilon\""]), ("thresholding", &["false"]), ("rescale_betas_zero_snr", &["false"])];
 const DPM: &Fixed = &[
     ("algorithm_type", &["\"dpmsolver++\""]),
     ("solver_order", &["2"]),
@@ -46,7 +43,7 @@ const DDIM: &Fixed = &[
 
 /// Fields without influence on the supported settings. The last-step switches of DPM-Solver++ are among them because
 /// the step onto zero noise is of first order in any case; `steps_offset` only matters to other spacings there.
-const IGNORED: [&str; 10] = [
+const IGNORED: [&str; 8] = [
     "dynamic_thresholding_ratio",
     "sample_max_value",
     "clip_sample_range",
@@ -55,10 +52,9 @@ const IGNORED: [&str; 10] = [
     "steps_offset",
     "flow_shift",
     "time_shift_type",
-    "beta_schedule", // read with the betas
-    "num_train_timesteps",
 ];
-const BETAS: [&str; 3] = ["beta_start", "beta_end", "trained_betas"];
+/// Fields that make up the noise schedule; checked where they are read.
+const SCHEDULE: [&str; 5] = ["beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "trained_betas"];
 
 impl SolverConfig {
     /// Reads a `DPMSolverMultistepScheduler` or `DDIMScheduler` configuration.
@@ -96,10 +92,8 @@ fn check_field(name: &str, value: &Value, tables: &[&Fixed]) -> Result<()> {
     let place = || format!("{PLACE}: {name}");
     match known {
         Some((_, supported)) if supported.contains(&value.to_string().as_str()) => Ok(()),
-        Some((_, supported)) => {
-            Err(Error::usage(place(), "unsupported value").is(value).must(supported.join(" or ")))
-        }
-        None if IGNORED.contains(&name) || BETAS.contains(&name) => Ok(()),
+        Some((_, supported)) => Err(Error::usage(place(), "unsupported value").is(value).must(supported.join(" or "))),
+        None if IGNORED.contains(&name) || SCHEDULE.contains(&name) => Ok(()),
         None if matches!(value, Value::Null | Value::Bool(false)) => Ok(()),
         None => Err(Error::usage(place(), "unknown setting").is(value).must("absent, null or false")),
     }
@@ -110,9 +104,9 @@ fn schedule(fields: &Map<String, Value>) -> Result<Schedule> {
         let value = fields.get(name).unwrap_or(&Value::Null);
         match value {
             Value::Null => Ok(default),
-            _ => value.as_f64().ok_or_else(|| {
-                Error::usage(format!("{PLACE}: {name}"), "not a number").is(value).must("a number")
-            }),
+            _ => value
+                .as_f64()
+                .ok_or_else(|| Error::usage(format!("{PLACE}: {name}"), "not a number").is(value).must("a number")),
         }
     };
     if let Some(betas) = fields.get("trained_betas").filter(|betas| !betas.is_null()) {
@@ -128,7 +122,9 @@ fn schedule(fields: &Map<String, Value>) -> Result<Schedule> {
     }
     let count = fields.get("num_train_timesteps").cloned().unwrap_or_else(|| json!(1000));
     let timesteps = count.as_u64().filter(|n| (1..=MOST_TIMESTEPS).contains(n)).ok_or_else(|| {
-        Error::usage(format!("{PLACE}: num_train_timesteps"), "out of range").is(&count).must(format!("1 to {MOST_TIMESTEPS}"))
+        Error::usage(format!("{PLACE}: num_train_timesteps"), "out of range")
+            .is(&count)
+            .must(format!("1 to {MOST_TIMESTEPS}"))
     })?;
     Schedule::linear(number("beta_start", 1e-4)?, number("beta_end", 0.02)?, timesteps as usize)
         .map_err(|e| e.context(PLACE))

@@ -29,8 +29,12 @@ impl Case {
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let view = tensors.tensor(name).unwrap();
         match view.dtype() {
-            Dtype::F32 => view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()).into()).collect(),
-            Dtype::I64 => view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f64).collect(),
+            Dtype::F32 => {
+                view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()).into()).collect()
+            }
+            Dtype::I64 => {
+                view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f64).collect()
+            }
             other => panic!("{name}: unexpected dtype {other:?}"),
         }
     }
@@ -63,7 +67,8 @@ pub fn numbers(value: &Value) -> Vec<f64> {
 #[track_caller]
 pub fn assert_close(name: &str, got: &[f64], want: &[f64], (max_abs, rel_l2): (f64, f64)) {
     assert_eq!(got.len(), want.len(), "{name}: length");
-    let largest = got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0, |m: f64, d| if d > m || d.is_nan() { d } else { m });
+    let largest =
+        got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0, |m: f64, d| if d > m || d.is_nan() { d } else { m });
     let distance: f64 = got.iter().zip(want).map(|(g, w)| (g - w) * (g - w)).sum();
     let norm: f64 = want.iter().map(|w| w * w).sum();
     let relative = (distance / norm).sqrt();

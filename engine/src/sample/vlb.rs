@@ -37,7 +37,9 @@ impl LossCoefs {
     /// A failure when `t` is not a timestep of the schedule.
     pub fn new(schedule: &Schedule, t: usize) -> Result<Self> {
         if t >= schedule.len() {
-            return Err(Error::failure("training loss", "timestep out of range").is(t).must(format!("0 to {}", schedule.len() - 1)));
+            return Err(Error::failure("training loss", "timestep out of range")
+                .is(t)
+                .must(format!("0 to {}", schedule.len() - 1)));
         }
         let (beta, alpha_bar) = (schedule.beta(t), schedule.alpha_bar(t));
         let sigma = (1.0 - alpha_bar).sqrt();
@@ -273,7 +275,11 @@ mod tests {
                     let mut grad = [f64::NAN; 2];
                     backward(&coefs, &[x0], &[noise], &[eps, v], 1.0, &mut grad).unwrap();
                     let slope = (value(v + 1e-5) - value(v - 1e-5)) / 2e-5;
-                    assert!((grad[1] - slope).abs() < 1e-6 * slope.abs().max(1e-2), "{t} {x0} {v}: {} {slope}", grad[1]);
+                    assert!(
+                        (grad[1] - slope).abs() < 1e-6 * slope.abs().max(1e-2),
+                        "{t} {x0} {v}: {} {slope}",
+                        grad[1]
+                    );
                     assert!((grad[0] - 2.0 * (eps - noise)).abs() < 1e-12);
                 }
             }
