@@ -5,7 +5,7 @@
 //! Key = seed (low word first); counter = (block low, block high, stream low, stream high).
 //!
 //! # Standard normals, bit by bit
-//! Element i of a stream is number i mod 4 of block i / 4. Words (a, b) give numbers 0 and 1, words (c, d) numbers 2, 3:
+//! Element i of a stream is number i mod 4 of block i / 4. Words (a, b) give numbers 0 and 1, words (c, d) 2 and 3:
 //! with p = 2·(a >> 9) + 1 and q = 2·(b >> 9) + 1 (odd, below 2^24, so both are exact in f32), u = p·2^-24 and
 //! w = q·2^-24, the pair is √(-2 ln u)·cos 2πw, √(-2 ln u)·sin 2πw. Hence |z| ≤ √(48 ln 2) = 5.768.
 //! Every operation is an f32 add, subtract, multiply, divide or square root, rounded to nearest even and never

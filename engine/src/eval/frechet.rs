@@ -62,7 +62,7 @@ impl Moments {
         Moments { mean, covariance }
     }
 
-    /// Moments from stored numbers: `mean` [D], `covariance` [D, D].
+    /// Moments from stored numbers: `mean` of D values, `covariance` of D·D, row-major.
     ///
     /// # Errors
     /// A failure when the sizes do not fit, a value is not finite, a variance is negative or the covariance is not
@@ -93,12 +93,12 @@ impl Moments {
         Ok(Moments { mean, covariance })
     }
 
-    /// The mean, [D].
+    /// The mean: D values.
     pub fn mean(&self) -> &[f64] {
         &self.mean
     }
 
-    /// The covariance, [D, D].
+    /// The covariance: D·D values, row-major.
     pub fn covariance(&self) -> &[f64] {
         &self.covariance
     }

@@ -1,4 +1,5 @@
-//! Reader of a `scheduler_config.json` in the diffusers layout: accepts what the engine computes exactly, refuses the rest.
+//! Reader of a `scheduler_config.json` in the diffusers layout: accepts what the engine computes exactly, refuses
+//! the rest.
 //!
 //! Missing fields take the defaults of the scheduler class. JSON has no infinities, so the reader of the file must
 //! turn the literal `-Infinity` (found in released files) into null or the string "-Infinity" first.

@@ -50,7 +50,11 @@ pub(crate) fn check_count(place: &str, n: usize, limit: usize) -> Result<()> {
     if (1..=limit).contains(&n) {
         return Ok(());
     }
-    Err(Error::usage(place, "wrong number of steps").is(n).must(format!("1 to {limit}")))
+    let error = Error::usage(place, "wrong number of steps").is(n);
+    Err(match limit {
+        0 => error.must("at least 1, which needs a schedule with more timesteps"),
+        _ => error.must(format!("1 to {limit}")),
+    })
 }
 
 fn strided(n: usize, total: usize) -> Result<Vec<usize>> {

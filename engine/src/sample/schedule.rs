@@ -112,7 +112,7 @@ impl Schedule {
 
     /// Keeps only the timesteps that `respacing` selects.
     ///
-    /// The new betas are β'_k = 1 - ᾱ[map_k] / ᾱ[map_{k-1}], so that ᾱ is unchanged at every kept timestep
+    /// The new betas are `β'_k = 1 - ᾱ[map_k] / ᾱ[map_{k-1}]`, so that ᾱ is unchanged at every kept timestep
     /// (Improved DDPM, arXiv 2102.09672).
     ///
     /// # Errors

@@ -131,7 +131,8 @@ impl FromStr for Sampler {
 
 impl Sampler {
     /// The trajectory of `steps` model evaluations. DDPM spreads them over the whole range ("250"), DDIM uses an
-    /// integer stride ("ddim50", which is the "leading" spacing of diffusers where `steps` divides T); for other respacings see [`Plan::ddpm`] and [`Plan::ddim`].
+    /// integer stride ("ddim50", which is the "leading" spacing of diffusers where `steps` divides T); for other
+    /// respacings see [`Plan::ddpm`] and [`Plan::ddim`].
     ///
     /// # Errors
     /// A usage error when `steps` is 0 or more than the schedule offers this sampler, or `eta` is out of range.
