@@ -4,9 +4,10 @@
 //! Everything here works on plain slices: this crate knows nothing of tensors, models or devices. Shapes are
 //! checked by the engine's generated entry points before a call; lengths are therefore trusted here.
 
+pub mod check;
 #[rustfmt::skip]
 pub mod generated;
-pub mod check;
+pub mod rng;
 pub mod simd;
 
 pub mod gate_residual;

@@ -1,1 +1,20 @@
-//! Noise schedules, samplers and the sampling loop.
+//! Noise schedules, samplers and the terms of the training loss.
+//!
+//! Everything here is plain mathematics on numbers and slices: [`schedule`] owns the betas, [`solver`] turns a sampler
+//! and a step count into the coefficients of every step, [`update`] is the reference of the fused update that consumes
+//! them, [`vlb`] the reference of the fused loss. Coefficients are always derived in f64.
+
+pub mod ancestral;
+pub mod config;
+pub mod dpm;
+pub mod real;
+pub mod respacing;
+pub mod schedule;
+pub mod solver;
+pub mod update;
+pub mod vlb;
+
+pub use graft_kernels::rng;
+
+#[cfg(test)]
+pub(crate) mod golden;
