@@ -160,6 +160,16 @@ impl Tensor {
         Ok(Tensor { shape, dtype: self.dtype, buffer: self.buffer.clone() })
     }
 
+    /// [`Tensor::reshape`] by move, so that sole ownership is kept.
+    ///
+    /// # Errors
+    /// When the element counts differ.
+    pub fn into_shape(mut self, shape: &[usize]) -> Result<Tensor> {
+        let reshaped = self.reshape(shape)?.shape;
+        self.shape = reshaped;
+        Ok(self)
+    }
+
     /// f32 values in place.
     ///
     /// # Errors
