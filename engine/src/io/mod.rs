@@ -20,11 +20,15 @@
 //! Every reader treats its bytes as hostile: no length that a file states is believed before it is compared with
 //! the bytes that are there, and no input makes a reader panic. Every writer is atomic and deterministic.
 
+pub mod archive;
 pub mod atomic;
 pub mod dtype;
 pub mod files;
 pub mod hash;
 pub mod json;
 pub mod map;
+pub mod pickle;
 pub mod safetensors;
+pub mod torch_zip;
+mod unpickle;
 pub mod weights;
