@@ -1,12 +1,12 @@
-//! Zip archives whose entries are stored without compression, as `torch.save` writes them: every entry is a byte range
-//! of the mapped file, so weights are read in place.
+//! Zip archives as byte ranges of a mapped file, so that weights are read in place: `torch.save` stores its entries
+//! without compression. A compressed entry may be in the archive but is refused when it is read.
 
 use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::ops::Range;
 
 use flate2::Crc;
-use zip::ZipArchive;
+use zip::{CompressionMethod, ZipArchive};
 
 use crate::error::{Error, Result};
 use crate::io::files::printable;
@@ -14,12 +14,16 @@ use crate::io::files::printable;
 const FIX_DAMAGED: &str = "the file is damaged or incomplete: download or save it again";
 
 #[derive(Debug)]
-struct Entry {
-    range: Range<usize>,
-    crc32: u32,
+enum Entry {
+    Stored {
+        range: Range<usize>,
+        crc32: u32,
+    },
+    /// Compressed or encrypted, by the method of this name.
+    Packed(String),
 }
 
-/// The entries of an uncompressed zip archive over the bytes `B`.
+/// The directory of a zip archive over the bytes `B`, whose stored entries can be read.
 #[derive(Debug)]
 pub struct StoredZip<B: AsRef<[u8]>> {
     place: String,
@@ -31,7 +35,7 @@ impl<B: AsRef<[u8]>> StoredZip<B> {
     /// Reads the archive's directory; `place` names it in errors.
     ///
     /// # Errors
-    /// "damaged zip archive" when the directory cannot be read, "compressed zip entry" when an entry is not stored.
+    /// "damaged zip archive" when the directory cannot be read.
     pub fn parse(place: &str, bytes: B) -> Result<Self> {
         let damaged = |why: String| {
             Error::failure(place, "damaged zip archive")
@@ -45,15 +49,16 @@ impl<B: AsRef<[u8]>> StoredZip<B> {
         for position in 0..archive.len() {
             let file = archive.by_index_raw(position).map_err(|e| damaged(e.to_string()))?;
             let name = String::from_utf8(file.name_raw().to_vec()).map_err(|_| damaged("an entry name".into()))?;
-            if file.encrypted() || file.compression() != zip::CompressionMethod::Stored {
-                return Err(Error::failure(format!("{place}: {}", printable(&name)), "compressed zip entry")
-                    .is(file.compression())
-                    .must("stored without compression or encryption")
-                    .fix("save the file with torch.save, or pack it again without compression"));
-            }
-            let range = file.data_start().and_then(|start| stored_range(start, file.size(), all.len()));
-            let range = range.ok_or_else(|| damaged(format!("entry {name} lies outside the file")))?;
-            entries.insert(name, Entry { range, crc32: file.crc32() });
+            let entry = if file.encrypted() {
+                Entry::Packed("encrypted".into())
+            } else if file.compression() != CompressionMethod::Stored {
+                Entry::Packed(file.compression().to_string())
+            } else {
+                let range = file.data_start().and_then(|start| stored_range(start, file.size(), all.len()));
+                let range = range.ok_or_else(|| damaged(format!("entry {name} lies outside the file")))?;
+                Entry::Stored { range, crc32: file.crc32() }
+            };
+            entries.insert(name, entry);
         }
         Ok(StoredZip { place: place.to_owned(), bytes, entries })
     }
@@ -68,28 +73,43 @@ impl<B: AsRef<[u8]>> StoredZip<B> {
         self.entries.keys().map(String::as_str)
     }
 
-    /// Length of the entry called `name` in bytes, if there is one.
+    /// Whether there is an entry called `name`, stored or not.
+    pub fn contains(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    /// Length in bytes of the stored entry called `name`, if there is one.
     pub fn len_of(&self, name: &str) -> Option<usize> {
-        self.entries.get(name).map(|entry| entry.range.len())
+        match self.entries.get(name)? {
+            Entry::Stored { range, .. } => Some(range.len()),
+            Entry::Packed(_) => None,
+        }
     }
 
     /// The bytes of the entry called `name`, after checking their CRC-32. Their alignment is arbitrary.
     ///
     /// # Errors
-    /// "missing zip entry", or "damaged zip entry" when the checksum differs.
+    /// "missing zip entry", "compressed zip entry", or "damaged zip entry" when the checksum differs.
     pub fn get(&self, name: &str) -> Result<&[u8]> {
         let place = || format!("{}: {}", self.place, printable(name));
-        let Some(entry) = self.entries.get(name) else {
-            return Err(Error::failure(place(), "missing zip entry").fix(FIX_DAMAGED));
+        let (range, crc32) = match self.entries.get(name) {
+            Some(Entry::Stored { range, crc32 }) => (range.clone(), *crc32),
+            Some(Entry::Packed(method)) => {
+                return Err(Error::failure(place(), "compressed zip entry")
+                    .is(method)
+                    .must("stored without compression or encryption")
+                    .fix("save the file with torch.save, or pack it again without compression"));
+            }
+            None => return Err(Error::failure(place(), "missing zip entry").fix(FIX_DAMAGED)),
         };
         // In range: `stored_range` compared the end with the archive's length.
-        let bytes = &self.bytes.as_ref()[entry.range.clone()];
+        let bytes = &self.bytes.as_ref()[range];
         let mut crc = Crc::new();
         crc.update(bytes);
-        if crc.sum() != entry.crc32 {
+        if crc.sum() != crc32 {
             return Err(Error::failure(place(), "damaged zip entry")
                 .is(format!("CRC-32 {:08x}", crc.sum()))
-                .must(format!("{:08x}", entry.crc32))
+                .must(format!("{:08x}", crc32))
                 .fix(FIX_DAMAGED));
         }
         Ok(bytes)
@@ -104,7 +124,7 @@ fn stored_range(start: u64, size: u64, available: usize) -> Option<Range<usize>>
 
 /// A zip archive of stored entries, for unit tests.
 #[cfg(test)]
-pub(crate) fn stored_zip(entries: &[(&str, &[u8])], compression: zip::CompressionMethod) -> Vec<u8> {
+pub(crate) fn stored_zip(entries: &[(&str, &[u8])], compression: CompressionMethod) -> Vec<u8> {
     use std::io::Write;
     let mut writer = zip::ZipWriter::new(Cursor::new(Vec::new()));
     for (name, bytes) in entries {
@@ -139,6 +159,8 @@ mod tests {
         assert_eq!(zip.get("a/x").unwrap_err().problem(), "damaged zip entry");
         assert_eq!(StoredZip::parse("f", &bytes[..at]).unwrap_err().problem(), "damaged zip archive");
         let packed = stored_zip(&[("a/x", b"hello")], Deflated);
-        assert_eq!(StoredZip::parse("f", packed).unwrap_err().problem(), "compressed zip entry");
+        let zip = StoredZip::parse("f", packed).unwrap();
+        assert_eq!((zip.contains("a/x"), zip.len_of("a/x")), (true, None));
+        assert_eq!(zip.get("a/x").unwrap_err().problem(), "compressed zip entry");
     }
 }

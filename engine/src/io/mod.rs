@@ -22,13 +22,21 @@
 
 pub mod archive;
 pub mod atomic;
+pub mod datasets;
 pub mod dtype;
 pub mod files;
+pub mod font;
+pub mod grid;
 pub mod hash;
+pub mod inception;
 pub mod json;
+pub mod jsonl;
 pub mod map;
 pub mod pickle;
+pub mod png;
 pub mod safetensors;
+mod tensor_header;
 pub mod torch_zip;
 mod unpickle;
+mod unpickle_globals;
 pub mod weights;

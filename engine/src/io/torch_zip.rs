@@ -63,7 +63,7 @@ impl<B: AsRef<[u8]>> TorchFile<B> {
         let prefix = name[..name.len() - PICKLE.len()].to_owned();
         let order = format!("{prefix}byteorder");
         // Files from before torch 2.1 do not state it and are little-endian.
-        if zip.len_of(&order).is_some() && zip.get(&order)? != b"little" {
+        if zip.contains(&order) && zip.get(&order)? != b"little" {
             return Err(Error::failure(place, "big-endian checkpoint")
                 .must("little-endian")
                 .fix("save it again on a little-endian machine, or as safetensors"));
