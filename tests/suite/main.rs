@@ -1,1 +1,4 @@
-//! s
+//! The test suites.
+
+mod fuzz;
+mod golden_io;

@@ -1,1 +1,42 @@
 //! File formats: the only room that touches files.
+//!
+//! | module | for |
+//! |---|---|
+//! | [`files`] | reading whole small files, listing folders |
+//! | [`map`] | read-only memory maps of large files |
+//! | [`atomic`] | all-or-nothing writing, writable-folder check, run-folder lock |
+//! | [`dtype`] | element types on disk and their conversion to `f32` and `i64` |
+//! | [`safetensors`] | one safetensors file: strict reader, deterministic writer |
+//! | [`weights`] | a model folder's weights: one safetensors file or its shards |
+//! | [`json`] | JSON as Python writes it |
+//! | [`archive`] | uncompressed zip archives as byte ranges of a map |
+//! | [`pickle`], [`torch_zip`] | `torch.save` checkpoints, read without executing anything |
+//! | [`png`], [`grid`], [`font`] | pictures, labelled contact sheets |
+//! | [`datasets`] | Fashion-MNIST, MNIST and CIFAR-10 |
+//! | [`inception`] | the raw weights of the metric network |
+//! | [`hash`] | SHA-256 |
+//! | [`jsonl`] | append-only logs, one JSON object per line |
+//!
+//! Every reader treats its bytes as hostile: no length that a file states is believed before it is compared with
+//! the bytes that are there, and no input makes a reader panic. Every writer is atomic and deterministic.
+
+pub mod archive;
+pub mod atomic;
+pub mod datasets;
+pub mod dtype;
+pub mod files;
+pub mod font;
+pub mod grid;
+pub mod hash;
+pub mod inception;
+pub mod json;
+pub mod jsonl;
+pub mod map;
+pub mod pickle;
+pub mod png;
+pub mod safetensors;
+mod tensor_header;
+pub mod torch_zip;
+mod unpickle;
+mod unpickle_globals;
+pub mod weights;

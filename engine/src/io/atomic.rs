@@ -1,0 +1,196 @@
+//! All-or-nothing writing: a reader sees the old file or the complete new one, whatever happens in between.
+//!
+//! New content goes to a temporary file in the same folder (renaming across file systems is not atomic), is flushed
+//! to the disk, and takes the target's name in one step; then the folder's entry is flushed too.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, BufWriter, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::error::{Error, Result};
+use crate::io::files;
+
+/// Makes temporary names of one process differ from each other.
+static COUNTER: AtomicU64 = AtomicU64::new(0);
+
+/// Writes a file through `fill`, all or nothing.
+///
+/// On any error, a full disk included, the old file is untouched and nothing temporary is left behind.
+///
+/// # Errors
+/// When the folder is missing or not writable, the disk is full, or `fill` fails.
+pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    let folder = folder_of(path);
+    let temporary = temporary_name(path, &folder);
+    let result = fill_and_rename(path, &folder, &temporary, fill);
+    if result.is_err() {
+        // Best effort: the write error is the one worth reporting.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    result.map_err(|e| Error::io(path, "write", &e))
+}
+
+/// [`write_atomic`] of bytes that are already complete.
+///
+/// # Errors
+/// As [`write_atomic`].
+pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomic(path, |w| w.write_all(bytes))
+}
+
+fn fill_and_rename(
+    path: &Path,
+    folder: &Path,
+    temporary: &Path,
+    fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).create_new(true).open(temporary)?;
+    let mut buffered = BufWriter::with_capacity(1 << 18, file);
+    fill(&mut buffered)?;
+    let file = buffered.into_inner().map_err(|e| e.into_error())?;
+    file.sync_all()?;
+    drop(file);
+    std::fs::rename(temporary, path)?;
+    sync_folder(folder)
+}
+
+/// Makes a rename durable. Only Unix lets a folder be opened and flushed.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
+}
+
+fn folder_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}
+
+fn temporary_name(path: &Path, folder: &Path) -> PathBuf {
+    let serial = COUNTER.fetch_add(1, Ordering::Relaxed);
+    folder.join(format!(".{}.{}-{serial}.tmp", files::file_name(path), std::process::id()))
+}
+
+/// Creates a folder (and its parents) if need be and proves that files can be written in it, so that a long run
+/// fails before it starts rather than at its first checkpoint.
+///
+/// # Errors
+/// When the folder cannot be created or written to.
+pub fn ensure_writable_dir(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, "create the folder", &e))?;
+    let probe = temporary_name(Path::new("probe"), dir);
+    let written = File::create_new(&probe).and_then(|mut file| file.write_all(b"probe"));
+    let removed = std::fs::remove_file(&probe);
+    written.and(removed).map_err(|e| Error::io(dir, "write into the folder", &e))
+}
+
+/// Exclusive use of a run folder by one process, for as long as the value lives.
+///
+/// The lock belongs to the open file, so the system releases it even when the process is killed. The lock file
+/// itself stays: deleting it would let two processes lock two different files of the same name.
+#[derive(Debug)]
+pub struct RunLock {
+    _file: File,
+}
+
+impl RunLock {
+    /// File inside the run folder that carries the lock and the owner's process id.
+    pub const FILE: &str = ".lock";
+
+    /// Locks the existing folder `dir`.
+    ///
+    /// # Errors
+    /// "run folder is in use" naming the other process, or an I/O error.
+    pub fn acquire(dir: &Path) -> Result<Self> {
+        let path = dir.join(Self::FILE);
+        let wrap = |action, e: io::Error| Error::io(&path, action, &e);
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(|e| wrap("open the lock file", e))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::Error(e)) => return Err(wrap("lock", e)),
+            Err(TryLockError::WouldBlock) => {
+                let mut owner = String::new();
+                // Only for the message: an unreadable owner must not hide that the folder is in use.
+                let _ = file.take(20).read_to_string(&mut owner);
+                let owner = if owner.trim().is_empty() { "unknown" } else { owner.trim() };
+                return Err(Error::failure(dir.display().to_string(), "run folder is in use")
+                    .is(format!("locked by process {owner}"))
+                    .must("used by one process at a time")
+                    .fix("wait for that process, stop it, or choose another folder"));
+            }
+        }
+        let stamp = |file: &mut File| {
+            file.set_len(0)?;
+            file.rewind()?;
+            write!(file, "{}", std::process::id())
+        };
+        stamp(&mut file).map_err(|e| wrap("write the lock file", e))?;
+        Ok(RunLock { _file: file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::files::test_dir;
+
+    #[test]
+    fn replaces_content_and_leaves_nothing_else() {
+        let dir = test_dir("atomic");
+        let path = dir.join("a.bin");
+        write_bytes(&path, b"one").unwrap();
+        write_bytes(&path, b"two").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(files::list(&dir).unwrap(), [path]);
+    }
+
+    #[test]
+    fn full_disk_keeps_the_old_file() {
+        let dir = test_dir("atomic_full");
+        let path = dir.join("a.bin");
+        write_bytes(&path, b"old").unwrap();
+        let error = write_atomic(&path, |w| {
+            w.write_all(&[0; 100_000])?;
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        })
+        .unwrap_err()
+        .to_string();
+        assert!(error.contains("free disk space") && error.contains("a.bin"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(files::list(&dir).unwrap(), [path]);
+    }
+
+    #[test]
+    fn missing_folder_is_named() {
+        let path = test_dir("atomic_missing").join("no/such/a.bin");
+        let error = write_bytes(&path, b"x").unwrap_err().to_string();
+        assert!(error.contains("no/such/a.bin: cannot write"), "{error}");
+    }
+
+    #[test]
+    fn writable_dir_is_created_and_left_empty() {
+        let dir = test_dir("atomic_probe").join("a/b");
+        ensure_writable_dir(&dir).unwrap();
+        assert!(files::list(&dir).unwrap().is_empty());
+        write_bytes(&dir.join("file"), b"").unwrap();
+        assert!(ensure_writable_dir(&dir.join("file")).is_err());
+    }
+
+    #[test]
+    fn second_lock_names_the_owner_and_release_frees() {
+        let dir = test_dir("atomic_lock");
+        let first = RunLock::acquire(&dir).unwrap();
+        let error = RunLock::acquire(&dir).unwrap_err().to_string();
+        let expected = format!("run folder is in use; is locked by process {}", std::process::id());
+        assert!(error.contains(&expected), "{error}");
+        drop(first);
+        RunLock::acquire(&dir).unwrap();
+    }
+}
