@@ -8,16 +8,165 @@ use crate::{Case, OpInfo, Tier, Weight};
 
 /// Every operator, by name.
 pub const OPS: &[OpInfo] = &[
+    gemm::INFO,
     ln_modulate::INFO,
 ];
 
 /// Every gradient check of the tiny cases: (operator, case, row).
 pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     let mut rows = Vec::new();
+    for case in gemm::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(gemm::gradcheck(case).into_iter().map(|row| ("gemm", case.name, row)));
+    }
     for case in ln_modulate::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(ln_modulate::gradcheck(case).into_iter().map(|row| ("ln_modulate", case.name, row)));
     }
     rows
+}
+
+/// Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.
+pub mod gemm {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// 0 none, 1 GELU (tanh approximation), 2 SiLU.
+        pub act: usize,
+        /// Row of `gate` that multiplies; unused without a gate.
+        pub gate_row: usize,
+        /// Products of operands rounded to bf16, accumulated in f32; implied by a weight stored in bf16.
+        pub bf16: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, K] f32: Input rows.
+        pub x: &'a [T],
+        /// [F, K] f32|bf16: Weight, one row per output feature.
+        pub w: Weight<'a, T>,
+        /// [F] f32: Added to every row.
+        pub bias: Option<&'a [T]>,
+        /// [N, F] f32: Added to row n of every sample: a table of positions.
+        pub pos: Option<&'a [T]>,
+        /// [B, C, F] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        pub gate: Option<&'a [T]>,
+        /// [B, N, F] f32: Residual stream that the result is added to.
+        pub residual: Option<&'a [T]>,
+        /// [B, N, F] f32: Result.
+        pub y: &'a mut [T],
+        /// [B, N, F] f32: u, the value before the activation or the gate.
+        pub pre: Option<&'a mut [T]>,
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, F] f32: Result.
+        pub dy: &'a [T],
+        /// [B, N, K] f32: Input rows.
+        pub x: &'a [T],
+        /// [F, K] f32|bf16: Weight, one row per output feature.
+        pub w: Weight<'a, T>,
+        /// [B, C, F] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        pub gate: Option<&'a [T]>,
+        /// [B, N, F] f32: u, the value before the activation or the gate.
+        pub pre: Option<&'a [T]>,
+        /// [B, N, K] f32: Input rows.
+        pub dx: Option<&'a mut [T]>,
+        /// [F, K] f32|bf16: Weight, one row per output feature.
+        pub dw: Option<&'a mut [T]>,
+        /// [F] f32: Added to every row.
+        pub dbias: Option<&'a mut [T]>,
+        /// [N, F] f32: Added to row n of every sample: a table of positions.
+        pub dpos: Option<&'a mut [T]>,
+        /// [B, C, F] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        pub dgate: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        2*b*n*k*f
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        4*(b*n*k + f*k + b*n*f)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, k: 37, f: 67, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "plain_over_tile", tier: Tier::Tiny, dims: Dims { b: 2, n: 65, k: 129, f: 65, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "gelu", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "silu_vectors", tier: Tier::Tiny, dims: Dims { b: 3, n: 1, k: 130, f: 97, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "gelu_residual_pos", tier: Tier::Tiny, dims: Dims { b: 2, n: 7, k: 19, f: 33, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["bias", "gate"], bf16: &[], gradcheck: true },
+        Case { name: "gate_residual", tier: Tier::Tiny, dims: Dims { b: 3, n: 17, k: 41, f: 48, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
+        Case { name: "gate_everything", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, k: 16, f: 31, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "gate_alone", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, k: 8, f: 5, c: 1 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "long_k", tier: Tier::Tiny, dims: Dims { b: 1, n: 11, k: 1500, f: 35, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "bf16_products", tier: Tier::Tiny, dims: Dims { b: 2, n: 33, k: 75, f: 101, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: true }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "bf16_weight", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, k: 128, f: 129, c: 6 }, params: Params { act: 0, gate_row: 2, bf16: false }, absent: &["pos"], bf16: &["w"], gradcheck: false },
+        Case { name: "bf16_long_k", tier: Tier::Tiny, dims: Dims { b: 1, n: 19, k: 1537, f: 66, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
+        Case { name: "bf16_vectors", tier: Tier::Tiny, dims: Dims { b: 4, n: 1, k: 131, f: 70, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "bf16_one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
+        Case { name: "fashion_qkv", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 128, f: 384, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_fc1", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_fc2", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 512, f: 128, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_qkv", tier: Tier::Real, dims: Dims { b: 2, n: 256, k: 1152, f: 3456, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_256_fc1", tier: Tier::Real, dims: Dims { b: 2, n: 256, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_256_fc2", tier: Tier::Real, dims: Dims { b: 2, n: 256, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_conditioning", tier: Tier::Real, dims: Dims { b: 2, n: 1, k: 1152, f: 6912, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc1", tier: Tier::Real, dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, k, f, c, .. } = dims;
+        let x = check::draw_f64(case.name, "x", b * n * k, check::Fill::Normal);
+        let w = check::draw_f64(case.name, "w", f * k, check::Fill::Uniform(-0.25f64, 0.25f64));
+        let bias = check::draw_f64(case.name, "bias", f, check::Fill::Normal);
+        let pos = check::draw_f64(case.name, "pos", n * f, check::Fill::Normal);
+        let gate = check::draw_f64(case.name, "gate", b * c * f, check::Fill::Normal);
+        let residual = check::draw_f64(case.name, "residual", b * n * f, check::Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * f, check::Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64], w: &[f64], bias: &[f64], pos: &[f64], gate: &[f64]| {
+            let mut y = vec![0.0f64; b * n * f];
+            let mut pre = vec![0.0f64; b * n * f];
+            super::super::gemm::reference::forward(Forward { dims, params, x: x, w: Weight::Native(w), bias: (!absent("bias")).then_some(bias), pos: (!absent("pos")).then_some(pos), gate: (!absent("gate")).then_some(gate), residual: (!absent("residual")).then_some(&residual[..]), y: &mut y[..], pre: (!absent("pre")).then_some(&mut pre[..]) });
+            (y, pre)
+        };
+        let (y, pre) = forward(&x, &w, &bias, &pos, &gate);
+        let mut dx = vec![0.0f64; b * n * k];
+        let mut dw = vec![0.0f64; f * k];
+        let mut dbias = vec![0.0f64; f];
+        let mut dpos = vec![0.0f64; n * f];
+        let mut dgate = vec![0.0f64; b * c * f];
+        super::super::gemm::reference::backward(Backward { dims, params, dy: &cotangent, x: &x[..], w: Weight::Native(&w[..]), gate: (!absent("gate")).then_some(&gate[..]), pre: (!absent("pre")).then_some(&pre[..]), dx: Some(&mut dx[..]), dw: Some(&mut dw[..]), dbias: (!absent("bias")).then_some(&mut dbias[..]), dpos: (!absent("pos")).then_some(&mut dpos[..]), dgate: (!absent("gate")).then_some(&mut dgate[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &w, &bias, &pos, &gate).0, &cotangent))); }
+        { rows.push(check::directional("w", case.name, &w, &dw, |moved| check::dot(&forward(&x, moved, &bias, &pos, &gate).0, &cotangent))); }
+        if !absent("bias") { rows.push(check::directional("bias", case.name, &bias, &dbias, |moved| check::dot(&forward(&x, &w, moved, &pos, &gate).0, &cotangent))); }
+        if !absent("pos") { rows.push(check::directional("pos", case.name, &pos, &dpos, |moved| check::dot(&forward(&x, &w, &bias, moved, &gate).0, &cotangent))); }
+        if !absent("gate") { rows.push(check::directional("gate", case.name, &gate, &dgate, |moved| check::dot(&forward(&x, &w, &bias, &pos, moved).0, &cotangent))); }
+        rows
+    }
 }
 
 /// LayerNorm without affine parameters, then the scale and shift that the conditioning chose.

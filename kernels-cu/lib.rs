@@ -9,6 +9,7 @@ pub mod generated;
 pub mod check;
 pub mod simd;
 
+pub mod gemm;
 pub mod ln_modulate;
 
 /// A floating type that an oracle can run in: f32 for comparisons, f64 for finite differences.

@@ -17,8 +17,196 @@ use graft_kernels::{Case, Tier};
 
 /// Runs every case of every operator; see [`super::check`].
 pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
+    ("gemm", gemm_conform),
     ("ln_modulate", ln_modulate_conform),
 ];
+
+/// Outputs of [`gemm`].
+pub struct GemmOut {
+    /// [B, N, F] f32: Result.
+    pub y: Tensor,
+    /// [B, N, F] f32: u, the value before the activation or the gate.
+    pub pre: Option<Tensor>,
+}
+
+/// Gradients of [`gemm`]; absent where not asked for.
+pub struct GemmGrads {
+    /// [B, N, K] f32
+    pub x: Option<Tensor>,
+    /// [F, K] f32
+    pub w: Option<Tensor>,
+    /// [F] f32
+    pub bias: Option<Tensor>,
+    /// [N, F] f32
+    pub pos: Option<Tensor>,
+    /// [B, C, F] f32
+    pub gate: Option<Tensor>,
+}
+
+/// Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.
+///
+/// ```text
+/// u[b,n,f] = sum_k x[b,n,k] * w[f,k] + bias[f] + pos[n,f]
+/// y[b,n,f] = residual[b,n,f] + gate[b,gate_row,f] * act(u[b,n,f])
+/// ```
+/// - `x` `[B, N, K]` f32: Input rows.
+/// - `w` `[F, K]` f32 or bf16: Weight, one row per output feature.
+/// - `bias` `[F]` f32, optional: Added to every row.
+/// - `pos` `[N, F]` f32, optional: Added to row n of every sample: a table of positions.
+/// - `gate` `[B, C, F]` f32, optional: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+/// - `residual` `[B, N, F]` f32, optional: Residual stream that the result is added to.
+/// - returns `y` `[B, N, F]` f32: Result.
+/// - returns `pre` `[B, N, F]` f32: u, the value before the activation or the gate.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn gemm(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, pos: Option<&Tensor>, gate: Option<&Tensor>, residual: Option<&Tensor>, want_pre: bool, params: kernels::generated::gemm::Params) -> Result<GemmOut> {
+    use kernels::generated::gemm::{Dims, Forward};
+    let mut check = DimCheck::new("gemm", &["B", "N", "K", "F", "C"]);
+    check.bind("x", x, &["B", "N", "K"])?;
+    check.bind("w", w, &["F", "K"])?;
+    if let Some(t) = bias { check.bind("bias", t, &["F"])?; }
+    if let Some(t) = pos { check.bind("pos", t, &["N", "F"])?; }
+    if let Some(t) = gate { check.bind("gate", t, &["B", "C", "F"])?; }
+    if let Some(t) = residual { check.bind("residual", t, &["B", "N", "F"])?; }
+    check.match_exprs("x", x, &["B", "N", "K"])?;
+    check.match_exprs("w", w, &["F", "K"])?;
+    if let Some(t) = bias { check.match_exprs("bias", t, &["F"])?; }
+    if let Some(t) = pos { check.match_exprs("pos", t, &["N", "F"])?; }
+    if let Some(t) = gate { check.match_exprs("gate", t, &["B", "C", "F"])?; }
+    if let Some(t) = residual { check.match_exprs("residual", t, &["B", "N", "F"])?; }
+    want_dtype("gemm", "x", x, &[DType::F32])?;
+    want_dtype("gemm", "w", w, &[DType::F32, DType::BF16])?;
+    if let Some(t) = bias { want_dtype("gemm", "bias", t, &[DType::F32])?; }
+    if let Some(t) = pos { want_dtype("gemm", "pos", t, &[DType::F32])?; }
+    if let Some(t) = gate { want_dtype("gemm", "gate", t, &[DType::F32])?; }
+    if let Some(t) = residual { want_dtype("gemm", "residual", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, k: check.dim("K")?, f: check.dim("F")?, c: check.dim("C")? };
+    let Dims { c, .. } = dims;
+    require("gemm", params.act <= 2, "act <= 2", "0 (none), 1 (GELU) or 2 (SiLU)", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", !gate.is_some() || params.gate_row < c, "!has(gate) || gate_row < C", "a row of the gate table", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", !gate.is_some() || params.act == 0, "!has(gate) || act == 0", "no gate after an activation: the backward pass would need two saved tensors", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("w", Some(w)), ("bias", bias), ("pos", pos), ("gate", gate), ("residual", residual)])?;
+    let Dims { b, n, f, .. } = dims;
+    let mut y = device.empty(&[b, n, f])?;
+    let mut pre = if want_pre { Some(device.empty(&[b, n, f])?) } else { None };
+
+    let args = Forward { dims, params, x: x.f32s()?, w: w.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, pos: match pos { Some(t) => Some(t.f32s()?), None => None }, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: match &mut pre { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gemm::cpu::forward(args),
+        DeviceKind::Oracle => kernels::gemm::reference::forward(args),
+        other => return Err(no_path("gemm", other)),
+    }
+    Ok(GemmOut { y, pre })
+}
+
+/// Backward pass of [`gemm`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn gemm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, gate: Option<&Tensor>, pre: Option<&Tensor>, c: usize, want_x: bool, want_w: bool, want_bias: bool, want_pos: bool, want_gate: bool, params: kernels::generated::gemm::Params) -> Result<GemmGrads> {
+    use kernels::generated::gemm::{Backward, Dims};
+    let mut check = DimCheck::new("gemm", &["B", "N", "K", "F", "C"]);
+    check.given("C", c)?;
+    check.bind("dy", dy, &["B", "N", "F"])?;
+    check.bind("x", x, &["B", "N", "K"])?;
+    check.bind("w", w, &["F", "K"])?;
+    if let Some(t) = gate { check.bind("gate", t, &["B", "C", "F"])?; }
+    if let Some(t) = pre { check.bind("pre", t, &["B", "N", "F"])?; }
+    check.match_exprs("dy", dy, &["B", "N", "F"])?;
+    check.match_exprs("x", x, &["B", "N", "K"])?;
+    check.match_exprs("w", w, &["F", "K"])?;
+    if let Some(t) = gate { check.match_exprs("gate", t, &["B", "C", "F"])?; }
+    if let Some(t) = pre { check.match_exprs("pre", t, &["B", "N", "F"])?; }
+    want_dtype("gemm", "dy", dy, &[DType::F32])?;
+    want_dtype("gemm", "x", x, &[DType::F32])?;
+    want_dtype("gemm", "w", w, &[DType::F32, DType::BF16])?;
+    if let Some(t) = gate { want_dtype("gemm", "gate", t, &[DType::F32])?; }
+    if let Some(t) = pre { want_dtype("gemm", "pre", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, k: check.dim("K")?, f: check.dim("F")?, c: check.dim("C")? };
+    let Dims { c, .. } = dims;
+    require("gemm", params.act <= 2, "act <= 2", "0 (none), 1 (GELU) or 2 (SiLU)", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", !gate.is_some() || params.gate_row < c, "!has(gate) || gate_row < C", "a row of the gate table", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", !gate.is_some() || params.act == 0, "!has(gate) || act == 0", "no gate after an activation: the backward pass would need two saved tensors", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", pre.is_some() || !(params.act != 0 || gate.is_some()), "has(pre) || !(act != 0 || has(gate))", "the forward pass was asked for pre", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("w", Some(w)), ("gate", gate), ("pre", pre)])?;
+    let Dims { b, n, k, f, c, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty(&[b, n, k])?) } else { None };
+    let mut grad_w = if want_w { Some(device.empty(&[f, k])?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty(&[f])?) } else { None };
+    let mut grad_pos = if want_pos { Some(device.empty(&[n, f])?) } else { None };
+    let mut grad_gate = if want_gate { Some(device.empty(&[b, c, f])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, w: w.weight()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, pre: match pre { Some(t) => Some(t.f32s()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dpos: match &mut grad_pos { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gemm::cpu::backward(args),
+        DeviceKind::Oracle => kernels::gemm::reference::backward(args),
+        other => return Err(no_path("gemm", other)),
+    }
+    Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate })
+}
+
+impl Graph<'_> {
+    /// [`gemm`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn gemm(&self, x: &Var, w: &Var, bias: Option<&Var>, pos: Option<&Var>, gate: Option<&Var>, residual: Option<&Var>, params: kernels::generated::gemm::Params) -> Result<Var> {
+        let sources = [self.source(x), self.source(w), bias.and_then(|v| self.source(v)), pos.and_then(|v| self.source(v)), gate.and_then(|v| self.source(v)), residual.and_then(|v| self.source(v))];
+        let record = sources.iter().any(Option::is_some);
+        let out = gemm(x.tensor(), w.tensor(), bias.map(Var::tensor), pos.map(Var::tensor), gate.map(Var::tensor), residual.map(Var::tensor), record && (params.act != 0 || gate.is_some()), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_w = w.tensor().clone();
+        let saved_gate = gate.map(|v| v.tensor().clone());
+        let saved_pre = out.pre.clone();
+        let c = gate.map_or(0, |v| v.tensor().dim(1));
+        let saved = [Some(&saved_x), Some(&saved_w), saved_gate.as_ref(), saved_pre.as_ref()].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("gemm", out.y, saved, move |dy, grads| {
+            let found = gemm_backward(dy, &saved_x, &saved_w, saved_gate.as_ref(), saved_pre.as_ref(), c, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.w)?;
+            grads.add(sources[2], found.bias)?;
+            grads.add(sources[3], found.pos)?;
+            grads.add(sources[4], found.gate)?;
+            grads.add(sources[5], Some(dy.clone()))?;
+            Ok(())
+        }))
+    }
+}
+
+fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::gemm::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, k, f, c, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, n, k], check::Fill::Normal)?;
+            let w = io.stored(io.draw(case.name, "w", &[f, k], check::Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"w"))?;
+            let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[f], check::Fill::Normal)?) };
+            let pos = if absent("pos") { None } else { Some(io.draw(case.name, "pos", &[n, f], check::Fill::Normal)?) };
+            let gate = if absent("gate") { None } else { Some(io.draw(case.name, "gate", &[b, c, f], check::Fill::Normal)?) };
+            let residual = if absent("residual") { None } else { Some(io.draw(case.name, "residual", &[b, n, f], check::Fill::Normal)?) };
+            let out = gemm(&x, &w, bias.as_ref(), pos.as_ref(), gate.as_ref(), residual.as_ref(), !absent("pre"), params)?;
+            io.result("y", &out.y)?;
+            if let Some(t) = &out.pre { io.result("pre", t)?; }
+            let dy = io.draw(case.name, "dy", &[b, n, f], Fill::Normal)?;
+            let grads = gemm_backward(&dy, &x, &w, gate.as_ref(), out.pre.as_ref(), c, true, true, !absent("bias"), !absent("pos"), !absent("gate"), params)?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.w { io.result("dw", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
+            if let Some(t) = &grads.pos { io.result("dpos", t)?; }
+            if let Some(t) = &grads.gate { io.result("dgate", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
 
 /// Outputs of [`ln_modulate`].
 pub struct LnModulateOut {
@@ -103,6 +291,8 @@ pub fn ln_modulate_backward(dy: &Tensor, x: &Tensor, modulation: &Tensor, mean: 
     want_dtype("ln_modulate", "mean", mean, &[DType::F32])?;
     want_dtype("ln_modulate", "rstd", rstd, &[DType::F32])?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, d: check.dim("D")? };
+    let Dims { c, .. } = dims;
+    require("ln_modulate", params.shift < c && params.scale < c && params.shift != params.scale, "shift < C && scale < C && shift != scale", "two different rows of the modulation table", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("x", Some(x)), ("modulation", Some(modulation)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
     let Dims { b, n, c, d, .. } = dims;
