@@ -1,42 +1,29 @@
-//! CPU path: the product, then the epilogue by rows.
+//! CPU path: the product with its epilogue; backward the two products and the sums over rows.
 
 mod epilogue;
 
-use super::product::{f32_product, rounded};
+use super::product::{Matrix, Output, Product, Values, run};
 use crate::Weight;
 use crate::generated::gemm::{Backward, Dims, Forward, Params};
 use epilogue::{Epilogue, accumulate, pre_gradient};
-use gemm::Parallelism;
 use rayon::prelude::*;
 use std::borrow::Cow;
 
 /// Forward pass.
 pub fn forward(a: Forward<'_, f32>) {
     let Dims { b, n, k, f, .. } = a.dims;
-    let (x, w) = operands(a.params, a.x, a.w);
-    f32_product(&x, [k, 1], &w, [1, k], a.y, [f, 1], [b * n, k, f], 1.0, 0.0, Parallelism::Rayon(0));
+    let (w, bf16) = weight(a.w, k, a.params);
+    let product = Product::new([b * n, k, f], Matrix::f32(a.x, [k, 1]), w.transposed(), bf16);
     let epilogue =
         Epilogue { dims: a.dims, params: a.params, bias: a.bias, pos: a.pos, gate: a.gate, residual: a.residual };
-    if epilogue.is_identity() && a.pre.is_none() {
-        return;
-    }
-    match a.pre {
-        Some(pre) => (a.y.par_chunks_mut(f).zip(pre.par_chunks_mut(f)).enumerate().with_min_len(16))
-            .for_each(|(row, (y, pre))| epilogue.row(row, 0, y, Some(pre))),
-        None => (a.y.par_chunks_mut(f).enumerate().with_min_len(16)).for_each(|(row, y)| epilogue.row(row, 0, y, None)),
-    }
+    run(&product, Output::new(a.y, a.pre, f, [b * n, f]), &|row, from, y, pre| epilogue.row(row, from, y, pre));
 }
 
-fn to_bf16(params: Params, w: Weight<'_, f32>) -> bool {
-    params.bf16 || matches!(w, Weight::Bf16(_))
-}
-
-/// Both operands as f32, rounded to bf16 where the products are bf16.
-fn operands<'a>(params: Params, x: &'a [f32], w: Weight<'a, f32>) -> (Cow<'a, [f32]>, Cow<'a, [f32]>) {
+/// The weight as a matrix, and whether products are bf16.
+fn weight(w: Weight<'_, f32>, k: usize, params: Params) -> (Matrix<'_>, bool) {
     match w {
-        Weight::Native(w) if !params.bf16 => (x.into(), w.into()),
-        Weight::Native(w) => (rounded(x).into(), rounded(w).into()),
-        Weight::Bf16(w) => (rounded(x).into(), w.iter().map(|v| v.to_f32()).collect::<Vec<_>>().into()),
+        Weight::Native(w) => (Matrix::f32(w, [k, 1]), params.bf16),
+        Weight::Bf16(w) => (Matrix { values: Values::Bf16(w), strides: [k, 1] }, true),
     }
 }
 
@@ -71,15 +58,19 @@ pub fn backward(mut a: Backward<'_, f32>) {
         dbias.fill(0.0);
         du.chunks(f).for_each(|du| accumulate(dbias, du, None));
     }
-    let (x, w) = operands(a.params, a.x, a.w);
-    let du = if to_bf16(a.params, a.w) { rounded(&du).into() } else { du };
+    let (w, bf16) = weight(a.w, k, a.params);
+    let du = Matrix::f32(&du, [f, 1]);
     if let Some(dx) = a.dx {
-        f32_product(&du, [f, 1], &w, [k, 1], dx, [k, 1], [b * n, f, k], 1.0, 0.0, Parallelism::Rayon(0));
+        run(&Product::new([b * n, f, k], du, w, bf16), Output::new(dx, None, k, [b * n, k]), &keep);
     }
     if let Some(dw) = a.dw {
-        f32_product(&du, [1, f], &x, [k, 1], dw, [k, 1], [f, b * n, k], 1.0, 0.0, Parallelism::Rayon(0));
+        let x = Matrix::f32(a.x, [k, 1]);
+        run(&Product::new([f, b * n, k], du.transposed(), x, bf16), Output::new(dw, None, k, [f, k]), &keep);
     }
 }
+
+/// The epilogue of a product that is the result already.
+fn keep(_: usize, _: usize, _: &mut [f32], _: Option<&mut [f32]>) {}
 
 #[cfg(test)]
 mod tests {

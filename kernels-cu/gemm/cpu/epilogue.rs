@@ -21,12 +21,6 @@ pub struct Epilogue<'a> {
 }
 
 impl Epilogue<'_> {
-    /// Whether the product is the result already.
-    pub fn is_identity(&self) -> bool {
-        let Epilogue { bias, pos, gate, residual, .. } = self;
-        self.params.act == 0 && [bias, pos, gate, residual].iter().all(|t| t.is_none())
-    }
-
     /// Turns columns `from..from + y.len()` of row `row` from the product into the result, and saves u in `pre`.
     pub fn row(&self, row: usize, from: usize, y: &mut [f32], pre: Option<&mut [f32]>) {
         let Dims { n, f, c, .. } = self.dims;
