@@ -11,6 +11,7 @@ pub mod rng;
 pub mod simd;
 
 pub mod gate_residual;
+pub mod gemm;
 pub mod ln_modulate;
 
 /// A floating type that an oracle can run in: f32 for comparisons, f64 for finite differences.

@@ -61,7 +61,7 @@ pub struct Param {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Require {
-    /// Boolean expression over dims (upper case) and parameters (lower case).
+    /// Boolean expression over dims (upper case), parameters (lower case) and `has(NAME)`: optional input present.
     pub that: String,
     /// What must hold, in words.
     pub must: String,
@@ -87,6 +87,9 @@ pub struct Tensor {
     /// Outputs: only the backward pass reads it.
     #[serde(default)]
     pub saved: bool,
+    /// Optional outputs: when the backward pass reads it, an expression over parameters and `has(NAME)`; the graph
+    /// asks for it exactly then. Absent means always.
+    pub when: Option<String>,
     /// How test inputs are drawn: `normal` (default), `uniform:LO:HI`, `index:EXPR`, `positive`.
     #[serde(default = "normal_name")]
     pub fill: String,
@@ -221,6 +224,18 @@ impl Contract {
                 return Err(format!("tensor {}: dtype {} is not f32, i32 or f32|bf16", tensor.name, tensor.dtype));
             }
         }
+        let conditions = self.require.iter().map(|r| &r.that).chain(self.output.iter().filter_map(|t| t.when.as_ref()));
+        for condition in conditions {
+            for name in named_by_has(condition) {
+                if !self.input.iter().any(|t| t.optional && t.name == name) {
+                    return Err(format!("condition {condition}: has({name}) names no optional input"));
+                }
+            }
+        }
+        let required = self.output.iter().filter(|t| !t.optional);
+        if let Some(t) = self.input.iter().chain(&self.inout).chain(required).find(|t| t.when.is_some()) {
+            return Err(format!("tensor {}: only an optional output has a when", t.name));
+        }
         for dim in &self.dims {
             let bare = self.input.iter().chain(&self.inout).any(|t| !t.optional && t.shape.contains(dim));
             let optional = self.input.iter().any(|t| t.optional && t.shape.contains(dim));
@@ -261,4 +276,9 @@ impl Contract {
         }
         Ok(())
     }
+}
+
+/// The names inside every `has(NAME)` of a condition.
+pub fn named_by_has(condition: &str) -> impl Iterator<Item = &str> {
+    condition.split("has(").skip(1).map(|rest| rest.split(')').next().unwrap_or(rest).trim())
 }

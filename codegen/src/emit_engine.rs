@@ -1,7 +1,7 @@
 //! `engine/src/ops/generated.rs`: checked entry points, autograd nodes and conformance rows of every operator.
 
 use crate::HEADER;
-use crate::contract::{Contract, Grad, Gradient, Tensor};
+use crate::contract::{Contract, Grad, Gradient, Tensor, named_by_has};
 use crate::emit_kernels::fill;
 use crate::names::{camel, dim_locals, mentions, rust_expr, shape_doc};
 use std::fmt::Write;
@@ -130,21 +130,31 @@ fn reborrow(t: &Tensor, c: &Contract, name: &str) -> String {
     if is_inout(t, c) { format!("{name}.as_deref()") } else { name.to_string() }
 }
 
-fn requires(c: &Contract) -> String {
+/// The checks of the contract's conditions; `in_scope` tells which tensors the function has as arguments, and a
+/// condition on another tensor is left out.
+fn requires(c: &Contract, in_scope: impl Fn(&str) -> bool) -> String {
     let mut s = String::new();
     let mut conditions = String::new();
-    for r in &c.require {
-        let mut that = r.that.clone();
-        for p in &c.param {
-            that = replace_word(&that, &p.name, &format!("params.{}", p.name));
-        }
-        let lowered = lower_dims(c, &that);
-        let _ = writeln!(conditions, "    require({:?}, {lowered}, {:?}, {:?}, || format!(\"{{dims:?}}, {{params:?}}\"))?;", c.name, r.that, r.must);
+    for r in c.require.iter().filter(|r| named_by_has(&r.that).all(&in_scope)) {
+        let that = condition(c, &r.that);
+        let _ = writeln!(conditions, "    require({:?}, {that}, {:?}, {:?}, || format!(\"{{dims:?}}, {{params:?}}\"))?;", c.name, r.that, r.must);
     }
     if !conditions.is_empty() {
         let _ = writeln!(s, "    {}", dim_locals(c, &conditions));
     }
     s + &conditions
+}
+
+/// A contract's condition in Rust: parameters, dims and `has(NAME)` become what the generated functions call them.
+fn condition(c: &Contract, text: &str) -> String {
+    let mut rust = text.to_string();
+    for name in named_by_has(text) {
+        rust = rust.replace(&format!("has({name})"), &format!("{name}.is_some()"));
+    }
+    for p in &c.param {
+        rust = replace_word(&rust, &p.name, &format!("params.{}", p.name));
+    }
+    lower_dims(c, &rust)
 }
 
 /// Lower-cases whole words that are dims and nothing else.
@@ -226,7 +236,7 @@ fn forward(out: &mut String, c: &Contract) {
     );
     let read_list: Vec<(&Tensor, String)> = c.input.iter().chain(&c.inout).map(|t| (t, t.name.clone())).collect();
     out.push_str(&checks(c, &read_list));
-    out.push_str(&requires(c));
+    out.push_str(&requires(c, |_| true));
     if let Some(first) = first {
         let _ = writeln!(out, "    let device = {}.device().clone();", first.name);
         let others: Vec<String> = read_list
@@ -314,6 +324,17 @@ fn backward(out: &mut String, c: &Contract, gradient: &Gradient) {
         let _ = writeln!(given, "    check.given({:?}, {})?;", d, d.to_lowercase());
     }
     out.push_str(&text.replacen(&head, &given, 1));
+    out.push_str(&requires(c, |name| needs.iter().any(|t| t.name == name)));
+    for (t, when) in needs.iter().filter_map(|t| Some((t, t.when.as_ref()?))) {
+        let missing = format!("has({}) || !({when})", t.name);
+        let _ = writeln!(
+            out,
+            "    require({name:?}, {}.is_some() || !({}), {missing:?}, \"the forward pass was asked for {}\", || format!(\"{{dims:?}}, {{params:?}}\"))?;",
+            t.name,
+            condition(c, when),
+            t.name
+        );
+    }
     let others: Vec<String> =
         needs.iter().map(|t| if t.optional { format!("({0:?}, {0})", t.name) } else { format!("({0:?}, Some({0}))", t.name) }).collect();
     let _ = writeln!(out, "    let device = {dy}.device().clone();\n    check.same_device(&device, &[{}])?;", others.join(", "));
@@ -397,16 +418,9 @@ fn graph_method(out: &mut String, c: &Contract, gradient: &Gradient) {
         })
         .collect();
     for t in &optional_outputs {
-        args.push(match c.output.iter().find(|o| o.name == t.name).map(|o| &o.fill) {
-            Some(rule) if rule.starts_with("when:") => {
-                let when = &rule["when:".len()..];
-                let mut expr = when.to_string();
-                for p in &c.param {
-                    expr = replace_word(&expr, &p.name, &format!("params.{}", p.name));
-                }
-                format!("record && ({expr})")
-            }
-            _ => "record".into(),
+        args.push(match &t.when {
+            Some(when) => format!("record && ({})", condition(c, when)),
+            None => "record".into(),
         });
     }
     args.extend(c.given.iter().map(|d| d.to_lowercase()));

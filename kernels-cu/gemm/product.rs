@@ -1,0 +1,240 @@
+//! Matrix products on the CPU: one entry point over the processor's kernels.
+//!
+//! With AVX-512 the product runs in packed panels of our own ([`packed`]), f32 or bf16; elsewhere the gemm crate
+//! multiplies in f32, with operands rounded first where bf16 products are asked for: the same numbers up to the order
+//! of the sums.
+
+#![allow(unsafe_code)] // Threads write disjoint blocks of one result; the gemm crate takes raw pointers.
+
+#[cfg(target_arch = "x86_64")]
+mod micro;
+#[cfg(target_arch = "x86_64")]
+mod pack;
+#[cfg(target_arch = "x86_64")]
+mod packed;
+
+use gemm::Parallelism;
+use half::bf16;
+use rayon::prelude::*;
+use std::borrow::Cow;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Elements of a matrix.
+#[derive(Clone, Copy)]
+pub enum Values<'a> {
+    /// Stored in f32.
+    F32(&'a [f32]),
+    /// Stored in bf16.
+    Bf16(&'a [bf16]),
+}
+
+/// A matrix in memory: element (i, j) lies at `i·strides[0] + j·strides[1]`.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    /// Memory from the first element on.
+    pub values: Values<'a>,
+    /// Elements from row to row and from column to column.
+    pub strides: [usize; 2],
+}
+
+impl<'a> Matrix<'a> {
+    /// A matrix over f32 values.
+    pub fn f32(values: &'a [f32], strides: [usize; 2]) -> Self {
+        Matrix { values: Values::F32(values), strides }
+    }
+
+    /// The matrix with rows and columns exchanged.
+    pub fn transposed(self) -> Self {
+        Matrix { values: self.values, strides: [self.strides[1], self.strides[0]] }
+    }
+
+    fn holds(&self, [rows, columns]: [usize; 2]) -> bool {
+        let len = match self.values {
+            Values::F32(values) => values.len(),
+            Values::Bf16(values) => values.len(),
+        };
+        rows * columns == 0 || (rows - 1) * self.strides[0] + (columns - 1) * self.strides[1] < len
+    }
+
+    /// All of memory as f32, rounded to bf16 where asked.
+    fn to_f32(self, round: bool) -> Cow<'a, [f32]> {
+        match self.values {
+            Values::F32(values) if round => values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect(),
+            Values::F32(values) => values.into(),
+            Values::Bf16(values) => values.iter().map(|v| v.to_f32()).collect(),
+        }
+    }
+}
+
+/// A product to compute: c ← alpha·a·b + beta·c, `a` m×k, `b` k×n, `size` = [m, k, n].
+#[derive(Clone, Copy)]
+pub struct Product<'a> {
+    /// Left operand.
+    pub a: Matrix<'a>,
+    /// Right operand.
+    pub b: Matrix<'a>,
+    /// m, k, n.
+    pub size: [usize; 3],
+    /// Factor of the product.
+    pub alpha: f32,
+    /// Factor of what the result holds; at 0 the result is not read.
+    pub beta: f32,
+    /// Multiply operands rounded to bf16, and accumulate in f32.
+    pub bf16: bool,
+}
+
+impl<'a> Product<'a> {
+    /// a·b.
+    pub fn new(size: [usize; 3], a: Matrix<'a>, b: Matrix<'a>, bf16: bool) -> Self {
+        Product { a, b, size, alpha: 1.0, beta: 0.0, bf16 }
+    }
+}
+
+/// What is done to a piece of a row of the result once its sums are complete: row, first column, the piece, and the
+/// same piece of the twin.
+pub type Finish<'a> = &'a (dyn Fn(usize, usize, &mut [f32], Option<&mut [f32]>) + Sync);
+
+/// A result whose blocks several threads write, and its optional twin of the same shape.
+pub struct Output<'a> {
+    result: *mut f32,
+    twin: Option<*mut f32>,
+    stride: usize,
+    size: [usize; 2],
+    borrowed: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: the pointers come from exclusive borrows, and `at` and `finish` leave it to the caller to keep to blocks that
+// no other thread touches.
+unsafe impl Sync for Output<'_> {}
+
+impl<'a> Output<'a> {
+    /// `size` = [m, n] elements at `stride` from row to row.
+    ///
+    /// # Panics
+    /// If a slice is too short.
+    pub fn new(result: &'a mut [f32], twin: Option<&'a mut [f32]>, stride: usize, size: [usize; 2]) -> Self {
+        let needed = if size[0] * size[1] == 0 { 0 } else { (size[0] - 1) * stride + size[1] };
+        assert!(size[1] <= stride || size[0] <= 1, "rows of the result overlap");
+        assert!(result.len() >= needed && twin.as_ref().is_none_or(|t| t.len() >= needed), "the result is too short");
+        let twin = twin.map(|t| t.as_mut_ptr());
+        Output { result: result.as_mut_ptr(), twin, stride, size, borrowed: PhantomData }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn at(&self, row: usize, column: usize) -> *mut f32 {
+        self.result.wrapping_add(row * self.stride + column)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Hands columns `columns` of `row` to `finish`.
+    ///
+    /// # Safety
+    /// The piece lies inside the result and no other thread touches it.
+    unsafe fn finish(&self, row: usize, columns: Range<usize>, finish: Finish<'_>) {
+        let start = row * self.stride + columns.start;
+        // SAFETY: inside the slices that `new` checked; exclusive by this function's contract.
+        unsafe {
+            let piece = |from: *mut f32| std::slice::from_raw_parts_mut(from.add(start), columns.len());
+            finish(row, columns.start, piece(self.result), self.twin.map(piece));
+        }
+    }
+}
+
+/// Computes a product on the threads of the current pool; `finish` runs on every row piece, still in cache.
+///
+/// The bits of the result do not depend on the number of threads.
+///
+/// # Panics
+/// If an operand reaches past its slice.
+pub fn run(product: &Product<'_>, out: Output<'_>, finish: Finish<'_>) {
+    dispatch(product, out, true, finish);
+}
+
+/// c ← alpha·a·b + beta·c for `a` m×k, `b` k×n, `c` m×n, on the calling thread; strides are `[row, column]` in
+/// elements, those of c only from row to row. With `bf16` the operands are rounded to bf16 first; sums are f32 either
+/// way. `c` is not read where beta is 0.
+///
+/// # Panics
+/// If a matrix reaches past the end of its slice.
+pub fn matmul(
+    a: &[f32],
+    a_strides: [usize; 2],
+    b: &[f32],
+    b_strides: [usize; 2],
+    c: &mut [f32],
+    c_stride: usize,
+    [m, k, n]: [usize; 3],
+    alpha: f32,
+    beta: f32,
+    bf16: bool,
+) {
+    let product =
+        Product { a: Matrix::f32(a, a_strides), b: Matrix::f32(b, b_strides), size: [m, k, n], alpha, beta, bf16 };
+    dispatch(&product, Output::new(c, None, c_stride, [m, n]), false, &|_, _, _, _| {});
+}
+
+fn dispatch(product: &Product<'_>, out: Output<'_>, parallel: bool, finish: Finish<'_>) {
+    let [m, k, n] = product.size;
+    assert!(product.a.holds([m, k]), "a reaches past its slice");
+    assert!(product.b.holds([k, n]), "b reaches past its slice");
+    assert_eq!(out.size, [m, n], "the result has the size of the product");
+    if m * n == 0 {
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    {
+        let kernel = if product.bf16 { micro::Kernel::Bf16 } else { micro::Kernel::F32 };
+        if k > 0 && kernel.available() {
+            return packed::run(kernel, product, out, parallel, finish);
+        }
+    }
+    portable(product, &out, parallel, finish);
+}
+
+/// Blocks of rows through the gemm crate.
+fn portable(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Finish<'_>) {
+    const BLOCK_ROWS: usize = 128;
+    let [m, k, n] = product.size;
+    let (a, b) = (product.a.to_f32(product.bf16), product.b.to_f32(product.bf16));
+    let [a_strides, b_strides] = [product.a.strides, product.b.strides].map(|s| s.map(|s| s as isize));
+    let block = |index: usize| {
+        let rows = index * BLOCK_ROWS..m.min((index + 1) * BLOCK_ROWS);
+        // SAFETY: the operands hold the product's size (`dispatch`), and so does the result (`Output::new`), of which
+        // this block of rows is touched by this thread alone.
+        unsafe {
+            gemm::gemm(
+                rows.len(),
+                n,
+                k,
+                out.result.add(rows.start * out.stride),
+                1,
+                out.stride as isize,
+                product.beta != 0.0,
+                a.as_ptr().add(rows.start * product.a.strides[0]),
+                a_strides[1],
+                a_strides[0],
+                b.as_ptr(),
+                b_strides[1],
+                b_strides[0],
+                product.beta,
+                product.alpha,
+                false,
+                false,
+                false,
+                Parallelism::None,
+            );
+            rows.for_each(|row| out.finish(row, 0..n, finish));
+        }
+    };
+    let blocks = m.div_ceil(BLOCK_ROWS);
+    if parallel && blocks > 1 {
+        (0..blocks).into_par_iter().for_each(block);
+    } else {
+        (0..blocks).for_each(block);
+    }
+}
