@@ -8,16 +8,246 @@ use crate::{Case, OpInfo, Tier, Weight};
 
 /// Every operator, by name.
 pub const OPS: &[OpInfo] = &[
+    attention::INFO,
+    gated_conv::INFO,
     ln_modulate::INFO,
 ];
 
 /// Every gradient check of the tiny cases: (operator, case, row).
 pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     let mut rows = Vec::new();
+    for case in attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(attention::gradcheck(case).into_iter().map(|row| ("attention", case.name, row)));
+    }
+    for case in gated_conv::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(gated_conv::gradcheck(case).into_iter().map(|row| ("gated_conv", case.name, row)));
+    }
     for case in ln_modulate::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(ln_modulate::gradcheck(case).into_iter().map(|row| ("ln_modulate", case.name, row)));
     }
     rows
+}
+
+/// Softmax self-attention of every head over all tokens, from the packed q, k, v projection.
+pub mod attention {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor of the scores, as a rule 1/sqrt(E).
+        pub scale: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, 3, H, E] f32: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// [B, N, H, E] f32: Attention output, heads side by side.
+        pub y: &'a mut [T],
+        /// [B, H, N] f32: Log of the sum of the exponentials of the scaled scores of each query.
+        pub lse: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, H, E] f32: Attention output, heads side by side.
+        pub dy: &'a [T],
+        /// [B, N, 3, H, E] f32: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// [B, N, H, E] f32: Attention output, heads side by side.
+        pub y: &'a [T],
+        /// [B, H, N] f32: Log of the sum of the exponentials of the scaled scores of each query.
+        pub lse: &'a [T],
+        /// [B, N, 3, H, E] f32: Queries, keys and values side by side, as one projection writes them.
+        pub dqkv: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*b*h*n*n*e
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*(4*b*n*h*e + b*h*n)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 523, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, n: 300, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, h, e, .. } = dims;
+        let qkv = check::draw_f64(case.name, "qkv", b * n * 3 * h * e, check::Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * h * e, check::Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |qkv: &[f64]| {
+            let mut y = vec![0.0f64; b * n * h * e];
+            let mut lse = vec![0.0f64; b * h * n];
+            super::super::attention::reference::forward(Forward { dims, params, qkv: qkv, y: &mut y[..], lse: &mut lse[..] });
+            (y, lse)
+        };
+        let (y, lse) = forward(&qkv);
+        let mut dqkv = vec![0.0f64; b * n * 3 * h * e];
+        super::super::attention::reference::backward(Backward { dims, params, dy: &cotangent, qkv: &qkv[..], y: &y[..], lse: &lse[..], dqkv: Some(&mut dqkv[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.
+pub mod gated_conv {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Taps before the current token: K - 1 is causal, (K - 1) / 2 is centred.
+        pub lead: usize,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, 3, C] f32: Queries, keys and values side by side, as the input projection writes them.
+        pub p: &'a [T],
+        /// [3, C, K] f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        pub short_weight: Option<&'a [T]>,
+        /// [3, C] f32: Bias of the convolution on q, k and v.
+        pub short_bias: Option<&'a [T]>,
+        /// [C, K] f32: Taps of the convolution on k * v; absent in Hyena-X.
+        pub inner_weight: Option<&'a [T]>,
+        /// [C] f32: Bias of the convolution on k * v.
+        pub inner_bias: Option<&'a [T]>,
+        /// [B, N, C] f32: Gated result, before the output projection.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, C] f32: Gated result, before the output projection.
+        pub dy: &'a [T],
+        /// [B, N, 3, C] f32: Queries, keys and values side by side, as the input projection writes them.
+        pub p: &'a [T],
+        /// [3, C, K] f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        pub short_weight: Option<&'a [T]>,
+        /// [3, C] f32: Bias of the convolution on q, k and v.
+        pub short_bias: Option<&'a [T]>,
+        /// [C, K] f32: Taps of the convolution on k * v; absent in Hyena-X.
+        pub inner_weight: Option<&'a [T]>,
+        /// [C] f32: Bias of the convolution on k * v.
+        pub inner_bias: Option<&'a [T]>,
+        /// [B, N, 3, C] f32: Queries, keys and values side by side, as the input projection writes them.
+        pub dp: Option<&'a mut [T]>,
+        /// [3, C, K] f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        pub dshort_weight: Option<&'a mut [T]>,
+        /// [3, C] f32: Bias of the convolution on q, k and v.
+        pub dshort_bias: Option<&'a mut [T]>,
+        /// [C, K] f32: Taps of the convolution on k * v; absent in Hyena-X.
+        pub dinner_weight: Option<&'a mut [T]>,
+        /// [C] f32: Bias of the convolution on k * v.
+        pub dinner_bias: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, c, k, .. } = dims;
+        b*n*c*(8*k + 2)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, c, k, .. } = dims;
+        4*(4*b*n*c + 4*c*k + 4*c)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "se_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, c: 37, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_centred", tier: Tier::Tiny, dims: Dims { b: 3, n: 11, c: 17, k: 7 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "x_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, c: 40, k: 4 }, params: Params { lead: 3 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "x_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 6, c: 5, k: 3 }, params: Params { lead: 1 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 9, c: 33, k: 4 }, params: Params { lead: 3 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 13, c: 3, k: 4 }, params: Params { lead: 1 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, c: 9, k: 3 }, params: Params { lead: 1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_tap", tier: Tier::Tiny, dims: Dims { b: 1, n: 5, c: 1, k: 1 }, params: Params { lead: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "more_taps_than_tokens", tier: Tier::Tiny, dims: Dims { b: 2, n: 5, c: 8, k: 7 }, params: Params { lead: 6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "anticausal", tier: Tier::Tiny, dims: Dims { b: 1, n: 8, c: 18, k: 3 }, params: Params { lead: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 301, c: 131, k: 4 }, params: Params { lead: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "many_taps", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, c: 19, k: 64 }, params: Params { lead: 63 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, c: 128, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_x", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 1152, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }) };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, c, k, .. } = dims;
+        let p = check::draw_f64(case.name, "p", b * n * 3 * c, check::Fill::Normal);
+        let short_weight = check::draw_f64(case.name, "short_weight", 3 * c * k, check::Fill::Uniform(-0.3f64, 0.3f64));
+        let short_bias = check::draw_f64(case.name, "short_bias", 3 * c, check::Fill::Uniform(-0.3f64, 0.3f64));
+        let inner_weight = check::draw_f64(case.name, "inner_weight", c * k, check::Fill::Uniform(-0.3f64, 0.3f64));
+        let inner_bias = check::draw_f64(case.name, "inner_bias", c, check::Fill::Uniform(-0.3f64, 0.3f64));
+        let cotangent = check::draw_f64(case.name, "dy", b * n * c, check::Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |p: &[f64], short_weight: &[f64], short_bias: &[f64], inner_weight: &[f64], inner_bias: &[f64]| {
+            let mut y = vec![0.0f64; b * n * c];
+            super::super::gated_conv::reference::forward(Forward { dims, params, p: p, short_weight: (!absent("short_weight")).then_some(short_weight), short_bias: (!absent("short_bias")).then_some(short_bias), inner_weight: (!absent("inner_weight")).then_some(inner_weight), inner_bias: (!absent("inner_bias")).then_some(inner_bias), y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&p, &short_weight, &short_bias, &inner_weight, &inner_bias);
+        let mut dp = vec![0.0f64; b * n * 3 * c];
+        let mut dshort_weight = vec![0.0f64; 3 * c * k];
+        let mut dshort_bias = vec![0.0f64; 3 * c];
+        let mut dinner_weight = vec![0.0f64; c * k];
+        let mut dinner_bias = vec![0.0f64; c];
+        super::super::gated_conv::reference::backward(Backward { dims, params, dy: &cotangent, p: &p[..], short_weight: (!absent("short_weight")).then_some(&short_weight[..]), short_bias: (!absent("short_bias")).then_some(&short_bias[..]), inner_weight: (!absent("inner_weight")).then_some(&inner_weight[..]), inner_bias: (!absent("inner_bias")).then_some(&inner_bias[..]), dp: Some(&mut dp[..]), dshort_weight: (!absent("short_weight")).then_some(&mut dshort_weight[..]), dshort_bias: (!absent("short_bias")).then_some(&mut dshort_bias[..]), dinner_weight: (!absent("inner_weight")).then_some(&mut dinner_weight[..]), dinner_bias: (!absent("inner_bias")).then_some(&mut dinner_bias[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("p", case.name, &p, &dp, |moved| check::dot(&forward(moved, &short_weight, &short_bias, &inner_weight, &inner_bias).0, &cotangent))); }
+        if !absent("short_weight") { rows.push(check::directional("short_weight", case.name, &short_weight, &dshort_weight, |moved| check::dot(&forward(&p, moved, &short_bias, &inner_weight, &inner_bias).0, &cotangent))); }
+        if !absent("short_bias") { rows.push(check::directional("short_bias", case.name, &short_bias, &dshort_bias, |moved| check::dot(&forward(&p, &short_weight, moved, &inner_weight, &inner_bias).0, &cotangent))); }
+        if !absent("inner_weight") { rows.push(check::directional("inner_weight", case.name, &inner_weight, &dinner_weight, |moved| check::dot(&forward(&p, &short_weight, &short_bias, moved, &inner_bias).0, &cotangent))); }
+        if !absent("inner_bias") { rows.push(check::directional("inner_bias", case.name, &inner_bias, &dinner_bias, |moved| check::dot(&forward(&p, &short_weight, &short_bias, &inner_weight, moved).0, &cotangent))); }
+        rows
+    }
 }
 
 /// LayerNorm without affine parameters, then the scale and shift that the conditioning chose.

@@ -9,6 +9,8 @@ pub mod generated;
 pub mod check;
 pub mod simd;
 
+pub mod attention;
+pub mod gated_conv;
 pub mod ln_modulate;
 
 /// A floating type that an oracle can run in: f32 for comparisons, f64 for finite differences.
@@ -107,7 +109,13 @@ mod tests {
         let rows = super::generated::gradchecks();
         assert!(!rows.is_empty());
         for (op, case, row) in rows {
-            assert!(row.error <= 1e-6, "{op}/{case}: d{}: analytic {} numeric {}", row.input, row.analytic, row.numeric);
+            assert!(
+                row.error <= 1e-6,
+                "{op}/{case}: d{}: analytic {} numeric {}",
+                row.input,
+                row.analytic,
+                row.numeric
+            );
         }
     }
 }

@@ -61,7 +61,8 @@ pub struct Param {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Require {
-    /// Boolean expression over dims (upper case) and parameters (lower case).
+    /// Boolean expression over dims (upper case), parameters (lower case) and `has(tensor)`, which tells whether an
+    /// optional tensor was given.
     pub that: String,
     /// What must hold, in words.
     pub must: String,

@@ -135,6 +135,9 @@ fn requires(c: &Contract) -> String {
     let mut conditions = String::new();
     for r in &c.require {
         let mut that = r.that.clone();
+        for t in c.tensors().filter(|t| t.optional) {
+            that = that.replace(&format!("has({})", t.name), &format!("{}.is_some()", t.name));
+        }
         for p in &c.param {
             that = replace_word(&that, &p.name, &format!("params.{}", p.name));
         }

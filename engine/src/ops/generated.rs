@@ -17,8 +17,299 @@ use graft_kernels::{Case, Tier};
 
 /// Runs every case of every operator; see [`super::check`].
 pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
+    ("attention", attention_conform),
+    ("gated_conv", gated_conv_conform),
     ("ln_modulate", ln_modulate_conform),
 ];
+
+/// Outputs of [`attention`].
+pub struct AttentionOut {
+    /// [B, N, H, E] f32: Attention output, heads side by side.
+    pub y: Tensor,
+    /// [B, H, N] f32: Log of the sum of the exponentials of the scaled scores of each query.
+    pub lse: Tensor,
+}
+
+/// Softmax self-attention of every head over all tokens, from the packed q, k, v projection.
+///
+/// ```text
+/// q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2]; s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]
+/// lse[b,h,i] = log sum_j exp(s[b,h,i,j]); y[b,i,h,e] = sum_j exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn attention(qkv: &Tensor, params: kernels::generated::attention::Params) -> Result<AttentionOut> {
+    use kernels::generated::attention::{Dims, Forward};
+    let mut check = DimCheck::new("attention", &["B", "N", "H", "E"]);
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    want_dtype("attention", "qkv", qkv, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    let device = qkv.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty(&[b, n, h, e])?;
+    let mut lse = device.empty(&[b, h, n])?;
+
+    let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::attention::reference::forward(args),
+        other => return Err(no_path("attention", other)),
+    }
+    Ok(AttentionOut { y, lse })
+}
+
+/// Backward pass of [`attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, want_qkv: bool, params: kernels::generated::attention::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::attention::{Backward, Dims};
+    let mut check = DimCheck::new("attention", &["B", "N", "H", "E"]);
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "N"])?;
+    want_dtype("attention", "dy", dy, &[DType::F32])?;
+    want_dtype("attention", "qkv", qkv, &[DType::F32])?;
+    want_dtype("attention", "y", y, &[DType::F32])?;
+    want_dtype("attention", "lse", lse, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::attention::reference::backward(args),
+        other => return Err(no_path("attention", other)),
+    }
+    Ok(grad_qkv)
+}
+
+impl Graph<'_> {
+    /// [`attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn attention(&self, qkv: &Var, params: kernels::generated::attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv)];
+        let record = sources.iter().any(Option::is_some);
+        let out = attention(qkv.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("attention", out.y, saved, move |dy, grads| {
+            let found = attention_backward(dy, &saved_qkv, &saved_y, &saved_lse, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::attention::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], check::Fill::Normal)?;
+            let out = attention(&qkv, params)?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = attention_backward(&dy, &qkv, &out.y, &out.lse, true, params)?;
+            if let Some(t) = &grads { io.result("dqkv", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Gradients of [`gated_conv`]; absent where not asked for.
+pub struct GatedConvGrads {
+    /// [B, N, 3, C] f32
+    pub p: Option<Tensor>,
+    /// [3, C, K] f32
+    pub short_weight: Option<Tensor>,
+    /// [3, C] f32
+    pub short_bias: Option<Tensor>,
+    /// [C, K] f32
+    pub inner_weight: Option<Tensor>,
+    /// [C] f32
+    pub inner_bias: Option<Tensor>,
+}
+
+/// Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.
+///
+/// ```text
+/// conv(w, bias, x)[t] = bias + sum_j w[j] * x[t - lead + j], x zero outside [0, N); the identity where w is absent
+/// q, k, v = conv(short_weight, short_bias, p);  y[b,t,c] = q[t] * conv(inner_weight, inner_bias, k * v)[t]
+/// ```
+/// - `p` `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+/// - `short_weight` `[3, C, K]` f32, optional: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+/// - `short_bias` `[3, C]` f32, optional: Bias of the convolution on q, k and v.
+/// - `inner_weight` `[C, K]` f32, optional: Taps of the convolution on k * v; absent in Hyena-X.
+/// - `inner_bias` `[C]` f32, optional: Bias of the convolution on k * v.
+/// - returns `y` `[B, N, C]` f32: Gated result, before the output projection.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&Tensor>, inner_weight: Option<&Tensor>, inner_bias: Option<&Tensor>, params: kernels::generated::gated_conv::Params) -> Result<Tensor> {
+    use kernels::generated::gated_conv::{Dims, Forward};
+    let mut check = DimCheck::new("gated_conv", &["B", "N", "C", "K"]);
+    check.bind("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.bind("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.bind("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.bind("inner_weight", t, &["C", "K"])?; }
+    if let Some(t) = inner_bias { check.bind("inner_bias", t, &["C"])?; }
+    check.match_exprs("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.match_exprs("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K"])?; }
+    if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
+    want_dtype("gated_conv", "p", p, &[DType::F32])?;
+    if let Some(t) = short_weight { want_dtype("gated_conv", "short_weight", t, &[DType::F32])?; }
+    if let Some(t) = short_bias { want_dtype("gated_conv", "short_bias", t, &[DType::F32])?; }
+    if let Some(t) = inner_weight { want_dtype("gated_conv", "inner_weight", t, &[DType::F32])?; }
+    if let Some(t) = inner_bias { want_dtype("gated_conv", "inner_bias", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { k, .. } = dims;
+    require("gated_conv", params.lead < k, "lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
+    let device = p.device().clone();
+    check.same_device(&device, &[("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let Dims { b, n, c, .. } = dims;
+    let mut y = device.empty(&[b, n, c])?;
+
+    let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gated_conv::cpu::forward(args),
+        DeviceKind::Oracle => kernels::gated_conv::reference::forward(args),
+        other => return Err(no_path("gated_conv", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`gated_conv`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&Tensor>, inner_weight: Option<&Tensor>, inner_bias: Option<&Tensor>, k: usize, want_p: bool, want_short_weight: bool, want_short_bias: bool, want_inner_weight: bool, want_inner_bias: bool, params: kernels::generated::gated_conv::Params) -> Result<GatedConvGrads> {
+    use kernels::generated::gated_conv::{Backward, Dims};
+    let mut check = DimCheck::new("gated_conv", &["B", "N", "C", "K"]);
+    check.given("K", k)?;
+    check.bind("dy", dy, &["B", "N", "C"])?;
+    check.bind("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.bind("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.bind("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.bind("inner_weight", t, &["C", "K"])?; }
+    if let Some(t) = inner_bias { check.bind("inner_bias", t, &["C"])?; }
+    check.match_exprs("dy", dy, &["B", "N", "C"])?;
+    check.match_exprs("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.match_exprs("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K"])?; }
+    if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
+    want_dtype("gated_conv", "dy", dy, &[DType::F32])?;
+    want_dtype("gated_conv", "p", p, &[DType::F32])?;
+    if let Some(t) = short_weight { want_dtype("gated_conv", "short_weight", t, &[DType::F32])?; }
+    if let Some(t) = short_bias { want_dtype("gated_conv", "short_bias", t, &[DType::F32])?; }
+    if let Some(t) = inner_weight { want_dtype("gated_conv", "inner_weight", t, &[DType::F32])?; }
+    if let Some(t) = inner_bias { want_dtype("gated_conv", "inner_bias", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[("p", Some(p)), ("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let Dims { b, n, c, k, .. } = dims;
+    let mut grad_p = if want_p { Some(device.empty(&[b, n, 3, c])?) } else { None };
+    let mut grad_short_weight = if want_short_weight { Some(device.empty(&[3, c, k])?) } else { None };
+    let mut grad_short_bias = if want_short_bias { Some(device.empty(&[3, c])?) } else { None };
+    let mut grad_inner_weight = if want_inner_weight { Some(device.empty(&[c, k])?) } else { None };
+    let mut grad_inner_bias = if want_inner_bias { Some(device.empty(&[c])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gated_conv::cpu::backward(args),
+        DeviceKind::Oracle => kernels::gated_conv::reference::backward(args),
+        other => return Err(no_path("gated_conv", other)),
+    }
+    Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias })
+}
+
+impl Graph<'_> {
+    /// [`gated_conv`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn gated_conv(&self, p: &Var, short_weight: Option<&Var>, short_bias: Option<&Var>, inner_weight: Option<&Var>, inner_bias: Option<&Var>, params: kernels::generated::gated_conv::Params) -> Result<Var> {
+        let sources = [self.source(p), short_weight.and_then(|v| self.source(v)), short_bias.and_then(|v| self.source(v)), inner_weight.and_then(|v| self.source(v)), inner_bias.and_then(|v| self.source(v))];
+        let record = sources.iter().any(Option::is_some);
+        let out = gated_conv(p.tensor(), short_weight.map(Var::tensor), short_bias.map(Var::tensor), inner_weight.map(Var::tensor), inner_bias.map(Var::tensor), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_p = p.tensor().clone();
+        let saved_short_weight = short_weight.map(|v| v.tensor().clone());
+        let saved_short_bias = short_bias.map(|v| v.tensor().clone());
+        let saved_inner_weight = inner_weight.map(|v| v.tensor().clone());
+        let saved_inner_bias = inner_bias.map(|v| v.tensor().clone());
+        let k = short_weight.map_or(0, |v| v.tensor().dim(2));
+        let saved = [Some(&saved_p), saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref()].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("gated_conv", out, saved, move |dy, grads| {
+            let found = gated_conv_backward(dy, &saved_p, saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref(), k, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.p)?;
+            grads.add(sources[1], found.short_weight)?;
+            grads.add(sources[2], found.short_bias)?;
+            grads.add(sources[3], found.inner_weight)?;
+            grads.add(sources[4], found.inner_bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::gated_conv::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, c, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let p = io.draw(case.name, "p", &[b, n, 3, c], check::Fill::Normal)?;
+            let short_weight = if absent("short_weight") { None } else { Some(io.draw(case.name, "short_weight", &[3, c, k], check::Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let short_bias = if absent("short_bias") { None } else { Some(io.draw(case.name, "short_bias", &[3, c], check::Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let inner_weight = if absent("inner_weight") { None } else { Some(io.draw(case.name, "inner_weight", &[c, k], check::Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let inner_bias = if absent("inner_bias") { None } else { Some(io.draw(case.name, "inner_bias", &[c], check::Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let out = gated_conv(&p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), params)?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, n, c], Fill::Normal)?;
+            let grads = gated_conv_backward(&dy, &p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), k, true, !absent("short_weight"), !absent("short_bias"), !absent("inner_weight"), !absent("inner_bias"), params)?;
+            if let Some(t) = &grads.p { io.result("dp", t)?; }
+            if let Some(t) = &grads.short_weight { io.result("dshort_weight", t)?; }
+            if let Some(t) = &grads.short_bias { io.result("dshort_bias", t)?; }
+            if let Some(t) = &grads.inner_weight { io.result("dinner_weight", t)?; }
+            if let Some(t) = &grads.inner_bias { io.result("dinner_bias", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
 
 /// Outputs of [`ln_modulate`].
 pub struct LnModulateOut {
