@@ -22,9 +22,11 @@ pub struct SplitMix64(pub u64);
 impl SplitMix64 {
     /// A generator for one tensor of one case: the seed is an FNV-1a hash of both names.
     pub fn named(case: &str, tensor: &str) -> Self {
-        let hash = case.bytes().chain([b'/']).chain(tensor.bytes()).fold(0xcbf2_9ce4_8422_2325, |h: u64, byte| {
-            (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
+        let hash = case
+            .bytes()
+            .chain([b'/'])
+            .chain(tensor.bytes())
+            .fold(0xcbf2_9ce4_8422_2325, |h: u64, byte| (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
         SplitMix64(hash)
     }
 

@@ -10,7 +10,9 @@ pub mod generated;
 pub mod rng;
 pub mod simd;
 
+pub mod attention;
 pub mod gate_residual;
+pub mod gated_conv;
 pub mod gemm;
 pub mod ln_modulate;
 
@@ -110,7 +112,13 @@ mod tests {
         let rows = super::generated::gradchecks();
         assert!(!rows.is_empty());
         for (op, case, row) in rows {
-            assert!(row.error <= 1e-6, "{op}/{case}: d{}: analytic {} numeric {}", row.input, row.analytic, row.numeric);
+            assert!(
+                row.error <= 1e-6,
+                "{op}/{case}: d{}: analytic {} numeric {}",
+                row.input,
+                row.analytic,
+                row.numeric
+            );
         }
     }
 }

@@ -1,0 +1,247 @@
+//! CPU path: one head at a time in cache, keys by blocks with the online softmax, heads and query ranges over threads.
+//!
+//! Every query is summed in the same order whatever the split over threads, so results do not depend on it.
+
+use super::tiles::{Rows, Sum, WIDTH, pack, pack_transposed, padded, product, product_transposed};
+use crate::generated::attention::{Backward, Dims, Forward};
+use crate::simd::{exp, reduce, vectorised};
+use rayon::prelude::*;
+use std::cell::RefCell;
+
+/// Most keys of a block: keys, values and scores of a block stay in the second-level cache.
+const KEYS: usize = 256;
+/// Most queries of a block.
+const QUERIES: usize = 48;
+/// Queries of one task where heads alone are too few for the threads.
+const TASK: usize = 192;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Cuts this thread's scratch into pieces of the given lengths; contents are arbitrary.
+fn with_scratch<const COUNT: usize>(lengths: [usize; COUNT], body: impl FnOnce([&mut [f32]; COUNT])) {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let total = lengths.iter().sum();
+        if scratch.len() < total {
+            scratch.resize(total, 0.0);
+        }
+        let mut rest = &mut scratch[..];
+        body(lengths.map(|length| rest.split_off_mut(..length).unwrap_or_default()));
+    });
+}
+
+/// The blocks of `0..len`, as (start, length): as even as they can be, at most `most` long.
+fn blocks(len: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = len.div_ceil(most);
+    (0..count).map(move |i| (i * len / count, (i + 1) * len / count - i * len / count))
+}
+
+/// Rows of one head in one part (q, k, v) of a sample's packed projection `[N, 3, H, E]`.
+fn part<'a>(qkv: &'a [f32], dims: Dims, part: usize, head: usize) -> Rows<'a> {
+    Rows { data: &qkv[(part * dims.h + head) * dims.e..], stride: 3 * dims.h * dims.e, width: dims.e }
+}
+
+/// Rows of one head in a sample's `[N, H, E]`.
+fn of_head<'a>(x: &'a [f32], dims: Dims, head: usize) -> Rows<'a> {
+    Rows { data: &x[head * dims.e..], stride: dims.h * dims.e, width: dims.e }
+}
+
+/// Forward pass.
+pub fn forward(a: Forward<'_, f32>) {
+    let dims @ Dims { b, n, h, e } = a.dims;
+    let (qkv, scale) = (a.qkv, a.params.scale);
+    let task = if b * h >= 2 * rayon::current_num_threads() { n } else { TASK };
+    a.y.par_chunks_mut(n * h * e).zip(a.lse.par_chunks_mut(h * n)).enumerate().for_each(|(sample, (y, lse))| {
+        let qkv = &qkv[sample * n * 3 * h * e..][..n * 3 * h * e];
+        let mut heads: Vec<Vec<&mut [f32]>> = (0..h).map(|_| Vec::with_capacity(n)).collect();
+        y.chunks_mut(e).enumerate().for_each(|(i, row)| heads[i % h].push(row));
+        heads.par_iter_mut().zip(lse.par_chunks_mut(n)).enumerate().for_each(|(head, (rows, lse))| {
+            rows.par_chunks_mut(task).zip(lse.par_chunks_mut(task)).enumerate().for_each(|(i, (y, lse))| {
+                let [q, k, v] = [0, 1, 2].map(|p| part(qkv, dims, p, head));
+                head_forward(q.from(i * task), k, v, n, scale, y, lse);
+            });
+        });
+    });
+}
+
+/// Queries `q` (as many as rows of `y`) over all `n` keys of one head.
+fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: &mut [&mut [f32]], lse: &mut [f32]) {
+    let (queries, e) = (y.len(), q.width);
+    let (wide_e, wide_keys) = (padded(e), padded(n.min(KEYS)));
+    let lengths = [e * wide_keys, wide_keys * wide_e, QUERIES * wide_keys, queries * wide_e, queries, queries];
+    with_scratch(lengths, |[keys, values, scores, sums, max, total]| {
+        max.fill(f32::NEG_INFINITY);
+        total.fill(0.0);
+        for (first, count) in blocks(n, KEYS) {
+            let wide = padded(count);
+            pack_transposed(k.from(first), count, keys);
+            pack(v.from(first), count, values);
+            for (at, rows) in blocks(queries, QUERIES) {
+                let sums = &mut sums[at * wide_e..][..rows * wide_e];
+                product(q.from(at), rows, keys, count, &mut Sum { data: scores, stride: wide, add: false });
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for r in 0..rows {
+                            let row = &mut scores[r * wide..][..wide];
+                            row[count..].fill(f32::NEG_INFINITY);
+                            let old = max[at + r];
+                            let (new, sum) = exponentials(row, scale, old);
+                            if first > 0 {
+                                let keep = exp(old - new);
+                                total[at + r] = total[at + r].mul_add(keep, sum);
+                                sums[r * wide_e..][..wide_e].iter_mut().for_each(|s| *s *= keep);
+                            } else {
+                                total[at + r] = sum;
+                            }
+                            max[at + r] = new;
+                        }
+                    },
+                );
+                let weights = Rows { data: scores, stride: wide, width: count };
+                product(weights, rows, values, e, &mut Sum { data: sums, stride: wide_e, add: first > 0 });
+            }
+        }
+        for (i, row) in y.iter_mut().enumerate() {
+            let inverse = 1.0 / total[i];
+            row.iter_mut().zip(&sums[i * wide_e..]).for_each(|(y, s)| *y = s * inverse);
+            lse[i] = max[i] + total[i].ln();
+        }
+    });
+}
+
+/// Turns scores into exp(scale·score − max), max over `before` and the row; returns the maximum and the sum.
+#[inline(always)]
+fn exponentials(row: &mut [f32], scale: f32, before: f32) -> (f32, f32) {
+    let mut max = [before; WIDTH];
+    for x in row.chunks_exact_mut(WIDTH) {
+        for lane in 0..WIDTH {
+            x[lane] *= scale;
+            max[lane] = if x[lane] > max[lane] { x[lane] } else { max[lane] };
+        }
+    }
+    let max = max.into_iter().fold(before, f32::max);
+    let mut sum = [0.0f32; 16];
+    for x in row.chunks_exact_mut(WIDTH) {
+        for lane in 0..WIDTH {
+            x[lane] = exp(x[lane] - max);
+            sum[lane] += x[lane];
+        }
+    }
+    (max, reduce(sum))
+}
+
+/// Backward pass. Heads go over threads: each owns its rows of `dqkv`.
+pub fn backward(a: Backward<'_, f32>) {
+    let Some(dqkv) = a.dqkv else { return };
+    let dims @ Dims { n, h, e, .. } = a.dims;
+    let (qkv, y, dy, lse, scale) = (a.qkv, a.y, a.dy, a.lse, a.params.scale);
+    dqkv.par_chunks_mut(n * 3 * h * e).enumerate().for_each(|(sample, dqkv)| {
+        let qkv = &qkv[sample * n * 3 * h * e..][..n * 3 * h * e];
+        let (y, dy) = (&y[sample * n * h * e..][..n * h * e], &dy[sample * n * h * e..][..n * h * e]);
+        let mut heads: Vec<[Vec<&mut [f32]>; 3]> = (0..h).map(|_| [0; 3].map(|_| Vec::with_capacity(n))).collect();
+        dqkv.chunks_mut(e).enumerate().for_each(|(i, row)| heads[i % h][i / h % 3].push(row));
+        heads.par_iter_mut().enumerate().for_each(|(head, grads)| {
+            let inputs = [0, 1, 2].map(|p| part(qkv, dims, p, head));
+            let lse = &lse[(sample * h + head) * n..][..n];
+            head_backward(inputs, of_head(y, dims, head), of_head(dy, dims, head), n, scale, lse, grads);
+        });
+    });
+}
+
+fn head_backward(
+    [q, k, v]: [Rows<'_>; 3],
+    y: Rows<'_>,
+    dy: Rows<'_>,
+    n: usize,
+    scale: f32,
+    lse: &[f32],
+    [dq, dk, dv]: &mut [Vec<&mut [f32]>; 3],
+) {
+    let e = q.width;
+    let (wide_e, wide_keys) = (padded(e), padded(n.min(KEYS)));
+    let (all, block, tile) = (n * wide_e, wide_keys * wide_e, QUERIES * wide_keys);
+    let lengths = [e * wide_keys, e * wide_keys, block, block, block, tile, tile, all, all, all, n];
+    with_scratch(lengths, |[keys_t, values_t, keys, sum_k, sum_v, p, ds, queries, dys, sum_q, delta]| {
+        for (at, rows) in blocks(n, QUERIES) {
+            pack(q.from(at), rows, &mut queries[at * wide_e..]);
+            pack(dy.from(at), rows, &mut dys[at * wide_e..]);
+        }
+        for i in 0..n {
+            delta[i] = dy.row(i).iter().zip(y.row(i)).map(|(a, b)| a * b).sum();
+        }
+        for (first, count) in blocks(n, KEYS) {
+            let wide = padded(count);
+            pack_transposed(k.from(first), count, keys_t);
+            pack_transposed(v.from(first), count, values_t);
+            pack(k.from(first), count, keys);
+            for (at, rows) in blocks(n, QUERIES) {
+                product(q.from(at), rows, keys_t, count, &mut Sum { data: p, stride: wide, add: false });
+                product(dy.from(at), rows, values_t, count, &mut Sum { data: ds, stride: wide, add: false });
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for r in 0..rows {
+                            let (p, ds) = (&mut p[r * wide..][..wide], &mut ds[r * wide..][..wide]);
+                            score_gradients(p, ds, scale, lse[at + r], delta[at + r]);
+                        }
+                    },
+                );
+                let (p, ds) =
+                    (Rows { data: p, stride: wide, width: count }, Rows { data: ds, stride: wide, width: count });
+                let (queries, dys) = (&queries[at * wide_e..], &dys[at * wide_e..]);
+                let sum = |data, add| Sum { data, stride: wide_e, add };
+                product_transposed(p, rows, dys, e, &mut sum(sum_v, at > 0));
+                product_transposed(ds, rows, queries, e, &mut sum(sum_k, at > 0));
+                product(ds, rows, keys, e, &mut sum(&mut sum_q[at * wide_e..], first > 0));
+            }
+            for i in 0..count {
+                dk[first + i].copy_from_slice(&sum_k[i * wide_e..][..e]);
+                dv[first + i].copy_from_slice(&sum_v[i * wide_e..][..e]);
+            }
+        }
+        for (i, row) in dq.iter_mut().enumerate() {
+            row.copy_from_slice(&sum_q[i * wide_e..][..e]);
+        }
+    });
+}
+
+/// From scores in `p` and dy·v in `ds`: p = exp(scale·s − lse), ds = scale·p·(ds − delta).
+#[inline(always)]
+fn score_gradients(p: &mut [f32], ds: &mut [f32], scale: f32, lse: f32, delta: f32) {
+    for i in 0..p.len() {
+        p[i] = exp(p[i].mul_add(scale, -lse));
+        ds[i] = scale * p[i] * (ds[i] - delta);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::reference;
+    use super::*;
+    use crate::Tier;
+    use crate::check::{Fill, Tolerance, compare, draw_f32};
+    use crate::generated::attention::CASES;
+
+    #[test]
+    fn agrees_with_the_oracle() {
+        for case in CASES.iter().filter(|case| case.tier == Tier::Tiny) {
+            let (dims @ Dims { b, n, h, e }, params) = (case.dims, case.params);
+            let qkv = draw_f32(case.name, "qkv", b * n * 3 * h * e, Fill::Normal);
+            let dy = draw_f32(case.name, "dy", b * n * h * e, Fill::Normal);
+            let run = |forward: fn(Forward<'_, f32>), backward: fn(Backward<'_, f32>)| {
+                let (mut y, mut lse) = (vec![f32::NAN; b * n * h * e], vec![f32::NAN; b * h * n]);
+                let mut dqkv = vec![f32::NAN; qkv.len()];
+                forward(Forward { dims, params, qkv: &qkv, y: &mut y, lse: &mut lse });
+                backward(Backward { dims, params, dy: &dy, qkv: &qkv, y: &y, lse: &lse, dqkv: Some(&mut dqkv) });
+                [("y", y), ("lse", lse), ("dqkv", dqkv)]
+            };
+            let (got, want) = (run(forward, backward), run(reference::forward, reference::backward));
+            for ((name, got), (_, want)) in got.iter().zip(&want) {
+                let result = compare(got, want, Tolerance::F32);
+                assert!(result.pass, "{} {name}: {result:?}", case.name);
+            }
+        }
+    }
+}
