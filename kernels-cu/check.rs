@@ -22,9 +22,11 @@ pub struct SplitMix64(pub u64);
 impl SplitMix64 {
     /// A generator for one tensor of one case: the seed is an FNV-1a hash of both names.
     pub fn named(case: &str, tensor: &str) -> Self {
-        let hash = case.bytes().chain([b'/']).chain(tensor.bytes()).fold(0xcbf2_9ce4_8422_2325, |h: u64, byte| {
-            (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
+        let hash = case
+            .bytes()
+            .chain([b'/'])
+            .chain(tensor.bytes())
+            .fold(0xcbf2_9ce4_8422_2325, |h: u64, byte| (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
         SplitMix64(hash)
     }
 
@@ -125,6 +127,15 @@ pub fn compare(got: &[f32], want: &[f32], tolerance: Tolerance) -> Comparison {
     out.rel_rms = if want_sq > 0.0 { (error_sq / want_sq).sqrt() } else { error_sq.sqrt() };
     out.pass = out.pass && out.worst <= 1.0 && out.rel_rms <= tolerance.rms;
     out
+}
+
+/// Fails the running test when `got` is not `want` within `tolerance`.
+#[cfg(test)]
+#[track_caller]
+pub(crate) fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: Tolerance) {
+    let result = compare(got, want, tolerance);
+    let i = result.worst_index;
+    assert!(result.pass, "{what}: element {i}: got {:?}, want {:?}; {result:?}", got.get(i), want.get(i));
 }
 
 /// One row of a gradient check.

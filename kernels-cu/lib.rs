@@ -9,7 +9,19 @@ pub mod generated;
 pub mod check;
 pub mod simd;
 
+pub mod adamw;
+pub mod add_noise;
+pub mod axpy;
+pub mod embed;
 pub mod ln_modulate;
+pub mod loss_diffusion;
+pub mod loss_regression;
+pub mod patchify;
+pub mod philox;
+pub mod sinusoid;
+pub mod solver_step;
+pub mod sum_squares;
+pub mod unpatchify;
 
 /// A floating type that an oracle can run in: f32 for comparisons, f64 for finite differences.
 pub trait Real: Copy + Default + 'static {
@@ -107,7 +119,13 @@ mod tests {
         let rows = super::generated::gradchecks();
         assert!(!rows.is_empty());
         for (op, case, row) in rows {
-            assert!(row.error <= 1e-6, "{op}/{case}: d{}: analytic {} numeric {}", row.input, row.analytic, row.numeric);
+            assert!(
+                row.error <= 1e-6,
+                "{op}/{case}: d{}: analytic {} numeric {}",
+                row.input,
+                row.analytic,
+                row.numeric
+            );
         }
     }
 }

@@ -30,7 +30,8 @@ pub struct Contract {
     /// Tensors updated in place.
     #[serde(default)]
     pub inout: Vec<Tensor>,
-    /// Tensors written; the first is the result, `saved` ones exist for the backward pass.
+    /// Tensors written; the first is the result, `saved` ones exist for the backward pass, others are reported and
+    /// have no gradient.
     #[serde(default)]
     pub output: Vec<Tensor>,
     /// Present when the operator has a backward pass.
@@ -61,7 +62,8 @@ pub struct Param {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Require {
-    /// Boolean expression over dims (upper case) and parameters (lower case).
+    /// Boolean expression over dims (upper case), parameters (lower case) and `has(tensor)`, the presence of an
+    /// optional tensor.
     pub that: String,
     /// What must hold, in words.
     pub must: String,
@@ -87,7 +89,8 @@ pub struct Tensor {
     /// Outputs: only the backward pass reads it.
     #[serde(default)]
     pub saved: bool,
-    /// How test inputs are drawn: `normal` (default), `uniform:LO:HI`, `index:EXPR`, `positive`.
+    /// How test inputs are drawn: `normal` (default), `uniform:LO:HI`, `index:EXPR`, `positive`. The entry point
+    /// checks that every element of an i32 input with `index:EXPR` lies in `0..EXPR`.
     #[serde(default = "normal_name")]
     pub fill: String,
     /// Meaning.
@@ -231,6 +234,13 @@ impl Contract {
         for param in &self.param {
             if !["usize", "u64", "f32", "bool"].contains(&param.ty.as_str()) {
                 return Err(format!("param {}: type {} is not usize, u64, f32 or bool", param.name, param.ty));
+            }
+        }
+        for that in self.require.iter().map(|r| &r.that) {
+            for name in that.split("has(").skip(1).filter_map(|rest| rest.split(')').next()) {
+                if !self.tensor(name).is_some_and(|t| t.optional) {
+                    return Err(format!("require {that}: {name} is no optional tensor of the operator"));
+                }
             }
         }
         if let Some(gradient) = &self.gradient {
