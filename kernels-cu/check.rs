@@ -129,6 +129,15 @@ pub fn compare(got: &[f32], want: &[f32], tolerance: Tolerance) -> Comparison {
     out
 }
 
+/// Fails the running test when `got` is not `want` within `tolerance`.
+#[cfg(test)]
+#[track_caller]
+pub(crate) fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: Tolerance) {
+    let result = compare(got, want, tolerance);
+    let i = result.worst_index;
+    assert!(result.pass, "{what}: element {i}: got {:?}, want {:?}; {result:?}", got.get(i), want.get(i));
+}
+
 /// One row of a gradient check.
 #[derive(Clone, Debug)]
 pub struct GradCheck {

@@ -3,25 +3,428 @@
 #![allow(clippy::all, missing_docs, unused)]
 #![cfg_attr(rustfmt, rustfmt::skip)]
 
-use crate::check::{self, GradCheck};
+use crate::check::{self, Fill, GradCheck};
 use crate::{Case, OpInfo, Tier, Weight};
 
 /// Every operator, by name.
 pub const OPS: &[OpInfo] = &[
+    adamw::INFO,
+    add_noise::INFO,
+    attention::INFO,
+    axpy::INFO,
+    embed::INFO,
     gate_residual::INFO,
+    gated_conv::INFO,
+    gemm::INFO,
     ln_modulate::INFO,
+    loss_diffusion::INFO,
+    loss_regression::INFO,
+    patchify::INFO,
+    philox::INFO,
+    sinusoid::INFO,
+    solver_step::INFO,
+    sum_squares::INFO,
+    unpatchify::INFO,
 ];
 
 /// Every gradient check of the tiny cases: (operator, case, row).
 pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     let mut rows = Vec::new();
+    for case in attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(attention::gradcheck(case).into_iter().map(|row| ("attention", case.name, row)));
+    }
+    for case in embed::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(embed::gradcheck(case).into_iter().map(|row| ("embed", case.name, row)));
+    }
     for case in gate_residual::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(gate_residual::gradcheck(case).into_iter().map(|row| ("gate_residual", case.name, row)));
+    }
+    for case in gated_conv::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(gated_conv::gradcheck(case).into_iter().map(|row| ("gated_conv", case.name, row)));
+    }
+    for case in gemm::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(gemm::gradcheck(case).into_iter().map(|row| ("gemm", case.name, row)));
     }
     for case in ln_modulate::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(ln_modulate::gradcheck(case).into_iter().map(|row| ("ln_modulate", case.name, row)));
     }
+    for case in loss_diffusion::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(loss_diffusion::gradcheck(case).into_iter().map(|row| ("loss_diffusion", case.name, row)));
+    }
+    for case in loss_regression::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(loss_regression::gradcheck(case).into_iter().map(|row| ("loss_regression", case.name, row)));
+    }
+    for case in patchify::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(patchify::gradcheck(case).into_iter().map(|row| ("patchify", case.name, row)));
+    }
+    for case in unpatchify::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(unpatchify::gradcheck(case).into_iter().map(|row| ("unpatchify", case.name, row)));
+    }
     rows
+}
+
+/// One AdamW step of one parameter tensor in place, with the moving average of the parameters.
+pub mod adamw {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub l: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Learning rate.
+        pub lr: f32,
+        /// Decay of the first moment.
+        pub beta1: f32,
+        /// Decay of the second moment.
+        pub beta2: f32,
+        /// Added to the root of the second moment.
+        pub eps: f32,
+        /// Decoupled weight decay, per unit of learning rate.
+        pub weight_decay: f32,
+        /// 1 - beta1^t at step t = 1, 2, ...
+        pub bias1: f32,
+        /// 1 - beta2^t at step t.
+        pub bias2: f32,
+        /// Factor of the gradient, for clipping by the global norm.
+        pub grad_scale: f32,
+        /// Decay of the moving average; unused without `ema`.
+        pub ema_decay: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [L] f32: Gradient.
+        pub grad: &'a [T],
+        /// [L] f32: Parameters.
+        pub param: &'a mut [T],
+        /// [L] f32: First moment.
+        pub m: &'a mut [T],
+        /// [L] f32: Second moment.
+        pub v: &'a mut [T],
+        /// [L] f32: Moving average of the parameters.
+        pub ema: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { l, .. } = dims;
+        16*l
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { l, .. } = dims;
+        36*l
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "first_step", tier: Tier::Tiny, dims: Dims { l: 37 }, params: Params { lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_decay: 0.9999 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "no_ema", tier: Tier::Tiny, dims: Dims { l: 17 }, params: Params { lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_decay: 0.9999 }, absent: &["ema"], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { l: 1 }, params: Params { lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, bias1: 0.9, bias2: 0.5, grad_scale: 1.0, ema_decay: 0.9999 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "clipped", tier: Tier::Tiny, dims: Dims { l: 1000 }, params: Params { lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, bias1: 0.5, bias2: 0.05, grad_scale: 0.125, ema_decay: 0.9999 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { l: 40000 }, params: Params { lr: 0.05, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, bias1: 1.0, bias2: 1.0, grad_scale: 1.0, ema_decay: 0.9999 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_block", tier: Tier::Real, dims: Dims { l: 21255552 }, params: Params { lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_decay: 0.9999 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "fashion", tier: Tier::Real, dims: Dims { l: 65536 }, params: Params { lr: 0.001, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_decay: 0.9999 }, absent: &[], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "adamw", summary: "One AdamW step of one parameter tensor in place, with the moving average of the parameters.", backward: false, cases: &["first_step", "no_ema", "one", "clipped", "over_a_block", "dit_block", "fashion"], tolerance: None };
+
+}
+
+/// Noisy latents of the forward diffusion process.
+pub mod add_noise {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub l: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, L] f32: Clean latents.
+        pub x0: &'a [T],
+        /// [B, L] f32: Standard normal noise.
+        pub noise: &'a [T],
+        /// [B, 2] f32: Per sample: sqrt(alpha_bar), sqrt(1 - alpha_bar).
+        pub coefs: &'a [T],
+        /// [B, L] f32: Noisy latents.
+        pub x_t: &'a mut [T],
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, l, .. } = dims;
+        3*b*l
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, l, .. } = dims;
+        12*b*l
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, l: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, l: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 2, l: 4096 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 32, l: 4096 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, l: 784 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "add_noise", summary: "Noisy latents of the forward diffusion process.", backward: false, cases: &["odd", "one", "wide", "dit_xl_256", "fashion"], tolerance: None };
+
+}
+
+/// Softmax self-attention of every head over all tokens, from the packed q, k, v projection.
+pub mod attention {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor of the scores, as a rule 1/sqrt(E).
+        pub scale: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, 3, H, E] f32: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// [B, N, H, E] f32: Attention output, heads side by side.
+        pub y: &'a mut [T],
+        /// [B, H, N] f32: Log of the sum of the exponentials of the scaled scores of each query.
+        pub lse: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, H, E] f32: Attention output, heads side by side.
+        pub dy: &'a [T],
+        /// [B, N, 3, H, E] f32: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// [B, N, H, E] f32: Attention output, heads side by side.
+        pub y: &'a [T],
+        /// [B, H, N] f32: Log of the sum of the exponentials of the scaled scores of each query.
+        pub lse: &'a [T],
+        /// [B, N, 3, H, E] f32: Queries, keys and values side by side, as one projection writes them.
+        pub dqkv: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*b*h*n*n*e
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*(4*b*n*h*e + b*h*n)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 523, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, n: 300, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, h, e, .. } = dims;
+        let qkv = check::draw_f64(case.name, "qkv", b * n * 3 * h * e, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * h * e, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |qkv: &[f64]| {
+            let mut y = vec![0.0f64; b * n * h * e];
+            let mut lse = vec![0.0f64; b * h * n];
+            super::super::attention::reference::forward(Forward { dims, params, qkv: qkv, y: &mut y[..], lse: &mut lse[..] });
+            (y, lse)
+        };
+        let (y, lse) = forward(&qkv);
+        let mut dqkv = vec![0.0f64; b * n * 3 * h * e];
+        super::super::attention::reference::backward(Backward { dims, params, dy: &cotangent, qkv: &qkv[..], y: &y[..], lse: &lse[..], dqkv: Some(&mut dqkv[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Adds a multiple of a tensor to another in place.
+pub mod axpy {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub l: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor.
+        pub alpha: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [L] f32: Added tensor.
+        pub x: &'a [T],
+        /// [L] f32: Updated tensor.
+        pub y: &'a mut [T],
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { l, .. } = dims;
+        2*l
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { l, .. } = dims;
+        12*l
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { l: 37 }, params: Params { alpha: -0.5 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { l: 1 }, params: Params { alpha: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { l: 70001 }, params: Params { alpha: 3.25 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_block", tier: Tier::Real, dims: Dims { l: 21255552 }, params: Params { alpha: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "axpy", summary: "Adds a multiple of a tensor to another in place.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block"], tolerance: None };
+
+}
+
+/// Row of a table per sample, plus an addend, through an optional activation.
+pub mod embed {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub v: usize,
+        pub d: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Activation: 0 none, 2 SiLU.
+        pub act: usize,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [V, D] f32: Embedding table.
+        pub table: &'a [T],
+        /// [B] i32: Row per sample.
+        pub index: &'a [i32],
+        /// [B, D] f32: Added to the row, such as the embedding of the timestep.
+        pub addend: Option<&'a [T]>,
+        /// [B, D] f32: Activated sum.
+        pub y: &'a mut [T],
+        /// [B, D] f32: Sum before the activation.
+        pub pre: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, D] f32: Activated sum.
+        pub dy: &'a [T],
+        /// [B] i32: Row per sample.
+        pub index: &'a [i32],
+        /// [B, D] f32: Sum before the activation.
+        pub pre: &'a [T],
+        /// [V, D] f32: Embedding table.
+        pub dtable: Option<&'a mut [T]>,
+        /// [B, D] f32: Added to the row, such as the embedding of the timestep.
+        pub daddend: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, d, .. } = dims;
+        b*d*5
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, d, .. } = dims;
+        4*(4*b*d + b)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "plain", tier: Tier::Tiny, dims: Dims { b: 3, v: 5, d: 7 }, params: Params { act: 0 }, absent: &["addend"], bf16: &[], gradcheck: true },
+        Case { name: "added", tier: Tier::Tiny, dims: Dims { b: 4, v: 3, d: 33 }, params: Params { act: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "silu", tier: Tier::Tiny, dims: Dims { b: 5, v: 2, d: 17 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "silu_bare", tier: Tier::Tiny, dims: Dims { b: 1, v: 1, d: 1 }, params: Params { act: 2 }, absent: &["addend"], bf16: &[], gradcheck: true },
+        Case { name: "shared_rows", tier: Tier::Tiny, dims: Dims { b: 17, v: 3, d: 384 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl", tier: Tier::Real, dims: Dims { b: 32, v: 1001, d: 1152 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, v: 11, d: 128 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "embed", summary: "Row of a table per sample, plus an addend, through an optional activation.", backward: true, cases: &["plain", "added", "silu", "silu_bare", "shared_rows", "dit_xl", "fashion"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, v, d, .. } = dims;
+        let table = check::draw_f64(case.name, "table", v * d, Fill::Normal);
+        let index = check::draw_i32(case.name, "index", b, Fill::Index(v));
+        let addend = check::draw_f64(case.name, "addend", b * d, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * d, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |table: &[f64], addend: &[f64]| {
+            let mut y = vec![0.0f64; b * d];
+            let mut pre = vec![0.0f64; b * d];
+            super::super::embed::reference::forward(Forward { dims, params, table: table, index: &index[..], addend: (!absent("addend")).then_some(addend), y: &mut y[..], pre: &mut pre[..] });
+            (y, pre)
+        };
+        let (y, pre) = forward(&table, &addend);
+        let mut dtable = vec![0.0f64; v * d];
+        let mut daddend = vec![0.0f64; b * d];
+        super::super::embed::reference::backward(Backward { dims, params, dy: &cotangent, index: &index[..], pre: &pre[..], dtable: Some(&mut dtable[..]), daddend: (!absent("addend")).then_some(&mut daddend[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("table", case.name, &table, &dtable, |moved| check::dot(&forward(moved, &addend).0, &cotangent))); }
+        if !absent("addend") { rows.push(check::directional("addend", case.name, &addend, &daddend, |moved| check::dot(&forward(&table, moved).0, &cotangent))); }
+        rows
+    }
 }
 
 /// Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.
@@ -95,10 +498,10 @@ pub mod gate_residual {
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
         let (dims, params) = (case.dims, case.params);
         let Dims { b, n, c, d, .. } = dims;
-        let residual = check::draw_f64(case.name, "residual", b * n * d, check::Fill::Normal);
-        let modulation = check::draw_f64(case.name, "modulation", b * c * d, check::Fill::Normal);
-        let branch = check::draw_f64(case.name, "branch", b * n * d, check::Fill::Normal);
-        let cotangent = check::draw_f64(case.name, "dy", b * n * d, check::Fill::Normal);
+        let residual = check::draw_f64(case.name, "residual", b * n * d, Fill::Normal);
+        let modulation = check::draw_f64(case.name, "modulation", b * c * d, Fill::Normal);
+        let branch = check::draw_f64(case.name, "branch", b * n * d, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * d, Fill::Normal);
         let absent = |name: &str| case.absent.contains(&name);
         let forward = |modulation: &[f64], branch: &[f64]| {
             let mut y = vec![0.0f64; b * n * d];
@@ -112,6 +515,280 @@ pub mod gate_residual {
         let mut rows = Vec::new();
         { rows.push(check::directional("modulation", case.name, &modulation, &dmodulation, |moved| check::dot(&forward(moved, &branch).0, &cotangent))); }
         { rows.push(check::directional("branch", case.name, &branch, &dbranch, |moved| check::dot(&forward(&modulation, moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.
+pub mod gated_conv {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Taps before the current token: K - 1 is causal, (K - 1) / 2 is centred.
+        pub lead: usize,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, 3, C] f32: Queries, keys and values side by side, as the input projection writes them.
+        pub p: &'a [T],
+        /// [3, C, K] f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        pub short_weight: Option<&'a [T]>,
+        /// [3, C] f32: Bias of the convolution on q, k and v.
+        pub short_bias: Option<&'a [T]>,
+        /// [C, K] f32: Taps of the convolution on k * v; absent in Hyena-X.
+        pub inner_weight: Option<&'a [T]>,
+        /// [C] f32: Bias of the convolution on k * v.
+        pub inner_bias: Option<&'a [T]>,
+        /// [B, N, C] f32: Gated result, before the output projection.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, C] f32: Gated result, before the output projection.
+        pub dy: &'a [T],
+        /// [B, N, 3, C] f32: Queries, keys and values side by side, as the input projection writes them.
+        pub p: &'a [T],
+        /// [3, C, K] f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        pub short_weight: Option<&'a [T]>,
+        /// [3, C] f32: Bias of the convolution on q, k and v.
+        pub short_bias: Option<&'a [T]>,
+        /// [C, K] f32: Taps of the convolution on k * v; absent in Hyena-X.
+        pub inner_weight: Option<&'a [T]>,
+        /// [C] f32: Bias of the convolution on k * v.
+        pub inner_bias: Option<&'a [T]>,
+        /// [B, N, 3, C] f32: Queries, keys and values side by side, as the input projection writes them.
+        pub dp: Option<&'a mut [T]>,
+        /// [3, C, K] f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        pub dshort_weight: Option<&'a mut [T]>,
+        /// [3, C] f32: Bias of the convolution on q, k and v.
+        pub dshort_bias: Option<&'a mut [T]>,
+        /// [C, K] f32: Taps of the convolution on k * v; absent in Hyena-X.
+        pub dinner_weight: Option<&'a mut [T]>,
+        /// [C] f32: Bias of the convolution on k * v.
+        pub dinner_bias: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, c, k, .. } = dims;
+        b*n*c*(8*k + 2)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, c, k, .. } = dims;
+        4*(4*b*n*c + 4*c*k + 4*c)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "se_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, c: 37, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_centred", tier: Tier::Tiny, dims: Dims { b: 3, n: 11, c: 17, k: 7 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "x_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, c: 40, k: 4 }, params: Params { lead: 3 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "x_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 6, c: 5, k: 3 }, params: Params { lead: 1 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 9, c: 33, k: 4 }, params: Params { lead: 3 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 13, c: 3, k: 4 }, params: Params { lead: 1 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, c: 9, k: 3 }, params: Params { lead: 1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_tap", tier: Tier::Tiny, dims: Dims { b: 1, n: 5, c: 1, k: 1 }, params: Params { lead: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "more_taps_than_tokens", tier: Tier::Tiny, dims: Dims { b: 2, n: 5, c: 8, k: 7 }, params: Params { lead: 6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "anticausal", tier: Tier::Tiny, dims: Dims { b: 1, n: 8, c: 18, k: 3 }, params: Params { lead: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 301, c: 131, k: 4 }, params: Params { lead: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "many_taps", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, c: 19, k: 64 }, params: Params { lead: 63 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, c: 128, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_x", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 1152, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }) };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, c, k, .. } = dims;
+        let p = check::draw_f64(case.name, "p", b * n * 3 * c, Fill::Normal);
+        let short_weight = check::draw_f64(case.name, "short_weight", 3 * c * k, Fill::Uniform(-0.3f64, 0.3f64));
+        let short_bias = check::draw_f64(case.name, "short_bias", 3 * c, Fill::Uniform(-0.3f64, 0.3f64));
+        let inner_weight = check::draw_f64(case.name, "inner_weight", c * k, Fill::Uniform(-0.3f64, 0.3f64));
+        let inner_bias = check::draw_f64(case.name, "inner_bias", c, Fill::Uniform(-0.3f64, 0.3f64));
+        let cotangent = check::draw_f64(case.name, "dy", b * n * c, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |p: &[f64], short_weight: &[f64], short_bias: &[f64], inner_weight: &[f64], inner_bias: &[f64]| {
+            let mut y = vec![0.0f64; b * n * c];
+            super::super::gated_conv::reference::forward(Forward { dims, params, p: p, short_weight: (!absent("short_weight")).then_some(short_weight), short_bias: (!absent("short_bias")).then_some(short_bias), inner_weight: (!absent("inner_weight")).then_some(inner_weight), inner_bias: (!absent("inner_bias")).then_some(inner_bias), y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&p, &short_weight, &short_bias, &inner_weight, &inner_bias);
+        let mut dp = vec![0.0f64; b * n * 3 * c];
+        let mut dshort_weight = vec![0.0f64; 3 * c * k];
+        let mut dshort_bias = vec![0.0f64; 3 * c];
+        let mut dinner_weight = vec![0.0f64; c * k];
+        let mut dinner_bias = vec![0.0f64; c];
+        super::super::gated_conv::reference::backward(Backward { dims, params, dy: &cotangent, p: &p[..], short_weight: (!absent("short_weight")).then_some(&short_weight[..]), short_bias: (!absent("short_bias")).then_some(&short_bias[..]), inner_weight: (!absent("inner_weight")).then_some(&inner_weight[..]), inner_bias: (!absent("inner_bias")).then_some(&inner_bias[..]), dp: Some(&mut dp[..]), dshort_weight: (!absent("short_weight")).then_some(&mut dshort_weight[..]), dshort_bias: (!absent("short_bias")).then_some(&mut dshort_bias[..]), dinner_weight: (!absent("inner_weight")).then_some(&mut dinner_weight[..]), dinner_bias: (!absent("inner_bias")).then_some(&mut dinner_bias[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("p", case.name, &p, &dp, |moved| check::dot(&forward(moved, &short_weight, &short_bias, &inner_weight, &inner_bias).0, &cotangent))); }
+        if !absent("short_weight") { rows.push(check::directional("short_weight", case.name, &short_weight, &dshort_weight, |moved| check::dot(&forward(&p, moved, &short_bias, &inner_weight, &inner_bias).0, &cotangent))); }
+        if !absent("short_bias") { rows.push(check::directional("short_bias", case.name, &short_bias, &dshort_bias, |moved| check::dot(&forward(&p, &short_weight, moved, &inner_weight, &inner_bias).0, &cotangent))); }
+        if !absent("inner_weight") { rows.push(check::directional("inner_weight", case.name, &inner_weight, &dinner_weight, |moved| check::dot(&forward(&p, &short_weight, &short_bias, moved, &inner_bias).0, &cotangent))); }
+        if !absent("inner_bias") { rows.push(check::directional("inner_bias", case.name, &inner_bias, &dinner_bias, |moved| check::dot(&forward(&p, &short_weight, &short_bias, &inner_weight, moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.
+pub mod gemm {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// 0 none, 1 GELU (tanh approximation), 2 SiLU.
+        pub act: usize,
+        /// Row of `gate` that multiplies; unused without a gate.
+        pub gate_row: usize,
+        /// Products of operands rounded to bf16, accumulated in f32; implied by a weight stored in bf16.
+        pub bf16: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, K] f32: Input rows.
+        pub x: &'a [T],
+        /// [F, K] f32|bf16: Weight, one row per output feature.
+        pub w: Weight<'a, T>,
+        /// [F] f32: Added to every row.
+        pub bias: Option<&'a [T]>,
+        /// [N, F] f32: Added to row n of every sample: a table of positions.
+        pub pos: Option<&'a [T]>,
+        /// [B, C, F] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        pub gate: Option<&'a [T]>,
+        /// [B, N, F] f32: Residual stream that the result is added to.
+        pub residual: Option<&'a [T]>,
+        /// [B, N, F] f32: Result.
+        pub y: &'a mut [T],
+        /// [B, N, F] f32: u, the value before the activation or the gate.
+        pub pre: Option<&'a mut [T]>,
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, F] f32: Result.
+        pub dy: &'a [T],
+        /// [B, N, K] f32: Input rows.
+        pub x: &'a [T],
+        /// [F, K] f32|bf16: Weight, one row per output feature.
+        pub w: Weight<'a, T>,
+        /// [B, C, F] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        pub gate: Option<&'a [T]>,
+        /// [B, N, F] f32: u, the value before the activation or the gate.
+        pub pre: Option<&'a [T]>,
+        /// [B, N, K] f32: Input rows.
+        pub dx: Option<&'a mut [T]>,
+        /// [F, K] f32|bf16: Weight, one row per output feature.
+        pub dw: Option<&'a mut [T]>,
+        /// [F] f32: Added to every row.
+        pub dbias: Option<&'a mut [T]>,
+        /// [N, F] f32: Added to row n of every sample: a table of positions.
+        pub dpos: Option<&'a mut [T]>,
+        /// [B, C, F] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        pub dgate: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        2*b*n*k*f
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        4*(b*n*k + f*k + b*n*f)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, k: 37, f: 67, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "plain_over_tile", tier: Tier::Tiny, dims: Dims { b: 2, n: 65, k: 129, f: 65, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "gelu", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "silu_vectors", tier: Tier::Tiny, dims: Dims { b: 3, n: 1, k: 130, f: 97, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "gelu_residual_pos", tier: Tier::Tiny, dims: Dims { b: 2, n: 7, k: 19, f: 33, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["bias", "gate"], bf16: &[], gradcheck: true },
+        Case { name: "gate_residual", tier: Tier::Tiny, dims: Dims { b: 3, n: 17, k: 41, f: 48, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
+        Case { name: "gate_everything", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, k: 16, f: 31, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "gate_alone", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, k: 8, f: 5, c: 1 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "long_k", tier: Tier::Tiny, dims: Dims { b: 1, n: 11, k: 1500, f: 35, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "bf16_products", tier: Tier::Tiny, dims: Dims { b: 2, n: 33, k: 75, f: 101, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: true }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "bf16_weight", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, k: 128, f: 129, c: 6 }, params: Params { act: 0, gate_row: 2, bf16: false }, absent: &["pos"], bf16: &["w"], gradcheck: false },
+        Case { name: "bf16_long_k", tier: Tier::Tiny, dims: Dims { b: 1, n: 19, k: 1537, f: 66, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
+        Case { name: "bf16_vectors", tier: Tier::Tiny, dims: Dims { b: 4, n: 1, k: 131, f: 70, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "bf16_one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
+        Case { name: "fashion_qkv", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 128, f: 384, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_fc1", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_fc2", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 512, f: 128, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_qkv", tier: Tier::Real, dims: Dims { b: 2, n: 256, k: 1152, f: 3456, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_256_fc1", tier: Tier::Real, dims: Dims { b: 2, n: 256, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_256_fc2", tier: Tier::Real, dims: Dims { b: 2, n: 256, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_conditioning", tier: Tier::Real, dims: Dims { b: 2, n: 1, k: 1152, f: 6912, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc1", tier: Tier::Real, dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, k, f, c, .. } = dims;
+        let x = check::draw_f64(case.name, "x", b * n * k, Fill::Normal);
+        let w = check::draw_f64(case.name, "w", f * k, Fill::Uniform(-0.25f64, 0.25f64));
+        let bias = check::draw_f64(case.name, "bias", f, Fill::Normal);
+        let pos = check::draw_f64(case.name, "pos", n * f, Fill::Normal);
+        let gate = check::draw_f64(case.name, "gate", b * c * f, Fill::Normal);
+        let residual = check::draw_f64(case.name, "residual", b * n * f, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * f, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64], w: &[f64], bias: &[f64], pos: &[f64], gate: &[f64]| {
+            let mut y = vec![0.0f64; b * n * f];
+            let mut pre = vec![0.0f64; b * n * f];
+            super::super::gemm::reference::forward(Forward { dims, params, x: x, w: Weight::Native(w), bias: (!absent("bias")).then_some(bias), pos: (!absent("pos")).then_some(pos), gate: (!absent("gate")).then_some(gate), residual: (!absent("residual")).then_some(&residual[..]), y: &mut y[..], pre: (!absent("pre")).then_some(&mut pre[..]) });
+            (y, pre)
+        };
+        let (y, pre) = forward(&x, &w, &bias, &pos, &gate);
+        let mut dx = vec![0.0f64; b * n * k];
+        let mut dw = vec![0.0f64; f * k];
+        let mut dbias = vec![0.0f64; f];
+        let mut dpos = vec![0.0f64; n * f];
+        let mut dgate = vec![0.0f64; b * c * f];
+        super::super::gemm::reference::backward(Backward { dims, params, dy: &cotangent, x: &x[..], w: Weight::Native(&w[..]), gate: (!absent("gate")).then_some(&gate[..]), pre: (!absent("pre")).then_some(&pre[..]), dx: Some(&mut dx[..]), dw: Some(&mut dw[..]), dbias: (!absent("bias")).then_some(&mut dbias[..]), dpos: (!absent("pos")).then_some(&mut dpos[..]), dgate: (!absent("gate")).then_some(&mut dgate[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &w, &bias, &pos, &gate).0, &cotangent))); }
+        { rows.push(check::directional("w", case.name, &w, &dw, |moved| check::dot(&forward(&x, moved, &bias, &pos, &gate).0, &cotangent))); }
+        if !absent("bias") { rows.push(check::directional("bias", case.name, &bias, &dbias, |moved| check::dot(&forward(&x, &w, moved, &pos, &gate).0, &cotangent))); }
+        if !absent("pos") { rows.push(check::directional("pos", case.name, &pos, &dpos, |moved| check::dot(&forward(&x, &w, &bias, moved, &gate).0, &cotangent))); }
+        if !absent("gate") { rows.push(check::directional("gate", case.name, &gate, &dgate, |moved| check::dot(&forward(&x, &w, &bias, &pos, moved).0, &cotangent))); }
         rows
     }
 }
@@ -199,9 +876,9 @@ pub mod ln_modulate {
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
         let (dims, params) = (case.dims, case.params);
         let Dims { b, n, c, d, .. } = dims;
-        let x = check::draw_f64(case.name, "x", b * n * d, check::Fill::Normal);
-        let modulation = check::draw_f64(case.name, "modulation", b * c * d, check::Fill::Normal);
-        let cotangent = check::draw_f64(case.name, "dy", b * n * d, check::Fill::Normal);
+        let x = check::draw_f64(case.name, "x", b * n * d, Fill::Normal);
+        let modulation = check::draw_f64(case.name, "modulation", b * c * d, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * d, Fill::Normal);
         let absent = |name: &str| case.absent.contains(&name);
         let forward = |x: &[f64], modulation: &[f64]| {
             let mut y = vec![0.0f64; b * n * d];
@@ -217,6 +894,606 @@ pub mod ln_modulate {
         let mut rows = Vec::new();
         { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &modulation).0, &cotangent))); }
         { rows.push(check::directional("modulation", case.name, &modulation, &dmodulation, |moved| check::dot(&forward(&x, moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Training loss of DiT: squared error of the noise plus the variational bound of the learned variance.
+pub mod loss_diffusion {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub c: usize,
+        pub s: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor of the bound; 1 in DiT.
+        pub vlb_weight: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, 2*C, S] f32: Predicted noise, then variance values v in about [-1, 1].
+        pub model_output: &'a [T],
+        /// [B, C, S] f32: Clean latents.
+        pub x0: &'a [T],
+        /// [B, C, S] f32: Noisy latents.
+        pub x_t: &'a [T],
+        /// [B, C, S] f32: The noise in them.
+        pub noise: &'a [T],
+        /// [B, 8] f32: Per sample: posterior_mean_x0, posterior_mean_xt, log_beta, posterior_log_variance (clipped), sqrt_recip_alpha_bar, sqrt_recipm1_alpha_bar, is_t0 (0 or 1), and one reserved (0).
+        pub coefs: &'a [T],
+        /// [1] f32: Mean over the batch.
+        pub loss: &'a mut [T],
+        /// [B] f32: Squared error per sample, for reporting.
+        pub mse: &'a mut [T],
+        /// [B] f32: Bound per sample in bits per element, for reporting.
+        pub vb: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [1] f32: Mean over the batch.
+        pub dloss: &'a [T],
+        /// [B, 2*C, S] f32: Predicted noise, then variance values v in about [-1, 1].
+        pub model_output: &'a [T],
+        /// [B, C, S] f32: Clean latents.
+        pub x0: &'a [T],
+        /// [B, C, S] f32: Noisy latents.
+        pub x_t: &'a [T],
+        /// [B, C, S] f32: The noise in them.
+        pub noise: &'a [T],
+        /// [B, 8] f32: Per sample: posterior_mean_x0, posterior_mean_xt, log_beta, posterior_log_variance (clipped), sqrt_recip_alpha_bar, sqrt_recipm1_alpha_bar, is_t0 (0 or 1), and one reserved (0).
+        pub coefs: &'a [T],
+        /// [B, 2*C, S] f32: Predicted noise, then variance values v in about [-1, 1].
+        pub dmodel_output: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, c, s, .. } = dims;
+        40*b*c*s
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, c, s, .. } = dims;
+        20*b*c*s
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "learned", tier: Tier::Tiny, dims: Dims { b: 3, c: 4, s: 36 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "weighted", tier: Tier::Tiny, dims: Dims { b: 9, c: 1, s: 5 }, params: Params { vlb_weight: 0.25 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "mse_only", tier: Tier::Tiny, dims: Dims { b: 3, c: 4, s: 36 }, params: Params { vlb_weight: 0.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, c: 1, s: 1 }, params: Params { vlb_weight: 0.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { b: 3, c: 3, s: 2000 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 8, c: 4, s: 1024 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, c: 1, s: 784 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "loss_diffusion", summary: "Training loss of DiT: squared error of the noise plus the variational bound of the learned variance.", backward: true, cases: &["learned", "weighted", "mse_only", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, c, s, .. } = dims;
+        let model_output = check::draw_f64(case.name, "model_output", b * 2*c * s, Fill::Normal);
+        let x0 = check::draw_f64(case.name, "x0", b * c * s, Fill::Normal);
+        let x_t = check::draw_f64(case.name, "x_t", b * c * s, Fill::Normal);
+        let noise = check::draw_f64(case.name, "noise", b * c * s, Fill::Normal);
+        let coefs = check::draw_f64(case.name, "coefs", b * 8, Fill::Uniform(0.1f64, 0.9f64));
+        let cotangent = check::draw_f64(case.name, "dloss", 1, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |model_output: &[f64]| {
+            let mut loss = vec![0.0f64; 1];
+            let mut mse = vec![0.0f64; b];
+            let mut vb = vec![0.0f64; b];
+            super::super::loss_diffusion::reference::forward(Forward { dims, params, model_output: model_output, x0: &x0[..], x_t: &x_t[..], noise: &noise[..], coefs: &coefs[..], loss: &mut loss[..], mse: &mut mse[..], vb: &mut vb[..] });
+            (loss, mse, vb)
+        };
+        let (loss, mse, vb) = forward(&model_output);
+        let mut dmodel_output = vec![0.0f64; b * 2*c * s];
+        super::super::loss_diffusion::reference::backward(Backward { dims, params, dloss: &cotangent, model_output: &model_output[..], x0: &x0[..], x_t: &x_t[..], noise: &noise[..], coefs: &coefs[..], dmodel_output: Some(&mut dmodel_output[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("model_output", case.name, &model_output, &dmodel_output, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Mean absolute, squared or Huber error over all elements.
+pub mod loss_regression {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub d: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// 0 L1, 1 L2, 2 Huber.
+        pub kind: usize,
+        /// Huber: where the square ends; else unused.
+        pub delta: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, N, D] f32: Output of the student.
+        pub pred: &'a [T],
+        /// [B, N, D] f32: Output of the teacher.
+        pub target: &'a [T],
+        /// [1] f32: Mean.
+        pub loss: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [1] f32: Mean.
+        pub dloss: &'a [T],
+        /// [B, N, D] f32: Output of the student.
+        pub pred: &'a [T],
+        /// [B, N, D] f32: Output of the teacher.
+        pub target: &'a [T],
+        /// [B, N, D] f32: Output of the student.
+        pub dpred: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        4*b*n*d
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        8*b*n*d
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "l1", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37 }, params: Params { kind: 0, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "l2", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "huber", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37 }, params: Params { kind: 2, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "huber_narrow", tier: Tier::Tiny, dims: Dims { b: 2, n: 7, d: 19 }, params: Params { kind: 2, delta: 0.1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, d: 1 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { b: 3, n: 17, d: 400 }, params: Params { kind: 2, delta: 1.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 8, n: 256, d: 1152 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, n: 49, d: 128 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "loss_regression", summary: "Mean absolute, squared or Huber error over all elements.", backward: true, cases: &["l1", "l2", "huber", "huber_narrow", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, d, .. } = dims;
+        let pred = check::draw_f64(case.name, "pred", b * n * d, Fill::Normal);
+        let target = check::draw_f64(case.name, "target", b * n * d, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dloss", 1, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |pred: &[f64]| {
+            let mut loss = vec![0.0f64; 1];
+            super::super::loss_regression::reference::forward(Forward { dims, params, pred: pred, target: &target[..], loss: &mut loss[..] });
+            (loss,)
+        };
+        let (loss,) = forward(&pred);
+        let mut dpred = vec![0.0f64; b * n * d];
+        super::super::loss_regression::reference::backward(Backward { dims, params, dloss: &cotangent, pred: &pred[..], target: &target[..], dpred: Some(&mut dpred[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("pred", case.name, &pred, &dpred, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Cuts an image into square patches, one token each, in the order of a convolution weight.
+pub mod patchify {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub c: usize,
+        pub p: usize,
+        pub gh: usize,
+        pub gw: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, C, Gh*P, Gw*P] f32: Image, channels first.
+        pub x: &'a [T],
+        /// [B, Gh*Gw, C*P*P] f32: Patches in raster order; within one: channel, row, column.
+        pub tokens: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, Gh*Gw, C*P*P] f32: Patches in raster order; within one: channel, row, column.
+        pub dtokens: &'a [T],
+        /// [B, C, Gh*P, Gw*P] f32: Image, channels first.
+        pub dx: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        
+        0
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, c, p, gh, gw, .. } = dims;
+        8*b*c*p*p*gh*gw
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, c: 3, p: 2, gh: 3, gw: 5 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_pixel", tier: Tier::Tiny, dims: Dims { b: 1, c: 1, p: 1, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_image", tier: Tier::Tiny, dims: Dims { b: 2, c: 4, p: 7, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_s", tier: Tier::Tiny, dims: Dims { b: 3, c: 4, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "patch_4", tier: Tier::Tiny, dims: Dims { b: 2, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, c: 4, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, c: 4, p: 2, gh: 128, gw: 128 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "patchify", summary: "Cuts an image into square patches, one token each, in the order of a convolution weight.", backward: true, cases: &["odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, c, p, gh, gw, .. } = dims;
+        let x = check::draw_f64(case.name, "x", b * c * gh*p * gw*p, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dtokens", b * gh*gw * c*p*p, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64]| {
+            let mut tokens = vec![0.0f64; b * gh*gw * c*p*p];
+            super::super::patchify::reference::forward(Forward { dims, params, x: x, tokens: &mut tokens[..] });
+            (tokens,)
+        };
+        let (tokens,) = forward(&x);
+        let mut dx = vec![0.0f64; b * c * gh*p * gw*p];
+        super::super::patchify::reference::backward(Backward { dims, params, dtokens: &cotangent, dx: Some(&mut dx[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Standard normal numbers by counter: the same on every device, whatever the split of the work.
+pub mod philox {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub l: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Key of the generator.
+        pub seed: u64,
+        /// Independent sequence: upper half of the counter.
+        pub stream: u64,
+        /// Index of the first element in the sequence.
+        pub offset: u64,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [L] f32: Standard normal numbers.
+        pub z: &'a mut [T],
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { l, .. } = dims;
+        40*l
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { l, .. } = dims;
+        4*l
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { l: 37 }, params: Params { seed: 0, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { l: 1 }, params: Params { seed: 1, stream: 7, offset: 3 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "unaligned", tier: Tier::Tiny, dims: Dims { l: 1023 }, params: Params { seed: 42, stream: 4294967296, offset: 5 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "far", tier: Tier::Tiny, dims: Dims { l: 20000 }, params: Params { seed: 81985529216486895, stream: 1, offset: 17179869182 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { l: 131072 }, params: Params { seed: 42, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "dit_xl_256"], tolerance: None };
+
+}
+
+/// Sinusoidal features of the timestep, cosines first, every step of the phase rounded to f32 as in DiT.
+pub mod sinusoid {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub d: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// D/2 for DiT and PixArt (128 at D = 256); one less for the variant of diffusers.
+        pub denominator: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B] f32: Timestep, fractional values allowed.
+        pub t: &'a [T],
+        /// [B, D] f32: Features.
+        pub y: &'a mut [T],
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, d, .. } = dims;
+        b*d*30
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, d, .. } = dims;
+        4*(b + b*d)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd_half", tier: Tier::Tiny, dims: Dims { b: 3, d: 10 }, params: Params { denominator: 5.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, d: 2 }, params: Params { denominator: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit", tier: Tier::Tiny, dims: Dims { b: 5, d: 256 }, params: Params { denominator: 128.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "diffusers", tier: Tier::Tiny, dims: Dims { b: 5, d: 256 }, params: Params { denominator: 127.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "training", tier: Tier::Real, dims: Dims { b: 256, d: 256 }, params: Params { denominator: 128.0 }, absent: &[], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "sinusoid", summary: "Sinusoidal features of the timestep, cosines first, every step of the phase rounded to f32 as in DiT.", backward: false, cases: &["odd_half", "one", "dit", "diffusers", "training"], tolerance: None };
+
+}
+
+/// One step of a diffusion sampler: guidance, clean estimate, and the update of any linear solver, fused.
+pub mod solver_step {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub c: usize,
+        pub co: usize,
+        pub s: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Scale s of classifier-free guidance; unused without `uncond`.
+        pub guidance: f32,
+        /// Leading output channels that are guided: 3 in the original DiT, else all.
+        pub guided_channels: usize,
+        /// 1/alpha of the current step.
+        pub inv_alpha: f32,
+        /// Standard deviation of the noise of the current step.
+        pub sigma: f32,
+        /// Factor of x.
+        pub cx: f32,
+        /// Factor of eps.
+        pub ce: f32,
+        /// Factor of x0.
+        pub c0: f32,
+        /// Factor of x0_prev.
+        pub c1: f32,
+        /// Factor of the noise; where `learned`, only whether it is zero matters.
+        pub cn: f32,
+        /// The noise takes the standard deviation that the model predicts.
+        pub learned: bool,
+        /// Log variance at v = 1 (log beta).
+        pub log_hi: f32,
+        /// Log variance at v = -1 (clipped posterior).
+        pub log_lo: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, C, S] f32: Current latents.
+        pub x: &'a [T],
+        /// [B, Co, S] f32: Model output for the condition.
+        pub cond: &'a [T],
+        /// [B, Co, S] f32: Model output for the null condition.
+        pub uncond: Option<&'a [T]>,
+        /// [B, C, S] f32: Standard normal noise.
+        pub noise: Option<&'a [T]>,
+        /// [B, C, S] f32: Clean estimate of the previous step (second order).
+        pub x0_prev: Option<&'a [T]>,
+        /// [B, C, S] f32: Latents of the next step.
+        pub x_next: &'a mut [T],
+        /// [B, C, S] f32: Clean estimate.
+        pub x0: &'a mut [T],
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, c, s, .. } = dims;
+        16*b*c*s
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, c, co, s, .. } = dims;
+        4*(3*b*c*s + 2*b*co*s)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "ancestral_learned", tier: Tier::Tiny, dims: Dims { b: 2, c: 4, co: 8, s: 37 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 1.0, learned: true, log_hi: -3.0, log_lo: -4.0 }, absent: &["x0_prev"], bf16: &[], gradcheck: false },
+        Case { name: "guided_variance", tier: Tier::Tiny, dims: Dims { b: 3, c: 2, co: 4, s: 17 }, params: Params { guidance: 4.0, guided_channels: 4, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 1.0, learned: true, log_hi: -2.0, log_lo: -5.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "last_step_learned", tier: Tier::Tiny, dims: Dims { b: 2, c: 4, co: 8, s: 9 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 0.0, learned: true, log_hi: -3.0, log_lo: -4.0 }, absent: &["x0_prev"], bf16: &[], gradcheck: false },
+        Case { name: "second_order", tier: Tier::Tiny, dims: Dims { b: 2, c: 4, co: 8, s: 16 }, params: Params { guidance: 4.5, guided_channels: 8, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: 0.0, c0: 0.2, c1: -0.35, cn: 0.0, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["noise"], bf16: &[], gradcheck: false },
+        Case { name: "unguided_fixed", tier: Tier::Tiny, dims: Dims { b: 1, c: 3, co: 3, s: 1 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 0.7, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["uncond", "x0_prev"], bf16: &[], gradcheck: false },
+        Case { name: "deterministic", tier: Tier::Tiny, dims: Dims { b: 5, c: 1, co: 1, s: 33 }, params: Params { guidance: 4.0, guided_channels: 1, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 0.0, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["noise", "x0_prev"], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 8, c: 4, co: 8, s: 1024 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 1.0, learned: true, log_hi: -3.0, log_lo: -4.0 }, absent: &["x0_prev"], bf16: &[], gradcheck: false },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, c: 4, co: 8, s: 65536 }, params: Params { guidance: 4.5, guided_channels: 8, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: -0.35, cn: 0.0, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["noise"], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "solver_step", summary: "One step of a diffusion sampler: guidance, clean estimate, and the update of any linear solver, fused.", backward: false, cases: &["ancestral_learned", "guided_variance", "last_step_learned", "second_order", "unguided_fixed", "deterministic", "dit_xl_256", "pixart_2k"], tolerance: None };
+
+}
+
+/// Sum of squares, for the global norm of the gradients.
+pub mod sum_squares {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub l: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [L] f32: Any tensor.
+        pub x: &'a [T],
+        /// [1] f32: Sum.
+        pub out: &'a mut [T],
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { l, .. } = dims;
+        2*l
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { l, .. } = dims;
+        4*l
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { l: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { l: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "empty", tier: Tier::Tiny, dims: Dims { l: 0 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { l: 70001 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_block", tier: Tier::Real, dims: Dims { l: 21255552 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "fashion", tier: Tier::Real, dims: Dims { l: 65536 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "sum_squares", summary: "Sum of squares, for the global norm of the gradients.", backward: false, cases: &["odd", "one", "empty", "over_a_block", "dit_block", "fashion"], tolerance: None };
+
+}
+
+/// Lays the tokens of a transformer back as an image, in the order of the output layer of DiT.
+pub mod unpatchify {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub c: usize,
+        pub p: usize,
+        pub gh: usize,
+        pub gw: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, Gh*Gw, P*P*C] f32: Patches in raster order; within one: row, column, channel.
+        pub tokens: &'a [T],
+        /// [B, C, Gh*P, Gw*P] f32: Image, channels first.
+        pub x: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// [B, C, Gh*P, Gw*P] f32: Image, channels first.
+        pub dx: &'a [T],
+        /// [B, Gh*Gw, P*P*C] f32: Patches in raster order; within one: row, column, channel.
+        pub dtokens: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        
+        0
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, c, p, gh, gw, .. } = dims;
+        8*b*c*p*p*gh*gw
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, c: 3, p: 2, gh: 3, gw: 5 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_pixel", tier: Tier::Tiny, dims: Dims { b: 1, c: 1, p: 1, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_image", tier: Tier::Tiny, dims: Dims { b: 2, c: 4, p: 7, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_s", tier: Tier::Tiny, dims: Dims { b: 3, c: 4, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "patch_4", tier: Tier::Tiny, dims: Dims { b: 2, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, c: 8, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, c: 8, p: 2, gh: 128, gw: 128 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "unpatchify", summary: "Lays the tokens of a transformer back as an image, in the order of the output layer of DiT.", backward: true, cases: &["odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, c, p, gh, gw, .. } = dims;
+        let tokens = check::draw_f64(case.name, "tokens", b * gh*gw * p*p*c, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dx", b * c * gh*p * gw*p, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |tokens: &[f64]| {
+            let mut x = vec![0.0f64; b * c * gh*p * gw*p];
+            super::super::unpatchify::reference::forward(Forward { dims, params, tokens: tokens, x: &mut x[..] });
+            (x,)
+        };
+        let (x,) = forward(&tokens);
+        let mut dtokens = vec![0.0f64; b * gh*gw * p*p*c];
+        super::super::unpatchify::reference::backward(Backward { dims, params, dx: &cotangent, dtokens: Some(&mut dtokens[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("tokens", case.name, &tokens, &dtokens, |moved| check::dot(&forward(moved).0, &cotangent))); }
         rows
     }
 }

@@ -10,11 +10,23 @@ pub mod generated;
 pub mod rng;
 pub mod simd;
 
+pub mod adamw;
+pub mod add_noise;
 pub mod attention;
+pub mod axpy;
+pub mod embed;
 pub mod gate_residual;
 pub mod gated_conv;
 pub mod gemm;
 pub mod ln_modulate;
+pub mod loss_diffusion;
+pub mod loss_regression;
+pub mod patchify;
+pub mod philox;
+pub mod sinusoid;
+pub mod solver_step;
+pub mod sum_squares;
+pub mod unpatchify;
 
 /// A floating type that an oracle can run in: f32 for comparisons, f64 for finite differences.
 pub trait Real: Copy + Default + 'static {

@@ -30,7 +30,8 @@ pub struct Contract {
     /// Tensors updated in place.
     #[serde(default)]
     pub inout: Vec<Tensor>,
-    /// Tensors written; the first is the result, `saved` ones exist for the backward pass.
+    /// Tensors written; the first is the result, `saved` ones exist for the backward pass, others are reported and
+    /// have no gradient.
     #[serde(default)]
     pub output: Vec<Tensor>,
     /// Present when the operator has a backward pass.
@@ -246,6 +247,13 @@ impl Contract {
         for param in &self.param {
             if !["usize", "u64", "f32", "bool"].contains(&param.ty.as_str()) {
                 return Err(format!("param {}: type {} is not usize, u64, f32 or bool", param.name, param.ty));
+            }
+        }
+        for that in self.require.iter().map(|r| &r.that) {
+            for name in that.split("has(").skip(1).filter_map(|rest| rest.split(')').next()) {
+                if !self.tensor(name).is_some_and(|t| t.optional) {
+                    return Err(format!("require {that}: {name} is no optional tensor of the operator"));
+                }
             }
         }
         if let Some(gradient) = &self.gradient {

@@ -13,7 +13,7 @@ pub fn render(contracts: &[Contract]) -> String {
          //!\n//! An entry point unifies the dims over its arguments, names the argument that does not fit, allocates the\n\
          //! outputs and hands plain slices to the device's path. Nothing runs before every check has passed.\n\
          #![allow(clippy::all, unused)]\n#![cfg_attr(rustfmt, rustfmt::skip)]\n\n\
-         use super::check::{{Conform, DimCheck, no_path, require, want_dtype}};\n\
+         use super::check::{{Conform, DimCheck, check_index, no_path, require, want_dtype}};\n\
          use crate::autograd::{{Graph, Var}};\nuse crate::backend::{{Device, DeviceKind}};\n\
          use crate::error::{{Error, Result}};\nuse crate::tensor::{{DType, Tensor}};\nuse graft_kernels as kernels;\n\
          use graft_kernels::check::Fill;\nuse graft_kernels::{{Case, Tier}};\n\n\
@@ -46,7 +46,12 @@ fn out_struct(out: &mut String, c: &Contract) {
         out.push_str("}\n");
     }
     if c.gradient.is_some() && c.computed_grads().count() > 1 {
-        let _ = writeln!(out, "\n/// Gradients of [`{}`]; absent where not asked for.\npub struct {}Grads {{", c.name, camel(&c.name));
+        let _ = writeln!(
+            out,
+            "\n/// Gradients of [`{}`]; absent where not asked for.\npub struct {}Grads {{",
+            c.name,
+            camel(&c.name)
+        );
         for t in c.computed_grads() {
             let _ = writeln!(out, "    /// {} f32\n    pub {}: Option<Tensor>,", shape_doc(t), t.name);
         }
@@ -107,7 +112,11 @@ fn checks(c: &Contract, tensors: &[(&Tensor, String)]) -> String {
             _ => "&[DType::F32]",
         };
         let line = if t.optional {
-            format!("if let Some(t) = {} {{ want_dtype({:?}, {name:?}, t, {allowed})?; }}", reborrow(t, c, name), c.name)
+            format!(
+                "if let Some(t) = {} {{ want_dtype({:?}, {name:?}, t, {allowed})?; }}",
+                reborrow(t, c, name),
+                c.name
+            )
         } else {
             format!("want_dtype({:?}, {name:?}, {}, {allowed})?;", c.name, plain(t, c, name))
         };
@@ -115,7 +124,40 @@ fn checks(c: &Contract, tensors: &[(&Tensor, String)]) -> String {
     }
     let fields: Vec<String> = c.dims.iter().map(|d| format!("{}: check.dim({d:?})?", d.to_lowercase())).collect();
     let _ = writeln!(s, "    let dims = Dims {{ {} }};", fields.join(", "));
+    index_checks(&mut s, c, tensors);
     s
+}
+
+/// Range checks of the indices (`fill = "index:END"`): they are data, so no dim speaks of them.
+fn index_checks(s: &mut String, c: &Contract, tensors: &[(&Tensor, String)]) {
+    for (t, name) in tensors.iter().filter(|(t, _)| t.dtype == "i32") {
+        let Some(end) = t.fill.strip_prefix("index:") else { continue };
+        let end = lower_dims(c, &param_fields(c, end));
+        let check = |value: &str| format!("check_index({:?}, {name:?}, {value}, {end})?;", c.name);
+        let check = if t.optional {
+            format!("if let Some(t) = {} {{ {} }}", reborrow(t, c, name), check("t"))
+        } else {
+            check(&plain(t, c, name))
+        };
+        let _ = writeln!(s, "    {{\n        {}\n        {check}\n    }}", dim_locals(c, &end));
+    }
+}
+
+/// `expr` with every parameter read from `params`.
+fn param_fields(c: &Contract, expr: &str) -> String {
+    c.param.iter().fold(expr.to_string(), |e, p| replace_word(&e, &p.name, &format!("params.{}", p.name)))
+}
+
+/// `expr` with `has(name)` as the test that an optional tensor is there.
+fn presence_tests(c: &Contract, expr: &str) -> String {
+    c.tensors().filter(|t| t.optional).fold(expr.to_string(), |e, t| {
+        let test = if c.output.iter().any(|o| o.name == t.name) {
+            format!("want_{}", t.name)
+        } else {
+            format!("{}.is_some()", t.name)
+        };
+        e.replace(&format!("has({})", t.name), &test)
+    })
 }
 
 fn is_inout(t: &Tensor, c: &Contract) -> bool {
@@ -220,12 +262,23 @@ fn forward(out: &mut String, c: &Contract) {
     }
     out.push_str("/// ```\n");
     for t in c.input.iter().chain(&c.inout) {
-        let _ = writeln!(out, "/// - `{}` `{}` {}{}: {}", t.name, shape_doc(t), t.dtype.replace('|', " or "), if t.optional { ", optional" } else { "" }, t.doc);
+        let _ = writeln!(
+            out,
+            "/// - `{}` `{}` {}{}: {}",
+            t.name,
+            shape_doc(t),
+            t.dtype.replace('|', " or "),
+            if t.optional { ", optional" } else { "" },
+            t.doc
+        );
     }
     for t in &c.output {
         let _ = writeln!(out, "/// - returns `{}` `{}` {}: {}", t.name, shape_doc(t), t.dtype, t.doc);
     }
-    let _ = writeln!(out, "///\n/// # Errors\n/// Names the argument whose shape, dtype or device does not fit, before anything runs.");
+    let _ = writeln!(
+        out,
+        "///\n/// # Errors\n/// Names the argument whose shape, dtype or device does not fit, before anything runs."
+    );
     let first = c.input.iter().chain(&c.inout).find(|t| !t.optional);
     let device_arg = if first.is_none() { "device: &Device, " } else { "" };
     let _ = writeln!(
@@ -242,7 +295,13 @@ fn forward(out: &mut String, c: &Contract) {
         let others: Vec<String> = read_list
             .iter()
             .filter(|(t, _)| t.name != first.name)
-            .map(|(t, n)| if t.optional { format!("({n:?}, {})", reborrow(t, c, n)) } else { format!("({n:?}, Some({}))", plain(t, c, n)) })
+            .map(|(t, n)| {
+                if t.optional {
+                    format!("({n:?}, {})", reborrow(t, c, n))
+                } else {
+                    format!("({n:?}, Some({}))", plain(t, c, n))
+                }
+            })
             .collect();
         let _ = writeln!(out, "    check.same_device(&device, &[{}])?;", others.join(", "));
     } else {
@@ -297,7 +356,9 @@ fn backward(out: &mut String, c: &Contract, gradient: &Gradient) {
     let dy = format!("d{}", result.name);
     let needs = needs(c, gradient);
     let mut params = vec![format!("{dy}: &Tensor")];
-    params.extend(needs.iter().map(|t| format!("{}: {}", t.name, if t.optional { "Option<&Tensor>" } else { "&Tensor" })));
+    params.extend(
+        needs.iter().map(|t| format!("{}: {}", t.name, if t.optional { "Option<&Tensor>" } else { "&Tensor" })),
+    );
     params.extend(c.given.iter().map(|d| format!("{}: usize", d.to_lowercase())));
     // Dims that only unneeded tensors carry must be given as well.
     let known: Vec<&Tensor> = needs.iter().copied().chain([result]).collect();
@@ -340,7 +401,12 @@ fn backward(out: &mut String, c: &Contract, gradient: &Gradient) {
     let _ = writeln!(out, "    let device = {dy}.device().clone();\n    check.same_device(&device, &[{}])?;", others.join(", "));
     let mut body = String::new();
     for t in c.computed_grads() {
-        let _ = writeln!(body, "    let mut grad_{0} = if want_{0} {{ Some(device.empty({1})?) }} else {{ None }};", t.name, shape_array(t));
+        let _ = writeln!(
+            body,
+            "    let mut grad_{0} = if want_{0} {{ Some(device.empty({1})?) }} else {{ None }};",
+            t.name,
+            shape_array(t)
+        );
     }
     let _ = writeln!(out, "    {}\n{body}", dim_locals(c, &body));
     let mut fields = vec!["dims".into(), "params".into(), format!("{dy}: {dy}.f32s()?")];
@@ -405,9 +471,19 @@ fn graph_method(out: &mut String, c: &Contract, gradient: &Gradient) {
     let differentiable: Vec<&Tensor> = c.input.iter().filter(|t| t.grad != Grad::None).collect();
     let sources: Vec<String> = differentiable
         .iter()
-        .map(|t| if t.optional { format!("{0}.and_then(|v| self.source(v))", t.name) } else { format!("self.source({})", t.name) })
+        .map(|t| {
+            if t.optional {
+                format!("{0}.and_then(|v| self.source(v))", t.name)
+            } else {
+                format!("self.source({})", t.name)
+            }
+        })
         .collect();
-    let _ = writeln!(out, "        let sources = [{}];\n        let record = sources.iter().any(Option::is_some);", sources.join(", "));
+    let _ = writeln!(
+        out,
+        "        let sources = [{}];\n        let record = sources.iter().any(Option::is_some);",
+        sources.join(", ")
+    );
     let mut args: Vec<String> = c
         .input
         .iter()
@@ -450,13 +526,21 @@ fn graph_method(out: &mut String, c: &Contract, gradient: &Gradient) {
     for d in &extra {
         let _ = writeln!(out, "        let {} = {};", d.to_lowercase(), dim_source(c, d));
     }
+    let saved = if saved_list.is_empty() {
+        "0".into()
+    } else {
+        format!("[{}].into_iter().flatten().map(Tensor::bytes).sum()", saved_list.join(", "))
+    };
     let _ = writeln!(
         out,
-        "        let saved = [{}].into_iter().flatten().map(Tensor::bytes).sum();\n        Ok(self.record({name:?}, {result_expr}, saved, move |dy, grads| {{",
-        saved_list.join(", ")
+        "        let saved = {saved};\n        Ok(self.record({name:?}, {result_expr}, saved, move |dy, grads| {{"
     );
     let mut call = vec!["dy".to_string()];
-    call.extend(needs.iter().map(|t| if t.optional { format!("saved_{}.as_ref()", t.name) } else { format!("&saved_{}", t.name) }));
+    call.extend(
+        needs
+            .iter()
+            .map(|t| if t.optional { format!("saved_{}.as_ref()", t.name) } else { format!("&saved_{}", t.name) }),
+    );
     call.extend(c.given.iter().map(|d| d.to_lowercase()));
     call.extend(extra.iter().map(|d| d.to_lowercase()));
     for t in c.computed_grads() {
@@ -501,8 +585,12 @@ fn conform(out: &mut String, c: &Contract) {
     if c.input.iter().chain(&c.inout).all(|t| t.optional) {
         args.push("io.device()".into());
     }
-    args.extend(c.input.iter().map(|t| if t.optional { format!("{}.as_ref()", t.name) } else { format!("&{}", t.name) }));
-    args.extend(c.inout.iter().map(|t| if t.optional { format!("{}.as_mut()", t.name) } else { format!("&mut {}", t.name) }));
+    args.extend(
+        c.input.iter().map(|t| if t.optional { format!("{}.as_ref()", t.name) } else { format!("&{}", t.name) }),
+    );
+    args.extend(
+        c.inout.iter().map(|t| if t.optional { format!("{}.as_mut()", t.name) } else { format!("&mut {}", t.name) }),
+    );
     args.extend(c.output.iter().filter(|t| t.optional).map(|t| format!("!absent({:?})", t.name)));
     args.extend(c.given.iter().map(|d| d.to_lowercase()));
     let _ = writeln!(body, "            let out = {name}({}, params)?;", args.join(", "));
@@ -523,7 +611,11 @@ fn conform(out: &mut String, c: &Contract) {
     }
     if let (Some(gradient), Some(result)) = (&c.gradient, c.result()) {
         let dy = format!("d{}", result.name);
-        let _ = writeln!(body, "            let {dy} = io.draw(case.name, {dy:?}, {}, Fill::Normal)?;", shape_array(result));
+        let _ = writeln!(
+            body,
+            "            let {dy} = io.draw(case.name, {dy:?}, {}, Fill::Normal)?;",
+            shape_array(result)
+        );
         let mut args = vec![format!("&{dy}")];
         for t in needs(c, gradient) {
             let base = match (c.output.iter().any(|o| o.name == t.name), c.output.len()) {
@@ -534,7 +626,9 @@ fn conform(out: &mut String, c: &Contract) {
             args.push(if t.optional { format!("{base}.as_ref()") } else { format!("&{base}") });
         }
         args.extend(c.given.iter().chain(extra_dims(c, gradient)).map(|d| d.to_lowercase()));
-        args.extend(c.computed_grads().map(|t| if t.optional { format!("!absent({:?})", t.name) } else { "true".into() }));
+        args.extend(
+            c.computed_grads().map(|t| if t.optional { format!("!absent({:?})", t.name) } else { "true".into() }),
+        );
         let _ = writeln!(body, "            let grads = {name}_backward({}, params)?;", args.join(", "));
         let single = c.computed_grads().count() == 1;
         for t in c.computed_grads() {
@@ -544,8 +638,11 @@ fn conform(out: &mut String, c: &Contract) {
     }
     let locals = c.param.iter().map(|p| p.name.as_str()).filter(|p| c.input.iter().any(|t| mentions(&t.fill, p)));
     let locals: Vec<&str> = locals.collect();
-    let param_locals =
-        if locals.is_empty() { String::new() } else { format!("            let Params {{ {}, .. }} = params;\n", locals.join(", ")) };
+    let param_locals = if locals.is_empty() {
+        String::new()
+    } else {
+        format!("            let Params {{ {}, .. }} = params;\n", locals.join(", "))
+    };
     let _ = write!(
         out,
         "            let (dims, params) = (case.dims, case.params);\n            {}\n{param_locals}{body}            Ok(())\n        }})?;\n    }}\n    Ok(())\n}}\n",

@@ -10,7 +10,7 @@ pub fn render(contracts: &[Contract]) -> String {
     let mut out = format!(
         "{HEADER}//! Argument structs, costs, cases and gradient checks, one module per operator.\n\
          #![allow(clippy::all, missing_docs, unused)]\n#![cfg_attr(rustfmt, rustfmt::skip)]\n\n\
-         use crate::check::{{self, GradCheck}};\nuse crate::{{Case, OpInfo, Tier, Weight}};\n\n\
+         use crate::check::{{self, Fill, GradCheck}};\nuse crate::{{Case, OpInfo, Tier, Weight}};\n\n\
          /// Every operator, by name.\npub const OPS: &[OpInfo] = &[\n"
     );
     for c in contracts {
@@ -113,7 +113,8 @@ fn cases(out: &mut String, c: &Contract) {
     *out += "    /// Named shapes.\n    pub const CASES: &[Case<Dims, Params>] = &[\n";
     for case in &c.case {
         let dims: Vec<String> = c.dims.iter().map(|d| format!("{}: {}", d.to_lowercase(), case.dims[d])).collect();
-        let params: Vec<String> = c.param.iter().map(|p| format!("{}: {}", p.name, literal(case, &p.name, &p.ty))).collect();
+        let params: Vec<String> =
+            c.param.iter().map(|p| format!("{}: {}", p.name, literal(case, &p.name, &p.ty))).collect();
         let _ = writeln!(
             out,
             "        Case {{ name: {:?}, tier: Tier::{}, dims: Dims {{ {} }}, params: Params {{ {} }}, absent: &{:?}, bf16: &{:?}, gradcheck: {} }},",
@@ -154,9 +155,21 @@ fn gradcheck(out: &mut String, c: &Contract, gradient: &Gradient) {
     let mut body = String::new();
     for t in c.input.iter() {
         let draw = if t.dtype == "i32" { "draw_i32" } else { "draw_f64" };
-        let _ = writeln!(body, "        let {} = check::{draw}(case.name, {:?}, {}, {});", t.name, t.name, len_expr(t), fill(t));
+        let _ = writeln!(
+            body,
+            "        let {} = check::{draw}(case.name, {:?}, {}, {});",
+            t.name,
+            t.name,
+            len_expr(t),
+            fill(t)
+        );
     }
-    let _ = writeln!(body, "        let cotangent = check::draw_f64(case.name, \"d{}\", {}, check::Fill::Normal);", result.name, len_expr(result));
+    let _ = writeln!(
+        body,
+        "        let cotangent = check::draw_f64(case.name, \"d{}\", {}, Fill::Normal);",
+        result.name,
+        len_expr(result)
+    );
     body += "        let absent = |name: &str| case.absent.contains(&name);\n";
     // One forward call over given inputs; returns the outputs.
     let grads: Vec<&Tensor> = c.computed_grads().collect();
@@ -181,7 +194,11 @@ fn gradcheck(out: &mut String, c: &Contract, gradient: &Gradient) {
     for t in &grads {
         let _ = writeln!(body, "        let mut d{} = vec![0.0f64; {}];", t.name, len_expr(t));
     }
-    let _ = write!(body, "        super::super::{}::reference::backward(Backward {{ dims, params, d{}: &cotangent", c.name, result.name);
+    let _ = write!(
+        body,
+        "        super::super::{}::reference::backward(Backward {{ dims, params, d{}: &cotangent",
+        c.name, result.name
+    );
     for t in gradient.needs.iter().filter_map(|n| c.tensor(n)) {
         let _ = write!(body, ", {}: {}", t.name, pass_read(t, false));
     }
@@ -220,17 +237,21 @@ fn gradcheck(out: &mut String, c: &Contract, gradient: &Gradient) {
 /// Locals for the parameters that a fill expression names (`index:V`).
 fn param_locals(c: &Contract, text: &str) -> String {
     let used: Vec<&str> = c.param.iter().map(|p| p.name.as_str()).filter(|p| mentions(text, p)).collect();
-    if used.is_empty() { String::new() } else { format!("        let Params {{ {}, .. }} = params;\n", used.join(", ")) }
+    if used.is_empty() {
+        String::new()
+    } else {
+        format!("        let Params {{ {}, .. }} = params;\n", used.join(", "))
+    }
 }
 
-/// `check::Fill` of a tensor as Rust.
+/// `Fill` of a tensor as Rust; both generated files import the type.
 pub fn fill(t: &Tensor) -> String {
     let mut parts = t.fill.split(':');
     match (parts.next(), parts.next(), parts.next()) {
-        (Some("uniform"), Some(lo), Some(hi)) => format!("check::Fill::Uniform({lo}f64, {hi}f64)"),
-        (Some("index"), Some(end), _) => format!("check::Fill::Index({})", rust_expr(end)),
-        (Some("positive"), ..) => "check::Fill::Positive".into(),
-        _ => "check::Fill::Normal".into(),
+        (Some("uniform"), Some(lo), Some(hi)) => format!("Fill::Uniform({lo}f64, {hi}f64)"),
+        (Some("index"), Some(end), _) => format!("Fill::Index({})", rust_expr(end)),
+        (Some("positive"), ..) => "Fill::Positive".into(),
+        _ => "Fill::Normal".into(),
     }
 }
 

@@ -6,7 +6,7 @@
 #![allow(clippy::all, unused)]
 #![cfg_attr(rustfmt, rustfmt::skip)]
 
-use super::check::{Conform, DimCheck, no_path, require, want_dtype};
+use super::check::{Conform, DimCheck, check_index, no_path, require, want_dtype};
 use crate::autograd::{Graph, Var};
 use crate::backend::{Device, DeviceKind};
 use crate::error::{Error, Result};
@@ -17,9 +17,470 @@ use graft_kernels::{Case, Tier};
 
 /// Runs every case of every operator; see [`super::check`].
 pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
+    ("adamw", adamw_conform),
+    ("add_noise", add_noise_conform),
+    ("attention", attention_conform),
+    ("axpy", axpy_conform),
+    ("embed", embed_conform),
     ("gate_residual", gate_residual_conform),
+    ("gated_conv", gated_conv_conform),
+    ("gemm", gemm_conform),
     ("ln_modulate", ln_modulate_conform),
+    ("loss_diffusion", loss_diffusion_conform),
+    ("loss_regression", loss_regression_conform),
+    ("patchify", patchify_conform),
+    ("philox", philox_conform),
+    ("sinusoid", sinusoid_conform),
+    ("solver_step", solver_step_conform),
+    ("sum_squares", sum_squares_conform),
+    ("unpatchify", unpatchify_conform),
 ];
+
+/// One AdamW step of one parameter tensor in place, with the moving average of the parameters.
+///
+/// ```text
+/// g = grad_scale*grad;  m = beta1*m + (1 - beta1)*g;  v = beta2*v + (1 - beta2)*g^2
+/// param = (1 - lr*weight_decay)*param - lr/bias1 * m/(sqrt(v)/sqrt(bias2) + eps)
+/// ema = ema_decay*ema + (1 - ema_decay)*param
+/// ```
+/// - `grad` `[L]` f32: Gradient.
+/// - `param` `[L]` f32: Parameters.
+/// - `m` `[L]` f32: First moment.
+/// - `v` `[L]` f32: Second moment.
+/// - `ema` `[L]` f32, optional: Moving average of the parameters.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, ema: Option<&mut Tensor>, params: kernels::generated::adamw::Params) -> Result<()> {
+    use kernels::generated::adamw::{Dims, Forward};
+    let mut check = DimCheck::new("adamw", &["L"]);
+    check.bind("grad", grad, &["L"])?;
+    check.bind("param", &*param, &["L"])?;
+    check.bind("m", &*m, &["L"])?;
+    check.bind("v", &*v, &["L"])?;
+    if let Some(t) = ema.as_deref() { check.bind("ema", t, &["L"])?; }
+    check.match_exprs("grad", grad, &["L"])?;
+    check.match_exprs("param", &*param, &["L"])?;
+    check.match_exprs("m", &*m, &["L"])?;
+    check.match_exprs("v", &*v, &["L"])?;
+    if let Some(t) = ema.as_deref() { check.match_exprs("ema", t, &["L"])?; }
+    want_dtype("adamw", "grad", grad, &[DType::F32])?;
+    want_dtype("adamw", "param", &*param, &[DType::F32])?;
+    want_dtype("adamw", "m", &*m, &[DType::F32])?;
+    want_dtype("adamw", "v", &*v, &[DType::F32])?;
+    if let Some(t) = ema.as_deref() { want_dtype("adamw", "ema", t, &[DType::F32])?; }
+    let dims = Dims { l: check.dim("L")? };
+    
+    require("adamw", params.bias1 > 0.0 && params.bias2 > 0.0, "bias1 > 0.0 && bias2 > 0.0", "bias corrections greater than zero: steps count from 1", || format!("{dims:?}, {params:?}"))?;
+    let device = grad.device().clone();
+    check.same_device(&device, &[("param", Some(&*param)), ("m", Some(&*m)), ("v", Some(&*v)), ("ema", ema.as_deref())])?;
+    let args = Forward { dims, params, grad: grad.f32s()?, param: param.f32s_mut()?, m: m.f32s_mut()?, v: v.f32s_mut()?, ema: match ema { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::adamw::cpu::forward(args),
+        DeviceKind::Oracle => kernels::adamw::reference::forward(args),
+        other => return Err(no_path("adamw", other)),
+    }
+    Ok(())
+}
+
+fn adamw_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::adamw::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { l, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let grad = io.draw(case.name, "grad", &[l], Fill::Normal)?;
+            let mut param = io.draw(case.name, "param", &[l], Fill::Normal)?;
+            let mut m = io.draw(case.name, "m", &[l], Fill::Normal)?;
+            let mut v = io.draw(case.name, "v", &[l], Fill::Positive)?;
+            let mut ema = if absent("ema") { None } else { Some(io.draw(case.name, "ema", &[l], Fill::Normal)?) };
+            let out = adamw(&grad, &mut param, &mut m, &mut v, ema.as_mut(), params)?;
+            io.result("param", &param)?;
+            io.result("m", &m)?;
+            io.result("v", &v)?;
+            if let Some(t) = &ema { io.result("ema", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Noisy latents of the forward diffusion process.
+///
+/// ```text
+/// x_t[b,l] = coefs[b,0]*x0[b,l] + coefs[b,1]*noise[b,l]
+/// ```
+/// - `x0` `[B, L]` f32: Clean latents.
+/// - `noise` `[B, L]` f32: Standard normal noise.
+/// - `coefs` `[B, 2]` f32: Per sample: sqrt(alpha_bar), sqrt(1 - alpha_bar).
+/// - returns `x_t` `[B, L]` f32: Noisy latents.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::generated::add_noise::Params) -> Result<Tensor> {
+    use kernels::generated::add_noise::{Dims, Forward};
+    let mut check = DimCheck::new("add_noise", &["B", "L"]);
+    check.bind("x0", x0, &["B", "L"])?;
+    check.bind("noise", noise, &["B", "L"])?;
+    check.bind("coefs", coefs, &["B", "2"])?;
+    check.match_exprs("x0", x0, &["B", "L"])?;
+    check.match_exprs("noise", noise, &["B", "L"])?;
+    check.match_exprs("coefs", coefs, &["B", "2"])?;
+    want_dtype("add_noise", "x0", x0, &[DType::F32])?;
+    want_dtype("add_noise", "noise", noise, &[DType::F32])?;
+    want_dtype("add_noise", "coefs", coefs, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, l: check.dim("L")? };
+    let device = x0.device().clone();
+    check.same_device(&device, &[("noise", Some(noise)), ("coefs", Some(coefs))])?;
+    let Dims { b, l, .. } = dims;
+    let mut x_t = device.empty(&[b, l])?;
+
+    let args = Forward { dims, params, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, x_t: x_t.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::add_noise::cpu::forward(args),
+        DeviceKind::Oracle => kernels::add_noise::reference::forward(args),
+        other => return Err(no_path("add_noise", other)),
+    }
+    Ok(x_t)
+}
+
+fn add_noise_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::add_noise::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, l, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x0 = io.draw(case.name, "x0", &[b, l], Fill::Normal)?;
+            let noise = io.draw(case.name, "noise", &[b, l], Fill::Normal)?;
+            let coefs = io.draw(case.name, "coefs", &[b, 2], Fill::Uniform(0f64, 1f64))?;
+            let out = add_noise(&x0, &noise, &coefs, params)?;
+            io.result("x_t", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`attention`].
+pub struct AttentionOut {
+    /// [B, N, H, E] f32: Attention output, heads side by side.
+    pub y: Tensor,
+    /// [B, H, N] f32: Log of the sum of the exponentials of the scaled scores of each query.
+    pub lse: Tensor,
+}
+
+/// Softmax self-attention of every head over all tokens, from the packed q, k, v projection.
+///
+/// ```text
+/// q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2]; s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]
+/// lse[b,h,i] = log sum_j exp(s[b,h,i,j]); y[b,i,h,e] = sum_j exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn attention(qkv: &Tensor, params: kernels::generated::attention::Params) -> Result<AttentionOut> {
+    use kernels::generated::attention::{Dims, Forward};
+    let mut check = DimCheck::new("attention", &["B", "N", "H", "E"]);
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    want_dtype("attention", "qkv", qkv, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    let device = qkv.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty(&[b, n, h, e])?;
+    let mut lse = device.empty(&[b, h, n])?;
+
+    let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::attention::reference::forward(args),
+        other => return Err(no_path("attention", other)),
+    }
+    Ok(AttentionOut { y, lse })
+}
+
+/// Backward pass of [`attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, want_qkv: bool, params: kernels::generated::attention::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::attention::{Backward, Dims};
+    let mut check = DimCheck::new("attention", &["B", "N", "H", "E"]);
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "N"])?;
+    want_dtype("attention", "dy", dy, &[DType::F32])?;
+    want_dtype("attention", "qkv", qkv, &[DType::F32])?;
+    want_dtype("attention", "y", y, &[DType::F32])?;
+    want_dtype("attention", "lse", lse, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::attention::reference::backward(args),
+        other => return Err(no_path("attention", other)),
+    }
+    Ok(grad_qkv)
+}
+
+impl Graph<'_> {
+    /// [`attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn attention(&self, qkv: &Var, params: kernels::generated::attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv)];
+        let record = sources.iter().any(Option::is_some);
+        let out = attention(qkv.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("attention", out.y, saved, move |dy, grads| {
+            let found = attention_backward(dy, &saved_qkv, &saved_y, &saved_lse, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::attention::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
+            let out = attention(&qkv, params)?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = attention_backward(&dy, &qkv, &out.y, &out.lse, true, params)?;
+            if let Some(t) = &grads { io.result("dqkv", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Adds a multiple of a tensor to another in place.
+///
+/// ```text
+/// y = y + alpha*x
+/// ```
+/// - `x` `[L]` f32: Added tensor.
+/// - `y` `[L]` f32: Updated tensor.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params) -> Result<()> {
+    use kernels::generated::axpy::{Dims, Forward};
+    let mut check = DimCheck::new("axpy", &["L"]);
+    check.bind("x", x, &["L"])?;
+    check.bind("y", &*y, &["L"])?;
+    check.match_exprs("x", x, &["L"])?;
+    check.match_exprs("y", &*y, &["L"])?;
+    want_dtype("axpy", "x", x, &[DType::F32])?;
+    want_dtype("axpy", "y", &*y, &[DType::F32])?;
+    let dims = Dims { l: check.dim("L")? };
+    let device = x.device().clone();
+    check.same_device(&device, &[("y", Some(&*y))])?;
+    let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::axpy::cpu::forward(args),
+        DeviceKind::Oracle => kernels::axpy::reference::forward(args),
+        other => return Err(no_path("axpy", other)),
+    }
+    Ok(())
+}
+
+fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::axpy::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { l, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[l], Fill::Normal)?;
+            let mut y = io.draw(case.name, "y", &[l], Fill::Normal)?;
+            let out = axpy(&x, &mut y, params)?;
+            io.result("y", &y)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`embed`].
+pub struct EmbedOut {
+    /// [B, D] f32: Activated sum.
+    pub y: Tensor,
+    /// [B, D] f32: Sum before the activation.
+    pub pre: Tensor,
+}
+
+/// Gradients of [`embed`]; absent where not asked for.
+pub struct EmbedGrads {
+    /// [V, D] f32
+    pub table: Option<Tensor>,
+    /// [B, D] f32
+    pub addend: Option<Tensor>,
+}
+
+/// Row of a table per sample, plus an addend, through an optional activation.
+///
+/// ```text
+/// pre[b,d] = table[index[b],d] + addend[b,d];  y = act(pre), act 0: identity, act 2: SiLU
+/// dpre = dy * act'(pre);  daddend = dpre;  dtable[v,d] = sum over b with index[b] = v of dpre[b,d], in the order of b
+/// ```
+/// - `table` `[V, D]` f32: Embedding table.
+/// - `index` `[B]` i32: Row per sample.
+/// - `addend` `[B, D]` f32, optional: Added to the row, such as the embedding of the timestep.
+/// - returns `y` `[B, D]` f32: Activated sum.
+/// - returns `pre` `[B, D]` f32: Sum before the activation.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn embed(table: &Tensor, index: &Tensor, addend: Option<&Tensor>, params: kernels::generated::embed::Params) -> Result<EmbedOut> {
+    use kernels::generated::embed::{Dims, Forward};
+    let mut check = DimCheck::new("embed", &["B", "V", "D"]);
+    check.bind("table", table, &["V", "D"])?;
+    check.bind("index", index, &["B"])?;
+    if let Some(t) = addend { check.bind("addend", t, &["B", "D"])?; }
+    check.match_exprs("table", table, &["V", "D"])?;
+    check.match_exprs("index", index, &["B"])?;
+    if let Some(t) = addend { check.match_exprs("addend", t, &["B", "D"])?; }
+    want_dtype("embed", "table", table, &[DType::F32])?;
+    want_dtype("embed", "index", index, &[DType::I32])?;
+    if let Some(t) = addend { want_dtype("embed", "addend", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, v: check.dim("V")?, d: check.dim("D")? };
+    {
+        let Dims { v, .. } = dims;
+        check_index("embed", "index", index, v)?;
+    }
+    
+    require("embed", params.act == 0 || params.act == 2, "act == 0 || act == 2", "0 (none) or 2 (SiLU)", || format!("{dims:?}, {params:?}"))?;
+    let device = table.device().clone();
+    check.same_device(&device, &[("index", Some(index)), ("addend", addend)])?;
+    let Dims { b, d, .. } = dims;
+    let mut y = device.empty(&[b, d])?;
+    let mut pre = device.empty(&[b, d])?;
+
+    let args = Forward { dims, params, table: table.f32s()?, index: index.i32s()?, addend: match addend { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: pre.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::embed::cpu::forward(args),
+        DeviceKind::Oracle => kernels::embed::reference::forward(args),
+        other => return Err(no_path("embed", other)),
+    }
+    Ok(EmbedOut { y, pre })
+}
+
+/// Backward pass of [`embed`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn embed_backward(dy: &Tensor, index: &Tensor, pre: &Tensor, v: usize, want_table: bool, want_addend: bool, params: kernels::generated::embed::Params) -> Result<EmbedGrads> {
+    use kernels::generated::embed::{Backward, Dims};
+    let mut check = DimCheck::new("embed", &["B", "V", "D"]);
+    check.given("V", v)?;
+    check.bind("dy", dy, &["B", "D"])?;
+    check.bind("index", index, &["B"])?;
+    check.bind("pre", pre, &["B", "D"])?;
+    check.match_exprs("dy", dy, &["B", "D"])?;
+    check.match_exprs("index", index, &["B"])?;
+    check.match_exprs("pre", pre, &["B", "D"])?;
+    want_dtype("embed", "dy", dy, &[DType::F32])?;
+    want_dtype("embed", "index", index, &[DType::I32])?;
+    want_dtype("embed", "pre", pre, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, v: check.dim("V")?, d: check.dim("D")? };
+    {
+        let Dims { v, .. } = dims;
+        check_index("embed", "index", index, v)?;
+    }
+    
+    require("embed", params.act == 0 || params.act == 2, "act == 0 || act == 2", "0 (none) or 2 (SiLU)", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("index", Some(index)), ("pre", Some(pre))])?;
+    let Dims { b, v, d, .. } = dims;
+    let mut grad_table = if want_table { Some(device.empty(&[v, d])?) } else { None };
+    let mut grad_addend = if want_addend { Some(device.empty(&[b, d])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, index: index.i32s()?, pre: pre.f32s()?, dtable: match &mut grad_table { Some(t) => Some(t.f32s_mut()?), None => None }, daddend: match &mut grad_addend { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::embed::cpu::backward(args),
+        DeviceKind::Oracle => kernels::embed::reference::backward(args),
+        other => return Err(no_path("embed", other)),
+    }
+    Ok(EmbedGrads { table: grad_table, addend: grad_addend })
+}
+
+impl Graph<'_> {
+    /// [`embed`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn embed(&self, table: &Var, index: &Tensor, addend: Option<&Var>, params: kernels::generated::embed::Params) -> Result<Var> {
+        let sources = [self.source(table), addend.and_then(|v| self.source(v))];
+        let record = sources.iter().any(Option::is_some);
+        let out = embed(table.tensor(), index, addend.map(Var::tensor), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_index = index.clone();
+        let saved_pre = out.pre.clone();
+        let v = table.tensor().dim(0);
+        let saved = [Some(&saved_index), Some(&saved_pre)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("embed", out.y, saved, move |dy, grads| {
+            let found = embed_backward(dy, &saved_index, &saved_pre, v, sources[0].is_some(), sources[1].is_some(), params)?;
+            grads.add(sources[0], found.table)?;
+            grads.add(sources[1], found.addend)?;
+            Ok(())
+        }))
+    }
+}
+
+fn embed_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::embed::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, v, d, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let table = io.draw(case.name, "table", &[v, d], Fill::Normal)?;
+            let index = io.draw_i32(case.name, "index", &[b], Fill::Index(v))?;
+            let addend = if absent("addend") { None } else { Some(io.draw(case.name, "addend", &[b, d], Fill::Normal)?) };
+            let out = embed(&table, &index, addend.as_ref(), params)?;
+            io.result("y", &out.y)?;
+            io.result("pre", &out.pre)?;
+            let dy = io.draw(case.name, "dy", &[b, d], Fill::Normal)?;
+            let grads = embed_backward(&dy, &index, &out.pre, v, true, !absent("addend"), params)?;
+            if let Some(t) = &grads.table { io.result("dtable", t)?; }
+            if let Some(t) = &grads.addend { io.result("daddend", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
 
 /// Gradients of [`gate_residual`]; absent where not asked for.
 pub struct GateResidualGrads {
@@ -87,6 +548,8 @@ pub fn gate_residual_backward(dy: &Tensor, modulation: &Tensor, branch: &Tensor,
     want_dtype("gate_residual", "modulation", modulation, &[DType::F32])?;
     want_dtype("gate_residual", "branch", branch, &[DType::F32])?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, d: check.dim("D")? };
+    let Dims { c, .. } = dims;
+    require("gate_residual", params.gate_row < c, "gate_row < C", "a row of the modulation table", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("modulation", Some(modulation)), ("branch", Some(branch))])?;
     let Dims { b, n, c, d, .. } = dims;
@@ -134,15 +597,375 @@ fn gate_residual_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
-            let residual = io.draw(case.name, "residual", &[b, n, d], check::Fill::Normal)?;
-            let modulation = io.draw(case.name, "modulation", &[b, c, d], check::Fill::Normal)?;
-            let branch = io.draw(case.name, "branch", &[b, n, d], check::Fill::Normal)?;
+            let residual = io.draw(case.name, "residual", &[b, n, d], Fill::Normal)?;
+            let modulation = io.draw(case.name, "modulation", &[b, c, d], Fill::Normal)?;
+            let branch = io.draw(case.name, "branch", &[b, n, d], Fill::Normal)?;
             let out = gate_residual(&residual, &modulation, &branch, params)?;
             io.result("y", &out)?;
             let dy = io.draw(case.name, "dy", &[b, n, d], Fill::Normal)?;
             let grads = gate_residual_backward(&dy, &modulation, &branch, true, true, params)?;
             if let Some(t) = &grads.modulation { io.result("dmodulation", t)?; }
             if let Some(t) = &grads.branch { io.result("dbranch", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Gradients of [`gated_conv`]; absent where not asked for.
+pub struct GatedConvGrads {
+    /// [B, N, 3, C] f32
+    pub p: Option<Tensor>,
+    /// [3, C, K] f32
+    pub short_weight: Option<Tensor>,
+    /// [3, C] f32
+    pub short_bias: Option<Tensor>,
+    /// [C, K] f32
+    pub inner_weight: Option<Tensor>,
+    /// [C] f32
+    pub inner_bias: Option<Tensor>,
+}
+
+/// Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.
+///
+/// ```text
+/// conv(w, bias, x)[t] = bias + sum_j w[j] * x[t - lead + j], x zero outside [0, N); the identity where w is absent
+/// q, k, v = conv(short_weight, short_bias, p);  y[b,t,c] = q[t] * conv(inner_weight, inner_bias, k * v)[t]
+/// ```
+/// - `p` `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+/// - `short_weight` `[3, C, K]` f32, optional: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+/// - `short_bias` `[3, C]` f32, optional: Bias of the convolution on q, k and v.
+/// - `inner_weight` `[C, K]` f32, optional: Taps of the convolution on k * v; absent in Hyena-X.
+/// - `inner_bias` `[C]` f32, optional: Bias of the convolution on k * v.
+/// - returns `y` `[B, N, C]` f32: Gated result, before the output projection.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&Tensor>, inner_weight: Option<&Tensor>, inner_bias: Option<&Tensor>, params: kernels::generated::gated_conv::Params) -> Result<Tensor> {
+    use kernels::generated::gated_conv::{Dims, Forward};
+    let mut check = DimCheck::new("gated_conv", &["B", "N", "C", "K"]);
+    check.bind("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.bind("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.bind("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.bind("inner_weight", t, &["C", "K"])?; }
+    if let Some(t) = inner_bias { check.bind("inner_bias", t, &["C"])?; }
+    check.match_exprs("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.match_exprs("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K"])?; }
+    if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
+    want_dtype("gated_conv", "p", p, &[DType::F32])?;
+    if let Some(t) = short_weight { want_dtype("gated_conv", "short_weight", t, &[DType::F32])?; }
+    if let Some(t) = short_bias { want_dtype("gated_conv", "short_bias", t, &[DType::F32])?; }
+    if let Some(t) = inner_weight { want_dtype("gated_conv", "inner_weight", t, &[DType::F32])?; }
+    if let Some(t) = inner_bias { want_dtype("gated_conv", "inner_bias", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { k, .. } = dims;
+    require("gated_conv", params.lead < k, "lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
+    let device = p.device().clone();
+    check.same_device(&device, &[("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let Dims { b, n, c, .. } = dims;
+    let mut y = device.empty(&[b, n, c])?;
+
+    let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gated_conv::cpu::forward(args),
+        DeviceKind::Oracle => kernels::gated_conv::reference::forward(args),
+        other => return Err(no_path("gated_conv", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`gated_conv`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&Tensor>, inner_weight: Option<&Tensor>, inner_bias: Option<&Tensor>, k: usize, want_p: bool, want_short_weight: bool, want_short_bias: bool, want_inner_weight: bool, want_inner_bias: bool, params: kernels::generated::gated_conv::Params) -> Result<GatedConvGrads> {
+    use kernels::generated::gated_conv::{Backward, Dims};
+    let mut check = DimCheck::new("gated_conv", &["B", "N", "C", "K"]);
+    check.given("K", k)?;
+    check.bind("dy", dy, &["B", "N", "C"])?;
+    check.bind("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.bind("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.bind("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.bind("inner_weight", t, &["C", "K"])?; }
+    if let Some(t) = inner_bias { check.bind("inner_bias", t, &["C"])?; }
+    check.match_exprs("dy", dy, &["B", "N", "C"])?;
+    check.match_exprs("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.match_exprs("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K"])?; }
+    if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
+    want_dtype("gated_conv", "dy", dy, &[DType::F32])?;
+    want_dtype("gated_conv", "p", p, &[DType::F32])?;
+    if let Some(t) = short_weight { want_dtype("gated_conv", "short_weight", t, &[DType::F32])?; }
+    if let Some(t) = short_bias { want_dtype("gated_conv", "short_bias", t, &[DType::F32])?; }
+    if let Some(t) = inner_weight { want_dtype("gated_conv", "inner_weight", t, &[DType::F32])?; }
+    if let Some(t) = inner_bias { want_dtype("gated_conv", "inner_bias", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { k, .. } = dims;
+    require("gated_conv", params.lead < k, "lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("p", Some(p)), ("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let Dims { b, n, c, k, .. } = dims;
+    let mut grad_p = if want_p { Some(device.empty(&[b, n, 3, c])?) } else { None };
+    let mut grad_short_weight = if want_short_weight { Some(device.empty(&[3, c, k])?) } else { None };
+    let mut grad_short_bias = if want_short_bias { Some(device.empty(&[3, c])?) } else { None };
+    let mut grad_inner_weight = if want_inner_weight { Some(device.empty(&[c, k])?) } else { None };
+    let mut grad_inner_bias = if want_inner_bias { Some(device.empty(&[c])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gated_conv::cpu::backward(args),
+        DeviceKind::Oracle => kernels::gated_conv::reference::backward(args),
+        other => return Err(no_path("gated_conv", other)),
+    }
+    Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias })
+}
+
+impl Graph<'_> {
+    /// [`gated_conv`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn gated_conv(&self, p: &Var, short_weight: Option<&Var>, short_bias: Option<&Var>, inner_weight: Option<&Var>, inner_bias: Option<&Var>, params: kernels::generated::gated_conv::Params) -> Result<Var> {
+        let sources = [self.source(p), short_weight.and_then(|v| self.source(v)), short_bias.and_then(|v| self.source(v)), inner_weight.and_then(|v| self.source(v)), inner_bias.and_then(|v| self.source(v))];
+        let record = sources.iter().any(Option::is_some);
+        let out = gated_conv(p.tensor(), short_weight.map(Var::tensor), short_bias.map(Var::tensor), inner_weight.map(Var::tensor), inner_bias.map(Var::tensor), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_p = p.tensor().clone();
+        let saved_short_weight = short_weight.map(|v| v.tensor().clone());
+        let saved_short_bias = short_bias.map(|v| v.tensor().clone());
+        let saved_inner_weight = inner_weight.map(|v| v.tensor().clone());
+        let saved_inner_bias = inner_bias.map(|v| v.tensor().clone());
+        let k = short_weight.map_or(0, |v| v.tensor().dim(2));
+        let saved = [Some(&saved_p), saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref()].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("gated_conv", out, saved, move |dy, grads| {
+            let found = gated_conv_backward(dy, &saved_p, saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref(), k, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.p)?;
+            grads.add(sources[1], found.short_weight)?;
+            grads.add(sources[2], found.short_bias)?;
+            grads.add(sources[3], found.inner_weight)?;
+            grads.add(sources[4], found.inner_bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::gated_conv::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, c, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let p = io.draw(case.name, "p", &[b, n, 3, c], Fill::Normal)?;
+            let short_weight = if absent("short_weight") { None } else { Some(io.draw(case.name, "short_weight", &[3, c, k], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let short_bias = if absent("short_bias") { None } else { Some(io.draw(case.name, "short_bias", &[3, c], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let inner_weight = if absent("inner_weight") { None } else { Some(io.draw(case.name, "inner_weight", &[c, k], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let inner_bias = if absent("inner_bias") { None } else { Some(io.draw(case.name, "inner_bias", &[c], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let out = gated_conv(&p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), params)?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, n, c], Fill::Normal)?;
+            let grads = gated_conv_backward(&dy, &p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), k, true, !absent("short_weight"), !absent("short_bias"), !absent("inner_weight"), !absent("inner_bias"), params)?;
+            if let Some(t) = &grads.p { io.result("dp", t)?; }
+            if let Some(t) = &grads.short_weight { io.result("dshort_weight", t)?; }
+            if let Some(t) = &grads.short_bias { io.result("dshort_bias", t)?; }
+            if let Some(t) = &grads.inner_weight { io.result("dinner_weight", t)?; }
+            if let Some(t) = &grads.inner_bias { io.result("dinner_bias", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`gemm`].
+pub struct GemmOut {
+    /// [B, N, F] f32: Result.
+    pub y: Tensor,
+    /// [B, N, F] f32: u, the value before the activation or the gate.
+    pub pre: Option<Tensor>,
+}
+
+/// Gradients of [`gemm`]; absent where not asked for.
+pub struct GemmGrads {
+    /// [B, N, K] f32
+    pub x: Option<Tensor>,
+    /// [F, K] f32
+    pub w: Option<Tensor>,
+    /// [F] f32
+    pub bias: Option<Tensor>,
+    /// [N, F] f32
+    pub pos: Option<Tensor>,
+    /// [B, C, F] f32
+    pub gate: Option<Tensor>,
+}
+
+/// Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.
+///
+/// ```text
+/// u[b,n,f] = sum_k x[b,n,k] * w[f,k] + bias[f] + pos[n,f]
+/// y[b,n,f] = residual[b,n,f] + gate[b,gate_row,f] * act(u[b,n,f])
+/// ```
+/// - `x` `[B, N, K]` f32: Input rows.
+/// - `w` `[F, K]` f32 or bf16: Weight, one row per output feature.
+/// - `bias` `[F]` f32, optional: Added to every row.
+/// - `pos` `[N, F]` f32, optional: Added to row n of every sample: a table of positions.
+/// - `gate` `[B, C, F]` f32, optional: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+/// - `residual` `[B, N, F]` f32, optional: Residual stream that the result is added to.
+/// - returns `y` `[B, N, F]` f32: Result.
+/// - returns `pre` `[B, N, F]` f32: u, the value before the activation or the gate.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn gemm(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, pos: Option<&Tensor>, gate: Option<&Tensor>, residual: Option<&Tensor>, want_pre: bool, params: kernels::generated::gemm::Params) -> Result<GemmOut> {
+    use kernels::generated::gemm::{Dims, Forward};
+    let mut check = DimCheck::new("gemm", &["B", "N", "K", "F", "C"]);
+    check.bind("x", x, &["B", "N", "K"])?;
+    check.bind("w", w, &["F", "K"])?;
+    if let Some(t) = bias { check.bind("bias", t, &["F"])?; }
+    if let Some(t) = pos { check.bind("pos", t, &["N", "F"])?; }
+    if let Some(t) = gate { check.bind("gate", t, &["B", "C", "F"])?; }
+    if let Some(t) = residual { check.bind("residual", t, &["B", "N", "F"])?; }
+    check.match_exprs("x", x, &["B", "N", "K"])?;
+    check.match_exprs("w", w, &["F", "K"])?;
+    if let Some(t) = bias { check.match_exprs("bias", t, &["F"])?; }
+    if let Some(t) = pos { check.match_exprs("pos", t, &["N", "F"])?; }
+    if let Some(t) = gate { check.match_exprs("gate", t, &["B", "C", "F"])?; }
+    if let Some(t) = residual { check.match_exprs("residual", t, &["B", "N", "F"])?; }
+    want_dtype("gemm", "x", x, &[DType::F32])?;
+    want_dtype("gemm", "w", w, &[DType::F32, DType::BF16])?;
+    if let Some(t) = bias { want_dtype("gemm", "bias", t, &[DType::F32])?; }
+    if let Some(t) = pos { want_dtype("gemm", "pos", t, &[DType::F32])?; }
+    if let Some(t) = gate { want_dtype("gemm", "gate", t, &[DType::F32])?; }
+    if let Some(t) = residual { want_dtype("gemm", "residual", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, k: check.dim("K")?, f: check.dim("F")?, c: check.dim("C")? };
+    let Dims { c, .. } = dims;
+    require("gemm", params.act <= 2, "act <= 2", "0 (none), 1 (GELU) or 2 (SiLU)", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", !gate.is_some() || params.gate_row < c, "!has(gate) || gate_row < C", "a row of the gate table", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", !gate.is_some() || params.act == 0, "!has(gate) || act == 0", "no gate after an activation: the backward pass would need two saved tensors", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("w", Some(w)), ("bias", bias), ("pos", pos), ("gate", gate), ("residual", residual)])?;
+    let Dims { b, n, f, .. } = dims;
+    let mut y = device.empty(&[b, n, f])?;
+    let mut pre = if want_pre { Some(device.empty(&[b, n, f])?) } else { None };
+
+    let args = Forward { dims, params, x: x.f32s()?, w: w.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, pos: match pos { Some(t) => Some(t.f32s()?), None => None }, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: match &mut pre { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gemm::cpu::forward(args),
+        DeviceKind::Oracle => kernels::gemm::reference::forward(args),
+        other => return Err(no_path("gemm", other)),
+    }
+    Ok(GemmOut { y, pre })
+}
+
+/// Backward pass of [`gemm`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn gemm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, gate: Option<&Tensor>, pre: Option<&Tensor>, c: usize, want_x: bool, want_w: bool, want_bias: bool, want_pos: bool, want_gate: bool, params: kernels::generated::gemm::Params) -> Result<GemmGrads> {
+    use kernels::generated::gemm::{Backward, Dims};
+    let mut check = DimCheck::new("gemm", &["B", "N", "K", "F", "C"]);
+    check.given("C", c)?;
+    check.bind("dy", dy, &["B", "N", "F"])?;
+    check.bind("x", x, &["B", "N", "K"])?;
+    check.bind("w", w, &["F", "K"])?;
+    if let Some(t) = gate { check.bind("gate", t, &["B", "C", "F"])?; }
+    if let Some(t) = pre { check.bind("pre", t, &["B", "N", "F"])?; }
+    check.match_exprs("dy", dy, &["B", "N", "F"])?;
+    check.match_exprs("x", x, &["B", "N", "K"])?;
+    check.match_exprs("w", w, &["F", "K"])?;
+    if let Some(t) = gate { check.match_exprs("gate", t, &["B", "C", "F"])?; }
+    if let Some(t) = pre { check.match_exprs("pre", t, &["B", "N", "F"])?; }
+    want_dtype("gemm", "dy", dy, &[DType::F32])?;
+    want_dtype("gemm", "x", x, &[DType::F32])?;
+    want_dtype("gemm", "w", w, &[DType::F32, DType::BF16])?;
+    if let Some(t) = gate { want_dtype("gemm", "gate", t, &[DType::F32])?; }
+    if let Some(t) = pre { want_dtype("gemm", "pre", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, k: check.dim("K")?, f: check.dim("F")?, c: check.dim("C")? };
+    let Dims { c, .. } = dims;
+    require("gemm", params.act <= 2, "act <= 2", "0 (none), 1 (GELU) or 2 (SiLU)", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", !gate.is_some() || params.gate_row < c, "!has(gate) || gate_row < C", "a row of the gate table", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", !gate.is_some() || params.act == 0, "!has(gate) || act == 0", "no gate after an activation: the backward pass would need two saved tensors", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", pre.is_some() || !(params.act != 0 || gate.is_some()), "has(pre) || !(act != 0 || has(gate))", "the forward pass was asked for pre", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("w", Some(w)), ("gate", gate), ("pre", pre)])?;
+    let Dims { b, n, k, f, c, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty(&[b, n, k])?) } else { None };
+    let mut grad_w = if want_w { Some(device.empty(&[f, k])?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty(&[f])?) } else { None };
+    let mut grad_pos = if want_pos { Some(device.empty(&[n, f])?) } else { None };
+    let mut grad_gate = if want_gate { Some(device.empty(&[b, c, f])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, w: w.weight()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, pre: match pre { Some(t) => Some(t.f32s()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dpos: match &mut grad_pos { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gemm::cpu::backward(args),
+        DeviceKind::Oracle => kernels::gemm::reference::backward(args),
+        other => return Err(no_path("gemm", other)),
+    }
+    Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate })
+}
+
+impl Graph<'_> {
+    /// [`gemm`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn gemm(&self, x: &Var, w: &Var, bias: Option<&Var>, pos: Option<&Var>, gate: Option<&Var>, residual: Option<&Var>, params: kernels::generated::gemm::Params) -> Result<Var> {
+        let sources = [self.source(x), self.source(w), bias.and_then(|v| self.source(v)), pos.and_then(|v| self.source(v)), gate.and_then(|v| self.source(v)), residual.and_then(|v| self.source(v))];
+        let record = sources.iter().any(Option::is_some);
+        let out = gemm(x.tensor(), w.tensor(), bias.map(Var::tensor), pos.map(Var::tensor), gate.map(Var::tensor), residual.map(Var::tensor), record && (params.act != 0 || gate.is_some()), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_w = w.tensor().clone();
+        let saved_gate = gate.map(|v| v.tensor().clone());
+        let saved_pre = out.pre.clone();
+        let c = gate.map_or(0, |v| v.tensor().dim(1));
+        let saved = [Some(&saved_x), Some(&saved_w), saved_gate.as_ref(), saved_pre.as_ref()].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("gemm", out.y, saved, move |dy, grads| {
+            let found = gemm_backward(dy, &saved_x, &saved_w, saved_gate.as_ref(), saved_pre.as_ref(), c, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.w)?;
+            grads.add(sources[2], found.bias)?;
+            grads.add(sources[3], found.pos)?;
+            grads.add(sources[4], found.gate)?;
+            grads.add(sources[5], Some(dy.clone()))?;
+            Ok(())
+        }))
+    }
+}
+
+fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::gemm::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, k, f, c, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, n, k], Fill::Normal)?;
+            let w = io.stored(io.draw(case.name, "w", &[f, k], Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"w"))?;
+            let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[f], Fill::Normal)?) };
+            let pos = if absent("pos") { None } else { Some(io.draw(case.name, "pos", &[n, f], Fill::Normal)?) };
+            let gate = if absent("gate") { None } else { Some(io.draw(case.name, "gate", &[b, c, f], Fill::Normal)?) };
+            let residual = if absent("residual") { None } else { Some(io.draw(case.name, "residual", &[b, n, f], Fill::Normal)?) };
+            let out = gemm(&x, &w, bias.as_ref(), pos.as_ref(), gate.as_ref(), residual.as_ref(), !absent("pre"), params)?;
+            io.result("y", &out.y)?;
+            if let Some(t) = &out.pre { io.result("pre", t)?; }
+            let dy = io.draw(case.name, "dy", &[b, n, f], Fill::Normal)?;
+            let grads = gemm_backward(&dy, &x, &w, gate.as_ref(), out.pre.as_ref(), c, true, true, !absent("bias"), !absent("pos"), !absent("gate"), params)?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.w { io.result("dw", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
+            if let Some(t) = &grads.pos { io.result("dpos", t)?; }
+            if let Some(t) = &grads.gate { io.result("dgate", t)?; }
             Ok(())
         })?;
     }
@@ -232,6 +1055,8 @@ pub fn ln_modulate_backward(dy: &Tensor, x: &Tensor, modulation: &Tensor, mean: 
     want_dtype("ln_modulate", "mean", mean, &[DType::F32])?;
     want_dtype("ln_modulate", "rstd", rstd, &[DType::F32])?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, d: check.dim("D")? };
+    let Dims { c, .. } = dims;
+    require("ln_modulate", params.shift < c && params.scale < c && params.shift != params.scale, "shift < C && scale < C && shift != scale", "two different rows of the modulation table", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("x", Some(x)), ("modulation", Some(modulation)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
     let Dims { b, n, c, d, .. } = dims;
@@ -280,8 +1105,8 @@ fn ln_modulate_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
-            let x = io.draw(case.name, "x", &[b, n, d], check::Fill::Normal)?;
-            let modulation = io.draw(case.name, "modulation", &[b, c, d], check::Fill::Normal)?;
+            let x = io.draw(case.name, "x", &[b, n, d], Fill::Normal)?;
+            let modulation = io.draw(case.name, "modulation", &[b, c, d], Fill::Normal)?;
             let out = ln_modulate(&x, &modulation, params)?;
             io.result("y", &out.y)?;
             io.result("mean", &out.mean)?;
@@ -290,6 +1115,736 @@ fn ln_modulate_conform(run: &mut Conform<'_>) -> Result<()> {
             let grads = ln_modulate_backward(&dy, &x, &modulation, &out.mean, &out.rstd, true, true, params)?;
             if let Some(t) = &grads.x { io.result("dx", t)?; }
             if let Some(t) = &grads.modulation { io.result("dmodulation", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`loss_diffusion`].
+pub struct LossDiffusionOut {
+    /// [1] f32: Mean over the batch.
+    pub loss: Tensor,
+    /// [B] f32: Squared error per sample, for reporting.
+    pub mse: Tensor,
+    /// [B] f32: Bound per sample in bits per element, for reporting.
+    pub vb: Tensor,
+}
+
+/// Training loss of DiT: squared error of the noise plus the variational bound of the learned variance.
+///
+/// ```text
+/// eps = model_output[b, 0..C];  v = model_output[b, C..2C];  means run over the C*S elements of a sample
+/// mse[b] = mean (noise - eps)^2
+/// logvar = f*log_beta + (1 - f)*posterior_log_variance, f = (v + 1)/2
+/// x0_hat = sqrt_recip_alpha_bar*x_t - sqrt_recipm1_alpha_bar*eps;  mu(z) = posterior_mean_x0*z + posterior_mean_xt*x_t
+/// is_t0 = 0: vb[b] = mean KL(N(mu(x0), posterior_log_variance) || N(mu(x0_hat), logvar)) / ln 2
+/// is_t0 = 1: vb[b] = mean -ln P(x0) / ln 2, P the Gaussian (mu(x0_hat), logvar) integrated over the bin x0 -+ 1/255,
+///   open below -0.999 and above 0.999; CDF(u) = (1 + tanh(sqrt(2/pi)*(u + 0.044715*u^3)))/2; probabilities at least 1e-12
+/// loss = 1/B sum_b (mse[b] + vlb_weight*vb[b])
+/// eps counts as a constant inside vb: the bound trains the variance alone, so the gradient in eps is that of mse only
+/// ```
+/// - `model_output` `[B, 2*C, S]` f32: Predicted noise, then variance values v in about [-1, 1].
+/// - `x0` `[B, C, S]` f32: Clean latents.
+/// - `x_t` `[B, C, S]` f32: Noisy latents.
+/// - `noise` `[B, C, S]` f32: The noise in them.
+/// - `coefs` `[B, 8]` f32: Per sample: posterior_mean_x0, posterior_mean_xt, log_beta, posterior_log_variance (clipped), sqrt_recip_alpha_bar, sqrt_recipm1_alpha_bar, is_t0 (0 or 1), and one reserved (0).
+/// - returns `loss` `[1]` f32: Mean over the batch.
+/// - returns `mse` `[B]` f32: Squared error per sample, for reporting.
+/// - returns `vb` `[B]` f32: Bound per sample in bits per element, for reporting.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn loss_diffusion(model_output: &Tensor, x0: &Tensor, x_t: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::generated::loss_diffusion::Params) -> Result<LossDiffusionOut> {
+    use kernels::generated::loss_diffusion::{Dims, Forward};
+    let mut check = DimCheck::new("loss_diffusion", &["B", "C", "S"]);
+    check.bind("model_output", model_output, &["B", "2*C", "S"])?;
+    check.bind("x0", x0, &["B", "C", "S"])?;
+    check.bind("x_t", x_t, &["B", "C", "S"])?;
+    check.bind("noise", noise, &["B", "C", "S"])?;
+    check.bind("coefs", coefs, &["B", "8"])?;
+    check.match_exprs("model_output", model_output, &["B", "2*C", "S"])?;
+    check.match_exprs("x0", x0, &["B", "C", "S"])?;
+    check.match_exprs("x_t", x_t, &["B", "C", "S"])?;
+    check.match_exprs("noise", noise, &["B", "C", "S"])?;
+    check.match_exprs("coefs", coefs, &["B", "8"])?;
+    want_dtype("loss_diffusion", "model_output", model_output, &[DType::F32])?;
+    want_dtype("loss_diffusion", "x0", x0, &[DType::F32])?;
+    want_dtype("loss_diffusion", "x_t", x_t, &[DType::F32])?;
+    want_dtype("loss_diffusion", "noise", noise, &[DType::F32])?;
+    want_dtype("loss_diffusion", "coefs", coefs, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, s: check.dim("S")? };
+    let Dims { b, c, s, .. } = dims;
+    require("loss_diffusion", c * s > 0 && b > 0, "C * S > 0 && B > 0", "at least one element", || format!("{dims:?}, {params:?}"))?;
+    let device = model_output.device().clone();
+    check.same_device(&device, &[("x0", Some(x0)), ("x_t", Some(x_t)), ("noise", Some(noise)), ("coefs", Some(coefs))])?;
+    let Dims { b, .. } = dims;
+    let mut loss = device.empty(&[1])?;
+    let mut mse = device.empty(&[b])?;
+    let mut vb = device.empty(&[b])?;
+
+    let args = Forward { dims, params, model_output: model_output.f32s()?, x0: x0.f32s()?, x_t: x_t.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, loss: loss.f32s_mut()?, mse: mse.f32s_mut()?, vb: vb.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::loss_diffusion::cpu::forward(args),
+        DeviceKind::Oracle => kernels::loss_diffusion::reference::forward(args),
+        other => return Err(no_path("loss_diffusion", other)),
+    }
+    Ok(LossDiffusionOut { loss, mse, vb })
+}
+
+/// Backward pass of [`loss_diffusion`]: gradients of the inputs asked for, from `dloss` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn loss_diffusion_backward(dloss: &Tensor, model_output: &Tensor, x0: &Tensor, x_t: &Tensor, noise: &Tensor, coefs: &Tensor, want_model_output: bool, params: kernels::generated::loss_diffusion::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::loss_diffusion::{Backward, Dims};
+    let mut check = DimCheck::new("loss_diffusion", &["B", "C", "S"]);
+    check.bind("dloss", dloss, &["1"])?;
+    check.bind("model_output", model_output, &["B", "2*C", "S"])?;
+    check.bind("x0", x0, &["B", "C", "S"])?;
+    check.bind("x_t", x_t, &["B", "C", "S"])?;
+    check.bind("noise", noise, &["B", "C", "S"])?;
+    check.bind("coefs", coefs, &["B", "8"])?;
+    check.match_exprs("dloss", dloss, &["1"])?;
+    check.match_exprs("model_output", model_output, &["B", "2*C", "S"])?;
+    check.match_exprs("x0", x0, &["B", "C", "S"])?;
+    check.match_exprs("x_t", x_t, &["B", "C", "S"])?;
+    check.match_exprs("noise", noise, &["B", "C", "S"])?;
+    check.match_exprs("coefs", coefs, &["B", "8"])?;
+    want_dtype("loss_diffusion", "dloss", dloss, &[DType::F32])?;
+    want_dtype("loss_diffusion", "model_output", model_output, &[DType::F32])?;
+    want_dtype("loss_diffusion", "x0", x0, &[DType::F32])?;
+    want_dtype("loss_diffusion", "x_t", x_t, &[DType::F32])?;
+    want_dtype("loss_diffusion", "noise", noise, &[DType::F32])?;
+    want_dtype("loss_diffusion", "coefs", coefs, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, s: check.dim("S")? };
+    let Dims { b, c, s, .. } = dims;
+    require("loss_diffusion", c * s > 0 && b > 0, "C * S > 0 && B > 0", "at least one element", || format!("{dims:?}, {params:?}"))?;
+    let device = dloss.device().clone();
+    check.same_device(&device, &[("model_output", Some(model_output)), ("x0", Some(x0)), ("x_t", Some(x_t)), ("noise", Some(noise)), ("coefs", Some(coefs))])?;
+    let Dims { b, c, s, .. } = dims;
+    let mut grad_model_output = if want_model_output { Some(device.empty(&[b, 2*c, s])?) } else { None };
+
+    let args = Backward { dims, params, dloss: dloss.f32s()?, model_output: model_output.f32s()?, x0: x0.f32s()?, x_t: x_t.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::loss_diffusion::cpu::backward(args),
+        DeviceKind::Oracle => kernels::loss_diffusion::reference::backward(args),
+        other => return Err(no_path("loss_diffusion", other)),
+    }
+    Ok(grad_model_output)
+}
+
+impl Graph<'_> {
+    /// [`loss_diffusion`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn loss_diffusion(&self, model_output: &Var, x0: &Var, x_t: &Var, noise: &Var, coefs: &Var, params: kernels::generated::loss_diffusion::Params) -> Result<Var> {
+        let sources = [self.source(model_output)];
+        let record = sources.iter().any(Option::is_some);
+        let out = loss_diffusion(model_output.tensor(), x0.tensor(), x_t.tensor(), noise.tensor(), coefs.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.loss));
+        }
+        let saved_model_output = model_output.tensor().clone();
+        let saved_x0 = x0.tensor().clone();
+        let saved_x_t = x_t.tensor().clone();
+        let saved_noise = noise.tensor().clone();
+        let saved_coefs = coefs.tensor().clone();
+        let saved = [Some(&saved_model_output), Some(&saved_x0), Some(&saved_x_t), Some(&saved_noise), Some(&saved_coefs)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("loss_diffusion", out.loss, saved, move |dy, grads| {
+            let found = loss_diffusion_backward(dy, &saved_model_output, &saved_x0, &saved_x_t, &saved_noise, &saved_coefs, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn loss_diffusion_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::loss_diffusion::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, c, s, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let model_output = io.draw(case.name, "model_output", &[b, 2*c, s], Fill::Normal)?;
+            let x0 = io.draw(case.name, "x0", &[b, c, s], Fill::Normal)?;
+            let x_t = io.draw(case.name, "x_t", &[b, c, s], Fill::Normal)?;
+            let noise = io.draw(case.name, "noise", &[b, c, s], Fill::Normal)?;
+            let coefs = io.draw(case.name, "coefs", &[b, 8], Fill::Uniform(0.1f64, 0.9f64))?;
+            let out = loss_diffusion(&model_output, &x0, &x_t, &noise, &coefs, params)?;
+            io.result("loss", &out.loss)?;
+            io.result("mse", &out.mse)?;
+            io.result("vb", &out.vb)?;
+            let dloss = io.draw(case.name, "dloss", &[1], Fill::Normal)?;
+            let grads = loss_diffusion_backward(&dloss, &model_output, &x0, &x_t, &noise, &coefs, true, params)?;
+            if let Some(t) = &grads { io.result("dmodel_output", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Mean absolute, squared or Huber error over all elements.
+///
+/// ```text
+/// e = pred - target;  loss = 1/(B*N*D) sum rho(e)
+/// kind 0 (L1): |e|;  kind 1 (L2): e^2;  kind 2 (Huber): e^2/2 where |e| <= delta, else delta*(|e| - delta/2)
+/// dpred = dloss/(B*N*D) * rho'(e), with rho'(0) = 0 for L1
+/// ```
+/// - `pred` `[B, N, D]` f32: Output of the student.
+/// - `target` `[B, N, D]` f32: Output of the teacher.
+/// - returns `loss` `[1]` f32: Mean.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn loss_regression(pred: &Tensor, target: &Tensor, params: kernels::generated::loss_regression::Params) -> Result<Tensor> {
+    use kernels::generated::loss_regression::{Dims, Forward};
+    let mut check = DimCheck::new("loss_regression", &["B", "N", "D"]);
+    check.bind("pred", pred, &["B", "N", "D"])?;
+    check.bind("target", target, &["B", "N", "D"])?;
+    check.match_exprs("pred", pred, &["B", "N", "D"])?;
+    check.match_exprs("target", target, &["B", "N", "D"])?;
+    want_dtype("loss_regression", "pred", pred, &[DType::F32])?;
+    want_dtype("loss_regression", "target", target, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let Dims { b, n, d, .. } = dims;
+    require("loss_regression", params.kind <= 2, "kind <= 2", "0 (L1), 1 (L2) or 2 (Huber)", || format!("{dims:?}, {params:?}"))?;
+    require("loss_regression", params.kind != 2 || params.delta > 0.0, "kind != 2 || delta > 0.0", "a Huber delta greater than zero", || format!("{dims:?}, {params:?}"))?;
+    require("loss_regression", b * n * d > 0, "B * N * D > 0", "at least one element", || format!("{dims:?}, {params:?}"))?;
+    let device = pred.device().clone();
+    check.same_device(&device, &[("target", Some(target))])?;
+    
+    let mut loss = device.empty(&[1])?;
+
+    let args = Forward { dims, params, pred: pred.f32s()?, target: target.f32s()?, loss: loss.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::loss_regression::cpu::forward(args),
+        DeviceKind::Oracle => kernels::loss_regression::reference::forward(args),
+        other => return Err(no_path("loss_regression", other)),
+    }
+    Ok(loss)
+}
+
+/// Backward pass of [`loss_regression`]: gradients of the inputs asked for, from `dloss` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn loss_regression_backward(dloss: &Tensor, pred: &Tensor, target: &Tensor, want_pred: bool, params: kernels::generated::loss_regression::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::loss_regression::{Backward, Dims};
+    let mut check = DimCheck::new("loss_regression", &["B", "N", "D"]);
+    check.bind("dloss", dloss, &["1"])?;
+    check.bind("pred", pred, &["B", "N", "D"])?;
+    check.bind("target", target, &["B", "N", "D"])?;
+    check.match_exprs("dloss", dloss, &["1"])?;
+    check.match_exprs("pred", pred, &["B", "N", "D"])?;
+    check.match_exprs("target", target, &["B", "N", "D"])?;
+    want_dtype("loss_regression", "dloss", dloss, &[DType::F32])?;
+    want_dtype("loss_regression", "pred", pred, &[DType::F32])?;
+    want_dtype("loss_regression", "target", target, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let Dims { b, n, d, .. } = dims;
+    require("loss_regression", params.kind <= 2, "kind <= 2", "0 (L1), 1 (L2) or 2 (Huber)", || format!("{dims:?}, {params:?}"))?;
+    require("loss_regression", params.kind != 2 || params.delta > 0.0, "kind != 2 || delta > 0.0", "a Huber delta greater than zero", || format!("{dims:?}, {params:?}"))?;
+    require("loss_regression", b * n * d > 0, "B * N * D > 0", "at least one element", || format!("{dims:?}, {params:?}"))?;
+    let device = dloss.device().clone();
+    check.same_device(&device, &[("pred", Some(pred)), ("target", Some(target))])?;
+    let Dims { b, n, d, .. } = dims;
+    let mut grad_pred = if want_pred { Some(device.empty(&[b, n, d])?) } else { None };
+
+    let args = Backward { dims, params, dloss: dloss.f32s()?, pred: pred.f32s()?, target: target.f32s()?, dpred: match &mut grad_pred { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::loss_regression::cpu::backward(args),
+        DeviceKind::Oracle => kernels::loss_regression::reference::backward(args),
+        other => return Err(no_path("loss_regression", other)),
+    }
+    Ok(grad_pred)
+}
+
+impl Graph<'_> {
+    /// [`loss_regression`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn loss_regression(&self, pred: &Var, target: &Var, params: kernels::generated::loss_regression::Params) -> Result<Var> {
+        let sources = [self.source(pred)];
+        let record = sources.iter().any(Option::is_some);
+        let out = loss_regression(pred.tensor(), target.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_pred = pred.tensor().clone();
+        let saved_target = target.tensor().clone();
+        let saved = [Some(&saved_pred), Some(&saved_target)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("loss_regression", out, saved, move |dy, grads| {
+            let found = loss_regression_backward(dy, &saved_pred, &saved_target, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::loss_regression::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, d, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let pred = io.draw(case.name, "pred", &[b, n, d], Fill::Normal)?;
+            let target = io.draw(case.name, "target", &[b, n, d], Fill::Normal)?;
+            let out = loss_regression(&pred, &target, params)?;
+            io.result("loss", &out)?;
+            let dloss = io.draw(case.name, "dloss", &[1], Fill::Normal)?;
+            let grads = loss_regression_backward(&dloss, &pred, &target, true, params)?;
+            if let Some(t) = &grads { io.result("dpred", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Cuts an image into square patches, one token each, in the order of a convolution weight.
+///
+/// ```text
+/// tokens[b, gh*Gw + gw, (c*P + p)*P + q] = x[b, c, gh*P + p, gw*P + q]
+/// dx is dtokens moved back: a permutation, so nothing is added
+/// ```
+/// - `x` `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
+/// - returns `tokens` `[B, Gh*Gw, C*P*P]` f32: Patches in raster order; within one: channel, row, column.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn patchify(x: &Tensor, p: usize, gh: usize, gw: usize, params: kernels::generated::patchify::Params) -> Result<Tensor> {
+    use kernels::generated::patchify::{Dims, Forward};
+    let mut check = DimCheck::new("patchify", &["B", "C", "P", "Gh", "Gw"]);
+    check.given("P", p)?;
+    check.given("Gh", gh)?;
+    check.given("Gw", gw)?;
+    check.bind("x", x, &["B", "C", "Gh*P", "Gw*P"])?;
+    check.match_exprs("x", x, &["B", "C", "Gh*P", "Gw*P"])?;
+    want_dtype("patchify", "x", x, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, p: check.dim("P")?, gh: check.dim("Gh")?, gw: check.dim("Gw")? };
+    let Dims { p, gh, gw, .. } = dims;
+    require("patchify", p > 0 && gh > 0 && gw > 0, "P > 0 && Gh > 0 && Gw > 0", "a patch edge and a grid of at least one", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, c, p, gh, gw, .. } = dims;
+    let mut tokens = device.empty(&[b, gh*gw, c*p*p])?;
+
+    let args = Forward { dims, params, x: x.f32s()?, tokens: tokens.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::patchify::cpu::forward(args),
+        DeviceKind::Oracle => kernels::patchify::reference::forward(args),
+        other => return Err(no_path("patchify", other)),
+    }
+    Ok(tokens)
+}
+
+/// Backward pass of [`patchify`]: gradients of the inputs asked for, from `dtokens` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn patchify_backward(dtokens: &Tensor, p: usize, gh: usize, gw: usize, c: usize, want_x: bool, params: kernels::generated::patchify::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::patchify::{Backward, Dims};
+    let mut check = DimCheck::new("patchify", &["B", "C", "P", "Gh", "Gw"]);
+    check.given("C", c)?;
+    check.given("P", p)?;
+    check.given("Gh", gh)?;
+    check.given("Gw", gw)?;
+    check.bind("dtokens", dtokens, &["B", "Gh*Gw", "C*P*P"])?;
+    check.match_exprs("dtokens", dtokens, &["B", "Gh*Gw", "C*P*P"])?;
+    want_dtype("patchify", "dtokens", dtokens, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, p: check.dim("P")?, gh: check.dim("Gh")?, gw: check.dim("Gw")? };
+    let Dims { p, gh, gw, .. } = dims;
+    require("patchify", p > 0 && gh > 0 && gw > 0, "P > 0 && Gh > 0 && Gw > 0", "a patch edge and a grid of at least one", || format!("{dims:?}, {params:?}"))?;
+    let device = dtokens.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, c, p, gh, gw, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty(&[b, c, gh*p, gw*p])?) } else { None };
+
+    let args = Backward { dims, params, dtokens: dtokens.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::patchify::cpu::backward(args),
+        DeviceKind::Oracle => kernels::patchify::reference::backward(args),
+        other => return Err(no_path("patchify", other)),
+    }
+    Ok(grad_x)
+}
+
+impl Graph<'_> {
+    /// [`patchify`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn patchify(&self, x: &Var, p: usize, gh: usize, gw: usize, params: kernels::generated::patchify::Params) -> Result<Var> {
+        let sources = [self.source(x)];
+        let record = sources.iter().any(Option::is_some);
+        let out = patchify(x.tensor(), p, gh, gw, params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let c = x.tensor().dim(1);
+        let saved = 0;
+        Ok(self.record("patchify", out, saved, move |dy, grads| {
+            let found = patchify_backward(dy, p, gh, gw, c, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn patchify_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::patchify::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, c, p, gh, gw, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, c, gh*p, gw*p], Fill::Normal)?;
+            let out = patchify(&x, p, gh, gw, params)?;
+            io.result("tokens", &out)?;
+            let dtokens = io.draw(case.name, "dtokens", &[b, gh*gw, c*p*p], Fill::Normal)?;
+            let grads = patchify_backward(&dtokens, p, gh, gw, c, true, params)?;
+            if let Some(t) = &grads { io.result("dx", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Standard normal numbers by counter: the same on every device, whatever the split of the work.
+///
+/// ```text
+/// block = (offset + i)/4;  (x0, x1, x2, x3) = Philox4x32-10(counter = (block lo, block hi, stream lo, stream hi), key = (seed lo, seed hi))
+/// u_j = ((x_j >> 8) + 1/2) * 2^-24
+/// element (offset + i) mod 4: sqrt(-2 ln u0)*cos(2 pi u1), sqrt(-2 ln u0)*sin(2 pi u1), sqrt(-2 ln u2)*cos(2 pi u3), sqrt(-2 ln u2)*sin(2 pi u3)
+/// ```
+/// - returns `z` `[L]` f32: Standard normal numbers.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Params) -> Result<Tensor> {
+    use kernels::generated::philox::{Dims, Forward};
+    let mut check = DimCheck::new("philox", &["L"]);
+    check.given("L", l)?;
+    let dims = Dims { l: check.dim("L")? };
+    let device = device.clone();
+    let Dims { l, .. } = dims;
+    let mut z = device.empty(&[l])?;
+
+    let args = Forward { dims, params, z: z.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::philox::cpu::forward(args),
+        DeviceKind::Oracle => kernels::philox::reference::forward(args),
+        other => return Err(no_path("philox", other)),
+    }
+    Ok(z)
+}
+
+fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::philox::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { l, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let out = philox(io.device(), l, params)?;
+            io.result("z", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Sinusoidal features of the timestep, cosines first, every step of the phase rounded to f32 as in DiT.
+///
+/// ```text
+/// f_i = exp((-ln(10000) * i) / denominator), i in 0..D/2;  phase = t[b] * f_i;  each operation rounds to f32
+/// y[b,i] = cos(phase);  y[b,D/2+i] = sin(phase)
+/// ```
+/// - `t` `[B]` f32: Timestep, fractional values allowed.
+/// - returns `y` `[B, D]` f32: Features.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Params) -> Result<Tensor> {
+    use kernels::generated::sinusoid::{Dims, Forward};
+    let mut check = DimCheck::new("sinusoid", &["B", "D"]);
+    check.given("D", d)?;
+    check.bind("t", t, &["B"])?;
+    check.match_exprs("t", t, &["B"])?;
+    want_dtype("sinusoid", "t", t, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, d: check.dim("D")? };
+    let Dims { d, .. } = dims;
+    require("sinusoid", d % 2 == 0, "D % 2 == 0", "an even number of features", || format!("{dims:?}, {params:?}"))?;
+    require("sinusoid", params.denominator > 0.0, "denominator > 0.0", "greater than zero", || format!("{dims:?}, {params:?}"))?;
+    let device = t.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, d, .. } = dims;
+    let mut y = device.empty(&[b, d])?;
+
+    let args = Forward { dims, params, t: t.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::sinusoid::cpu::forward(args),
+        DeviceKind::Oracle => kernels::sinusoid::reference::forward(args),
+        other => return Err(no_path("sinusoid", other)),
+    }
+    Ok(y)
+}
+
+fn sinusoid_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::sinusoid::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, d, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let t = io.draw(case.name, "t", &[b], Fill::Uniform(0f64, 1000f64))?;
+            let out = sinusoid(&t, d, params)?;
+            io.result("y", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`solver_step`].
+pub struct SolverStepOut {
+    /// [B, C, S] f32: Latents of the next step.
+    pub x_next: Tensor,
+    /// [B, C, S] f32: Clean estimate.
+    pub x0: Tensor,
+}
+
+/// One step of a diffusion sampler: guidance, clean estimate, and the update of any linear solver, fused.
+///
+/// ```text
+/// e[c] = cond[c], or for c < guided_channels with uncond present: uncond[c] + guidance*(cond[c] - uncond[c]), c over the Co output channels
+/// eps = e[0..C];  v = e[C..2C] where learned;  x0 = inv_alpha*(x - sigma*eps)
+/// scale = cn, or where learned and cn != 0: exp((f*log_hi + (1 - f)*log_lo)/2), f = (v + 1)/2
+/// x_next = cx*x + ce*eps + c0*x0 + c1*x0_prev + scale*noise
+/// ```
+/// - `x` `[B, C, S]` f32: Current latents.
+/// - `cond` `[B, Co, S]` f32: Model output for the condition.
+/// - `uncond` `[B, Co, S]` f32, optional: Model output for the null condition.
+/// - `noise` `[B, C, S]` f32, optional: Standard normal noise.
+/// - `x0_prev` `[B, C, S]` f32, optional: Clean estimate of the previous step (second order).
+/// - returns `x_next` `[B, C, S]` f32: Latents of the next step.
+/// - returns `x0` `[B, C, S]` f32: Clean estimate.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Option<&Tensor>, x0_prev: Option<&Tensor>, params: kernels::generated::solver_step::Params) -> Result<SolverStepOut> {
+    use kernels::generated::solver_step::{Dims, Forward};
+    let mut check = DimCheck::new("solver_step", &["B", "C", "Co", "S"]);
+    check.bind("x", x, &["B", "C", "S"])?;
+    check.bind("cond", cond, &["B", "Co", "S"])?;
+    if let Some(t) = uncond { check.bind("uncond", t, &["B", "Co", "S"])?; }
+    if let Some(t) = noise { check.bind("noise", t, &["B", "C", "S"])?; }
+    if let Some(t) = x0_prev { check.bind("x0_prev", t, &["B", "C", "S"])?; }
+    check.match_exprs("x", x, &["B", "C", "S"])?;
+    check.match_exprs("cond", cond, &["B", "Co", "S"])?;
+    if let Some(t) = uncond { check.match_exprs("uncond", t, &["B", "Co", "S"])?; }
+    if let Some(t) = noise { check.match_exprs("noise", t, &["B", "C", "S"])?; }
+    if let Some(t) = x0_prev { check.match_exprs("x0_prev", t, &["B", "C", "S"])?; }
+    want_dtype("solver_step", "x", x, &[DType::F32])?;
+    want_dtype("solver_step", "cond", cond, &[DType::F32])?;
+    if let Some(t) = uncond { want_dtype("solver_step", "uncond", t, &[DType::F32])?; }
+    if let Some(t) = noise { want_dtype("solver_step", "noise", t, &[DType::F32])?; }
+    if let Some(t) = x0_prev { want_dtype("solver_step", "x0_prev", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, co: check.dim("Co")?, s: check.dim("S")? };
+    let Dims { c, co, .. } = dims;
+    require("solver_step", co == c || co == 2 * c, "Co == C || Co == 2 * C", "C output channels, or 2*C with variance values", || format!("{dims:?}, {params:?}"))?;
+    require("solver_step", !params.learned || co == 2 * c, "!learned || Co == 2 * C", "2*C output channels where the variance is learned", || format!("{dims:?}, {params:?}"))?;
+    require("solver_step", params.cn == 0.0 || noise.is_some(), "cn == 0.0 || has(noise)", "noise where its factor is not zero", || format!("{dims:?}, {params:?}"))?;
+    require("solver_step", params.c1 == 0.0 || x0_prev.is_some(), "c1 == 0.0 || has(x0_prev)", "the previous clean estimate where its factor is not zero", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("cond", Some(cond)), ("uncond", uncond), ("noise", noise), ("x0_prev", x0_prev)])?;
+    let Dims { b, c, s, .. } = dims;
+    let mut x_next = device.empty(&[b, c, s])?;
+    let mut x0 = device.empty(&[b, c, s])?;
+
+    let args = Forward { dims, params, x: x.f32s()?, cond: cond.f32s()?, uncond: match uncond { Some(t) => Some(t.f32s()?), None => None }, noise: match noise { Some(t) => Some(t.f32s()?), None => None }, x0_prev: match x0_prev { Some(t) => Some(t.f32s()?), None => None }, x_next: x_next.f32s_mut()?, x0: x0.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::solver_step::cpu::forward(args),
+        DeviceKind::Oracle => kernels::solver_step::reference::forward(args),
+        other => return Err(no_path("solver_step", other)),
+    }
+    Ok(SolverStepOut { x_next, x0 })
+}
+
+fn solver_step_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::solver_step::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, c, co, s, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, c, s], Fill::Normal)?;
+            let cond = io.draw(case.name, "cond", &[b, co, s], Fill::Normal)?;
+            let uncond = if absent("uncond") { None } else { Some(io.draw(case.name, "uncond", &[b, co, s], Fill::Normal)?) };
+            let noise = if absent("noise") { None } else { Some(io.draw(case.name, "noise", &[b, c, s], Fill::Normal)?) };
+            let x0_prev = if absent("x0_prev") { None } else { Some(io.draw(case.name, "x0_prev", &[b, c, s], Fill::Normal)?) };
+            let out = solver_step(&x, &cond, uncond.as_ref(), noise.as_ref(), x0_prev.as_ref(), params)?;
+            io.result("x_next", &out.x_next)?;
+            io.result("x0", &out.x0)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Sum of squares, for the global norm of the gradients.
+///
+/// ```text
+/// out = sum_i x_i^2, in f64, rounded once
+/// ```
+/// - `x` `[L]` f32: Any tensor.
+/// - returns `out` `[1]` f32: Sum.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) -> Result<Tensor> {
+    use kernels::generated::sum_squares::{Dims, Forward};
+    let mut check = DimCheck::new("sum_squares", &["L"]);
+    check.bind("x", x, &["L"])?;
+    check.match_exprs("x", x, &["L"])?;
+    want_dtype("sum_squares", "x", x, &[DType::F32])?;
+    let dims = Dims { l: check.dim("L")? };
+    let device = x.device().clone();
+    check.same_device(&device, &[])?;
+    
+    let mut out = device.empty(&[1])?;
+
+    let args = Forward { dims, params, x: x.f32s()?, out: out.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::sum_squares::cpu::forward(args),
+        DeviceKind::Oracle => kernels::sum_squares::reference::forward(args),
+        other => return Err(no_path("sum_squares", other)),
+    }
+    Ok(out)
+}
+
+fn sum_squares_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::sum_squares::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { l, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[l], Fill::Normal)?;
+            let out = sum_squares(&x, params)?;
+            io.result("out", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Lays the tokens of a transformer back as an image, in the order of the output layer of DiT.
+///
+/// ```text
+/// x[b, c, gh*P + p, gw*P + q] = tokens[b, gh*Gw + gw, (p*P + q)*C + c]
+/// dtokens is dx moved back: a permutation, so nothing is added
+/// ```
+/// - `tokens` `[B, Gh*Gw, P*P*C]` f32: Patches in raster order; within one: row, column, channel.
+/// - returns `x` `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn unpatchify(tokens: &Tensor, c: usize, p: usize, gh: usize, gw: usize, params: kernels::generated::unpatchify::Params) -> Result<Tensor> {
+    use kernels::generated::unpatchify::{Dims, Forward};
+    let mut check = DimCheck::new("unpatchify", &["B", "C", "P", "Gh", "Gw"]);
+    check.given("C", c)?;
+    check.given("P", p)?;
+    check.given("Gh", gh)?;
+    check.given("Gw", gw)?;
+    check.bind("tokens", tokens, &["B", "Gh*Gw", "P*P*C"])?;
+    check.match_exprs("tokens", tokens, &["B", "Gh*Gw", "P*P*C"])?;
+    want_dtype("unpatchify", "tokens", tokens, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, p: check.dim("P")?, gh: check.dim("Gh")?, gw: check.dim("Gw")? };
+    let Dims { c, p, gh, gw, .. } = dims;
+    require("unpatchify", c > 0 && p > 0 && gh > 0 && gw > 0, "C > 0 && P > 0 && Gh > 0 && Gw > 0", "at least one channel, and a patch edge and a grid of at least one", || format!("{dims:?}, {params:?}"))?;
+    let device = tokens.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, c, p, gh, gw, .. } = dims;
+    let mut x = device.empty(&[b, c, gh*p, gw*p])?;
+
+    let args = Forward { dims, params, tokens: tokens.f32s()?, x: x.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::unpatchify::cpu::forward(args),
+        DeviceKind::Oracle => kernels::unpatchify::reference::forward(args),
+        other => return Err(no_path("unpatchify", other)),
+    }
+    Ok(x)
+}
+
+/// Backward pass of [`unpatchify`]: gradients of the inputs asked for, from `dx` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn unpatchify_backward(dx: &Tensor, c: usize, p: usize, gh: usize, gw: usize, want_tokens: bool, params: kernels::generated::unpatchify::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::unpatchify::{Backward, Dims};
+    let mut check = DimCheck::new("unpatchify", &["B", "C", "P", "Gh", "Gw"]);
+    check.given("C", c)?;
+    check.given("P", p)?;
+    check.given("Gh", gh)?;
+    check.given("Gw", gw)?;
+    check.bind("dx", dx, &["B", "C", "Gh*P", "Gw*P"])?;
+    check.match_exprs("dx", dx, &["B", "C", "Gh*P", "Gw*P"])?;
+    want_dtype("unpatchify", "dx", dx, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, p: check.dim("P")?, gh: check.dim("Gh")?, gw: check.dim("Gw")? };
+    let Dims { c, p, gh, gw, .. } = dims;
+    require("unpatchify", c > 0 && p > 0 && gh > 0 && gw > 0, "C > 0 && P > 0 && Gh > 0 && Gw > 0", "at least one channel, and a patch edge and a grid of at least one", || format!("{dims:?}, {params:?}"))?;
+    let device = dx.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, c, p, gh, gw, .. } = dims;
+    let mut grad_tokens = if want_tokens { Some(device.empty(&[b, gh*gw, p*p*c])?) } else { None };
+
+    let args = Backward { dims, params, dx: dx.f32s()?, dtokens: match &mut grad_tokens { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::unpatchify::cpu::backward(args),
+        DeviceKind::Oracle => kernels::unpatchify::reference::backward(args),
+        other => return Err(no_path("unpatchify", other)),
+    }
+    Ok(grad_tokens)
+}
+
+impl Graph<'_> {
+    /// [`unpatchify`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn unpatchify(&self, tokens: &Var, c: usize, p: usize, gh: usize, gw: usize, params: kernels::generated::unpatchify::Params) -> Result<Var> {
+        let sources = [self.source(tokens)];
+        let record = sources.iter().any(Option::is_some);
+        let out = unpatchify(tokens.tensor(), c, p, gh, gw, params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved = 0;
+        Ok(self.record("unpatchify", out, saved, move |dy, grads| {
+            let found = unpatchify_backward(dy, c, p, gh, gw, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn unpatchify_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::unpatchify::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, c, p, gh, gw, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let tokens = io.draw(case.name, "tokens", &[b, gh*gw, p*p*c], Fill::Normal)?;
+            let out = unpatchify(&tokens, c, p, gh, gw, params)?;
+            io.result("x", &out)?;
+            let dx = io.draw(case.name, "dx", &[b, c, gh*p, gw*p], Fill::Normal)?;
+            let grads = unpatchify_backward(&dx, c, p, gh, gw, true, params)?;
+            if let Some(t) = &grads { io.result("dtokens", t)?; }
             Ok(())
         })?;
     }

@@ -1,0 +1,147 @@
+//! Against the golden case of the official objective, finite differences in v, and the oracle.
+
+use super::{COEFS, Coefs, cpu, reference};
+use crate::Tier;
+use crate::check::{Fill, Tolerance, assert_close, directional, draw_f32, draw_f64};
+use crate::generated::loss_diffusion::{Backward, CASES, Dims, Forward, Params};
+
+/// f32 tensors of a safetensors file of the golden case.
+fn golden(file: &str) -> impl Fn(&str) -> Vec<f32> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/samplers/training_loss/");
+    let bytes = std::fs::read(format!("{path}{file}")).unwrap();
+    move |name| {
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let tensor = tensors.tensor(name).unwrap();
+        assert_eq!(tensor.dtype(), safetensors::Dtype::F32, "{name}");
+        tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+}
+
+/// The row of the linear schedule with 1000 steps from 1e-4 to 0.02.
+fn linear_schedule_row(t: usize) -> [f64; COEFS] {
+    let beta = |i: usize| 1e-4 + (0.02 - 1e-4) * i as f64 / 999.0;
+    let alpha_bar = |steps: usize| (0..steps).map(|i| 1.0 - beta(i)).product::<f64>();
+    let (bar, previous) = (alpha_bar(t + 1), alpha_bar(t));
+    // The posterior variance is zero at t = 0; its logarithm takes the value of t = 1.
+    let clipped = t.max(1);
+    let posterior = beta(clipped) * (1.0 - alpha_bar(clipped)) / (1.0 - alpha_bar(clipped + 1));
+    [
+        beta(t) * previous.sqrt() / (1.0 - bar),
+        (1.0 - previous) * (1.0 - beta(t)).sqrt() / (1.0 - bar),
+        beta(t).ln(),
+        posterior.ln(),
+        (1.0 / bar).sqrt(),
+        (1.0 / bar - 1.0).sqrt(),
+        if t == 0 { 1.0 } else { 0.0 },
+        0.0,
+    ]
+}
+
+#[test]
+fn golden_terms_and_gradient() {
+    let (inputs, expected) = (golden("inputs.safetensors"), golden("expected.safetensors"));
+    let (x0, noise, model_output, x_t) = (inputs("x0"), inputs("noise"), inputs("model_output"), expected("x_t"));
+    let coefs: Vec<f32> = [0, 1, 500, 999].into_iter().flat_map(linear_schedule_row).map(|c| c as f32).collect();
+    let (dims, params) = (Dims { b: 4, c: 4, s: 36 }, Params { vlb_weight: 1.0 });
+    type Pair = (fn(Forward<'_, f32>), fn(Backward<'_, f32>));
+    let paths: [Pair; 2] = [(cpu::forward, cpu::backward), (reference::forward, reference::backward)];
+    for (forward, backward) in paths {
+        let (mut loss, mut mse, mut vb, mut grad) = ([0.0], [0.0; 4], [0.0; 4], [0.0; 4 * 8 * 36]);
+        let (model_output, x0, x_t, noise, coefs) = (&model_output[..], &x0[..], &x_t[..], &noise[..], &coefs[..]);
+        forward(Forward {
+            dims,
+            params,
+            model_output,
+            x0,
+            x_t,
+            noise,
+            coefs,
+            loss: &mut loss,
+            mse: &mut mse,
+            vb: &mut vb,
+        });
+        assert_close("mse", &mse, &expected("mse"), Tolerance { atol: 5e-7, rtol: 0.0, rms: 2.5e-6 });
+        assert_close("vb", &vb, &expected("vb"), Tolerance { atol: 6.3e-6, rtol: 0.0, rms: 4.9e-6 });
+        let mean = expected("loss").iter().sum::<f32>() / 4.0;
+        assert_close("loss", &loss, &[mean], Tolerance { atol: 2e-6, rtol: 0.0, rms: 5e-6 });
+        backward(Backward {
+            dims,
+            params,
+            dloss: &[1.0],
+            model_output,
+            x0,
+            x_t,
+            noise,
+            coefs,
+            dmodel_output: Some(&mut grad),
+        });
+        let want = expected("grad.model_output");
+        assert_close("grad.model_output", &grad, &want, Tolerance { atol: 2e-7, rtol: 1e-5, rms: 5e-6 });
+    }
+}
+
+#[test]
+fn gradient_in_v_matches_finite_differences() {
+    let len = 600;
+    for is_t0 in [0.0, 1.0] {
+        let coefs = Coefs::row(&[0.4, 0.6, -1.5, -2.5, 1.25, 0.75, is_t0, 0.0]);
+        let draw = |name| draw_f64("bound", name, len, Fill::Normal);
+        let (x0, x_t, eps, v) = (draw("x0"), draw("x_t"), draw("eps"), draw("v"));
+        let gradient: Vec<f64> = (0..len).map(|i| coefs.bound(x0[i], x_t[i], eps[i], v[i]).1).collect();
+        let total = |v: &[f64]| (0..len).map(|i| coefs.bound(x0[i], x_t[i], eps[i], v[i]).0).sum();
+        let row = directional("v", "bound", &v, &gradient, total);
+        assert!(row.error < 1e-6, "is_t0 {is_t0}: {row:?}");
+    }
+}
+
+#[test]
+fn equal_gaussians_cost_nothing() {
+    // v = -1 chooses the posterior variance; eps that reproduces x0 chooses its mean.
+    let coefs = Coefs::row(&[0.5, 0.5, -1.0, -2.0, 2.0, 1.0, 0.0, 0.0]);
+    assert_eq!(coefs.bound(1.0, 1.0, 1.0, -1.0), (0.0, 0.0));
+    // One unit of mean against unit variance: 1/2 nat.
+    let coefs = Coefs::row(&[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]);
+    assert_eq!(coefs.bound(1.0, 0.0, 0.0, 0.3).0, 0.5);
+}
+
+#[test]
+fn an_impossible_pixel_costs_the_clamp() {
+    let coefs = Coefs::row(&[1.0, 0.0, -14.0, -14.0, 1.0, 0.0, 1.0, 0.0]);
+    assert_eq!(coefs.bound(0.9, -0.9, 0.0, 0.0), (-(1e-12f64.ln()), 0.0));
+}
+
+#[test]
+fn cpu_agrees_with_the_oracle() {
+    for case in CASES.iter().filter(|c| c.tier == Tier::Tiny) {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, c, s } = dims;
+        let draw = |name, len| draw_f32(case.name, name, len, Fill::Normal);
+        let (x0, x_t, noise) = (draw("x0", b * c * s), draw("x_t", b * c * s), draw("noise", b * c * s));
+        let (model_output, dloss) = (draw("model_output", 2 * b * c * s), draw("dloss", 1));
+        let coefs = draw_f32(case.name, "coefs", b * COEFS, Fill::Uniform(0.1, 0.9));
+        let (model_output, x0, x_t, noise, coefs) = (&model_output[..], &x0[..], &x_t[..], &noise[..], &coefs[..]);
+        let run = |forward: fn(Forward<'_, f32>), backward: fn(Backward<'_, f32>)| {
+            let (mut loss, mut mse, mut vb, mut grad) =
+                (vec![0.0], vec![0.0; b], vec![0.0; b], vec![9.0; 2 * b * c * s]);
+            forward(Forward {
+                dims,
+                params,
+                model_output,
+                x0,
+                x_t,
+                noise,
+                coefs,
+                loss: &mut loss,
+                mse: &mut mse,
+                vb: &mut vb,
+            });
+            let dmodel_output = Some(&mut grad[..]);
+            backward(Backward { dims, params, dloss: &dloss, model_output, x0, x_t, noise, coefs, dmodel_output });
+            [loss, mse, vb, grad]
+        };
+        let (got, want) = (run(cpu::forward, cpu::backward), run(reference::forward, reference::backward));
+        for (name, (got, want)) in ["loss", "mse", "vb", "dmodel_output"].iter().zip(got.iter().zip(&want)) {
+            assert_close(&format!("{}: {name}", case.name), got, want, Tolerance::F32);
+        }
+    }
+}

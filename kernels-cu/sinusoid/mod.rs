@@ -1,0 +1,65 @@
+//! Sinusoidal timestep features: see `op.toml` for the formula.
+//!
+//! At t = 999 one unit in the last place of a frequency moves the phase by 1e-4, so "equal to the original" means
+//! rounding where the original rounds: exponent, frequency and phase are f32 here in every path.
+
+pub mod cpu;
+
+/// Frequency `i`, rounded to f32 after each operation. The exponential itself is exact before its rounding.
+pub fn frequency(i: usize, denominator: f32) -> f32 {
+    const MINUS_LN_10000: f32 = -9.210_340_5;
+    let exponent = MINUS_LN_10000 * i as f32 / denominator;
+    f64::from(exponent).exp() as f32
+}
+
+/// The oracle: cosine and sine in f64 of the f32 phase.
+pub mod reference {
+    use super::frequency;
+    use crate::Real;
+    use crate::generated::sinusoid::{Dims, Forward};
+
+    /// Forward pass.
+    pub fn forward<T: Real>(a: Forward<'_, T>) {
+        let Dims { b, d } = a.dims;
+        let half = d / 2;
+        for sample in 0..b {
+            for i in 0..half {
+                let phase = f64::from(a.t[sample].f64() as f32 * frequency(i, a.params.denominator));
+                a.y[sample * d + i] = T::from_f64(phase.cos());
+                a.y[sample * d + half + i] = T::from_f64(phase.sin());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{cpu, reference};
+    use crate::Tier;
+    use crate::check::{Fill, Tolerance, assert_close, draw_f32};
+    use crate::generated::sinusoid::{CASES, Dims, Forward, Params};
+
+    #[test]
+    fn published_values() {
+        // DiT, D = 256: cosines and sines of the first frequencies.
+        let mut y = [0.0f32; 512];
+        let (dims, params) = (Dims { b: 2, d: 256 }, Params { denominator: 128.0 });
+        reference::forward(Forward { dims, params, t: &[999.0, 500.0], y: &mut y });
+        let want =
+            [(0, 0.999_65), (1, 0.963_782), (2, -0.398_992), (128, -0.026_461), (129, -0.266_69), (130, -0.916_955)];
+        let want = want.into_iter().chain([(256, -0.883_849), (257, 0.945_943), (258, 0.848_515)]);
+        want.for_each(|(i, value)| assert!((y[i] - value).abs() < 2e-6, "{i}: {}", y[i]));
+    }
+
+    #[test]
+    fn cpu_agrees_with_the_oracle() {
+        for case in CASES.iter().filter(|c| c.tier == Tier::Tiny) {
+            let (dims, params) = (case.dims, case.params);
+            let t = draw_f32(case.name, "t", dims.b, Fill::Uniform(0.0, 1000.0));
+            let (mut got, mut want) = (vec![0.0; dims.b * dims.d], vec![0.0; dims.b * dims.d]);
+            cpu::forward(Forward { dims, params, t: &t, y: &mut got });
+            reference::forward(Forward { dims, params, t: &t, y: &mut want });
+            assert_close(case.name, &got, &want, Tolerance::F32);
+        }
+    }
+}
