@@ -148,18 +148,6 @@ fn param_fields(c: &Contract, expr: &str) -> String {
     c.param.iter().fold(expr.to_string(), |e, p| replace_word(&e, &p.name, &format!("params.{}", p.name)))
 }
 
-/// `expr` with `has(name)` as the test that an optional tensor is there.
-fn presence_tests(c: &Contract, expr: &str) -> String {
-    c.tensors().filter(|t| t.optional).fold(expr.to_string(), |e, t| {
-        let test = if c.output.iter().any(|o| o.name == t.name) {
-            format!("want_{}", t.name)
-        } else {
-            format!("{}.is_some()", t.name)
-        };
-        e.replace(&format!("has({})", t.name), &test)
-    })
-}
-
 fn is_inout(t: &Tensor, c: &Contract) -> bool {
     c.inout.iter().any(|i| i.name == t.name)
 }

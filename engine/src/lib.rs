@@ -6,9 +6,13 @@
 
 pub mod autograd;
 pub mod backend;
+pub mod cli;
 pub mod error;
 pub mod eval;
 pub mod io;
+pub mod models;
+pub mod nn;
 pub mod ops;
 pub mod sample;
 pub mod tensor;
+pub mod train;

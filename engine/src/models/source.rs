@@ -1,6 +1,8 @@
 //! Where weights are read from: safetensors (whole or sharded) or a restricted read of a `torch.save` file.
 
 use crate::error::{Error, Result};
+use crate::io::map::Mapped;
+use crate::io::torch_zip::{TorchFile, TorchTensor};
 use crate::io::weights::ShardedFile;
 use std::collections::BTreeSet;
 
@@ -53,6 +55,49 @@ impl Source for ShardedFile {
     }
     fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>> {
         self.get(name).map(|view| Box::new(view) as Box<dyn StoredTensor + '_>)
+    }
+}
+
+impl StoredTensor for TorchTensor<'_, Mapped> {
+    fn shape(&self) -> &[usize] {
+        self.shape()
+    }
+    fn is_weight(&self) -> bool {
+        self.dtype().is_weight()
+    }
+    fn dtype_name(&self) -> String {
+        self.dtype().to_string()
+    }
+    fn values(&self) -> Result<Vec<f32>> {
+        self.to_f32()
+    }
+}
+
+/// The state dict of a `torch.save` file, averaged weights preferred.
+pub(super) struct TorchWeights {
+    file: TorchFile,
+}
+
+impl TorchWeights {
+    /// Opens a file and makes sure that it holds a state dict.
+    pub(super) fn open(path: &std::path::Path) -> Result<Self> {
+        let file = TorchFile::open(path)?;
+        file.state_dict()?;
+        Ok(TorchWeights { file })
+    }
+}
+
+impl Source for TorchWeights {
+    fn place(&self) -> String {
+        self.file.place().to_string()
+    }
+    fn names(&self) -> BTreeSet<String> {
+        // `open` has found a state dict, so it is found again.
+        self.file.state_dict().map(|d| d.keys().map(|k| k.to_string()).collect()).unwrap_or_default()
+    }
+    fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>> {
+        let mut dict = self.file.state_dict().ok()?;
+        dict.remove(name).map(|t| Box::new(t) as Box<dyn StoredTensor + '_>)
     }
 }
 

@@ -4,12 +4,12 @@ use super::names::{Layout, diffusers_copies, diffusers_parts};
 use super::{Dit, DitConfig};
 use crate::autograd::ParamId;
 use crate::error::{Error, Result};
-use crate::io::{json, torch_zip::TorchFile, weights};
-use crate::models::source::{Source, read_weight};
+use crate::io::{files, json, weights};
+use crate::models::source::{Source, TorchWeights, read_weight};
 use crate::tensor::Device;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Metadata key under which a folder carries the operators of its blocks.
 pub(super) const OPERATORS_KEY: &str = "graft.operators";
@@ -37,9 +37,8 @@ fn open(path: &Path) -> Result<(DitConfig, Box<dyn Source>)> {
     if !path.exists() {
         return Err(Error::failure(path.display().to_string(), "no such file or folder").must("a model folder or checkpoint").fix("check --model"));
     }
-    let pickled = path.extension().is_some_and(|e| e == "pt" || e == "pth" || e == "bin");
-    if pickled {
-        let source: Box<dyn Source> = Box::new(TorchFile::open(path)?.state_dict()?);
+    if is_pickle(path) {
+        let source: Box<dyn Source> = Box::new(TorchWeights::open(path)?);
         let beside = path.parent().map(|p| p.join("config.json")).filter(|p| p.is_file());
         let config = match beside {
             Some(file) => configure(&json::read(&file)?, &file, &BTreeMap::new())?,
@@ -49,13 +48,33 @@ fn open(path: &Path) -> Result<(DitConfig, Box<dyn Source>)> {
     }
     let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
     let config_path = folder.join("config.json");
-    if path.is_dir() && let Some(found) = crate::io::weights::only_pickle(path)? {
+    if path.is_dir() && let Some(found) = only_pickle(path)? {
         return open(&found);
     }
     let config_json = json::read(&config_path)?;
     let opened = weights::open_weights(path)?;
     let config = configure(&config_json, &config_path, opened.metadata())?;
     Ok((config, Box::new(opened)))
+}
+
+fn is_pickle(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "pt" || e == "pth" || e == "bin")
+}
+
+/// The `torch.save` file of a folder that has no safetensors.
+fn only_pickle(folder: &Path) -> Result<Option<PathBuf>> {
+    let entries = files::list(folder)?;
+    if entries.iter().any(|p| p.to_string_lossy().contains(".safetensors")) {
+        return Ok(None);
+    }
+    let mut pickles = entries.into_iter().filter(|p| is_pickle(p));
+    match (pickles.next(), pickles.next()) {
+        (Some(first), Some(second)) => Err(Error::failure(folder.display().to_string(), "ambiguous weights")
+            .is(format!("{} and {}", first.display(), second.display()))
+            .must("one checkpoint")
+            .fix("name the file itself instead of the folder")),
+        (first, _) => Ok(first),
+    }
 }
 
 /// Reads a configuration in diffusers' or the original's vocabulary.

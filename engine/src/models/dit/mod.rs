@@ -9,12 +9,12 @@ mod names;
 mod save;
 
 pub use config::{BlockSpec, DitConfig};
-pub use load::{describe, load};
+pub use load::{describe, load, to_bf16};
 pub use save::{SaveAs, save};
 
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
-use crate::nn::operators::{self, BlockDims, Operator, Site};
+use crate::nn::operators::{self, Operator, Site};
 use crate::nn::{Builder, Epilogue, Init, Linear, Scheme};
 use crate::ops::{act, contracts, sinusoid};
 use crate::tensor::{Device, Tensor};
@@ -133,6 +133,11 @@ impl Dit {
         let final_linear = last.linear_from("linear", &[outputs, d], Init::Zeros, Init::Zeros)?;
         let final_modulation = last.linear_from("adaLN_modulation.1", &[2 * d, d], Init::Zeros, Init::Zeros)?;
         Ok(Dit { config, params, x_embedder, pos_embed, t_embedder, labels, blocks, final_modulation, final_linear })
+    }
+
+    /// Device that holds the parameters.
+    pub fn device(&self) -> &Device {
+        self.params.get(self.pos_embed).value.device()
     }
 
     /// The operator at a site.

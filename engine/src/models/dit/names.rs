@@ -24,14 +24,6 @@ impl Layout {
             }
         })
     }
-
-    /// Prefix of a block's names.
-    pub fn block_prefix(self) -> &'static str {
-        match self {
-            Layout::Original => "blocks.",
-            Layout::Diffusers => "transformer_blocks.",
-        }
-    }
 }
 
 /// The diffusers tensors that hold one of our parameters, to be joined along the first axis; empty where the layout

@@ -65,7 +65,7 @@ pub fn save(model: &Dit, folder: &Path, dtype: SaveAs, extra: &BTreeMap<String, 
             let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
             TensorRecord {
                 name: name.clone(),
-                dtype: FileDtype::BF16,
+                dtype: FileDtype::Bf16,
                 shape: shape.clone(),
                 bytes: Cow::Owned(bytemuck::cast_slice(&rounded).to_vec()),
             }

@@ -1,0 +1,57 @@
+//! The command line: the only room that prints and exits.
+
+mod pretrain;
+mod progress;
+
+use crate::error::{Error, Result};
+use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+/// Edit pretrained diffusion transformers by grafting, and run them at full speed.
+#[derive(Parser)]
+#[command(name = "graft", version, about, arg_required_else_help = true)]
+struct Cli {
+    /// Threads for operators; all cores where not given.
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a model from scratch; resumes by itself.
+    Pretrain(pretrain::Args),
+}
+
+/// Runs the program: 0 done, 1 failed, 2 wrong usage.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version come this way too, with code 0.
+            let _ = e.print();
+            return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2));
+        }
+    };
+    match execute(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("graft: {e}");
+            ExitCode::from(e.exit_code())
+        }
+    }
+}
+
+fn execute(cli: Cli) -> Result<()> {
+    if let Some(threads) = cli.threads {
+        if threads == 0 {
+            return Err(Error::usage("--threads", "no threads").is(0).must("at least 1"));
+        }
+        crate::backend::cpu::set_threads(threads)?;
+    }
+    match cli.command {
+        Command::Pretrain(args) => pretrain::run(&args),
+    }
+}

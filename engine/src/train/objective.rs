@@ -1,0 +1,100 @@
+//! The diffusion objective: noised images in, a scalar out (arXiv 2102.09672 with DiT's settings).
+
+use super::batches::Batch;
+use crate::autograd::{Graph, Var};
+use crate::error::Result;
+use crate::models::dit::{Dit, Run};
+use crate::ops::{add_noise, contracts, philox};
+use crate::sample::schedule::Schedule;
+use crate::sample::vlb::LossCoefs;
+use crate::tensor::{Device, Tensor};
+use graft_kernels::rng::Philox;
+
+/// Random streams of a training step: one for timesteps and label dropout, one for the noise.
+const CHOICE_STREAMS: u64 = 2 << 40;
+const NOISE_STREAMS: u64 = 3 << 40;
+
+/// Noised inputs of a step and what the loss compares with.
+pub struct Noised {
+    /// `[B, C, H, W]` noisy images.
+    pub x_t: Tensor,
+    /// `[B]` timesteps.
+    pub t: Tensor,
+    /// `[B]` labels, some replaced by the null label.
+    pub y: Tensor,
+    /// `[B, C, H·W]` clean images.
+    x0: Tensor,
+    /// `[B, C, H·W]` the noise.
+    noise: Tensor,
+    coefs: Tensor,
+}
+
+/// Draws timesteps, dropped labels and noise of step `step`, all functions of `(seed, step)`.
+///
+/// # Errors
+/// When memory runs out.
+pub fn noise_batch(device: &Device, schedule: &Schedule, batch: &Batch, null: i32, dropout: f64, seed: u64, step: u64) -> Result<Noised> {
+    let shape = batch.images.shape();
+    let &[b, c, h, w] = shape.dims() else {
+        return Err(crate::error::Error::failure("batch", "wrong rank").is(shape).must("[B, C, H, W]"));
+    };
+    let mut choice = Philox::new(seed, CHOICE_STREAMS + step);
+    let (mut times, mut labels, mut weights, mut coefs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for &label in &batch.labels {
+        let t = choice.below(schedule.len() as u32) as usize;
+        let dropped = f64::from(choice.uniform()) < dropout;
+        labels.push(if dropped { null } else { label });
+        times.push(t as f32);
+        let row = LossCoefs::new(schedule, t)?;
+        weights.extend([row.signal as f32, row.sigma as f32]);
+        coefs.extend(loss_row(schedule, t, &row));
+    }
+    let noise = philox(device, b * c * h * w, contracts::philox::Params { seed, stream: NOISE_STREAMS + step, offset: 0 })?;
+    let weights = Tensor::from_f32(device, &[b, 2], &weights)?;
+    let flat = [b, c * h * w];
+    let x_t = add_noise(&batch.images.reshape(&flat)?, &noise.reshape(&flat)?, &weights, contracts::add_noise::Params {})?;
+    Ok(Noised {
+        x_t: x_t.into_shape(&[b, c, h, w])?,
+        t: Tensor::from_f32(device, &[b], &times)?,
+        y: Tensor::from_i32(device, &[b], &labels)?,
+        x0: batch.images.reshape(&[b, c, h * w])?,
+        noise: noise.into_shape(&[b, c, h * w])?,
+        coefs: Tensor::from_f32(device, &[b, coefs.len() / b], &coefs)?,
+    })
+}
+
+/// Row of coefficients of `loss_diffusion` for one timestep.
+fn loss_row(schedule: &Schedule, t: usize, row: &LossCoefs) -> [f32; 8] {
+    let (mean_x0, mean_xt) = schedule.posterior_mean_coefs(t);
+    let alpha_bar = schedule.alpha_bar(t);
+    [
+        mean_x0 as f32,
+        mean_xt as f32,
+        row.log_hi as f32,
+        row.log_lo as f32,
+        (1.0 / alpha_bar).sqrt() as f32,
+        (1.0 / alpha_bar - 1.0).sqrt() as f32,
+        if row.first { 1.0 } else { 0.0 },
+        0.0,
+    ]
+}
+
+/// The loss of a model on a noised batch, a scalar on the graph.
+///
+/// # Errors
+/// When a shape does not fit.
+pub fn diffusion_loss<'m>(g: &Graph<'m>, model: &'m Dit, noised: &Noised, run: Run) -> Result<Var> {
+    let out = model.forward(g, &Var::constant(noised.x_t.clone()), &noised.t, &noised.y, run)?;
+    let &[b, c, s] = noised.x0.shape().dims() else { unreachable!("made by noise_batch") };
+    let constant = |t: &Tensor| Var::constant(t.clone());
+    let x_t = Var::constant(noised.x_t.reshape(&[b, c, s])?);
+    if model.config.learn_sigma {
+        let out = g.reshape(&out, &[b, 2 * c, s])?;
+        let settings = contracts::loss_diffusion::Params { vlb_weight: 1.0 };
+        g.loss_diffusion(&out, &constant(&noised.x0), &x_t, &constant(&noised.noise), &constant(&noised.coefs), settings)
+    } else {
+        let out = g.reshape(&out, &[b, c, s])?;
+        let squared = contracts::loss_regression::Params { kind: 1, delta: 1.0 };
+        g.loss_regression(&out, &constant(&noised.noise), squared)
+    }
+}

@@ -1,0 +1,153 @@
+//! The training loop: one diffusion step after another, with checkpoints, a loss log and a word to the caller.
+
+use super::batches::Batches;
+use super::checkpoint;
+use super::objective::{diffusion_loss, noise_batch};
+use super::optimizer::{AdamW, AdamWSettings};
+use crate::autograd::{Graph, Precision};
+use crate::error::{Error, Result};
+use crate::io::atomic::{RunLock, ensure_writable_dir};
+use crate::io::datasets::ImageSet;
+use crate::io::jsonl::JsonLog;
+use crate::models::dit::{Dit, Run};
+use crate::sample::schedule::Schedule;
+use serde::Serialize;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// What a loop does.
+#[derive(Clone, Debug)]
+pub struct LoopSettings {
+    /// Updates in all.
+    pub steps: u64,
+    /// Images per update.
+    pub batch: usize,
+    /// Seed of data order, timesteps, dropout and noise.
+    pub seed: u64,
+    /// Probability that a label is replaced by the null label.
+    pub label_dropout: f64,
+    /// Arithmetic of products.
+    pub precision: Precision,
+    /// Updates between checkpoints.
+    pub checkpoint_every: u64,
+    /// Recompute blocks in the backward pass.
+    pub activation_checkpointing: bool,
+}
+
+/// A line of the loss log.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Progress {
+    /// Updates done.
+    pub step: u64,
+    /// Updates in all.
+    pub steps: u64,
+    /// Loss of the update.
+    pub loss: f64,
+    /// Norm of its gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Images per second of the update.
+    pub images_per_second: f64,
+}
+
+/// A model in training.
+pub struct Trainer {
+    /// The model; its parameters are the raw, not the averaged ones.
+    pub model: Dit,
+    optimiser: AdamW,
+    settings: LoopSettings,
+    schedule: Schedule,
+    folder: PathBuf,
+    fingerprint: String,
+    // Held for as long as the trainer lives: no second process writes the same folder.
+    _lock: RunLock,
+}
+
+impl Trainer {
+    /// A trainer in a run folder, resumed from its checkpoint where there is one. `fingerprint` tells runs apart.
+    ///
+    /// # Errors
+    /// A folder that cannot be written or that another process uses, or a checkpoint of another run.
+    pub fn open(mut model: Dit, optimiser: AdamWSettings, settings: LoopSettings, folder: &Path, fingerprint: String) -> Result<Trainer> {
+        ensure_writable_dir(folder)?;
+        let lock = RunLock::acquire(folder)?;
+        let mut optimiser = AdamW::new(optimiser, &model.params)?;
+        checkpoint::restore(&folder.join(CHECKPOINT), &mut model.params, &mut optimiser, &fingerprint)?;
+        Ok(Trainer { model, optimiser, settings, schedule: Schedule::default(), folder: folder.to_path_buf(), fingerprint, _lock: lock })
+    }
+
+    /// Updates done so far.
+    pub fn step(&self) -> u64 {
+        self.optimiser.step
+    }
+
+    /// Trains to the last step, or until `report` breaks; a checkpoint is written either way.
+    ///
+    /// # Errors
+    /// A loss that is not finite (the last good checkpoint stays), or a full disk.
+    pub fn run(&mut self, data: &ImageSet, report: &mut dyn FnMut(&Progress) -> ControlFlow<()>) -> Result<()> {
+        let mut batches = Batches::new(data, self.settings.batch, self.settings.seed)?;
+        let mut log = JsonLog::resume(&self.folder.join(LOSS_LOG), self.optimiser.step)?;
+        while self.optimiser.step < self.settings.steps {
+            let progress = self.update(&mut batches)?;
+            log.append(&progress)?;
+            let stop = report(&progress).is_break();
+            if stop || progress.step % self.settings.checkpoint_every == 0 || progress.step == self.settings.steps {
+                checkpoint::save(&self.folder.join(CHECKPOINT), &self.model.params, &self.optimiser, &self.fingerprint)?;
+            }
+            if stop {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn update(&mut self, batches: &mut Batches<'_>) -> Result<Progress> {
+        let start = Instant::now();
+        let (s, step) = (&self.settings, self.optimiser.step);
+        let device = self.model.device().clone();
+        let batch = batches.get(&device, step)?;
+        let null = self.model.config.classes as i32;
+        let noised = noise_batch(&device, &self.schedule, &batch, null, s.label_dropout, s.seed, step)?;
+        let run = Run { checkpoint: s.activation_checkpointing, ..Run::default() };
+        let (loss, grads) = {
+            let g = Graph::training(s.precision);
+            let loss = diffusion_loss(&g, &self.model, &noised, run)?;
+            let value = f64::from(loss.tensor().f32s()?[0]);
+            if !value.is_finite() {
+                return Err(Error::failure(format!("step {step}"), "the loss is not finite")
+                    .is(value)
+                    .fix("lower the learning rate, or resume from the last checkpoint with f32 products"));
+            }
+            (value, g.backward(&loss)?)
+        };
+        let lr = self.optimiser.settings.lr_at(step, s.steps);
+        let grad_norm = self.optimiser.update(&mut self.model.params, &grads, lr)?;
+        let seconds = start.elapsed().as_secs_f64();
+        Ok(Progress { step: step + 1, steps: s.steps, loss, grad_norm, lr, images_per_second: s.batch as f64 / seconds })
+    }
+
+    /// The model with the averaged parameters (the raw ones where no average is kept).
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn averaged(&self) -> Result<Dit> {
+        let device = self.model.device().clone();
+        let mut model = Dit::new(self.model.config.clone(), &device, 0)?;
+        model.params.copy_from(&self.model.params)?;
+        for slot in self.optimiser.slots() {
+            if let Some(ema) = &slot.ema {
+                let shape = model.params.get(slot.id).value.shape();
+                model.params.set(slot.id, ema.copy()?.into_shape(shape.dims())?)?;
+            }
+        }
+        Ok(model)
+    }
+}
+
+/// File names in a run folder.
+pub const CHECKPOINT: &str = "checkpoint.safetensors";
+/// One [`Progress`] per line.
+pub const LOSS_LOG: &str = "loss.jsonl";
