@@ -119,3 +119,21 @@ fn png_picture() {
         ["{}", "{\"prompt\": \"🦊\"}"].map(|text| png::encode(&picture, &metadata(text)).unwrap()).into();
     fuzz("png", &corpus, |bytes| png::decode("fuzz", bytes).is_ok());
 }
+
+#[test]
+#[should_panic(expected = "GRAFT_FUZZ_SEED=")]
+fn a_panic_fails_with_its_seed() {
+    let original = b"unharmed".to_vec();
+    fuzz("control", std::slice::from_ref(&original), |bytes| {
+        assert_eq!(bytes, b"unharmed");
+        true
+    });
+}
+
+#[test]
+fn equal_seeds_give_equal_inputs_and_most_seeds_differ() {
+    let corpus = [b"{\"a\": [1, 2, 3]}".to_vec(), vec![]];
+    let inputs: std::collections::HashSet<_> = (0..1000).map(|seed| mutate(&corpus, seed)).collect();
+    assert!((0..1000).all(|seed| inputs.contains(&mutate(&corpus, seed))));
+    assert!(inputs.len() > 500, "{}", inputs.len());
+}

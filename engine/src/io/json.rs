@@ -85,10 +85,13 @@ fn find_literals(text: &str) -> Vec<Range<usize>> {
         } else if is_word(byte) {
             let length = bytes[at..].iter().take_while(|&&b| is_word(b)).count();
             // Words are ASCII, so the range lies on character boundaries.
-            if LITERALS.iter().any(|literal| literal.as_bytes() == &bytes[at..at + length]) {
-                found.push(at..at + length);
+            let word = at..at + length;
+            at = word.end;
+            // A literal is a value, never the key of an object.
+            let is_key = bytes[at..].iter().find(|b| !b.is_ascii_whitespace()) == Some(&b':');
+            if !is_key && LITERALS.iter().any(|literal| literal.as_bytes() == &bytes[word.clone()]) {
+                found.push(word);
             }
-            at += length;
         } else {
             in_string = byte == b'"';
             at += 1;
@@ -149,7 +152,7 @@ mod tests {
 
     #[test]
     fn only_whole_words_are_literals() {
-        for bad in ["NaNs", "+Infinity", "--Infinity", "Infinity1", "[NaN NaN]", "\"a\" NaN"] {
+        for bad in ["NaNs", "+Infinity", "--Infinity", "Infinity1", "[NaN NaN]", "{NaN: 1}", "\"a\" NaN"] {
             assert!(parse("f", "f", bad.as_bytes()).is_err(), "{bad}");
         }
     }

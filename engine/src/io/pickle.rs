@@ -3,7 +3,7 @@
 //! A pickle is a program for a small stack machine that may call any Python function by name. This reader knows a
 //! closed list of names ([`Global`]), and "calling" one of them only builds inert data: a tensor becomes a description
 //! of where its bytes lie. Any other name is refused. Objects live in an arena and refer to each other by index,
-//! as pickles may share objects and even form cycles. The stack machine itself is in [`crate::io::unpickle`].
+//! as pickles may share objects and even form cycles. The stack machine itself is in the private module `unpickle`.
 
 use std::sync::Arc;
 
@@ -212,6 +212,42 @@ mod tests {
         assert_eq!(p.get(p.root(), "b"), Some(&Object::Float(1.5)));
         assert_eq!(p.get(p.root(), "c"), Some(&Object::Int(-1)));
         assert_eq!(p.get(p.root(), "d"), None);
+    }
+
+    /// What Python 3.11 writes for `{'args': Namespace(lr=0.5, n=None), 'l': [1, -2, 2**70, True], 't': (1, 2, 3, 4),
+    /// 'b': b'\x00\xff'}` with protocols 2 to 5.
+    #[test]
+    fn protocols_of_python() {
+        #[rustfmt::skip]
+        let dumps: [&[u8]; 4] = [
+            b"\x80\x02}q\0(X\x04\0\0\0argsq\x01cargparse\nNamespace\nq\x02)\x81q\x03}q\x04(X\x02\0\0\0lrq\x05\
+              G?\xe0\0\0\0\0\0\0X\x01\0\0\0nq\x06NubX\x01\0\0\0lq\x07]q\x08(K\x01J\xfe\xff\xff\xff\x8a\x09\0\
+              \0\0\0\0\0\0\0@\x88eX\x01\0\0\0tq\x09(K\x01K\x02K\x03K\x04tq\nX\x01\0\0\0bq\x0bc_codecs\nencode\
+              \nq\x0cX\x03\0\0\0\0\xc3\xbfq\x0dX\x06\0\0\0latin1q\x0e\x86q\x0fRq\x10u.",
+            b"\x80\x03}q\0(X\x04\0\0\0argsq\x01cargparse\nNamespace\nq\x02)\x81q\x03}q\x04(X\x02\0\0\0lrq\x05\
+              G?\xe0\0\0\0\0\0\0X\x01\0\0\0nq\x06NubX\x01\0\0\0lq\x07]q\x08(K\x01J\xfe\xff\xff\xff\x8a\x09\0\
+              \0\0\0\0\0\0\0@\x88eX\x01\0\0\0tq\x09(K\x01K\x02K\x03K\x04tq\nX\x01\0\0\0bq\x0bC\x02\0\xffq\x0c\
+              u.",
+            b"\x80\x04\x95s\0\0\0\0\0\0\0}\x94(\x8c\x04args\x94\x8c\x08argparse\x94\x8c\x09Namespace\x94\x93\
+              \x94)\x81\x94}\x94(\x8c\x02lr\x94G?\xe0\0\0\0\0\0\0\x8c\x01n\x94Nub\x8c\x01l\x94]\x94(K\x01J\
+              \xfe\xff\xff\xff\x8a\x09\0\0\0\0\0\0\0\0@\x88e\x8c\x01t\x94(K\x01K\x02K\x03K\x04t\x94\x8c\x01b\
+              \x94C\x02\0\xff\x94u.",
+            b"\x80\x05\x95s\0\0\0\0\0\0\0}\x94(\x8c\x04args\x94\x8c\x08argparse\x94\x8c\x09Namespace\x94\x93\
+              \x94)\x81\x94}\x94(\x8c\x02lr\x94G?\xe0\0\0\0\0\0\0\x8c\x01n\x94Nub\x8c\x01l\x94]\x94(K\x01J\
+              \xfe\xff\xff\xff\x8a\x09\0\0\0\0\0\0\0\0@\x88e\x8c\x01t\x94(K\x01K\x02K\x03K\x04t\x94\x8c\x01b\
+              \x94C\x02\0\xff\x94u.",
+        ];
+        for dump in dumps {
+            let p = parse("f", dump).unwrap();
+            let get = |key| p.get(p.root(), key).unwrap();
+            assert_eq!(p.get(get("args"), "lr"), Some(&Object::Float(0.5)));
+            assert_eq!(p.get(get("args"), "n"), Some(&Object::None));
+            assert_eq!(get("b"), &Object::Bytes([0, 255].into()));
+            let (Object::List(list), Object::Tuple(tuple)) = (get("l"), get("t")) else { panic!("{p:?}") };
+            let list: Vec<_> = list.iter().map(|&id| p.object(id)).collect();
+            assert_eq!(list, [&Object::Int(1), &Object::Int(-2), &Object::Opaque, &Object::Bool(true)]);
+            assert_eq!((tuple.len(), p.object(tuple[3])), (4, &Object::Int(4)));
+        }
     }
 
     #[test]

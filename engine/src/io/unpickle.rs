@@ -1,9 +1,9 @@
 //! The stack machine behind [`crate::io::pickle`].
 //!
-//! Opcodes are those of Python's `pickletools`, protocols 2 to 5, without the ones that name a function in any other way
-//! than the two that [`crate::io::pickle::Global`] judges. Work and memory are bounded: every opcode that makes or copies a
-//! reference pays from one budget, and nothing is allocated by a length that the bytes do not back. What the known names
-//! mean is in [`crate::io::unpickle_globals`].
+//! Opcodes are those of Python's `pickletools`, protocols 2 to 5, without the ones that name a function in any other
+//! way than the two that [`crate::io::pickle::Global`] judges. Work and memory are bounded: every opcode that makes or
+//! copies a reference pays from one budget, and nothing is allocated by a length that the bytes do not back. What the
+//! known names mean is in [`crate::io::unpickle_globals`].
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
