@@ -46,38 +46,65 @@ impl Panel<'_> {
         let [lane_step, step] = self.operand.strides;
         let skipped = self.first * W::PER_WORD;
         let elements = (self.words * W::PER_WORD).min(self.depth - skipped);
-        let from = &values[self.lane * lane_step + skipped * step..];
-        let at = |lane: usize, element: usize| from.as_ptr().wrapping_add(lane * lane_step + element * step);
-        for word in 0..self.words {
-            let element = word * W::PER_WORD;
-            // SAFETY: lanes and elements are inside the operand; `out` has room for LANES words per word of k.
-            unsafe {
-                let place = out.add(word * LANES);
-                if step == 1 {
-                    if word % LANES == 0 {
-                        let rows: [__m512i; LANES] = std::array::from_fn(|lane| match lane < self.lanes {
-                            true => W::along(at(lane, element), elements.saturating_sub(element)),
-                            false => _mm512_setzero_si512(),
-                        });
-                        let rows = transpose(rows);
-                        for (row, value) in rows.iter().take(self.words - word).enumerate() {
-                            _mm512_storeu_si512(place.add(row * LANES).cast(), *value);
-                        }
+        let from = values[self.lane * lane_step + skipped * step..].as_ptr();
+        let lanes = self.lanes;
+        // SAFETY: lanes and elements are inside the operand; `out` has room for LANES words per word of k; prefetching
+        // has no effect but on the cache.
+        unsafe {
+            if step == 1 {
+                let unit = LANES * W::PER_WORD;
+                for (block, element) in (0..elements).step_by(unit).enumerate() {
+                    let mut rows = [_mm512_setzero_si512(); LANES];
+                    for (lane, row) in rows.iter_mut().enumerate().take(lanes) {
+                        let place = from.add(lane * lane_step + element);
+                        _mm_prefetch::<_MM_HINT_T0>(place.wrapping_add(4 * unit).cast());
+                        *row = W::along(place, elements - element);
                     }
-                    continue;
+                    let count = LANES.min(self.words - block * LANES);
+                    for (row, value) in transpose(rows).iter().enumerate().take(count) {
+                        _mm512_storeu_si512(out.add((block * LANES + row) * LANES).cast(), *value);
+                    }
                 }
-                let next = if element + 1 < elements { at(0, element + 1) } else { std::ptr::null() };
-                if element >= elements {
-                    _mm512_storeu_si512(place.cast(), _mm512_setzero_si512());
-                } else if lane_step == 1 {
-                    _mm512_storeu_si512(place.cast(), W::across(at(0, element), next, self.lanes));
+                return;
+            }
+            for word in 0..self.words {
+                let element = word * W::PER_WORD;
+                let at = |lane: usize, element: usize| from.wrapping_add(lane * lane_step + element * step);
+                let next = |lane: usize| if element + 1 < elements { at(lane, element + 1) } else { std::ptr::null() };
+                let place = out.add(word * LANES);
+                if lane_step == 1 {
+                    for ahead in 0..W::PER_WORD {
+                        _mm_prefetch::<_MM_HINT_T0>(at(0, element + 16 + ahead).cast());
+                    }
+                    _mm512_storeu_si512(place.cast(), W::across(at(0, element), next(0), lanes));
                 } else {
                     for lane in 0..LANES {
-                        let second = if next.is_null() { next } else { at(lane, element + 1) };
-                        let value = if lane < self.lanes { W::one(at(lane, element), second) } else { 0 };
+                        let value = if lane < lanes { W::one(at(lane, element), next(lane)) } else { 0 };
                         place.add(lane).write(f32::from_bits(value));
                     }
                 }
+            }
+        }
+    }
+
+    /// Fetches part `part` of `parts` of the panel towards the cache, for a later [`Panel::pack`].
+    pub fn prefetch(self, kernel: Kernel, part: usize, parts: usize) {
+        const LINE: usize = 64;
+        let (base, size) = match self.operand.values {
+            Values::F32(values) => (values.as_ptr().cast::<u8>(), 4),
+            Values::Bf16(values) => (values.as_ptr().cast::<u8>(), 2),
+        };
+        let [lane_step, step] = self.operand.strides;
+        let per_word = if kernel == Kernel::F32 { 1 } else { 2 };
+        let (first, elements) = (self.first * per_word, self.words * per_word);
+        // Runs of memory: along k one per lane, across lanes one per k.
+        let (runs, run, length) =
+            if step == 1 { (self.lanes, lane_step, elements) } else { (elements, step, self.lanes * lane_step) };
+        for index in runs * part / parts..runs * (part + 1) / parts {
+            let start = self.lane * lane_step + first * step + index * run;
+            for line in (0..length * size).step_by(LINE) {
+                // SAFETY: prefetching has no effect but on the cache, whatever the address.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(base.wrapping_add(start * size + line).cast()) };
             }
         }
     }
@@ -185,10 +212,7 @@ impl Words for Rounded {
         let second = if next.is_null() { 0 } else { mask16(lanes) };
         // SAFETY: the masks keep to the lanes.
         let (first, second) = unsafe {
-            (
-                _mm512_maskz_loadu_epi32(mask16(lanes), from.cast()),
-                _mm512_maskz_loadu_epi32(second, next.cast()),
-            )
+            (_mm512_maskz_loadu_epi32(mask16(lanes), from.cast()), _mm512_maskz_loadu_epi32(second, next.cast()))
         };
         let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
         _mm512_or_si512(_mm512_srli_epi32::<16>(round(first)), _mm512_and_si512(round(second), upper))
