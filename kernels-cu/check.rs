@@ -138,6 +138,17 @@ pub(crate) fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: Tol
     assert!(result.pass, "{what}: element {i}: got {:?}, want {:?}; {result:?}", got.get(i), want.get(i));
 }
 
+/// f32 tensor `name` of `file` (without its extension) of a golden case.
+#[cfg(test)]
+pub(crate) fn golden(case: &str, file: &str, name: &str) -> Vec<f32> {
+    let path = format!("{}/../tests/golden/{case}/{file}.safetensors", env!("CARGO_MANIFEST_DIR"));
+    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{path}: {e}"));
+    let tensor = tensors.tensor(name).unwrap_or_else(|e| panic!("{path}: {e}"));
+    assert_eq!(tensor.dtype(), safetensors::Dtype::F32, "{path}: {name}");
+    bytemuck::pod_collect_to_vec(tensor.data())
+}
+
 /// One row of a gradient check.
 #[derive(Clone, Debug)]
 pub struct GradCheck {

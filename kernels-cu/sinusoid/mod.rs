@@ -36,19 +36,23 @@ pub mod reference {
 mod tests {
     use super::{cpu, reference};
     use crate::Tier;
-    use crate::check::{Fill, Tolerance, assert_close, draw_f32};
+    use crate::check::{Fill, Tolerance, assert_close, draw_f32, golden};
     use crate::generated::sinusoid::{CASES, Dims, Forward, Params};
 
     #[test]
-    fn published_values() {
-        // DiT, D = 256: cosines and sines of the first frequencies.
-        let mut y = [0.0f32; 512];
-        let (dims, params) = (Dims { b: 2, d: 256 }, Params { denominator: 128.0 });
-        reference::forward(Forward { dims, params, t: &[999.0, 500.0], y: &mut y });
-        let want =
-            [(0, 0.999_65), (1, 0.963_782), (2, -0.398_992), (128, -0.026_461), (129, -0.266_69), (130, -0.916_955)];
-        let want = want.into_iter().chain([(256, -0.883_849), (257, 0.945_943), (258, 0.848_515)]);
-        want.for_each(|(i, value)| assert!((y[i] - value).abs() < 2e-6, "{i}: {}", y[i]));
+    fn golden_features() {
+        let case = "dit_original/forward_and_gradients";
+        let (t, want) = (golden(case, "inputs", "t"), golden(case, "expected", "timestep_sinusoid"));
+        let (dims, params) = (Dims { b: 3, d: 256 }, Params { denominator: 128.0 });
+        for forward in [cpu::forward, reference::forward::<f32>] {
+            let mut y = vec![0.0; 3 * 256];
+            forward(Forward { dims, params, t: &t, y: &mut y });
+            // Where another library's f32 exponential rounds to a neighbour, 999 times half a unit in the last place
+            // moves the phase by 3e-5; it does so for a few frequencies only, and the others agree to the last bits.
+            assert_close("timestep_sinusoid", &y, &want, Tolerance { atol: 3e-5, rtol: 0.0, rms: 2e-6 });
+            let apart = y.iter().zip(&want).filter(|(y, want)| (*y - *want).abs() > 1.2e-7).count();
+            assert!(apart <= 16, "{apart} of 768 features apart");
+        }
     }
 
     #[test]
