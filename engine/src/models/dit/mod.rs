@@ -292,6 +292,49 @@ mod tests {
         }
     }
 
+    /// Output and every gradient of the recorded case agree within its tolerances.
+    #[test]
+    fn recorded_gradients() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/dit_original/forward_and_gradients");
+        let device = Device::cpu();
+        let model = load(&root.join("model"), &device).unwrap();
+        let inputs = crate::io::safetensors::TensorFile::open(&root.join("inputs.safetensors")).unwrap();
+        let expected = crate::io::safetensors::TensorFile::open(&root.join("expected.safetensors")).unwrap();
+        let read = |name: &str| {
+            let view = inputs.get(name).unwrap();
+            Tensor::from_f32(&device, view.shape, &view.to_f32().unwrap()).unwrap()
+        };
+        let labels: Vec<i32> = inputs.get("y").unwrap().to_i64().unwrap().iter().map(|&v| v as i32).collect();
+        let y = Tensor::from_i32(&device, &[labels.len()], &labels).unwrap();
+        for checkpoint in [false, true] {
+            let g = Graph::training(crate::autograd::Precision::F32);
+            let x = g.leaf(read("x"));
+            let out = model.forward(&g, &x, &read("t"), &y, Run { checkpoint, ..Run::default() }).unwrap();
+            let close = |name: &str, got: &[f32]| {
+                let want = expected.get(name).unwrap().to_f32().unwrap();
+                let (mut error, mut norm) = (0.0f64, 0.0f64);
+                got.iter().zip(&want).for_each(|(g, w)| {
+                    error += f64::from(g - w).powi(2);
+                    norm += f64::from(*w).powi(2);
+                });
+                let bound = 1.6e-5 * norm.sqrt().max(0.0015);
+                assert!(got.len() == want.len() && error.sqrt() <= bound, "{name}: {} against {bound}", error.sqrt());
+            };
+            close("output", &out.tensor().to_vec().unwrap());
+            let shape = out.tensor().shape();
+            let flat = [shape.dims()[0], 1, shape.len() / shape.dims()[0]];
+            let out = g.reshape(&out, &flat).unwrap();
+            let target = Var::constant(read("target").reshape(&flat).unwrap());
+            let squared = contracts::loss_regression::Params { kind: 1, delta: 1.0 };
+            let loss = g.loss_regression(&out, &target, squared).unwrap();
+            let mut grads = g.backward(&loss).unwrap();
+            close("grad.x", &grads.take(&x).unwrap().to_vec().unwrap());
+            for (id, param) in model.params.iter().filter(|(_, p)| p.trainable) {
+                close(&format!("grad.{}", param.name), &grads.param(&model.params, id).unwrap().to_vec().unwrap());
+            }
+        }
+    }
+
     #[test]
     fn xl_has_the_published_number_of_parameters() {
         let config = DitConfig::named("DiT-XL/2").unwrap();
