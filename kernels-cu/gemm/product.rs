@@ -1,8 +1,8 @@
 //! Matrix products on the CPU: one entry point over the processor's kernels.
 //!
-//! With AVX-512 the product runs in packed panels of our own ([`packed`]), f32 or bf16; elsewhere the gemm crate
-//! multiplies in f32, with operands rounded first where bf16 products are asked for: the same numbers up to the order
-//! of the sums.
+//! With AVX-512 the product runs in packed panels of our own (`packed`, `pack`, `micro`), f32 or bf16, and few rows
+//! stream the weight (`few_rows`); elsewhere the gemm crate multiplies in f32, with operands rounded first where bf16
+//! products are asked for: the same numbers up to the order of the sums.
 
 #![allow(unsafe_code)] // Threads write disjoint blocks of one result; the gemm crate takes raw pointers.
 
@@ -94,7 +94,7 @@ impl<'a> Product<'a> {
 }
 
 /// What is done to a piece of a row of the result once its sums are complete: row, first column, the piece, and the
-/// same piece of the twin.
+/// same piece of the twin. It starts no product and no parallel work of its own.
 pub type Finish<'a> = &'a (dyn Fn(usize, usize, &mut [f32], Option<&mut [f32]>) + Sync);
 
 /// A result whose blocks several threads write, and its optional twin of the same shape.

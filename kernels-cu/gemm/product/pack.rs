@@ -13,11 +13,17 @@ use std::arch::x86_64::*;
 /// which there are `depth` elements.
 #[derive(Clone, Copy)]
 pub struct Panel<'a> {
+    /// The operand, lane by k.
     pub operand: Matrix<'a>,
+    /// Elements along k of the whole operand.
     pub depth: usize,
+    /// First lane.
     pub lane: usize,
+    /// Lanes, at most [`LANES`].
     pub lanes: usize,
+    /// First word along k.
     pub first: usize,
+    /// Words along k.
     pub words: usize,
 }
 
