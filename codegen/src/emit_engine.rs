@@ -41,14 +41,14 @@ fn out_struct(out: &mut String, c: &Contract) {
         let _ = writeln!(out, "\n/// Outputs of [`{}`].\npub struct {}Out {{", c.name, camel(&c.name));
         for t in &c.output {
             let ty = if t.optional { "Option<Tensor>" } else { "Tensor" };
-            let _ = writeln!(out, "    /// {} {}: {}\n    pub {}: {ty},", shape_doc(t), t.dtype, t.doc, t.name);
+            let _ = writeln!(out, "    /// `{}` {}: {}\n    pub {}: {ty},", shape_doc(t), t.dtype, t.doc, t.name);
         }
         out.push_str("}\n");
     }
     if c.gradient.is_some() && c.computed_grads().count() > 1 {
         let _ = writeln!(out, "\n/// Gradients of [`{}`]; absent where not asked for.\npub struct {}Grads {{", c.name, camel(&c.name));
         for t in c.computed_grads() {
-            let _ = writeln!(out, "    /// {} f32\n    pub {}: Option<Tensor>,", shape_doc(t), t.name);
+            let _ = writeln!(out, "    /// `{}` f32\n    pub {}: Option<Tensor>,", shape_doc(t), t.name);
         }
         out.push_str("}\n");
     }
