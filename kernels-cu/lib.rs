@@ -108,13 +108,7 @@ mod tests {
         let rows = super::generated::gradchecks();
         assert!(!rows.is_empty());
         for (op, case, row) in rows {
-            assert!(
-                row.error <= 1e-6,
-                "{op}/{case}: d{}: analytic {} numeric {}",
-                row.input,
-                row.analytic,
-                row.numeric
-            );
+            assert!(row.error <= 1e-6, "{op}/{case}: d{}: analytic {} numeric {}", row.input, row.analytic, row.numeric);
         }
     }
 }
