@@ -674,46 +674,46 @@ pub mod gemm {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, N, K] f32: Input rows.
+        /// `[B, N, K]` f32: Input rows.
         pub x: &'a [T],
-        /// [F, K] f32|bf16: Weight, one row per output feature.
+        /// `[F, K]` f32|bf16: Weight, one row per output feature.
         pub w: Weight<'a, T>,
-        /// [F] f32: Added to every row.
+        /// `[F]` f32: Added to every row.
         pub bias: Option<&'a [T]>,
-        /// [N, F] f32: Added to row n of every sample: a table of positions.
+        /// `[N, F]` f32: Added to row n of every sample: a table of positions.
         pub pos: Option<&'a [T]>,
-        /// [B, C, F] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, F]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub gate: Option<&'a [T]>,
-        /// [B, N, F] f32: Residual stream that the result is added to.
+        /// `[B, N, F]` f32: Residual stream that the result is added to.
         pub residual: Option<&'a [T]>,
-        /// [B, N, F] f32: Result.
+        /// `[B, N, F]` f32: Result.
         pub y: &'a mut [T],
-        /// [B, N, F] f32: u, the value before the activation or the gate.
+        /// `[B, N, F]` f32: u, the value before the activation or the gate.
         pub pre: Option<&'a mut [T]>,
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, N, F] f32: Result.
+        /// `[B, N, F]` f32: Result.
         pub dy: &'a [T],
-        /// [B, N, K] f32: Input rows.
+        /// `[B, N, K]` f32: Input rows.
         pub x: &'a [T],
-        /// [F, K] f32|bf16: Weight, one row per output feature.
+        /// `[F, K]` f32|bf16: Weight, one row per output feature.
         pub w: Weight<'a, T>,
-        /// [B, C, F] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, F]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub gate: Option<&'a [T]>,
-        /// [B, N, F] f32: u, the value before the activation or the gate.
+        /// `[B, N, F]` f32: u, the value before the activation or the gate.
         pub pre: Option<&'a [T]>,
-        /// [B, N, K] f32: Input rows.
+        /// `[B, N, K]` f32: Input rows.
         pub dx: Option<&'a mut [T]>,
-        /// [F, K] f32|bf16: Weight, one row per output feature.
+        /// `[F, K]` f32|bf16: Weight, one row per output feature.
         pub dw: Option<&'a mut [T]>,
-        /// [F] f32: Added to every row.
+        /// `[F]` f32: Added to every row.
         pub dbias: Option<&'a mut [T]>,
-        /// [N, F] f32: Added to row n of every sample: a table of positions.
+        /// `[N, F]` f32: Added to row n of every sample: a table of positions.
         pub dpos: Option<&'a mut [T]>,
-        /// [B, C, F] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, F]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub dgate: Option<&'a mut [T]>,
     }
 
@@ -818,34 +818,34 @@ pub mod ln_modulate {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, N, D] f32: Residual stream.
+        /// `[B, N, D]` f32: Residual stream.
         pub x: &'a [T],
-        /// [B, C, D] f32: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
+        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
         pub modulation: &'a [T],
-        /// [B, N, D] f32: Normalised and modulated.
+        /// `[B, N, D]` f32: Normalised and modulated.
         pub y: &'a mut [T],
-        /// [B, N] f32: Mean of each token.
+        /// `[B, N]` f32: Mean of each token.
         pub mean: &'a mut [T],
-        /// [B, N] f32: Reciprocal standard deviation of each token.
+        /// `[B, N]` f32: Reciprocal standard deviation of each token.
         pub rstd: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, N, D] f32: Normalised and modulated.
+        /// `[B, N, D]` f32: Normalised and modulated.
         pub dy: &'a [T],
-        /// [B, N, D] f32: Residual stream.
+        /// `[B, N, D]` f32: Residual stream.
         pub x: &'a [T],
-        /// [B, C, D] f32: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
+        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
         pub modulation: &'a [T],
-        /// [B, N] f32: Mean of each token.
+        /// `[B, N]` f32: Mean of each token.
         pub mean: &'a [T],
-        /// [B, N] f32: Reciprocal standard deviation of each token.
+        /// `[B, N]` f32: Reciprocal standard deviation of each token.
         pub rstd: &'a [T],
-        /// [B, N, D] f32: Residual stream.
+        /// `[B, N, D]` f32: Residual stream.
         pub dx: Option<&'a mut [T]>,
-        /// [B, C, D] f32: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
+        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
         pub dmodulation: Option<&'a mut [T]>,
     }
 

@@ -41,7 +41,7 @@ fn out_struct(out: &mut String, c: &Contract) {
         let _ = writeln!(out, "\n/// Outputs of [`{}`].\npub struct {}Out {{", c.name, camel(&c.name));
         for t in &c.output {
             let ty = if t.optional { "Option<Tensor>" } else { "Tensor" };
-            let _ = writeln!(out, "    /// {} {}: {}\n    pub {}: {ty},", shape_doc(t), t.dtype, t.doc, t.name);
+            let _ = writeln!(out, "    /// `{}` {}: {}\n    pub {}: {ty},", shape_doc(t), t.dtype, t.doc, t.name);
         }
         out.push_str("}\n");
     }
@@ -53,7 +53,7 @@ fn out_struct(out: &mut String, c: &Contract) {
             camel(&c.name)
         );
         for t in c.computed_grads() {
-            let _ = writeln!(out, "    /// {} f32\n    pub {}: Option<Tensor>,", shape_doc(t), t.name);
+            let _ = writeln!(out, "    /// `{}` f32\n    pub {}: Option<Tensor>,", shape_doc(t), t.name);
         }
         out.push_str("}\n");
     }

@@ -78,7 +78,7 @@ fn structs(out: &mut String, c: &Contract) {
 }
 
 fn field(out: &mut String, name: &str, ty: &str, t: &Tensor) {
-    let _ = writeln!(out, "        /// {} {}: {}\n        pub {name}: {ty},", shape_doc(t), t.dtype, t.doc);
+    let _ = writeln!(out, "        /// `{}` {}: {}\n        pub {name}: {ty},", shape_doc(t), t.dtype, t.doc);
 }
 
 fn read_type(t: &Tensor) -> String {

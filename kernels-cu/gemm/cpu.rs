@@ -55,8 +55,15 @@ pub fn backward(mut a: Backward<'_, f32>) {
         });
     }
     if let Some(dbias) = a.dbias {
+        // Blocks of rows, then the blocks in order: a split by data, so that threads change no bit.
+        let partial = |rows: &[f32]| {
+            let mut sum = vec![0.0; f];
+            rows.chunks(f).for_each(|du| accumulate(&mut sum, du, None));
+            sum
+        };
+        let partials: Vec<Vec<f32>> = du.par_chunks(256 * f).map(partial).collect();
         dbias.fill(0.0);
-        du.chunks(f).for_each(|du| accumulate(dbias, du, None));
+        partials.iter().for_each(|sum| accumulate(dbias, sum, None));
     }
     let (w, bf16) = weight(a.w, k, a.params);
     let du = Matrix::f32(&du, [f, 1]);

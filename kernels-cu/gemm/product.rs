@@ -1,11 +1,13 @@
 //! Matrix products on the CPU: one entry point over the processor's kernels.
 //!
-//! With AVX-512 the product runs in packed panels of our own ([`packed`]), f32 or bf16; elsewhere the gemm crate
-//! multiplies in f32, with operands rounded first where bf16 products are asked for: the same numbers up to the order
-//! of the sums.
+//! With AVX-512 the product runs in packed panels of our own (`packed`, `pack`, `micro`), f32 or bf16, and few rows
+//! stream the weight (`few_rows`); elsewhere the gemm crate multiplies in f32, with operands rounded first where bf16
+//! products are asked for: the same numbers up to the order of the sums.
 
 #![allow(unsafe_code)] // Threads write disjoint blocks of one result; the gemm crate takes raw pointers.
 
+#[cfg(target_arch = "x86_64")]
+mod few_rows;
 #[cfg(target_arch = "x86_64")]
 mod micro;
 #[cfg(target_arch = "x86_64")]
@@ -92,7 +94,7 @@ impl<'a> Product<'a> {
 }
 
 /// What is done to a piece of a row of the result once its sums are complete: row, first column, the piece, and the
-/// same piece of the twin.
+/// same piece of the twin. It starts no product and no parallel work of its own.
 pub type Finish<'a> = &'a (dyn Fn(usize, usize, &mut [f32], Option<&mut [f32]>) + Sync);
 
 /// A result whose blocks several threads write, and its optional twin of the same shape.
@@ -188,6 +190,9 @@ fn dispatch(product: &Product<'_>, out: Output<'_>, parallel: bool, finish: Fini
     }
     #[cfg(target_arch = "x86_64")]
     {
+        if few_rows::fits(product) {
+            return few_rows::run(product, &out, parallel, finish);
+        }
         let kernel = if product.bf16 { micro::Kernel::Bf16 } else { micro::Kernel::F32 };
         if k > 0 && kernel.available() {
             return packed::run(kernel, product, out, parallel, finish);
@@ -236,5 +241,108 @@ fn portable(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Fin
         (0..blocks).into_par_iter().for_each(block);
     } else {
         (0..blocks).for_each(block);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::{Fill, Tolerance, compare, draw_f32};
+
+    /// alpha·a·b + beta·c by its definition, in f64.
+    fn plain(product: &Product<'_>, c: &[f32], stride: usize) -> Vec<f32> {
+        let [m, k, n] = product.size;
+        let (a, b) = (product.a.to_f32(product.bf16), product.b.to_f32(product.bf16));
+        let mut out = c.to_vec();
+        for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+            let term = |l: usize| {
+                let (a, b) = (
+                    a[i * product.a.strides[0] + l * product.a.strides[1]],
+                    b[l * product.b.strides[0] + j * product.b.strides[1]],
+                );
+                f64::from(a) * f64::from(b)
+            };
+            let sum: f64 = (0..k).map(term).sum();
+            let old = if product.beta == 0.0 { 0.0 } else { f64::from(product.beta) * f64::from(c[i * stride + j]) };
+            out[i * stride + j] = (f64::from(product.alpha) * sum + old) as f32;
+        }
+        out
+    }
+
+    /// Strides of a rows × columns matrix: row-major, column-major, and every second element of longer rows.
+    fn layouts(rows: usize, columns: usize) -> [[usize; 2]; 3] {
+        [[columns + 3, 1], [1, rows + 1], [2 * columns, 2]]
+    }
+
+    #[test]
+    fn every_layout_and_edge() {
+        // One element, tile edges, a k over one stretch (513 words of f32; bf16 pairs with an odd end).
+        for size @ [m, k, n] in
+            [[1, 1, 1], [3, 5, 7], [13, 31, 33], [14, 33, 32], [29, 7, 65], [49, 32, 49], [15, 1030, 17]]
+        {
+            let a = draw_f32("product", "a", 4 * (m + 2) * (k + 3), Fill::Uniform(-0.25, 0.25));
+            let b = draw_f32("product", "b", 4 * (k + 2) * (n + 3), Fill::Normal);
+            let stored: Vec<bf16> = b.iter().map(|v| bf16::from_f32(*v)).collect();
+            let stride = n + 2;
+            let c = draw_f32("product", "c", m * stride, Fill::Normal);
+            for (a_strides, b_strides) in layouts(m, k).into_iter().flat_map(|a| layouts(k, n).map(|b| (a, b))) {
+                for (values, bf16) in [(Values::F32(&b), false), (Values::F32(&b), true), (Values::Bf16(&stored), true)]
+                {
+                    for (alpha, beta) in [(1.0, 0.0), (0.5, 1.5)] {
+                        let (a, b) = (Matrix::f32(&a, a_strides), Matrix { values, strides: b_strides });
+                        let product = Product { a, b, size, alpha, beta, bf16 };
+                        let want = plain(&product, &c, stride);
+                        let paths: [fn(&Product<'_>, Output<'_>); 2] = [
+                            |p, out| run(p, out, &|_, _, _, _| {}),
+                            |p, out| portable(p, &out, true, &|_, _, _, _| {}),
+                        ];
+                        for (path, compute) in paths.iter().enumerate() {
+                            let mut got = c.clone();
+                            compute(&product, Output::new(&mut got, None, stride, [m, n]));
+                            let found = compare(&got, &want, Tolerance::F32);
+                            assert!(found.pass, "path {path} {size:?} {a_strides:?} {b_strides:?} {bf16}: {found:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn finish_sees_every_element_once() {
+        // Large enough for several blocks of both loop orders.
+        for [m, k, n] in [[600, 16, 70], [600, 600, 300], [2, 40, 9000]] {
+            let (a, b) = (vec![1.0; m * k], vec![1.0; k * n]);
+            let product = Product::new([m, k, n], Matrix::f32(&a, [k, 1]), Matrix::f32(&b, [1, k]), false);
+            let (mut c, mut twin) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
+            run(&product, Output::new(&mut c, Some(&mut twin), n, [m, n]), &|row, from, c, twin| {
+                if let Some(twin) = twin {
+                    twin.iter_mut().enumerate().for_each(|(i, t)| *t = (row * n + from + i) as f32);
+                }
+                c.iter_mut().for_each(|c| *c += 1.0);
+            });
+            assert!(c.iter().all(|c| *c == k as f32 + 1.0));
+            assert!(twin.iter().enumerate().all(|(i, t)| *t == i as f32));
+        }
+    }
+
+    #[test]
+    fn nan_and_infinity_arrive() {
+        let b = [f32::NAN, 1.0, f32::INFINITY, 1.0];
+        for bf16 in [false, true] {
+            let mut c = [0.0; 2];
+            matmul(&[1.0, 1.0], [2, 1], &b, [1, 2], &mut c, 2, [1, 2, 2], 1.0, 0.0, bf16);
+            assert!(c[0].is_nan() && c[1] == f32::INFINITY, "{c:?}");
+            let mut many = [0.0; 40];
+            matmul(&[1.0; 40], [2, 1], &b, [1, 2], &mut many, 2, [20, 2, 2], 1.0, 0.0, bf16);
+            assert!(many.chunks(2).all(|c| c[0].is_nan() && c[1] == f32::INFINITY), "{many:?}");
+        }
+    }
+
+    #[test]
+    fn empty_sums_are_zero() {
+        let mut c = [7.0; 20];
+        matmul(&[], [0, 1], &[], [2, 1], &mut c, 2, [10, 0, 2], 1.0, 0.0, false);
+        assert_eq!(c, [0.0; 20]);
     }
 }

@@ -787,23 +787,23 @@ fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`gemm`].
 pub struct GemmOut {
-    /// [B, N, F] f32: Result.
+    /// `[B, N, F]` f32: Result.
     pub y: Tensor,
-    /// [B, N, F] f32: u, the value before the activation or the gate.
+    /// `[B, N, F]` f32: u, the value before the activation or the gate.
     pub pre: Option<Tensor>,
 }
 
 /// Gradients of [`gemm`]; absent where not asked for.
 pub struct GemmGrads {
-    /// [B, N, K] f32
+    /// `[B, N, K]` f32
     pub x: Option<Tensor>,
-    /// [F, K] f32
+    /// `[F, K]` f32
     pub w: Option<Tensor>,
-    /// [F] f32
+    /// `[F]` f32
     pub bias: Option<Tensor>,
-    /// [N, F] f32
+    /// `[N, F]` f32
     pub pos: Option<Tensor>,
-    /// [B, C, F] f32
+    /// `[B, C, F]` f32
     pub gate: Option<Tensor>,
 }
 
@@ -974,19 +974,19 @@ fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`ln_modulate`].
 pub struct LnModulateOut {
-    /// [B, N, D] f32: Normalised and modulated.
+    /// `[B, N, D]` f32: Normalised and modulated.
     pub y: Tensor,
-    /// [B, N] f32: Mean of each token.
+    /// `[B, N]` f32: Mean of each token.
     pub mean: Tensor,
-    /// [B, N] f32: Reciprocal standard deviation of each token.
+    /// `[B, N]` f32: Reciprocal standard deviation of each token.
     pub rstd: Tensor,
 }
 
 /// Gradients of [`ln_modulate`]; absent where not asked for.
 pub struct LnModulateGrads {
-    /// [B, N, D] f32
+    /// `[B, N, D]` f32
     pub x: Option<Tensor>,
-    /// [B, C, D] f32
+    /// `[B, C, D]` f32
     pub modulation: Option<Tensor>,
 }
 

@@ -13,11 +13,17 @@ use std::arch::x86_64::*;
 /// which there are `depth` elements.
 #[derive(Clone, Copy)]
 pub struct Panel<'a> {
+    /// The operand, lane by k.
     pub operand: Matrix<'a>,
+    /// Elements along k of the whole operand.
     pub depth: usize,
+    /// First lane.
     pub lane: usize,
+    /// Lanes, at most [`LANES`].
     pub lanes: usize,
+    /// First word along k.
     pub first: usize,
+    /// Words along k.
     pub words: usize,
 }
 
@@ -111,7 +117,7 @@ impl Panel<'_> {
 }
 
 /// How elements in memory become words.
-trait Words {
+pub trait Words {
     /// Element in memory.
     type Element: Copy;
     /// Elements of a word.
@@ -128,9 +134,11 @@ trait Words {
 }
 
 /// f32 as it is.
-struct Plain;
+pub struct Plain;
 /// bf16 as f32.
-struct Widened;
+pub struct Widened;
+/// f32 rounded to bf16, as f32.
+pub struct Nearest;
 /// f32 rounded to pairs of bf16.
 struct Rounded;
 /// Pairs of bf16 as they are.
@@ -181,6 +189,31 @@ impl Words for Widened {
     unsafe fn one(from: *const bf16, _: *const bf16) -> u32 {
         // SAFETY: `from` is an element.
         unsafe { from.read() }.to_f32().to_bits()
+    }
+}
+
+impl Words for Nearest {
+    type Element = f32;
+    const PER_WORD: usize = 1;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn along(from: *const f32, elements: usize) -> __m512i {
+        // SAFETY: passed on to the caller.
+        let rounded = round(unsafe { Plain::along(from, elements) });
+        _mm512_and_si512(rounded, _mm512_set1_epi32(0xffff_0000_u32 as i32))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn across(from: *const f32, _: *const f32, lanes: usize) -> __m512i {
+        // SAFETY: lanes that follow each other are read as elements are.
+        unsafe { Self::along(from, lanes) }
+    }
+
+    unsafe fn one(from: *const f32, _: *const f32) -> u32 {
+        // SAFETY: `from` is an element.
+        bf16::from_f32(unsafe { from.read() }).to_f32().to_bits()
     }
 }
 

@@ -137,12 +137,17 @@ impl<'a> Plan<'a> {
             // SAFETY: the kernel is available, a chunk holds a panel, and the columns are columns of b.
             unsafe { self.columns(0, column, lanes).pack(self.kernel, place.as_mut_ptr()) };
         }
+        let pairs = columns.len().div_ceil(2 * LANES);
         for row in rows.clone().step_by(ROWS) {
             let lanes = ROWS.min(rows.end - row);
             // SAFETY: as above, with rows of a; the tiles and the row pieces lie in this block.
             unsafe {
                 self.rows(0, row, lanes).pack(self.kernel, packed_a.as_mut_ptr());
-                for (column, b) in columns.clone().step_by(2 * LANES).zip(packed_b.chunks(2 * panel)) {
+                let next = self.rows(0, row + lanes, ROWS.min(rows.end - row - lanes));
+                for (index, (column, b)) in
+                    columns.clone().step_by(2 * LANES).zip(packed_b.chunks(2 * panel)).enumerate()
+                {
+                    next.prefetch(self.kernel, index, pairs);
                     self.tile(out, 0, (row, lanes, packed_a), (column, columns.end, b));
                 }
                 (row..row + lanes).for_each(|row| out.finish(row, columns.clone(), finish));

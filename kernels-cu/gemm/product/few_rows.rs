@@ -1,0 +1,108 @@
+//! Products with few rows: every column of b is read once and multiplied with all rows while it passes.
+//!
+//! A conditioning vector times a weight is bound by reading the weight; packing it would read and write it once more.
+
+#![allow(unsafe_code)] // AVX-512 intrinsics; threads write disjoint columns of one result.
+
+use super::micro::{Kernel, LANES};
+use super::pack::{Nearest, Plain, Widened, Words};
+use super::{Finish, Output, Product, Values};
+use rayon::prelude::*;
+use std::arch::x86_64::*;
+
+/// Most rows: above, the weight is worth packing.
+const ROWS: usize = 8;
+/// Elements of b that are worth a task of their own.
+const TASK: usize = 1 << 17;
+
+/// Whether the product has this form: few rows, rows of a and columns of b that are contiguous, and AVX-512.
+pub fn fits(product: &Product<'_>) -> bool {
+    let Product { a, b, size: [m, k, _], alpha, beta, .. } = *product;
+    let plain = b.strides[0] == 1 && a.strides[1] == 1 && alpha == 1.0 && beta == 0.0;
+    m <= ROWS && k > 0 && plain && Kernel::F32.available()
+}
+
+/// Computes the product, blocks of columns over threads.
+pub fn run(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Finish<'_>) {
+    let [m, k, n] = product.size;
+    let a = product.a.to_f32(product.bf16);
+    let row = |r: usize| a[r.min(m - 1) * product.a.strides[0]..][..k].as_ptr();
+    let width = (TASK / k).max(LANES);
+    let block = |index: usize| {
+        let columns = index * width..n.min((index + 1) * width);
+        let mut sums = vec![[0.0; ROWS]; columns.len()];
+        for (column, sums) in columns.clone().zip(&mut sums) {
+            let start = column * product.b.strides[1];
+            let mut first = 0;
+            while first < m {
+                let rows = std::array::from_fn(|r| row(first + r));
+                let sums = &mut sums[first..];
+                // SAFETY: AVX-512 is there (`fits`); rows and the column hold k elements.
+                let step = unsafe {
+                    match product.b.values {
+                        Values::F32(b) if product.bf16 => group::<Nearest>(m - first, rows, &b[start..][..k], sums),
+                        Values::F32(b) => group::<Plain>(m - first, rows, &b[start..][..k], sums),
+                        Values::Bf16(b) => group::<Widened>(m - first, rows, &b[start..][..k], sums),
+                    }
+                };
+                first += step;
+            }
+        }
+        for row in 0..m {
+            let write = |row: usize, from: usize, piece: &mut [f32], twin: Option<&mut [f32]>| {
+                piece.iter_mut().zip(&sums).for_each(|(value, sums)| *value = sums[row]);
+                finish(row, from, piece, twin);
+            };
+            // SAFETY: the columns lie inside the result, and every block has its own.
+            unsafe { out.finish(row, columns.clone(), &write) };
+        }
+    };
+    let blocks = n.div_ceil(width);
+    if parallel && blocks > 1 {
+        (0..blocks).into_par_iter().for_each(block);
+    } else {
+        (0..blocks).for_each(block);
+    }
+}
+
+/// Multiplies the next 4, 2 or 1 of `left` rows with a column, and returns how many.
+///
+/// # Safety
+/// As [`dots`].
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn group<W: Words>(left: usize, rows: [*const f32; 4], column: &[W::Element], sums: &mut [f32]) -> usize {
+    let [r0, r1, ..] = rows;
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match left {
+            1 => sums[..1].copy_from_slice(&dots::<W, 1>([r0], column)),
+            2 | 3 => sums[..2].copy_from_slice(&dots::<W, 2>([r0, r1], column)),
+            _ => sums[..4].copy_from_slice(&dots::<W, 4>(rows, column)),
+        }
+    }
+    [1, 2, 2, 4][left.min(4) - 1]
+}
+
+/// The products of rows with a column, in two partial sums of [`LANES`] each.
+///
+/// # Safety
+/// The processor has AVX-512 F and BW, and every row has as many elements as the column.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn dots<W: Words, const R: usize>(rows: [*const f32; R], column: &[W::Element]) -> [f32; R] {
+    let mut sums = [[_mm512_setzero_ps(); R]; 2];
+    for start in (0..column.len()).step_by(2 * LANES) {
+        for (half, sums) in sums.iter_mut().enumerate() {
+            let i = start + half * LANES;
+            let left = column.len().saturating_sub(i);
+            // SAFETY: at most `left` elements from `i` on are read.
+            unsafe {
+                let value = _mm512_castsi512_ps(W::along(column.as_ptr().wrapping_add(i), left));
+                for r in 0..R {
+                    let row = _mm512_castsi512_ps(Plain::along(rows[r].wrapping_add(i), left));
+                    sums[r] = _mm512_fmadd_ps(row, value, sums[r]);
+                }
+            }
+        }
+    }
+    std::array::from_fn(|r| _mm512_reduce_add_ps(_mm512_add_ps(sums[0][r], sums[1][r])))
+}
