@@ -59,17 +59,23 @@ pub fn backward(a: Backward<'_, f32>) {
 
 /// Writes the gradient of every pre-activation to `out`, or adds it there.
 fn gradient<const ADD: bool>(act: usize, dy: &[f32], pre: &[f32], out: &mut [f32]) {
-    let n = dy.len();
-    let (pre, out) = (&pre[..n], &mut out[..n]);
     vectorised(
         #[inline(always)]
-        || {
-            for i in 0..n {
-                let g = if act == SILU { dy[i] * silu_slope(pre[i]) } else { dy[i] };
-                out[i] = if ADD { out[i] + g } else { g };
-            }
+        || match act {
+            SILU => each::<ADD>(dy, pre, out, silu_slope),
+            _ => each::<ADD>(dy, pre, out, |_| 1.0),
         },
     );
+}
+
+#[inline(always)]
+fn each<const ADD: bool>(dy: &[f32], pre: &[f32], out: &mut [f32], slope: impl Fn(f32) -> f32) {
+    let n = out.len();
+    let (dy, pre) = (&dy[..n], &pre[..n]);
+    for i in 0..n {
+        let kept = if ADD { out[i] } else { 0.0 };
+        out[i] = dy[i].mul_add(slope(pre[i]), kept);
+    }
 }
 
 /// d/dx of x·sigmoid(x).

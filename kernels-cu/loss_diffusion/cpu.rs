@@ -111,11 +111,13 @@ fn sums(sample: Sample<'_>) -> (f64, f64) {
         nats += if coefs.is_t0 {
             (0..n).map(|i| sample.exact(start + i).0).sum()
         } else {
-            let term = |i: usize| {
+            let mut terms = [0.0f32; RUN];
+            let terms = &mut terms[..n];
+            for i in 0..n {
                 let (d, rest) = divergence.terms(x0[i], x_t[i], eps[i], v[i]);
-                0.5 * (d + rest)
-            };
-            f64::from(sum_by(n, term))
+                terms[i] = 0.5 * (d + rest);
+            }
+            f64::from(sum_by(n, |i| terms[i]))
         };
     }
     (squares, nats)
