@@ -43,7 +43,7 @@ pub fn backward(a: Backward<'_, f32>) {
     if let Some(daddend) = a.daddend {
         daddend.par_chunks_mut(GRAIN).enumerate().for_each(|(i, out)| {
             let range = i * GRAIN..i * GRAIN + out.len();
-            gradient(act, &dy[range.clone()], &pre[range], |i, g| out[i] = g);
+            gradient::<false>(act, &dy[range.clone()], &pre[range], out);
         });
     }
     if let Some(dtable) = a.dtable {
@@ -52,27 +52,35 @@ pub fn backward(a: Backward<'_, f32>) {
         for sample in 0..b {
             let row = &mut dtable[a.index[sample] as usize * d..][..d];
             let range = sample * d..(sample + 1) * d;
-            gradient(act, &dy[range.clone()], &pre[range], |i, g| row[i] += g);
+            gradient::<true>(act, &dy[range.clone()], &pre[range], row);
         }
     }
 }
 
-/// Hands `put` the gradient of every pre-activation.
-fn gradient(act: usize, dy: &[f32], pre: &[f32], mut put: impl FnMut(usize, f32)) {
-    let n = dy.len();
-    let pre = &pre[..n];
+/// Writes the gradient of every pre-activation to `out`, or adds it there.
+fn gradient<const ADD: bool>(act: usize, dy: &[f32], pre: &[f32], out: &mut [f32]) {
     vectorised(
         #[inline(always)]
-        || {
-            for i in 0..n {
-                let slope = if act == SILU {
-                    let s = sigmoid(pre[i]);
-                    s * (1.0 + pre[i] * (1.0 - s))
-                } else {
-                    1.0
-                };
-                put(i, dy[i] * slope);
-            }
+        || match act {
+            SILU => each::<ADD>(dy, pre, out, silu_slope),
+            _ => each::<ADD>(dy, pre, out, |_| 1.0),
         },
     );
+}
+
+#[inline(always)]
+fn each<const ADD: bool>(dy: &[f32], pre: &[f32], out: &mut [f32], slope: impl Fn(f32) -> f32) {
+    let n = out.len();
+    let (dy, pre) = (&dy[..n], &pre[..n]);
+    for i in 0..n {
+        let kept = if ADD { out[i] } else { 0.0 };
+        out[i] = dy[i].mul_add(slope(pre[i]), kept);
+    }
+}
+
+/// d/dx of x·sigmoid(x).
+#[inline(always)]
+fn silu_slope(x: f32) -> f32 {
+    let s = sigmoid(x);
+    s * (1.0 + x * (1.0 - s))
 }

@@ -56,7 +56,7 @@ pub fn backward(a: Backward<'_, f32>) {
         vectorised(
             #[inline(always)]
             || match params.kind {
-                L1 => each_error(out, p, t, |e| if e == 0.0 { 0.0 } else { scale * e.signum() }),
+                L1 => each_error(out, p, t, |e| scale * if e == 0.0 { 0.0 } else { e / e.abs() }),
                 L2 => each_error(out, p, t, |e| 2.0 * scale * e),
                 _ => each_error(out, p, t, |e| scale * e.clamp(-delta, delta)),
             },

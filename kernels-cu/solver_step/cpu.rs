@@ -25,6 +25,7 @@ pub fn forward(a: Forward<'_, f32>) {
         let runs = x_next.par_chunks_mut(RUN).zip(x0.par_chunks_mut(RUN)).enumerate();
         runs.with_min_len(GRAIN / RUN).for_each(|(run, (x_next, x0))| {
             let (start, n) = (run * RUN, x_next.len());
+            let x0 = &mut x0[..n];
             let output = |channel: usize| -> Output<'_> {
                 let at = (sample * co + channel) * s + start;
                 let guided = uncond.filter(|_| channel < p.guided_channels);
@@ -60,7 +61,15 @@ pub fn forward(a: Forward<'_, f32>) {
 #[inline(always)]
 fn each((cond, uncond): Output<'_>, guidance: f32, mut put: impl FnMut(usize, f32)) {
     match uncond {
-        Some(uncond) => (0..cond.len()).for_each(|i| put(i, uncond[i] + guidance * (cond[i] - uncond[i]))),
-        None => (0..cond.len()).for_each(|i| put(i, cond[i])),
+        Some(uncond) => {
+            for (i, (c, u)) in cond.iter().zip(uncond).enumerate() {
+                put(i, u + guidance * (c - u));
+            }
+        }
+        None => {
+            for (i, c) in cond.iter().enumerate() {
+                put(i, *c);
+            }
+        }
     }
 }
