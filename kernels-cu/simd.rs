@@ -25,7 +25,8 @@ pub fn vectorised<R>(body: impl FnOnce() -> R) -> R {
     arch().dispatch(Body(body))
 }
 
-fn arch() -> pulp::Arch {
+/// The instruction set of this processor, detected once.
+pub fn arch() -> pulp::Arch {
     static ARCH: std::sync::OnceLock<pulp::Arch> = std::sync::OnceLock::new();
     *ARCH.get_or_init(pulp::Arch::new)
 }

@@ -79,7 +79,7 @@ fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: 
             pack(v.from(first), count, values);
             for (at, rows) in blocks(queries, QUERIES) {
                 let sums = &mut sums[at * wide_e..][..rows * wide_e];
-                product(q.from(at), rows, keys, count, &mut Sum { data: scores, stride: wide, add: false });
+                product(q.from(at), rows, keys, count, Sum { data: scores, stride: wide, add: false });
                 vectorised(
                     #[inline(always)]
                     || {
@@ -100,7 +100,7 @@ fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: 
                     },
                 );
                 let weights = Rows { data: scores, stride: wide, width: count };
-                product(weights, rows, values, e, &mut Sum { data: sums, stride: wide_e, add: first > 0 });
+                product(weights, rows, values, e, Sum { data: sums, stride: wide_e, add: first > 0 });
             }
         }
         for (i, row) in y.iter_mut().enumerate() {
@@ -177,8 +177,8 @@ fn head_backward(
             pack_transposed(v.from(first), count, values_t);
             pack(k.from(first), count, keys);
             for (at, rows) in blocks(n, QUERIES) {
-                product(q.from(at), rows, keys_t, count, &mut Sum { data: p, stride: wide, add: false });
-                product(dy.from(at), rows, values_t, count, &mut Sum { data: ds, stride: wide, add: false });
+                product(q.from(at), rows, keys_t, count, Sum { data: p, stride: wide, add: false });
+                product(dy.from(at), rows, values_t, count, Sum { data: ds, stride: wide, add: false });
                 vectorised(
                     #[inline(always)]
                     || {
@@ -192,9 +192,9 @@ fn head_backward(
                     (Rows { data: p, stride: wide, width: count }, Rows { data: ds, stride: wide, width: count });
                 let (queries, dys) = (&queries[at * wide_e..], &dys[at * wide_e..]);
                 let sum = |data, add| Sum { data, stride: wide_e, add };
-                product_transposed(p, rows, dys, e, &mut sum(sum_v, at > 0));
-                product_transposed(ds, rows, queries, e, &mut sum(sum_k, at > 0));
-                product(ds, rows, keys, e, &mut sum(&mut sum_q[at * wide_e..], first > 0));
+                product_transposed(p, rows, dys, e, sum(sum_v, at > 0));
+                product_transposed(ds, rows, queries, e, sum(sum_k, at > 0));
+                product(ds, rows, keys, e, sum(&mut sum_q[at * wide_e..], first > 0));
             }
             for i in 0..count {
                 dk[first + i].copy_from_slice(&sum_k[i * wide_e..][..e]);
