@@ -2,9 +2,9 @@
 //!
 //! Every query is summed in the same order whatever the split over threads, so results do not depend on it.
 
-use super::tiles::{Rows, Sum, WIDTH, pack, pack_transposed, padded, product, product_transposed};
+use super::tiles::{Rows, Sum, TILE, WIDTH, pack, pack_transposed, padded, product, product_transposed};
 use crate::generated::attention::{Backward, Dims, Forward};
-use crate::simd::{exp, reduce, vectorised};
+use crate::simd::{exp, reduce, sum_by, vectorised};
 use rayon::prelude::*;
 use std::cell::RefCell;
 
@@ -31,10 +31,10 @@ fn with_scratch<const COUNT: usize>(lengths: [usize; COUNT], body: impl FnOnce([
     });
 }
 
-/// The blocks of `0..len`, as (start, length): as even as they can be, at most `most` long.
-fn blocks(len: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
-    let count = len.div_ceil(most);
-    (0..count).map(move |i| (i * len / count, (i + 1) * len / count - i * len / count))
+/// The blocks of `0..len`, as (start, length): at most `most` long, about even, whole steps but for the last.
+fn blocks(len: usize, most: usize, step: usize) -> impl Iterator<Item = (usize, usize)> {
+    let block = len.div_ceil(len.div_ceil(most)).next_multiple_of(step);
+    (0..len).step_by(block).map(move |start| (start, block.min(len - start)))
 }
 
 /// Rows of one head in one part (q, k, v) of a sample's packed projection `[N, 3, H, E]`.
@@ -73,11 +73,11 @@ fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: 
     with_scratch(lengths, |[keys, values, scores, sums, max, total]| {
         max.fill(f32::NEG_INFINITY);
         total.fill(0.0);
-        for (first, count) in blocks(n, KEYS) {
+        for (first, count) in blocks(n, KEYS, WIDTH) {
             let wide = padded(count);
             pack_transposed(k.from(first), count, keys);
             pack(v.from(first), count, values);
-            for (at, rows) in blocks(queries, QUERIES) {
+            for (at, rows) in blocks(queries, QUERIES, TILE) {
                 let sums = &mut sums[at * wide_e..][..rows * wide_e];
                 product(q.from(at), rows, keys, count, Sum { data: scores, stride: wide, add: false });
                 vectorised(
@@ -103,9 +103,18 @@ fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: 
                 product(weights, rows, values, e, Sum { data: sums, stride: wide_e, add: first > 0 });
             }
         }
-        for (i, row) in y.iter_mut().enumerate() {
-            let inverse = 1.0 / total[i];
-            row.iter_mut().zip(&sums[i * wide_e..]).for_each(|(y, s)| *y = s * inverse);
+        vectorised(
+            #[inline(always)]
+            || {
+                for i in 0..y.len() {
+                    let (row, sum, inverse) = (&mut *y[i], &sums[i * wide_e..][..e], 1.0 / total[i]);
+                    for j in 0..e {
+                        row[j] = sum[j] * inverse;
+                    }
+                }
+            },
+        );
+        for i in 0..lse.len() {
             lse[i] = max[i] + total[i].ln();
         }
     });
@@ -121,8 +130,8 @@ fn exponentials(row: &mut [f32], scale: f32, before: f32) -> (f32, f32) {
             max[lane] = if x[lane] > max[lane] { x[lane] } else { max[lane] };
         }
     }
-    let max = max.into_iter().fold(before, f32::max);
-    let mut sum = [0.0f32; 16];
+    let max = maximum(max);
+    let mut sum = [0.0f32; WIDTH];
     for x in row.chunks_exact_mut(WIDTH) {
         for lane in 0..WIDTH {
             x[lane] = exp(x[lane] - max);
@@ -130,6 +139,19 @@ fn exponentials(row: &mut [f32], scale: f32, before: f32) -> (f32, f32) {
         }
     }
     (max, reduce(sum))
+}
+
+/// Largest lane, pairwise.
+#[inline(always)]
+fn maximum(mut lanes: [f32; WIDTH]) -> f32 {
+    let mut half = WIDTH / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// Backward pass. Heads go over threads: each owns its rows of `dqkv`.
@@ -164,19 +186,25 @@ fn head_backward(
     let (all, block, tile) = (n * wide_e, wide_keys * wide_e, QUERIES * wide_keys);
     let lengths = [e * wide_keys, e * wide_keys, block, block, block, tile, tile, all, all, all, n];
     with_scratch(lengths, |[keys_t, values_t, keys, sum_k, sum_v, p, ds, queries, dys, sum_q, delta]| {
-        for (at, rows) in blocks(n, QUERIES) {
+        for (at, rows) in blocks(n, QUERIES, TILE) {
             pack(q.from(at), rows, &mut queries[at * wide_e..]);
             pack(dy.from(at), rows, &mut dys[at * wide_e..]);
         }
-        for i in 0..n {
-            delta[i] = dy.row(i).iter().zip(y.row(i)).map(|(a, b)| a * b).sum();
-        }
-        for (first, count) in blocks(n, KEYS) {
+        vectorised(
+            #[inline(always)]
+            || {
+                for i in 0..n {
+                    let (dy, y) = (dy.row(i), y.row(i));
+                    delta[i] = sum_by(e, |j| dy[j] * y[j]);
+                }
+            },
+        );
+        for (first, count) in blocks(n, KEYS, WIDTH) {
             let wide = padded(count);
             pack_transposed(k.from(first), count, keys_t);
             pack_transposed(v.from(first), count, values_t);
             pack(k.from(first), count, keys);
-            for (at, rows) in blocks(n, QUERIES) {
+            for (at, rows) in blocks(n, QUERIES, TILE) {
                 product(q.from(at), rows, keys_t, count, Sum { data: p, stride: wide, add: false });
                 product(dy.from(at), rows, values_t, count, Sum { data: ds, stride: wide, add: false });
                 vectorised(

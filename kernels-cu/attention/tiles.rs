@@ -4,7 +4,7 @@
 //! sequential whatever the stride of the projection; columns are padded with zeros to whole vectors. The left factor
 //! is read in place, by rows or transposed.
 
-use crate::simd::arch;
+use crate::simd::{arch, vectorised};
 use pulp::{Simd, WithSimd};
 use std::array::from_fn;
 
@@ -12,7 +12,7 @@ use std::array::from_fn;
 pub const WIDTH: usize = 16;
 
 /// Rows of a register tile.
-const TILE: usize = 6;
+pub const TILE: usize = 6;
 
 /// Most widths of a panel.
 const PANEL: usize = 4;
@@ -54,13 +54,33 @@ fn panels(vectors: usize) -> impl Iterator<Item = (usize, usize)> {
 
 /// Packs `count` rows as the rows of a right factor: `count · padded(width)` values.
 pub fn pack(rows: Rows<'_>, count: usize, out: &mut [f32]) {
-    for (first, vectors) in panels(rows.width.div_ceil(WIDTH)) {
-        let (column, width) = (first * WIDTH, vectors * WIDTH);
-        let panel = &mut out[column * count..][..width * count];
-        let live = width.min(rows.width - column);
-        for (i, out) in panel.chunks_exact_mut(width).enumerate() {
-            out[..live].copy_from_slice(&rows.row(i)[column..][..live]);
-            out[live..].fill(0.0);
+    vectorised(
+        #[inline(always)]
+        || {
+            for (first, vectors) in panels(rows.width.div_ceil(WIDTH)) {
+                let (column, width) = (first * WIDTH, vectors * WIDTH);
+                let panel = &mut out[column * count..][..width * count];
+                let live = width.min(rows.width - column);
+                for (i, out) in panel.chunks_exact_mut(width).enumerate() {
+                    copy(&rows.row(i)[column..][..live], out);
+                }
+            }
+        },
+    );
+}
+
+/// Copies `from` to the front of `to`, in registers, and zeros behind it.
+#[inline(always)]
+fn copy(from: &[f32], to: &mut [f32]) {
+    let (vectors, rest) = from.as_chunks::<WIDTH>();
+    let (to, _) = to.as_chunks_mut::<WIDTH>();
+    for i in 0..vectors.len() {
+        to[i] = vectors[i];
+    }
+    if let Some(last) = to.get_mut(vectors.len()) {
+        *last = [0.0; WIDTH];
+        for i in 0..rest.len() {
+            last[i] = rest[i];
         }
     }
 }
