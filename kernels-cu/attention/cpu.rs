@@ -2,16 +2,16 @@
 //!
 //! Every query is summed in the same order whatever the split over threads, so results do not depend on it.
 
-use super::tiles::{Rows, Sum, TILE, WIDTH, pack, pack_transposed, padded, product, product_transposed};
+use super::tiles::{Rows, Sum, TILE, WIDTH, copy, pack, pack_transposed, padded, product, product_transposed};
 use crate::generated::attention::{Backward, Dims, Forward};
-use crate::simd::{exp, reduce, sum_by, vectorised};
+use crate::simd::{exp_decay, reduce, sum_by, vectorised};
 use rayon::prelude::*;
 use std::cell::RefCell;
 
 /// Most keys of a block: keys, values and scores of a block stay in the second-level cache.
 const KEYS: usize = 256;
 /// Most queries of a block.
-const QUERIES: usize = 48;
+const QUERIES: usize = 60;
 /// Queries of one task where heads alone are too few for the threads.
 const TASK: usize = 192;
 
@@ -89,7 +89,7 @@ fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: 
                             let old = max[at + r];
                             let (new, sum) = exponentials(row, scale, old);
                             if first > 0 {
-                                let keep = exp(old - new);
+                                let keep = exp_decay(old - new);
                                 total[at + r] = total[at + r].mul_add(keep, sum);
                                 sums[r * wide_e..][..wide_e].iter_mut().for_each(|s| *s *= keep);
                             } else {
@@ -134,7 +134,7 @@ fn exponentials(row: &mut [f32], scale: f32, before: f32) -> (f32, f32) {
     let mut sum = [0.0f32; WIDTH];
     for x in row.chunks_exact_mut(WIDTH) {
         for lane in 0..WIDTH {
-            x[lane] = exp(x[lane] - max);
+            x[lane] = exp_decay(x[lane] - max);
             sum[lane] += x[lane];
         }
     }
@@ -224,22 +224,31 @@ fn head_backward(
                 product_transposed(ds, rows, queries, e, sum(sum_k, at > 0));
                 product(ds, rows, keys, e, sum(&mut sum_q[at * wide_e..], first > 0));
             }
-            for i in 0..count {
-                dk[first + i].copy_from_slice(&sum_k[i * wide_e..][..e]);
-                dv[first + i].copy_from_slice(&sum_v[i * wide_e..][..e]);
-            }
+            write(sum_k, wide_e, &mut dk[first..first + count]);
+            write(sum_v, wide_e, &mut dv[first..first + count]);
         }
-        for (i, row) in dq.iter_mut().enumerate() {
-            row.copy_from_slice(&sum_q[i * wide_e..][..e]);
-        }
+        write(sum_q, wide_e, dq);
     });
+}
+
+/// Copies padded rows to where they belong.
+fn write(from: &[f32], stride: usize, to: &mut [&mut [f32]]) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for i in 0..to.len() {
+                let to = &mut *to[i];
+                copy(&from[i * stride..][..to.len()], to);
+            }
+        },
+    );
 }
 
 /// From scores in `p` and dy·v in `ds`: p = exp(scale·s − lse), ds = scale·p·(ds − delta).
 #[inline(always)]
 fn score_gradients(p: &mut [f32], ds: &mut [f32], scale: f32, lse: f32, delta: f32) {
     for i in 0..p.len() {
-        p[i] = exp(p[i].mul_add(scale, -lse));
+        p[i] = exp_decay(p[i].mul_add(scale, -lse));
         ds[i] = scale * p[i] * (ds[i] - delta);
     }
 }

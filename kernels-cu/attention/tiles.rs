@@ -6,7 +6,6 @@
 
 use crate::simd::{arch, vectorised};
 use pulp::{Simd, WithSimd};
-use std::array::from_fn;
 
 /// Columns are padded to a multiple of this: one AVX-512 register, two AVX2 ones, four of NEON.
 pub const WIDTH: usize = 16;
@@ -71,42 +70,47 @@ pub fn pack(rows: Rows<'_>, count: usize, out: &mut [f32]) {
 
 /// Copies `from` to the front of `to`, in registers, and zeros behind it.
 #[inline(always)]
-fn copy(from: &[f32], to: &mut [f32]) {
+pub fn copy(from: &[f32], to: &mut [f32]) {
     let (vectors, rest) = from.as_chunks::<WIDTH>();
-    let (to, _) = to.as_chunks_mut::<WIDTH>();
+    let (front, tail) = to.split_at_mut(vectors.len() * WIDTH);
+    let (front, _) = front.as_chunks_mut::<WIDTH>();
     for i in 0..vectors.len() {
-        to[i] = vectors[i];
+        front[i] = vectors[i];
     }
-    if let Some(last) = to.get_mut(vectors.len()) {
-        *last = [0.0; WIDTH];
-        for i in 0..rest.len() {
-            last[i] = rest[i];
-        }
+    for i in 0..tail.len() {
+        tail[i] = if i < rest.len() { rest[i] } else { 0.0 };
     }
 }
 
 /// Packs `count` rows as the columns of a right factor: `width · padded(count)` values.
 pub fn pack_transposed(rows: Rows<'_>, count: usize, out: &mut [f32]) {
     let depth = rows.width;
-    for (first, vectors) in panels(count.div_ceil(WIDTH)) {
-        let width = vectors * WIDTH;
-        let panel = &mut out[first * WIDTH * depth..][..width * depth];
-        for vector in 0..vectors {
-            let row = (first + vector) * WIDTH;
-            if row + WIDTH <= count {
-                let rows: [&[f32]; WIDTH] = from_fn(|i| rows.row(row + i));
-                for (k, out) in panel.chunks_exact_mut(width).enumerate() {
-                    let out = &mut out[vector * WIDTH..][..WIDTH];
-                    (0..WIDTH).for_each(|i| out[i] = rows[i][k]);
-                }
-            } else {
-                for (k, out) in panel.chunks_exact_mut(width).enumerate() {
-                    let out = &mut out[vector * WIDTH..][..WIDTH];
-                    (0..WIDTH).for_each(|i| out[i] = if row + i < count { rows.row(row + i)[k] } else { 0.0 });
+    vectorised(
+        #[inline(always)]
+        || {
+            let mut block = [[0.0f32; WIDTH]; WIDTH];
+            for (first, vectors) in panels(count.div_ceil(WIDTH)) {
+                let width = vectors * WIDTH;
+                let panel = &mut out[first * WIDTH * depth..][..width * depth];
+                for vector in 0..vectors {
+                    let row = (first + vector) * WIDTH;
+                    let live = WIDTH.min(count - row);
+                    block[live..].fill([0.0; WIDTH]);
+                    for k in (0..depth).step_by(WIDTH) {
+                        for i in 0..live {
+                            copy(&rows.row(row + i)[k..depth.min(k + WIDTH)], &mut block[i]);
+                        }
+                        for j in 0..WIDTH.min(depth - k) {
+                            let out = &mut panel[(k + j) * width + vector * WIDTH..][..WIDTH];
+                            for i in 0..WIDTH {
+                                out[i] = block[i][j];
+                            }
+                        }
+                    }
                 }
             }
-        }
-    }
+        },
+    );
 }
 
 /// The result of a product: rows of `stride` values, overwritten or added to.
