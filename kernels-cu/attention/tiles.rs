@@ -74,8 +74,8 @@ pub fn copy(from: &[f32], to: &mut [f32]) {
     let (vectors, rest) = from.as_chunks::<WIDTH>();
     let (front, tail) = to.split_at_mut(vectors.len() * WIDTH);
     let (front, _) = front.as_chunks_mut::<WIDTH>();
-    for i in 0..vectors.len() {
-        front[i] = vectors[i];
+    for (to, from) in front.iter_mut().zip(vectors) {
+        *to = *from;
     }
     for i in 0..tail.len() {
         tail[i] = if i < rest.len() { rest[i] } else { 0.0 };
@@ -204,30 +204,23 @@ impl Product<'_> {
         if self.out.add {
             for r in 0..M {
                 let (row, _) = S::as_simd_f32s(&out[r * self.out.stride..][..lanes]);
-                for v in 0..V {
-                    sum[r][v] = row[v];
-                }
+                sum[r].copy_from_slice(&row[..V]);
             }
         }
         for k in 0..self.depth {
             let (right, _) = S::as_simd_f32s(&panel[k * width..][..lanes]);
             let left = &left[k * depth_step..][..(M - 1) * row_step + 1];
-            let mut b = [simd.splat_f32s(0.0); V];
-            for v in 0..V {
-                b[v] = right[v];
-            }
+            let right = &right[..V];
             for r in 0..M {
                 let x = simd.splat_f32s(left[r * row_step]);
                 for v in 0..V {
-                    sum[r][v] = simd.mul_add_f32s(x, b[v], sum[r][v]);
+                    sum[r][v] = simd.mul_add_f32s(x, right[v], sum[r][v]);
                 }
             }
         }
         for r in 0..M {
             let (row, _) = S::as_mut_simd_f32s(&mut out[r * self.out.stride..][..lanes]);
-            for v in 0..V {
-                row[v] = sum[r][v];
-            }
+            row[..V].copy_from_slice(&sum[r]);
         }
         M
     }
