@@ -2,16 +2,16 @@
 //!
 //! Every query is summed in the same order whatever the split over threads, so results do not depend on it.
 
-use super::tiles::{Rows, Sum, WIDTH, pack, pack_transposed, padded, product, product_transposed};
+use super::tiles::{Rows, Sum, TILE, WIDTH, copy, pack, pack_transposed, padded, product, product_transposed};
 use crate::generated::attention::{Backward, Dims, Forward};
-use crate::simd::{exp, reduce, vectorised};
+use crate::simd::{exp_decay, reduce, sum_by, vectorised};
 use rayon::prelude::*;
 use std::cell::RefCell;
 
 /// Most keys of a block: keys, values and scores of a block stay in the second-level cache.
 const KEYS: usize = 256;
 /// Most queries of a block.
-const QUERIES: usize = 48;
+const QUERIES: usize = 60;
 /// Queries of one task where heads alone are too few for the threads.
 const TASK: usize = 192;
 
@@ -31,10 +31,10 @@ fn with_scratch<const COUNT: usize>(lengths: [usize; COUNT], body: impl FnOnce([
     });
 }
 
-/// The blocks of `0..len`, as (start, length): as even as they can be, at most `most` long.
-fn blocks(len: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
-    let count = len.div_ceil(most);
-    (0..count).map(move |i| (i * len / count, (i + 1) * len / count - i * len / count))
+/// The blocks of `0..len`, as (start, length): at most `most` long, about even, whole steps but for the last.
+fn blocks(len: usize, most: usize, step: usize) -> impl Iterator<Item = (usize, usize)> {
+    let block = len.div_ceil(len.div_ceil(most)).next_multiple_of(step);
+    (0..len).step_by(block).map(move |start| (start, block.min(len - start)))
 }
 
 /// Rows of one head in one part (q, k, v) of a sample's packed projection `[N, 3, H, E]`.
@@ -73,13 +73,13 @@ fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: 
     with_scratch(lengths, |[keys, values, scores, sums, max, total]| {
         max.fill(f32::NEG_INFINITY);
         total.fill(0.0);
-        for (first, count) in blocks(n, KEYS) {
+        for (first, count) in blocks(n, KEYS, WIDTH) {
             let wide = padded(count);
             pack_transposed(k.from(first), count, keys);
             pack(v.from(first), count, values);
-            for (at, rows) in blocks(queries, QUERIES) {
+            for (at, rows) in blocks(queries, QUERIES, TILE) {
                 let sums = &mut sums[at * wide_e..][..rows * wide_e];
-                product(q.from(at), rows, keys, count, &mut Sum { data: scores, stride: wide, add: false });
+                product(q.from(at), rows, keys, count, Sum { data: scores, stride: wide, add: false });
                 vectorised(
                     #[inline(always)]
                     || {
@@ -89,7 +89,7 @@ fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: 
                             let old = max[at + r];
                             let (new, sum) = exponentials(row, scale, old);
                             if first > 0 {
-                                let keep = exp(old - new);
+                                let keep = exp_decay(old - new);
                                 total[at + r] = total[at + r].mul_add(keep, sum);
                                 sums[r * wide_e..][..wide_e].iter_mut().for_each(|s| *s *= keep);
                             } else {
@@ -100,12 +100,21 @@ fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: 
                     },
                 );
                 let weights = Rows { data: scores, stride: wide, width: count };
-                product(weights, rows, values, e, &mut Sum { data: sums, stride: wide_e, add: first > 0 });
+                product(weights, rows, values, e, Sum { data: sums, stride: wide_e, add: first > 0 });
             }
         }
-        for (i, row) in y.iter_mut().enumerate() {
-            let inverse = 1.0 / total[i];
-            row.iter_mut().zip(&sums[i * wide_e..]).for_each(|(y, s)| *y = s * inverse);
+        vectorised(
+            #[inline(always)]
+            || {
+                for i in 0..y.len() {
+                    let (row, sum, inverse) = (&mut *y[i], &sums[i * wide_e..][..e], 1.0 / total[i]);
+                    for j in 0..e {
+                        row[j] = sum[j] * inverse;
+                    }
+                }
+            },
+        );
+        for i in 0..lse.len() {
             lse[i] = max[i] + total[i].ln();
         }
     });
@@ -121,15 +130,28 @@ fn exponentials(row: &mut [f32], scale: f32, before: f32) -> (f32, f32) {
             max[lane] = if x[lane] > max[lane] { x[lane] } else { max[lane] };
         }
     }
-    let max = max.into_iter().fold(before, f32::max);
-    let mut sum = [0.0f32; 16];
+    let max = maximum(max);
+    let mut sum = [0.0f32; WIDTH];
     for x in row.chunks_exact_mut(WIDTH) {
         for lane in 0..WIDTH {
-            x[lane] = exp(x[lane] - max);
+            x[lane] = exp_decay(x[lane] - max);
             sum[lane] += x[lane];
         }
     }
     (max, reduce(sum))
+}
+
+/// Largest lane, pairwise.
+#[inline(always)]
+fn maximum(mut lanes: [f32; WIDTH]) -> f32 {
+    let mut half = WIDTH / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// Backward pass. Heads go over threads: each owns its rows of `dqkv`.
@@ -164,21 +186,27 @@ fn head_backward(
     let (all, block, tile) = (n * wide_e, wide_keys * wide_e, QUERIES * wide_keys);
     let lengths = [e * wide_keys, e * wide_keys, block, block, block, tile, tile, all, all, all, n];
     with_scratch(lengths, |[keys_t, values_t, keys, sum_k, sum_v, p, ds, queries, dys, sum_q, delta]| {
-        for (at, rows) in blocks(n, QUERIES) {
+        for (at, rows) in blocks(n, QUERIES, TILE) {
             pack(q.from(at), rows, &mut queries[at * wide_e..]);
             pack(dy.from(at), rows, &mut dys[at * wide_e..]);
         }
-        for i in 0..n {
-            delta[i] = dy.row(i).iter().zip(y.row(i)).map(|(a, b)| a * b).sum();
-        }
-        for (first, count) in blocks(n, KEYS) {
+        vectorised(
+            #[inline(always)]
+            || {
+                for i in 0..n {
+                    let (dy, y) = (dy.row(i), y.row(i));
+                    delta[i] = sum_by(e, |j| dy[j] * y[j]);
+                }
+            },
+        );
+        for (first, count) in blocks(n, KEYS, WIDTH) {
             let wide = padded(count);
             pack_transposed(k.from(first), count, keys_t);
             pack_transposed(v.from(first), count, values_t);
             pack(k.from(first), count, keys);
-            for (at, rows) in blocks(n, QUERIES) {
-                product(q.from(at), rows, keys_t, count, &mut Sum { data: p, stride: wide, add: false });
-                product(dy.from(at), rows, values_t, count, &mut Sum { data: ds, stride: wide, add: false });
+            for (at, rows) in blocks(n, QUERIES, TILE) {
+                product(q.from(at), rows, keys_t, count, Sum { data: p, stride: wide, add: false });
+                product(dy.from(at), rows, values_t, count, Sum { data: ds, stride: wide, add: false });
                 vectorised(
                     #[inline(always)]
                     || {
@@ -192,26 +220,35 @@ fn head_backward(
                     (Rows { data: p, stride: wide, width: count }, Rows { data: ds, stride: wide, width: count });
                 let (queries, dys) = (&queries[at * wide_e..], &dys[at * wide_e..]);
                 let sum = |data, add| Sum { data, stride: wide_e, add };
-                product_transposed(p, rows, dys, e, &mut sum(sum_v, at > 0));
-                product_transposed(ds, rows, queries, e, &mut sum(sum_k, at > 0));
-                product(ds, rows, keys, e, &mut sum(&mut sum_q[at * wide_e..], first > 0));
+                product_transposed(p, rows, dys, e, sum(sum_v, at > 0));
+                product_transposed(ds, rows, queries, e, sum(sum_k, at > 0));
+                product(ds, rows, keys, e, sum(&mut sum_q[at * wide_e..], first > 0));
             }
-            for i in 0..count {
-                dk[first + i].copy_from_slice(&sum_k[i * wide_e..][..e]);
-                dv[first + i].copy_from_slice(&sum_v[i * wide_e..][..e]);
-            }
+            write(sum_k, wide_e, &mut dk[first..first + count]);
+            write(sum_v, wide_e, &mut dv[first..first + count]);
         }
-        for (i, row) in dq.iter_mut().enumerate() {
-            row.copy_from_slice(&sum_q[i * wide_e..][..e]);
-        }
+        write(sum_q, wide_e, dq);
     });
+}
+
+/// Copies padded rows to where they belong.
+fn write(from: &[f32], stride: usize, to: &mut [&mut [f32]]) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for i in 0..to.len() {
+                let to = &mut *to[i];
+                copy(&from[i * stride..][..to.len()], to);
+            }
+        },
+    );
 }
 
 /// From scores in `p` and dy·v in `ds`: p = exp(scale·s − lse), ds = scale·p·(ds − delta).
 #[inline(always)]
 fn score_gradients(p: &mut [f32], ds: &mut [f32], scale: f32, lse: f32, delta: f32) {
     for i in 0..p.len() {
-        p[i] = exp(p[i].mul_add(scale, -lse));
+        p[i] = exp_decay(p[i].mul_add(scale, -lse));
         ds[i] = scale * p[i] * (ds[i] - delta);
     }
 }

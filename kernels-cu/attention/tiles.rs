@@ -4,15 +4,17 @@
 //! sequential whatever the stride of the projection; columns are padded with zeros to whole vectors. The left factor
 //! is read in place, by rows or transposed.
 
-use crate::simd::vectorised;
-use std::array::from_fn;
+use crate::simd::{arch, vectorised};
+use pulp::{Simd, WithSimd};
 
-/// Columns of a vector: half an AVX-512 register, because heads of 72 and 49 keys waste less that way and
-/// processors that split 512-bit operations lose nothing.
-pub const WIDTH: usize = 8;
+/// Columns are padded to a multiple of this: one AVX-512 register, two AVX2 ones, four of NEON.
+pub const WIDTH: usize = 16;
 
 /// Rows of a register tile.
-const TILE: usize = 6;
+pub const TILE: usize = 6;
+
+/// Most widths of a panel.
+const PANEL: usize = 4;
 
 /// `columns` rounded up to whole vectors.
 pub fn padded(columns: usize) -> usize {
@@ -45,45 +47,70 @@ impl<'a> Rows<'a> {
 
 /// The panels of a matrix of `vectors` vectors of columns, as (first vector, vectors): as even as they can be.
 fn panels(vectors: usize) -> impl Iterator<Item = (usize, usize)> {
-    let count = vectors.div_ceil(4);
+    let count = vectors.div_ceil(PANEL);
     (0..count).map(move |i| (i * vectors / count, (i + 1) * vectors / count - i * vectors / count))
 }
 
 /// Packs `count` rows as the rows of a right factor: `count · padded(width)` values.
 pub fn pack(rows: Rows<'_>, count: usize, out: &mut [f32]) {
-    for (first, vectors) in panels(rows.width.div_ceil(WIDTH)) {
-        let (column, width) = (first * WIDTH, vectors * WIDTH);
-        let panel = &mut out[column * count..][..width * count];
-        let live = width.min(rows.width - column);
-        for (i, out) in panel.chunks_exact_mut(width).enumerate() {
-            out[..live].copy_from_slice(&rows.row(i)[column..][..live]);
-            out[live..].fill(0.0);
-        }
+    vectorised(
+        #[inline(always)]
+        || {
+            for (first, vectors) in panels(rows.width.div_ceil(WIDTH)) {
+                let (column, width) = (first * WIDTH, vectors * WIDTH);
+                let panel = &mut out[column * count..][..width * count];
+                let live = width.min(rows.width - column);
+                for (i, out) in panel.chunks_exact_mut(width).enumerate() {
+                    copy(&rows.row(i)[column..][..live], out);
+                }
+            }
+        },
+    );
+}
+
+/// Copies `from` to the front of `to`, in registers, and zeros behind it.
+#[inline(always)]
+pub fn copy(from: &[f32], to: &mut [f32]) {
+    let (vectors, rest) = from.as_chunks::<WIDTH>();
+    let (front, tail) = to.split_at_mut(vectors.len() * WIDTH);
+    let (front, _) = front.as_chunks_mut::<WIDTH>();
+    for (to, from) in front.iter_mut().zip(vectors) {
+        *to = *from;
+    }
+    for i in 0..tail.len() {
+        tail[i] = if i < rest.len() { rest[i] } else { 0.0 };
     }
 }
 
 /// Packs `count` rows as the columns of a right factor: `width · padded(count)` values.
 pub fn pack_transposed(rows: Rows<'_>, count: usize, out: &mut [f32]) {
     let depth = rows.width;
-    for (first, vectors) in panels(count.div_ceil(WIDTH)) {
-        let width = vectors * WIDTH;
-        let panel = &mut out[first * WIDTH * depth..][..width * depth];
-        for vector in 0..vectors {
-            let row = (first + vector) * WIDTH;
-            if row + WIDTH <= count {
-                let rows: [&[f32]; WIDTH] = from_fn(|i| rows.row(row + i));
-                for (k, out) in panel.chunks_exact_mut(width).enumerate() {
-                    let out = &mut out[vector * WIDTH..][..WIDTH];
-                    (0..WIDTH).for_each(|i| out[i] = rows[i][k]);
-                }
-            } else {
-                for (k, out) in panel.chunks_exact_mut(width).enumerate() {
-                    let out = &mut out[vector * WIDTH..][..WIDTH];
-                    (0..WIDTH).for_each(|i| out[i] = if row + i < count { rows.row(row + i)[k] } else { 0.0 });
+    vectorised(
+        #[inline(always)]
+        || {
+            let mut block = [[0.0f32; WIDTH]; WIDTH];
+            for (first, vectors) in panels(count.div_ceil(WIDTH)) {
+                let width = vectors * WIDTH;
+                let panel = &mut out[first * WIDTH * depth..][..width * depth];
+                for vector in 0..vectors {
+                    let row = (first + vector) * WIDTH;
+                    let live = WIDTH.min(count - row);
+                    block[live..].fill([0.0; WIDTH]);
+                    for k in (0..depth).step_by(WIDTH) {
+                        for i in 0..live {
+                            copy(&rows.row(row + i)[k..depth.min(k + WIDTH)], &mut block[i]);
+                        }
+                        for j in 0..WIDTH.min(depth - k) {
+                            let out = &mut panel[(k + j) * width + vector * WIDTH..][..WIDTH];
+                            for i in 0..WIDTH {
+                                out[i] = block[i][j];
+                            }
+                        }
+                    }
                 }
             }
-        }
-    }
+        },
+    );
 }
 
 /// The result of a product: rows of `stride` values, overwritten or added to.
@@ -97,108 +124,106 @@ pub struct Sum<'a> {
 }
 
 /// `out = left · right` with `rows` rows of `left`; `right` holds `columns` packed columns (padded).
-pub fn product(left: Rows<'_>, rows: usize, right: &[f32], columns: usize, out: &mut Sum<'_>) {
-    vectorised(
-        #[inline(always)]
-        || {
-            by_panels(right, columns, left.width, rows, out, |at| {
-                let rows: [&[f32]; TILE] = from_fn(|r| if at + r < rows { left.row(at + r) } else { &[] });
-                move |r: usize, k: usize| rows[r][k]
-            });
-        },
-    );
+pub fn product(left: Rows<'_>, rows: usize, right: &[f32], columns: usize, out: Sum<'_>) {
+    let depth = left.width;
+    arch().dispatch(Product { left: left.data, steps: (left.stride, 1), rows, depth, right, columns, out });
 }
 
 /// `out = leftᵀ · right`: `left` has as many rows as `right`, and its columns are the rows of the result.
-pub fn product_transposed(left: Rows<'_>, depth: usize, right: &[f32], columns: usize, out: &mut Sum<'_>) {
-    vectorised(
-        #[inline(always)]
-        || {
-            by_panels(right, columns, depth, left.width, out, |at| {
-                let data = &left.data[at..];
-                move |r: usize, k: usize| data[k * left.stride + r]
-            });
-        },
-    );
+pub fn product_transposed(left: Rows<'_>, depth: usize, right: &[f32], columns: usize, out: Sum<'_>) {
+    let rows = left.width;
+    arch().dispatch(Product { left: left.data, steps: (1, left.stride), rows, depth, right, columns, out });
 }
 
-/// Walks the panels of `right` and, below each, the row tiles; `reader(i)` reads the left factor from row `i` on.
-#[inline(always)]
-fn by_panels<R: Fn(usize, usize) -> f32>(
-    right: &[f32],
-    columns: usize,
+struct Product<'a> {
+    left: &'a [f32],
+    /// Distances in `left` of two rows of the result and of two terms of a sum.
+    steps: (usize, usize),
+    rows: usize,
     depth: usize,
-    rows: usize,
-    out: &mut Sum<'_>,
-    reader: impl Fn(usize) -> R,
-) {
-    for (first, vectors) in panels(columns.div_ceil(WIDTH)) {
-        let panel = &right[first * WIDTH * depth..][..vectors * WIDTH * depth];
-        let column = first * WIDTH;
-        match vectors {
-            4 => by_tiles::<4, R>(panel, column, rows, out, &reader),
-            3 => by_tiles::<3, R>(panel, column, rows, out, &reader),
-            2 => by_tiles::<2, R>(panel, column, rows, out, &reader),
-            _ => by_tiles::<1, R>(panel, column, rows, out, &reader),
-        }
-    }
+    right: &'a [f32],
+    columns: usize,
+    out: Sum<'a>,
 }
 
-#[inline(always)]
-fn by_tiles<const V: usize, R: Fn(usize, usize) -> f32>(
-    panel: &[f32],
-    column: usize,
-    rows: usize,
-    out: &mut Sum<'_>,
-    reader: &impl Fn(usize) -> R,
-) {
-    let mut at = 0;
-    while at < rows {
-        let data = &mut out.data[at * out.stride + column..];
-        let (stride, add) = (out.stride, out.add);
-        let left = reader(at);
-        at += match rows - at {
-            TILE.. => tile::<TILE, V>(left, panel, data, stride, add),
-            4.. => tile::<4, V>(left, panel, data, stride, add),
-            2.. => tile::<2, V>(left, panel, data, stride, add),
-            _ => tile::<1, V>(left, panel, data, stride, add),
-        };
-    }
-}
+impl WithSimd for Product<'_> {
+    type Output = ();
 
-/// `M` rows by `V` vectors of the result, held in registers over the whole depth. Returns `M`.
-#[inline(always)]
-fn tile<const M: usize, const V: usize>(
-    left: impl Fn(usize, usize) -> f32,
-    panel: &[f32],
-    out: &mut [f32],
-    stride: usize,
-    add: bool,
-) -> usize {
-    let mut sum = [[[0.0f32; WIDTH]; V]; M];
-    if add {
-        for r in 0..M {
-            let row = &out[r * stride..][..V * WIDTH];
-            sum[r] = from_fn(|v| from_fn(|lane| row[v * WIDTH + lane]));
-        }
-    }
-    for (k, right) in panel.chunks_exact(V * WIDTH).enumerate() {
-        let left: [f32; M] = from_fn(|r| left(r, k));
-        for r in 0..M {
-            for v in 0..V {
-                for lane in 0..WIDTH {
-                    sum[r][v][lane] = left[r].mul_add(right[v * WIDTH + lane], sum[r][v][lane]);
-                }
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let vectors = self.columns.div_ceil(WIDTH);
+        let count = vectors.div_ceil(PANEL);
+        for i in 0..count {
+            let (first, end) = (i * vectors / count, (i + 1) * vectors / count);
+            let (column, width) = (first * WIDTH, (end - first) * WIDTH);
+            let panel = &self.right[column * self.depth..][..width * self.depth];
+            // Six rows by four registers of 32, or by two of the sixteen that AVX2 has.
+            match (S::F32_LANES, end - first) {
+                (16, 4) => self.by_tiles::<S, 4>(simd, panel, column, width),
+                (16, 3) => self.by_tiles::<S, 3>(simd, panel, column, width),
+                (16, 2) => self.by_tiles::<S, 2>(simd, panel, column, width),
+                (16, _) => self.by_tiles::<S, 1>(simd, panel, column, width),
+                (8, _) => self.by_tiles::<S, 2>(simd, panel, column, width),
+                _ => self.by_tiles::<S, 4>(simd, panel, column, width),
             }
         }
     }
-    for r in 0..M {
-        let row = &mut out[r * stride..][..V * WIDTH];
-        for v in 0..V {
-            row[v * WIDTH..][..WIDTH].copy_from_slice(&sum[r][v]);
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    fn by_tiles<S: Simd, const V: usize>(&mut self, simd: S, panel: &[f32], column: usize, width: usize) {
+        for from in (0..width).step_by(V * S::F32_LANES) {
+            let mut at = 0;
+            while at < self.rows {
+                at += match self.rows - at {
+                    TILE.. => self.tile::<S, TILE, V>(simd, at, &panel[from..], column + from, width),
+                    4.. => self.tile::<S, 4, V>(simd, at, &panel[from..], column + from, width),
+                    2.. => self.tile::<S, 2, V>(simd, at, &panel[from..], column + from, width),
+                    _ => self.tile::<S, 1, V>(simd, at, &panel[from..], column + from, width),
+                };
+            }
         }
     }
-    M
+
+    /// `M` rows by `V` registers of the result, kept in registers over the whole depth. Returns `M`.
+    #[inline(always)]
+    fn tile<S: Simd, const M: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        at: usize,
+        panel: &[f32],
+        column: usize,
+        width: usize,
+    ) -> usize {
+        let lanes = V * S::F32_LANES;
+        let (row_step, depth_step) = self.steps;
+        let left = &self.left[at * row_step..];
+        let out = &mut self.out.data[at * self.out.stride + column..];
+        let mut sum = [[simd.splat_f32s(0.0); V]; M];
+        if self.out.add {
+            for r in 0..M {
+                let (row, _) = S::as_simd_f32s(&out[r * self.out.stride..][..lanes]);
+                sum[r].copy_from_slice(&row[..V]);
+            }
+        }
+        for k in 0..self.depth {
+            let (right, _) = S::as_simd_f32s(&panel[k * width..][..lanes]);
+            let left = &left[k * depth_step..][..(M - 1) * row_step + 1];
+            let right = &right[..V];
+            for r in 0..M {
+                let x = simd.splat_f32s(left[r * row_step]);
+                for v in 0..V {
+                    sum[r][v] = simd.mul_add_f32s(x, right[v], sum[r][v]);
+                }
+            }
+        }
+        for r in 0..M {
+            let (row, _) = S::as_mut_simd_f32s(&mut out[r * self.out.stride..][..lanes]);
+            row[..V].copy_from_slice(&sum[r]);
+        }
+        M
+    }
 }
 
 #[cfg(test)]
@@ -224,9 +249,9 @@ mod tests {
             assert_eq!(packed, packed_turned);
             let stride = padded(n);
             let mut out = vec![7.0; m * stride];
-            product(a_rows, m, &packed, n, &mut Sum { data: &mut out, stride, add: false });
+            product(a_rows, m, &packed, n, Sum { data: &mut out, stride, add: false });
             let left = Rows { data: &a_turned, stride: m, width: m };
-            product_transposed(left, k, &packed, n, &mut Sum { data: &mut out, stride, add: true });
+            product_transposed(left, k, &packed, n, Sum { data: &mut out, stride, add: true });
             for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                 assert_eq!(out[i * stride + j], 2.0 * want(i, j), "{m}x{k}x{n} at {i},{j}");
             }

@@ -129,11 +129,40 @@ impl Filters {
             None => out.copy_from_slice(gated.row(t)),
         }
     }
+
+    /// Gradient of row `t` of `gated` from that of the inner convolution.
+    #[inline(always)]
+    fn inner_transposed(&self, d: &Strip<'_>, t: usize, first: usize, out: &mut [f32]) {
+        match &self.inner {
+            Some(filter) => filter.apply_transposed(first, |j| self.reader(t, j, |t| d.row(t)), out),
+            None => out.copy_from_slice(d.row(t)),
+        }
+    }
+
+    /// Gradient of row `t` of `p` from that of q, k or v.
+    #[inline(always)]
+    fn short_transposed(&self, part: usize, d: &Strip<'_>, t: usize, first: usize, out: &mut [f32]) {
+        match &self.short {
+            Some(filters) => filters[part].apply_transposed(first, |j| self.reader(t, j, |t| d.row(t)), out),
+            None => out.copy_from_slice(d.row(t)),
+        }
+    }
 }
 
 #[inline(always)]
 fn multiply(x: &mut [f32], by: &[f32]) {
-    x.iter_mut().zip(by).for_each(|(x, y)| *x *= y);
+    let by = &by[..x.len()];
+    for i in 0..x.len() {
+        x[i] *= by[i];
+    }
+}
+
+#[inline(always)]
+fn product(x: &[f32], y: &[f32], out: &mut [f32]) {
+    let (x, y) = (&x[..out.len()], &y[..out.len()]);
+    for i in 0..out.len() {
+        out[i] = x[i] * y[i];
+    }
 }
 
 /// Forward pass.
@@ -144,31 +173,38 @@ pub fn forward(a: Forward<'_, f32>) {
         let p = &a.p[sample * n * 3 * c..][..n * 3 * c];
         for first in (0..c).step_by(CHANNELS) {
             let len = CHANNELS.min(c - first);
-            vectorised(
-                #[inline(always)]
-                || forward_strip(&filters, p, &tokens, first, len, y),
-            );
+            let gated = if filters.inner.is_some() { filters.sources(&tokens) } else { tokens.clone() };
+            with_strips([&gated, &(0..1)], len, |strips| {
+                vectorised(
+                    #[inline(always)]
+                    || forward_strip(&filters, p, &tokens, first, strips, y),
+                );
+            });
         }
     });
 }
 
 #[inline(always)]
-fn forward_strip(filters: &Filters, p: &[f32], tokens: &Range<usize>, first: usize, len: usize, y: &mut [f32]) {
-    let c = filters.dims.c;
-    let gated_tokens = if filters.inner.is_some() { filters.sources(tokens) } else { tokens.clone() };
-    with_strips([&gated_tokens, &(0..1)], len, |[mut gated, mut extra]| {
-        for t in gated_tokens.clone() {
-            filters.short(1, p, t, first, gated.row_mut(t));
-            filters.short(2, p, t, first, extra.row_mut(0));
-            multiply(gated.row_mut(t), extra.row(0));
-        }
-        for t in tokens.clone() {
-            let y = &mut y[(t - tokens.start) * c + first..][..len];
-            filters.short(0, p, t, first, y);
-            filters.inner(&gated, t, first, extra.row_mut(0));
-            multiply(y, extra.row(0));
-        }
-    });
+fn forward_strip(
+    filters: &Filters,
+    p: &[f32],
+    tokens: &Range<usize>,
+    first: usize,
+    [mut gated, mut extra]: [Strip<'_>; 2],
+    y: &mut [f32],
+) {
+    let (c, len) = (filters.dims.c, gated.len);
+    for t in gated.tokens.clone() {
+        filters.short(1, p, t, first, gated.row_mut(t));
+        filters.short(2, p, t, first, extra.row_mut(0));
+        multiply(gated.row_mut(t), extra.row(0));
+    }
+    for t in tokens.clone() {
+        let y = &mut y[(t - tokens.start) * c + first..][..len];
+        filters.short(0, p, t, first, y);
+        filters.inner(&gated, t, first, extra.row_mut(0));
+        multiply(y, extra.row(0));
+    }
 }
 
 /// Backward pass.
@@ -189,10 +225,19 @@ pub fn backward(a: Backward<'_, f32>) {
             let dy = &a.dy[sample * n * c..][..n * c];
             for first in (0..c).step_by(CHANNELS) {
                 let len = CHANNELS.min(c - first);
-                vectorised(
-                    #[inline(always)]
-                    || backward_strip(&filters, p, dy, &tokens, first, len, dp.as_deref_mut(), dw),
-                );
+                // Gradients of q, k, v are wanted where a short filter reaches this block, those of the inner
+                // filter's output where that reaches them, and k·v where the inner filter reads.
+                let outer = if filters.short.is_some() { filters.readers(&tokens) } else { tokens.clone() };
+                let (gates, sources) = match filters.inner {
+                    Some(_) => (filters.readers(&outer), filters.sources(&outer)),
+                    None => (outer.clone(), outer.clone()),
+                };
+                with_strips([&sources, &sources, &sources, &gates, &outer, &outer, &outer], len, |strips| {
+                    vectorised(
+                        #[inline(always)]
+                        || backward_strip(&filters, p, dy, &tokens, first, strips, dp.as_deref_mut(), dw),
+                    );
+                });
             }
         },
     );
@@ -222,72 +267,49 @@ fn backward_strip(
     dy: &[f32],
     tokens: &Range<usize>,
     first: usize,
-    len: usize,
+    [mut key, mut value, mut gated, mut d_mixed, mut dq, mut dk, mut dv]: [Strip<'_>; 7],
     dp: Option<&mut [f32]>,
     dw: &mut [f32],
 ) {
-    let Dims { c, .. } = filters.dims;
-    let (taps, rows) = (filters.taps(), (filters.taps() + 1) * c);
-    // Gradients of q, k, v are wanted where a short filter reaches this block, those of the inner filter's output
-    // where that reaches them, and k·v where the inner filter reads.
-    let outer = if filters.short.is_some() { filters.readers(tokens) } else { tokens.clone() };
-    let (gates, sources) = match filters.inner {
-        Some(_) => (filters.readers(&outer), filters.sources(&outer)),
-        None => (outer.clone(), outer.clone()),
-    };
-    let strips = [&sources, &sources, &sources, &gates, &outer, &outer, &outer];
-    with_strips(strips, len, |[mut key, mut value, mut gated, mut d_mixed, mut dq, mut dk, mut dv]| {
-        let dy = |t: usize| &dy[t * c + first..][..len];
-        for t in sources.clone() {
-            filters.short(1, p, t, first, key.row_mut(t));
-            filters.short(2, p, t, first, value.row_mut(t));
-            gated.row_mut(t).copy_from_slice(key.row(t));
-            multiply(gated.row_mut(t), value.row(t));
-        }
-        for t in gates.clone() {
-            filters.short(0, p, t, first, d_mixed.row_mut(t));
-            multiply(d_mixed.row_mut(t), dy(t));
-        }
-        for t in outer.clone() {
-            filters.inner(&gated, t, first, dq.row_mut(t));
-            multiply(dq.row_mut(t), dy(t));
-            match &filters.inner {
-                Some(filter) => {
-                    filter.apply_transposed(first, |j| filters.reader(t, j, |t| d_mixed.row(t)), dk.row_mut(t));
-                }
-                None => dk.row_mut(t).copy_from_slice(d_mixed.row(t)),
-            }
-            dv.row_mut(t).copy_from_slice(dk.row(t));
-            multiply(dk.row_mut(t), value.row(t));
-            multiply(dv.row_mut(t), key.row(t));
-        }
-        let gradients = [dq, dk, dv];
-        if let Some(dp) = dp {
-            for (t, part) in tokens.clone().flat_map(|t| (0..3).map(move |part| (t, part))) {
-                let out = &mut dp[((t - tokens.start) * 3 + part) * c + first..][..len];
-                let d = |t: usize| gradients[part].row(t);
-                match &filters.short {
-                    Some(short) => short[part].apply_transposed(first, |j| filters.reader(t, j, d), out),
-                    None => out.copy_from_slice(d(t)),
-                }
-            }
-        }
-        let start = tokens.start;
-        if filters.short.is_some() {
+    let (Dims { n, c, .. }, len) = (filters.dims, key.len);
+    let dy = |t: usize| &dy[t * c + first..][..len];
+    for t in key.tokens.clone() {
+        filters.short(1, p, t, first, key.row_mut(t));
+        filters.short(2, p, t, first, value.row_mut(t));
+        product(key.row(t), value.row(t), gated.row_mut(t));
+    }
+    for t in d_mixed.tokens.clone() {
+        filters.short(0, p, t, first, d_mixed.row_mut(t));
+        multiply(d_mixed.row_mut(t), dy(t));
+    }
+    for t in dq.tokens.clone() {
+        filters.inner(&gated, t, first, dq.row_mut(t));
+        multiply(dq.row_mut(t), dy(t));
+        filters.inner_transposed(&d_mixed, t, first, dv.row_mut(t));
+        product(dv.row(t), value.row(t), dk.row_mut(t));
+        multiply(dv.row_mut(t), key.row(t));
+    }
+    let gradients = [dq, dk, dv];
+    if let Some(dp) = dp {
+        for (i, rows) in dp.chunks_exact_mut(3 * c).enumerate() {
             for part in 0..3 {
-                let x = |t: usize| &p[(t * 3 + part) * c + first..][..len];
-                let d = |t: usize| gradients[part].row(start + t);
-                let dw = &mut dw[part * rows + first..];
-                filter_gradients(tokens.len(), len, taps, d, |t, j| filters.source(start + t, j, x), dw, c);
+                let out = &mut rows[part * c + first..][..len];
+                filters.short_transposed(part, &gradients[part], tokens.start + i, first, out);
             }
         }
-        if filters.inner.is_some() {
-            let d = |t: usize| d_mixed.row(start + t);
-            let dw = &mut dw[3 * rows + first..];
-            let x = |t: usize, j: usize| filters.source(start + t, j, |t| gated.row(t));
-            filter_gradients(tokens.len(), len, taps, d, x, dw, c);
+    }
+    let (taps, rows) = (filters.taps(), (filters.taps() + 1) * c);
+    if filters.short.is_some() {
+        for part in 0..3 {
+            let x = |t: usize| if t < n { &p[(t * 3 + part) * c + first..][..len] } else { &ZEROS[..len] };
+            let dw = &mut dw[part * rows..][..rows];
+            filter_gradients(tokens, filters.lead, taps, |t| gradients[part].row(t), x, dw, first, len);
         }
-    });
+    }
+    if filters.inner.is_some() {
+        let x = |t: usize| if gated.tokens.contains(&t) { gated.row(t) } else { &ZEROS[..len] };
+        filter_gradients(tokens, filters.lead, taps, |t| d_mixed.row(t), x, &mut dw[3 * rows..], first, len);
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Depthwise convolution along the tokens for one row of channels, four taps at a time.
 
-use crate::simd::LANES;
+use std::ops::Range;
 
 /// Taps applied in one pass over a row; filters are padded with zero taps to a multiple of it.
 pub const GROUP: usize = 4;
@@ -56,54 +56,54 @@ impl Filter {
     }
 }
 
-/// Gradients of taps and bias over `rows` tokens: `dw[j] += Σ_t dy(t)·x(t, j)`, `db += Σ_t dy(t)`, for `len` channels.
+/// Gradients of taps and bias over `tokens`: `dw[j] += Σ_t dy(t)·x(t − lead + j)`, `db += Σ_t dy(t)`.
 ///
-/// `dw` holds rows of `stride` values, one per padded tap, the bias last.
+/// `dw` holds rows of all channels, one per padded tap, the bias last; `first` and `len` choose the channels. `x` is
+/// asked for tokens outside the sequence too, wrapped below zero, and answers zeros. Four tokens at a time, so that the
+/// sums are loaded and stored once for sixteen products.
 #[inline(always)]
 pub fn filter_gradients<'a, 'b>(
-    rows: usize,
-    len: usize,
+    tokens: &Range<usize>,
+    lead: usize,
     taps: usize,
     dy: impl Fn(usize) -> &'a [f32],
-    x: impl Fn(usize, usize) -> &'b [f32],
+    x: impl Fn(usize) -> &'b [f32],
     dw: &mut [f32],
-    stride: usize,
+    first: usize,
+    len: usize,
 ) {
-    for group in (0..taps).step_by(GROUP) {
-        let mut at = 0;
-        while at < len {
-            let lanes = LANES.min(len - at);
-            let mut sums = [[0.0f32; LANES]; GROUP + 1];
-            for t in 0..rows {
-                let window: [&[f32]; GROUP] = std::array::from_fn(|j| &x(t, group + j)[at..]);
-                add_products(&dy(t)[at..], window, lanes, &mut sums);
+    let (dw, bias) = dw.split_at_mut(dw.len() / (taps + 1) * taps);
+    let stride = bias.len();
+    let bias = &mut bias[first..][..len];
+    for t in tokens.clone().step_by(GROUP) {
+        let mut d: [&[f32]; GROUP] = [&ZEROS[..len]; GROUP];
+        for i in 0..GROUP.min(tokens.end - t) {
+            d[i] = &dy(t + i)[..len];
+        }
+        let [d0, d1, d2, d3] = d;
+        for i in 0..len {
+            bias[i] += (d0[i] + d1[i]) + (d2[i] + d3[i]);
+        }
+        for (group, dw) in dw.chunks_exact_mut(GROUP * stride).enumerate() {
+            let row = |i: usize| &x((t + group * GROUP + i).wrapping_sub(lead))[..len];
+            let (x0, x1, x2, x3, x4, x5, x6) = (row(0), row(1), row(2), row(3), row(4), row(5), row(6));
+            let (w0, w) = dw.split_at_mut(stride);
+            let (w1, w) = w.split_at_mut(stride);
+            let (w2, w3) = w.split_at_mut(stride);
+            let (w0, w1) = (&mut w0[first..][..len], &mut w1[first..][..len]);
+            let (w2, w3) = (&mut w2[first..][..len], &mut w3[first..][..len]);
+            for i in 0..len {
+                let d = [d0[i], d1[i], d2[i], d3[i]];
+                w0[i] += dot(d, [x0[i], x1[i], x2[i], x3[i]]);
+                w1[i] += dot(d, [x1[i], x2[i], x3[i], x4[i]]);
+                w2[i] += dot(d, [x2[i], x3[i], x4[i], x5[i]]);
+                w3[i] += dot(d, [x3[i], x4[i], x5[i], x6[i]]);
             }
-            for j in 0..GROUP {
-                let out = &mut dw[(group + j) * stride + at..][..lanes];
-                out.iter_mut().zip(&sums[j]).for_each(|(o, s)| *o = *s);
-            }
-            if group == 0 {
-                let out = &mut dw[taps * stride + at..][..lanes];
-                out.iter_mut().zip(&sums[GROUP]).for_each(|(o, s)| *o = *s);
-            }
-            at += lanes;
         }
     }
 }
 
 #[inline(always)]
-fn add_products(dy: &[f32], x: [&[f32]; GROUP], lanes: usize, sums: &mut [[f32; LANES]; GROUP + 1]) {
-    let mut add = |lanes: usize| {
-        for j in 0..GROUP {
-            let x = &x[j][..lanes];
-            for lane in 0..lanes {
-                sums[j][lane] = dy[lane].mul_add(x[lane], sums[j][lane]);
-            }
-        }
-        for lane in 0..lanes {
-            sums[GROUP][lane] += dy[lane];
-        }
-    };
-    // A constant length is a register; the rest of an odd row is a loop.
-    if lanes == LANES { add(LANES) } else { add(lanes) }
+fn dot(a: [f32; GROUP], b: [f32; GROUP]) -> f32 {
+    a[0].mul_add(b[0], a[1].mul_add(b[1], a[2].mul_add(b[2], a[3] * b[3])))
 }
