@@ -97,15 +97,15 @@ pub mod adamw {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [L] f32: Gradient.
+        /// `[L]` f32: Gradient.
         pub grad: &'a [T],
-        /// [L] f32: Parameters.
+        /// `[L]` f32: Parameters.
         pub param: &'a mut [T],
-        /// [L] f32: First moment.
+        /// `[L]` f32: First moment.
         pub m: &'a mut [T],
-        /// [L] f32: Second moment.
+        /// `[L]` f32: Second moment.
         pub v: &'a mut [T],
-        /// [L] f32: Moving average of the parameters.
+        /// `[L]` f32: Moving average of the parameters.
         pub ema: Option<&'a mut [T]>,
     }
 
@@ -153,13 +153,13 @@ pub mod add_noise {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, L] f32: Clean latents.
+        /// `[B, L]` f32: Clean latents.
         pub x0: &'a [T],
-        /// [B, L] f32: Standard normal noise.
+        /// `[B, L]` f32: Standard normal noise.
         pub noise: &'a [T],
-        /// [B, 2] f32: Per sample: sqrt(alpha_bar), sqrt(1 - alpha_bar).
+        /// `[B, 2]` f32: Per sample: sqrt(alpha_bar), sqrt(1 - alpha_bar).
         pub coefs: &'a [T],
-        /// [B, L] f32: Noisy latents.
+        /// `[B, L]` f32: Noisy latents.
         pub x_t: &'a mut [T],
     }
 
@@ -209,26 +209,26 @@ pub mod attention {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, N, 3, H, E] f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
         pub qkv: &'a [T],
-        /// [B, N, H, E] f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
         pub y: &'a mut [T],
-        /// [B, H, N] f32: Log of the sum of the exponentials of the scaled scores of each query.
+        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
         pub lse: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, N, H, E] f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
         pub dy: &'a [T],
-        /// [B, N, 3, H, E] f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
         pub qkv: &'a [T],
-        /// [B, N, H, E] f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
         pub y: &'a [T],
-        /// [B, H, N] f32: Log of the sum of the exponentials of the scaled scores of each query.
+        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
         pub lse: &'a [T],
-        /// [B, N, 3, H, E] f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
         pub dqkv: Option<&'a mut [T]>,
     }
 
@@ -299,9 +299,9 @@ pub mod axpy {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [L] f32: Added tensor.
+        /// `[L]` f32: Added tensor.
         pub x: &'a [T],
-        /// [L] f32: Updated tensor.
+        /// `[L]` f32: Updated tensor.
         pub y: &'a mut [T],
     }
 
@@ -349,30 +349,30 @@ pub mod embed {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [V, D] f32: Embedding table.
+        /// `[V, D]` f32: Embedding table.
         pub table: &'a [T],
-        /// [B] i32: Row per sample.
+        /// `[B]` i32: Row per sample.
         pub index: &'a [i32],
-        /// [B, D] f32: Added to the row, such as the embedding of the timestep.
+        /// `[B, D]` f32: Added to the row, such as the embedding of the timestep.
         pub addend: Option<&'a [T]>,
-        /// [B, D] f32: Activated sum.
+        /// `[B, D]` f32: Activated sum.
         pub y: &'a mut [T],
-        /// [B, D] f32: Sum before the activation.
+        /// `[B, D]` f32: Sum before the activation.
         pub pre: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, D] f32: Activated sum.
+        /// `[B, D]` f32: Activated sum.
         pub dy: &'a [T],
-        /// [B] i32: Row per sample.
+        /// `[B]` i32: Row per sample.
         pub index: &'a [i32],
-        /// [B, D] f32: Sum before the activation.
+        /// `[B, D]` f32: Sum before the activation.
         pub pre: &'a [T],
-        /// [V, D] f32: Embedding table.
+        /// `[V, D]` f32: Embedding table.
         pub dtable: Option<&'a mut [T]>,
-        /// [B, D] f32: Added to the row, such as the embedding of the timestep.
+        /// `[B, D]` f32: Added to the row, such as the embedding of the timestep.
         pub daddend: Option<&'a mut [T]>,
     }
 
@@ -448,28 +448,28 @@ pub mod gate_residual {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, N, D] f32: Residual stream.
+        /// `[B, N, D]` f32: Residual stream.
         pub residual: &'a [T],
-        /// [B, C, D] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub modulation: &'a [T],
-        /// [B, N, D] f32: Result of the block's operator.
+        /// `[B, N, D]` f32: Result of the block's operator.
         pub branch: &'a [T],
-        /// [B, N, D] f32: New residual stream.
+        /// `[B, N, D]` f32: New residual stream.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, N, D] f32: New residual stream.
+        /// `[B, N, D]` f32: New residual stream.
         pub dy: &'a [T],
-        /// [B, C, D] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub modulation: &'a [T],
-        /// [B, N, D] f32: Result of the block's operator.
+        /// `[B, N, D]` f32: Result of the block's operator.
         pub branch: &'a [T],
-        /// [B, C, D] f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub dmodulation: Option<&'a mut [T]>,
-        /// [B, N, D] f32: Result of the block's operator.
+        /// `[B, N, D]` f32: Result of the block's operator.
         pub dbranch: Option<&'a mut [T]>,
     }
 
@@ -540,44 +540,44 @@ pub mod gated_conv {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, N, 3, C] f32: Queries, keys and values side by side, as the input projection writes them.
+        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
         pub p: &'a [T],
-        /// [3, C, K] f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
         pub short_weight: Option<&'a [T]>,
-        /// [3, C] f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` f32: Bias of the convolution on q, k and v.
         pub short_bias: Option<&'a [T]>,
-        /// [C, K] f32: Taps of the convolution on k * v; absent in Hyena-X.
+        /// `[C, K]` f32: Taps of the convolution on k * v; absent in Hyena-X.
         pub inner_weight: Option<&'a [T]>,
-        /// [C] f32: Bias of the convolution on k * v.
+        /// `[C]` f32: Bias of the convolution on k * v.
         pub inner_bias: Option<&'a [T]>,
-        /// [B, N, C] f32: Gated result, before the output projection.
+        /// `[B, N, C]` f32: Gated result, before the output projection.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, N, C] f32: Gated result, before the output projection.
+        /// `[B, N, C]` f32: Gated result, before the output projection.
         pub dy: &'a [T],
-        /// [B, N, 3, C] f32: Queries, keys and values side by side, as the input projection writes them.
+        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
         pub p: &'a [T],
-        /// [3, C, K] f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
         pub short_weight: Option<&'a [T]>,
-        /// [3, C] f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` f32: Bias of the convolution on q, k and v.
         pub short_bias: Option<&'a [T]>,
-        /// [C, K] f32: Taps of the convolution on k * v; absent in Hyena-X.
+        /// `[C, K]` f32: Taps of the convolution on k * v; absent in Hyena-X.
         pub inner_weight: Option<&'a [T]>,
-        /// [C] f32: Bias of the convolution on k * v.
+        /// `[C]` f32: Bias of the convolution on k * v.
         pub inner_bias: Option<&'a [T]>,
-        /// [B, N, 3, C] f32: Queries, keys and values side by side, as the input projection writes them.
+        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
         pub dp: Option<&'a mut [T]>,
-        /// [3, C, K] f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
         pub dshort_weight: Option<&'a mut [T]>,
-        /// [3, C] f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` f32: Bias of the convolution on q, k and v.
         pub dshort_bias: Option<&'a mut [T]>,
-        /// [C, K] f32: Taps of the convolution on k * v; absent in Hyena-X.
+        /// `[C, K]` f32: Taps of the convolution on k * v; absent in Hyena-X.
         pub dinner_weight: Option<&'a mut [T]>,
-        /// [C] f32: Bias of the convolution on k * v.
+        /// `[C]` f32: Bias of the convolution on k * v.
         pub dinner_bias: Option<&'a mut [T]>,
     }
 
@@ -918,40 +918,40 @@ pub mod loss_diffusion {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, 2*C, S] f32: Predicted noise, then variance values v in about [-1, 1].
+        /// `[B, 2*C, S]` f32: Predicted noise, then variance values v in about [-1, 1].
         pub model_output: &'a [T],
-        /// [B, C, S] f32: Clean latents.
+        /// `[B, C, S]` f32: Clean latents.
         pub x0: &'a [T],
-        /// [B, C, S] f32: Noisy latents.
+        /// `[B, C, S]` f32: Noisy latents.
         pub x_t: &'a [T],
-        /// [B, C, S] f32: The noise in them.
+        /// `[B, C, S]` f32: The noise in them.
         pub noise: &'a [T],
-        /// [B, 8] f32: Per sample: posterior_mean_x0, posterior_mean_xt, log_beta, posterior_log_variance (clipped), sqrt_recip_alpha_bar, sqrt_recipm1_alpha_bar, is_t0 (0 or 1), and one reserved (0).
+        /// `[B, 8]` f32: Per sample: posterior_mean_x0, posterior_mean_xt, log_beta, posterior_log_variance (clipped), sqrt_recip_alpha_bar, sqrt_recipm1_alpha_bar, is_t0 (0 or 1), and one reserved (0).
         pub coefs: &'a [T],
-        /// [1] f32: Mean over the batch.
+        /// `[1]` f32: Mean over the batch.
         pub loss: &'a mut [T],
-        /// [B] f32: Squared error per sample, for reporting.
+        /// `[B]` f32: Squared error per sample, for reporting.
         pub mse: &'a mut [T],
-        /// [B] f32: Bound per sample in bits per element, for reporting.
+        /// `[B]` f32: Bound per sample in bits per element, for reporting.
         pub vb: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [1] f32: Mean over the batch.
+        /// `[1]` f32: Mean over the batch.
         pub dloss: &'a [T],
-        /// [B, 2*C, S] f32: Predicted noise, then variance values v in about [-1, 1].
+        /// `[B, 2*C, S]` f32: Predicted noise, then variance values v in about [-1, 1].
         pub model_output: &'a [T],
-        /// [B, C, S] f32: Clean latents.
+        /// `[B, C, S]` f32: Clean latents.
         pub x0: &'a [T],
-        /// [B, C, S] f32: Noisy latents.
+        /// `[B, C, S]` f32: Noisy latents.
         pub x_t: &'a [T],
-        /// [B, C, S] f32: The noise in them.
+        /// `[B, C, S]` f32: The noise in them.
         pub noise: &'a [T],
-        /// [B, 8] f32: Per sample: posterior_mean_x0, posterior_mean_xt, log_beta, posterior_log_variance (clipped), sqrt_recip_alpha_bar, sqrt_recipm1_alpha_bar, is_t0 (0 or 1), and one reserved (0).
+        /// `[B, 8]` f32: Per sample: posterior_mean_x0, posterior_mean_xt, log_beta, posterior_log_variance (clipped), sqrt_recip_alpha_bar, sqrt_recipm1_alpha_bar, is_t0 (0 or 1), and one reserved (0).
         pub coefs: &'a [T],
-        /// [B, 2*C, S] f32: Predicted noise, then variance values v in about [-1, 1].
+        /// `[B, 2*C, S]` f32: Predicted noise, then variance values v in about [-1, 1].
         pub dmodel_output: Option<&'a mut [T]>,
     }
 
@@ -1029,24 +1029,24 @@ pub mod loss_regression {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, N, D] f32: Output of the student.
+        /// `[B, N, D]` f32: Output of the student.
         pub pred: &'a [T],
-        /// [B, N, D] f32: Output of the teacher.
+        /// `[B, N, D]` f32: Output of the teacher.
         pub target: &'a [T],
-        /// [1] f32: Mean.
+        /// `[1]` f32: Mean.
         pub loss: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [1] f32: Mean.
+        /// `[1]` f32: Mean.
         pub dloss: &'a [T],
-        /// [B, N, D] f32: Output of the student.
+        /// `[B, N, D]` f32: Output of the student.
         pub pred: &'a [T],
-        /// [B, N, D] f32: Output of the teacher.
+        /// `[B, N, D]` f32: Output of the teacher.
         pub target: &'a [T],
-        /// [B, N, D] f32: Output of the student.
+        /// `[B, N, D]` f32: Output of the student.
         pub dpred: Option<&'a mut [T]>,
     }
 
@@ -1118,18 +1118,18 @@ pub mod patchify {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, C, Gh*P, Gw*P] f32: Image, channels first.
+        /// `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
         pub x: &'a [T],
-        /// [B, Gh*Gw, C*P*P] f32: Patches in raster order; within one: channel, row, column.
+        /// `[B, Gh*Gw, C*P*P]` f32: Patches in raster order; within one: channel, row, column.
         pub tokens: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, Gh*Gw, C*P*P] f32: Patches in raster order; within one: channel, row, column.
+        /// `[B, Gh*Gw, C*P*P]` f32: Patches in raster order; within one: channel, row, column.
         pub dtokens: &'a [T],
-        /// [B, C, Gh*P, Gw*P] f32: Image, channels first.
+        /// `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
         pub dx: Option<&'a mut [T]>,
     }
 
@@ -1202,7 +1202,7 @@ pub mod philox {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [L] f32: Standard normal numbers.
+        /// `[L]` f32: Standard normal numbers.
         pub z: &'a mut [T],
     }
 
@@ -1250,9 +1250,9 @@ pub mod sinusoid {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B] f32: Timestep, fractional values allowed.
+        /// `[B]` f32: Timestep, fractional values allowed.
         pub t: &'a [T],
-        /// [B, D] f32: Features.
+        /// `[B, D]` f32: Features.
         pub y: &'a mut [T],
     }
 
@@ -1324,19 +1324,19 @@ pub mod solver_step {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, C, S] f32: Current latents.
+        /// `[B, C, S]` f32: Current latents.
         pub x: &'a [T],
-        /// [B, Co, S] f32: Model output for the condition.
+        /// `[B, Co, S]` f32: Model output for the condition.
         pub cond: &'a [T],
-        /// [B, Co, S] f32: Model output for the null condition.
+        /// `[B, Co, S]` f32: Model output for the null condition.
         pub uncond: Option<&'a [T]>,
-        /// [B, C, S] f32: Standard normal noise.
+        /// `[B, C, S]` f32: Standard normal noise.
         pub noise: Option<&'a [T]>,
-        /// [B, C, S] f32: Clean estimate of the previous step (second order).
+        /// `[B, C, S]` f32: Clean estimate of the previous step (second order).
         pub x0_prev: Option<&'a [T]>,
-        /// [B, C, S] f32: Latents of the next step.
+        /// `[B, C, S]` f32: Latents of the next step.
         pub x_next: &'a mut [T],
-        /// [B, C, S] f32: Clean estimate.
+        /// `[B, C, S]` f32: Clean estimate.
         pub x0: &'a mut [T],
     }
 
@@ -1384,9 +1384,9 @@ pub mod sum_squares {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [L] f32: Any tensor.
+        /// `[L]` f32: Any tensor.
         pub x: &'a [T],
-        /// [1] f32: Sum.
+        /// `[1]` f32: Sum.
         pub out: &'a mut [T],
     }
 
@@ -1435,18 +1435,18 @@ pub mod unpatchify {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, Gh*Gw, P*P*C] f32: Patches in raster order; within one: row, column, channel.
+        /// `[B, Gh*Gw, P*P*C]` f32: Patches in raster order; within one: row, column, channel.
         pub tokens: &'a [T],
-        /// [B, C, Gh*P, Gw*P] f32: Image, channels first.
+        /// `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
         pub x: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// [B, C, Gh*P, Gw*P] f32: Image, channels first.
+        /// `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
         pub dx: &'a [T],
-        /// [B, Gh*Gw, P*P*C] f32: Patches in raster order; within one: row, column, channel.
+        /// `[B, Gh*Gw, P*P*C]` f32: Patches in raster order; within one: row, column, channel.
         pub dtokens: Option<&'a mut [T]>,
     }
 

@@ -191,7 +191,6 @@ mod tests {
     }
 
     #[test]
-<<<<<<< HEAD
     fn logarithm_and_exp_m1_are_accurate() {
         for i in 1..2_000_000 {
             let x = i as f32 * 1e-6;
@@ -214,7 +213,6 @@ mod tests {
             assert!((f64::from(got.0) - cos).abs() < 2e-7 && (f64::from(got.1) - sin).abs() < 2e-7, "{w}: {got:?}");
         }
         assert_eq!((cos_sin_turn(0.0), cos_sin_turn(0.5), cos_sin_turn(0.25).1), ((1.0, 0.0), (-1.0, -0.0), 1.0));
-=======
     fn exp_decay_is_accurate_below_zero() {
         for i in -873_000..1000 {
             let x = i as f32 * 1e-4;
@@ -224,7 +222,6 @@ mod tests {
         assert!(exp_decay(f32::NEG_INFINITY) < 1.2e-38);
         assert!(exp_decay(f32::NAN).is_nan());
         assert_eq!(exp_decay(0.0), 1.0);
->>>>>>> attn
     }
 
     #[test]

@@ -165,9 +165,9 @@ fn add_noise_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`attention`].
 pub struct AttentionOut {
-    /// [B, N, H, E] f32: Attention output, heads side by side.
+    /// `[B, N, H, E]` f32: Attention output, heads side by side.
     pub y: Tensor,
-    /// [B, H, N] f32: Log of the sum of the exponentials of the scaled scores of each query.
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
 }
 
@@ -333,17 +333,17 @@ fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`embed`].
 pub struct EmbedOut {
-    /// [B, D] f32: Activated sum.
+    /// `[B, D]` f32: Activated sum.
     pub y: Tensor,
-    /// [B, D] f32: Sum before the activation.
+    /// `[B, D]` f32: Sum before the activation.
     pub pre: Tensor,
 }
 
 /// Gradients of [`embed`]; absent where not asked for.
 pub struct EmbedGrads {
-    /// [V, D] f32
+    /// `[V, D]` f32
     pub table: Option<Tensor>,
-    /// [B, D] f32
+    /// `[B, D]` f32
     pub addend: Option<Tensor>,
 }
 
@@ -484,9 +484,9 @@ fn embed_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Gradients of [`gate_residual`]; absent where not asked for.
 pub struct GateResidualGrads {
-    /// [B, C, D] f32
+    /// `[B, C, D]` f32
     pub modulation: Option<Tensor>,
-    /// [B, N, D] f32
+    /// `[B, N, D]` f32
     pub branch: Option<Tensor>,
 }
 
@@ -614,15 +614,15 @@ fn gate_residual_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Gradients of [`gated_conv`]; absent where not asked for.
 pub struct GatedConvGrads {
-    /// [B, N, 3, C] f32
+    /// `[B, N, 3, C]` f32
     pub p: Option<Tensor>,
-    /// [3, C, K] f32
+    /// `[3, C, K]` f32
     pub short_weight: Option<Tensor>,
-    /// [3, C] f32
+    /// `[3, C]` f32
     pub short_bias: Option<Tensor>,
-    /// [C, K] f32
+    /// `[C, K]` f32
     pub inner_weight: Option<Tensor>,
-    /// [C] f32
+    /// `[C]` f32
     pub inner_bias: Option<Tensor>,
 }
 
@@ -1123,11 +1123,11 @@ fn ln_modulate_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`loss_diffusion`].
 pub struct LossDiffusionOut {
-    /// [1] f32: Mean over the batch.
+    /// `[1]` f32: Mean over the batch.
     pub loss: Tensor,
-    /// [B] f32: Squared error per sample, for reporting.
+    /// `[B]` f32: Squared error per sample, for reporting.
     pub mse: Tensor,
-    /// [B] f32: Bound per sample in bits per element, for reporting.
+    /// `[B]` f32: Bound per sample in bits per element, for reporting.
     pub vb: Tensor,
 }
 
@@ -1611,9 +1611,9 @@ fn sinusoid_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`solver_step`].
 pub struct SolverStepOut {
-    /// [B, C, S] f32: Latents of the next step.
+    /// `[B, C, S]` f32: Latents of the next step.
     pub x_next: Tensor,
-    /// [B, C, S] f32: Clean estimate.
+    /// `[B, C, S]` f32: Clean estimate.
     pub x0: Tensor,
 }
 
