@@ -213,6 +213,9 @@ mod tests {
             assert!((f64::from(got.0) - cos).abs() < 2e-7 && (f64::from(got.1) - sin).abs() < 2e-7, "{w}: {got:?}");
         }
         assert_eq!((cos_sin_turn(0.0), cos_sin_turn(0.5), cos_sin_turn(0.25).1), ((1.0, 0.0), (-1.0, -0.0), 1.0));
+    }
+
+    #[test]
     fn exp_decay_is_accurate_below_zero() {
         for i in -873_000..1000 {
             let x = i as f32 * 1e-4;
