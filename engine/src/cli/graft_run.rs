@@ -5,7 +5,7 @@ use crate::backend::Device;
 use crate::error::Result;
 use crate::graft::assemble::Stage;
 use crate::graft::plan::Plan;
-use crate::graft::run::{self, Event, RunFolder};
+use crate::graft::run::{self, Event, RunData, RunFolder};
 use crate::graft::summary::{StageSummary, Summary};
 use indicatif::ProgressBar;
 use std::ops::ControlFlow;
@@ -39,7 +39,8 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let device = Device::cpu();
     let folder = RunFolder::create(Plan::read(&args.plan)?, &args.common.run)?;
     let mut bars = Bars::new(&folder, &device, args.common.stop_after);
-    let summary = run::run(&folder, &device, &mut |e| bars.report(e))?;
+    let data = RunData::load(&folder.plan.data)?;
+    let summary = run::run(&folder, &data, &device, &mut |e| bars.report(e))?;
     bars.finish();
     conclude(&folder, summary.as_ref(), &args.common)
 }
@@ -58,11 +59,12 @@ pub fn finetune(args: &RunArgs) -> Result<()> {
     stage(&folder, &device, args, run::finetune)
 }
 
-type StageFn = fn(&RunFolder, &Device, &mut run::Report<'_>) -> Result<bool>;
+type StageFn = fn(&RunFolder, &RunData, &Device, &mut run::Report<'_>) -> Result<bool>;
 
 fn stage(folder: &RunFolder, device: &Device, args: &RunArgs, stage: StageFn) -> Result<()> {
     let mut bars = Bars::new(folder, device, args.stop_after);
-    let finished = stage(folder, device, &mut |e| bars.report(e))?;
+    let data = RunData::load(&folder.plan.data)?;
+    let finished = stage(folder, &data, device, &mut |e| bars.report(e))?;
     bars.finish();
     let summary = if finished { Some(run::finish(folder)?) } else { None };
     conclude(folder, summary.as_ref(), args)
@@ -84,8 +86,16 @@ fn conclude(folder: &RunFolder, summary: Option<&Summary>, args: &RunArgs) -> Re
     }
     println!("{:<16} {:<20} {:<20} {:>10} {:>10}", "site", "before", "after", "initial", "distilled");
     for s in &summary.sites {
-        let relative = |r: Option<crate::graft::distill::Residual>| r.map_or("-".into(), |r| format!("{:.4}", r.relative));
-        println!("{:<16} {:<20} {:<20} {:>10} {:>10}", s.site, s.before, s.after, relative(s.residual_initial), relative(s.residual_distilled));
+        let relative =
+            |r: Option<crate::graft::distill::Residual>| r.map_or("-".into(), |r| format!("{:.4}", r.relative));
+        println!(
+            "{:<16} {:<20} {:<20} {:>10} {:>10}",
+            s.site,
+            s.before,
+            s.after,
+            relative(s.residual_initial),
+            relative(s.residual_distilled)
+        );
     }
     println!("(relative error on held-out images)\n");
     print_stage("stage 1", &summary.distill);
@@ -99,7 +109,10 @@ fn conclude(folder: &RunFolder, summary: Option<&Summary>, args: &RunArgs) -> Re
 }
 
 fn print_stage(name: &str, s: &StageSummary) {
-    println!("{name}: {} updates, {} images, {:.1} s, loss {:.4} -> {:.4}", s.steps, s.images, s.seconds, s.loss_first, s.loss_last);
+    println!(
+        "{name}: {} updates, {} images, {:.1} s, loss {:.4} -> {:.4}",
+        s.steps, s.images, s.seconds, s.loss_first, s.loss_last
+    );
 }
 
 /// A bar for each stage, shown when its first word comes.

@@ -58,7 +58,12 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn as_json(assignments: &[Assignment], grafted: &DitConfig, before: &ModelCost, after: &ModelCost) -> Result<serde_json::Value> {
+fn as_json(
+    assignments: &[Assignment],
+    grafted: &DitConfig,
+    before: &ModelCost,
+    after: &ModelCost,
+) -> Result<serde_json::Value> {
     let changed: Vec<String> = assignments.iter().map(ToString::to_string).collect();
     let layers: Vec<_> = grafted.blocks.iter().map(|b| json!({ "attn": b.attn, "mlp": b.mlp })).collect();
     let costs = serde_json::to_value([before, after]).map_err(|e| Error::failure("plan", e.to_string()))?;
@@ -99,9 +104,17 @@ fn print_costs(before: &ModelCost, after: &ModelCost) {
         for (what, b, a) in pairs.into_iter().filter(|(_, b, a)| *b > 0.0 || *a > 0.0) {
             row(&format!("{name}: {what}"), [million(b), million(a)], [b, a]);
         }
-        row(&format!("{name}: parameters"), [b.params.to_string(), a.params.to_string()], [b.params as f64, a.params as f64]);
+        row(
+            &format!("{name}: parameters"),
+            [b.params.to_string(), a.params.to_string()],
+            [b.params as f64, a.params as f64],
+        );
     }
     row("model: FLOP", [million(before.flops), million(after.flops)], [before.flops, after.flops]);
-    row("model: parameters", [before.params.to_string(), after.params.to_string()], [before.params as f64, after.params as f64]);
+    row(
+        "model: parameters",
+        [before.params.to_string(), after.params.to_string()],
+        [before.params as f64, after.params as f64],
+    );
     println!("{:<28} {:>16} {:>16}", "tokens", before.tokens, after.tokens);
 }

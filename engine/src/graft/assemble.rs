@@ -43,7 +43,9 @@ pub fn grafted_config(base: &DitConfig, assignments: &[Assignment]) -> Result<Di
     let mut config = base.clone();
     for a in assignments {
         let spec = config.spec_mut(a.block, a.site);
-        *spec.ok_or_else(|| Error::failure(a.to_string(), "no such block").must(format!("one of {}", base.depth())))? = a.spec.clone();
+        *spec
+            .ok_or_else(|| Error::failure(a.to_string(), "no such block").must(format!("one of {}", base.depth())))? =
+            a.spec.clone();
     }
     Ok(config)
 }
@@ -60,10 +62,12 @@ pub fn graft<'s>(base: &Dit, sites: impl IntoIterator<Item = (&'s Assignment, &'
     let mut model = Dit::new(grafted_config(&base.config, &assignments)?, base.device(), 0)?;
     let names: Vec<_> = model.params.iter().map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in names {
-        let site = sites.iter().find(|(a, _)| name.strip_prefix(&a.to_string()).is_some_and(|rest| rest.starts_with('.')));
+        let site =
+            sites.iter().find(|(a, _)| name.strip_prefix(&a.to_string()).is_some_and(|rest| rest.starts_with('.')));
         let store = site.map_or(&base.params, |(_, store)| store);
         let found = store.find(&name).ok_or_else(|| {
-            Error::failure(&name, "no value for a parameter of the grafted model").must("in the base or in the store of its site")
+            Error::failure(&name, "no value for a parameter of the grafted model")
+                .must("in the base or in the store of its site")
         })?;
         model.params.set(id, store.get(found).value.clone())?;
     }
@@ -75,7 +79,10 @@ pub fn graft<'s>(base: &Dit, sites: impl IntoIterator<Item = (&'s Assignment, &'
 /// # Errors
 /// When the folder cannot be written.
 pub fn save(model: &Dit, folder: &Path, plan: &Plan, stage: Stage) -> Result<()> {
-    let metadata = BTreeMap::from([(PLAN_KEY.to_string(), plan.text().to_string()), (STAGE_KEY.to_string(), stage.name().to_string())]);
+    let metadata = BTreeMap::from([
+        (PLAN_KEY.to_string(), plan.text().to_string()),
+        (STAGE_KEY.to_string(), stage.name().to_string()),
+    ]);
     dit::save(model, folder, SaveAs::F32, &metadata)
 }
 
@@ -100,7 +107,12 @@ mod tests {
     use crate::tensor::Device;
 
     fn base() -> Dit {
-        Dit::new(DitConfig { input_size: 8, in_channels: 1, classes: 3, ..DitConfig::plain(12, 8, 2) }, &Device::cpu(), 5).unwrap()
+        Dit::new(
+            DitConfig { input_size: 8, in_channels: 1, classes: 3, ..DitConfig::plain(12, 8, 2) },
+            &Device::cpu(),
+            5,
+        )
+        .unwrap()
     }
 
     #[test]
@@ -109,7 +121,13 @@ mod tests {
         let a = Assignment { block: 1, site: Site::Attn, spec: Spec::new("hyena_x").with("taps", 4.0) };
         let mut store = ParamStore::default();
         let mut builder = Builder::new(&mut store, base.device(), 9, Scheme::Torch);
-        operators::build(&a.spec, a.site, base.config.block_dims(), &mut builder.below("blocks").below("1").below("attn")).unwrap();
+        operators::build(
+            &a.spec,
+            a.site,
+            base.config.block_dims(),
+            &mut builder.below("blocks").below("1").below("attn"),
+        )
+        .unwrap();
         let model = graft(&base, [(&a, &store)]).unwrap();
         assert_eq!(model.config.blocks[1].attn.kind, "hyena_x");
         let mut own = 0;
@@ -117,7 +135,12 @@ mod tests {
             // Block 11 begins with the same characters as block 1.
             let from = if p.name.starts_with("blocks.1.attn.") { &store } else { &base.params };
             own += usize::from(p.name.starts_with("blocks.1.attn."));
-            assert_eq!(p.value.to_vec().unwrap(), from.get(from.find(&p.name).unwrap()).value.to_vec().unwrap(), "{}", p.name);
+            assert_eq!(
+                p.value.to_vec().unwrap(),
+                from.get(from.find(&p.name).unwrap()).value.to_vec().unwrap(),
+                "{}",
+                p.name
+            );
         }
         assert_eq!(own, store.len());
         assert_ne!(digest(&model).unwrap(), digest(&base).unwrap());

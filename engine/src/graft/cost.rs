@@ -133,7 +133,9 @@ mod tests {
 
     #[test]
     fn hyena_x_rows_of_table_4() {
-        for (layers, op, projections, params) in [("\"every-other\"", -49.90, 0.13, 0.16), ("\"3-of-4\"", -74.85, 0.20, 0.24)] {
+        for (layers, op, projections, params) in
+            [("\"every-other\"", -49.90, 0.13, 0.16), ("\"3-of-4\"", -74.85, 0.20, 0.24)]
+        {
             let (before, after) = grafted(layers, "attn", "{ kind = \"hyena_x\", taps = 4 }");
             near(percent(before.attn.flops_operator, after.attn.flops_operator), op);
             near(percent(before.attn.flops_projections, after.attn.flops_projections), projections);
@@ -146,8 +148,9 @@ mod tests {
     fn mlp_rows_of_table_4() {
         for (layers, ratio, change) in [("\"every-other\"", 3, -12.5), ("\"all\"", 6, 50.0)] {
             let (before, after) = grafted(layers, "mlp", &format!("{{ kind = \"mlp\", ratio = {ratio} }}"));
-            near(percent(before.mlp.flops(), after.mlp.flops()), change);
-            near(percent(before.mlp.params as f64, after.mlp.params as f64), change);
+            assert_eq!(percent(before.mlp.flops(), after.mlp.flops()), change);
+            // Biases do not all scale with the width; the table prints no more digits than this.
+            assert!((percent(before.mlp.params as f64, after.mlp.params as f64) - change).abs() < 0.01);
         }
     }
 

@@ -83,7 +83,13 @@ impl<'t> Distiller<'t> {
     /// # Errors
     /// An operator that does not fit the teacher, a folder that cannot be written or that another process uses, or a
     /// checkpoint of another run.
-    pub fn open(teacher: &'t Dit, assignments: &[Assignment], config: &DistillConfig, folder: &Path, fingerprint: String) -> Result<Self> {
+    pub fn open(
+        teacher: &'t Dit,
+        assignments: &[Assignment],
+        config: &DistillConfig,
+        folder: &Path,
+        fingerprint: String,
+    ) -> Result<Self> {
         ensure_writable_dir(folder)?;
         let lock = RunLock::acquire(folder)?;
         let dims = teacher.config.block_dims();
@@ -114,7 +120,8 @@ impl<'t> Distiller<'t> {
     /// When memory runs out.
     pub fn initial_model(&self) -> Result<Dit> {
         let dims = self.teacher.config.block_dims();
-        let fresh = self.students.iter().map(|s| Student::new(s.assignment.clone(), dims, self.teacher.device(), &self.config));
+        let fresh =
+            self.students.iter().map(|s| Student::new(s.assignment.clone(), dims, self.teacher.device(), &self.config));
         let fresh: Vec<Student> = fresh.collect::<Result<_>>()?;
         assemble::graft(self.teacher, fresh.iter().map(|s| (&s.assignment, &s.params)))
     }
@@ -125,7 +132,12 @@ impl<'t> Distiller<'t> {
     /// # Errors
     /// Images that do not fit the teacher; a loss that is not finite, naming site and step (the last good checkpoint
     /// stays); a full disk.
-    pub fn run(&mut self, data: &ImageSet, held_out: &ImageSet, report: &mut dyn FnMut(&Progress) -> ControlFlow<()>) -> Result<()> {
+    pub fn run(
+        &mut self,
+        data: &ImageSet,
+        held_out: &ImageSet,
+        report: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
+    ) -> Result<()> {
         check_images(self.teacher, data)?;
         check_images(self.teacher, held_out)?;
         let mut batches = Batches::new(data, self.config.batch, self.config.seed)?;
@@ -141,7 +153,7 @@ impl<'t> Distiller<'t> {
                 let parts = self.students.iter().map(|s| (&s.params, &s.optimiser));
                 checkpoint::save(&self.folder.join(CHECKPOINT), parts, &self.fingerprint)?;
             }
-            if stop {
+            if stop && progress.step < self.config.steps {
                 return Ok(());
             }
         }
@@ -175,11 +187,12 @@ impl<'t> Distiller<'t> {
         let null = teacher.config.classes as i32;
         let noised = noise_batch(device, &self.schedule, &batch, null, 0.0, self.config.seed, step)?;
         let g = Graph::inference(self.config.dtype.into());
-        let mut observer = |block: usize, site: Site, input: &Tensor, output: &Tensor| {
-            match students.iter_mut().find(|s| s.assignment.block == block && s.assignment.site == site) {
-                Some(student) => lesson(student, input, output),
-                None => Ok(()),
-            }
+        let mut observer = |block: usize, site: Site, input: &Tensor, output: &Tensor| match students
+            .iter_mut()
+            .find(|s| s.assignment.block == block && s.assignment.site == site)
+        {
+            Some(student) => lesson(student, input, output),
+            None => Ok(()),
         };
         let x = Var::constant(noised.x_t.clone());
         teacher.forward_observed(&g, &x, &noised.t, &noised.y, Run::default(), Some(&mut observer))?;
@@ -217,7 +230,8 @@ impl<'t> Distiller<'t> {
 /// Refuses images that a model was not made for.
 pub(super) fn check_images(model: &Dit, data: &ImageSet) -> Result<()> {
     let c = &model.config;
-    let fits = (data.channels, data.height, data.width) == (c.in_channels, c.input_size, c.input_size) && data.class_names.len() <= c.classes;
+    let fits = (data.channels, data.height, data.width) == (c.in_channels, c.input_size, c.input_size)
+        && data.class_names.len() <= c.classes;
     if fits {
         return Ok(());
     }

@@ -122,7 +122,8 @@ impl Plan {
         let source = SourceText { name: name.to_string(), text };
         let raw: PlanText = toml::from_str(&source.text).map_err(|e| source.refuse(&e))?;
         if raw.graft.is_empty() {
-            return Err(Error::usage(name, "the plan grafts nothing").must("at least one [[graft]] with site, layers and operator"));
+            return Err(Error::usage(name, "the plan grafts nothing")
+                .must("at least one [[graft]] with site, layers and operator"));
         }
         let grafts = raw.graft.into_iter().map(|graft| read_graft(&source, graft)).collect::<Result<_>>()?;
         Ok(Plan {
@@ -156,7 +157,9 @@ impl Plan {
                 let assignment = Assignment { block, site: graft.site, spec: spec.clone() };
                 if let Some(first) = sites.insert((block, graft.site), assignment) {
                     let problem = format!("two grafts claim {} of layer {block}", graft.site);
-                    return Err(self.source.error(&span, problem)
+                    return Err(self
+                        .source
+                        .error(&span, problem)
                         .must(format!("one graft a site, it already gets {}", first.spec))
                         .fix("take the layer out of one of them"));
                 }
@@ -175,8 +178,10 @@ impl Plan {
             Layers::Pattern(name) => serde_json::json!(name),
             Layers::List(list) => serde_json::json!(list.iter().map(|l| *l.get_ref()).collect::<Vec<_>>()),
         };
-        let grafts: Vec<_> = self.grafts.iter().map(|g| serde_json::json!([g.site, layers(g), g.operator.get_ref()])).collect();
-        serde_json::json!({ "data": self.data.kind, "distill": distill, "finetune": finetune, "grafts": grafts }).to_string()
+        let grafts: Vec<_> =
+            self.grafts.iter().map(|g| serde_json::json!([g.site, layers(g), g.operator.get_ref()])).collect();
+        serde_json::json!({ "data": self.data.kind, "distill": distill, "finetune": finetune, "grafts": grafts })
+            .to_string()
     }
 }
 
@@ -192,7 +197,8 @@ fn read_graft(source: &SourceText, graft: GraftText) -> Result<Graft> {
         "attn" => Site::Attn,
         "mlp" => Site::Mlp,
         "block-pair" => {
-            return Err(source.error(&graft.site.span(), "this version cannot graft pairs of blocks")
+            return Err(source
+                .error(&graft.site.span(), "this version cannot graft pairs of blocks")
                 .must("\"attn\" or \"mlp\"")
                 .fix("replace operators inside the blocks instead"));
         }
@@ -215,7 +221,8 @@ fn read_operator(source: &SourceText, site: Site, operator: Spanned<OperatorText
     let name = kind.get_ref().as_str().ok_or_else(unknown)?;
     let known = REGISTRY.iter().find(|k| k.name == name).ok_or_else(unknown)?;
     if known.site != site {
-        return Err(source.error(&kind_at, format!("operator {name} does not fit site {site}"))
+        return Err(source
+            .error(&kind_at, format!("operator {name} does not fit site {site}"))
             .must(format!("one of {fitting}"))
             .fix(format!("use it at site {}", known.site)));
     }
@@ -223,12 +230,15 @@ fn read_operator(source: &SourceText, site: Site, operator: Spanned<OperatorText
     for (option, value) in fields {
         if !known.options.iter().any(|(o, _)| o == option.get_ref()) {
             let options: Vec<&str> = known.options.iter().map(|(o, _)| *o).collect();
-            return Err(source.error(&option.span(), format!("operator {name} has no such option")).must(match options.join(", ") {
-                none if none.is_empty() => "no option".to_string(),
-                some => format!("one of {some}"),
-            }));
+            return Err(source.error(&option.span(), format!("operator {name} has no such option")).must(
+                match options.join(", ") {
+                    none if none.is_empty() => "no option".to_string(),
+                    some => format!("one of {some}"),
+                },
+            ));
         }
-        let number = number(value.get_ref()).ok_or_else(|| source.error(&value.span(), "not a number").must("a number"))?;
+        let number =
+            number(value.get_ref()).ok_or_else(|| source.error(&value.span(), "not a number").must("a number"))?;
         spec = spec.with(option.get_ref(), number);
     }
     Ok(Spanned::new(span, spec))
@@ -266,10 +276,14 @@ pub(super) mod tests {
 
     #[test]
     fn grafts_may_be_mixed_and_come_in_the_order_of_the_model() {
-        let text = graft("\"mlp\"", "[2]", "{ kind = \"mlp\", ratio = 3 }") + &graft("\"attn\"", "\"every-other\"", "{ kind = \"hyena_x\" }");
+        let text = graft("\"mlp\"", "[2]", "{ kind = \"mlp\", ratio = 3 }")
+            + &graft("\"attn\"", "\"every-other\"", "{ kind = \"hyena_x\" }");
         let found = plan(&text).unwrap().resolve(&DitConfig::plain(4, 8, 2)).unwrap();
         let names: Vec<String> = found.iter().map(|a| format!("{a} {}", a.spec)).collect();
-        assert_eq!(names, ["blocks.1.attn hyena_x(taps=4)", "blocks.2.mlp mlp(ratio=3)", "blocks.3.attn hyena_x(taps=4)"]);
+        assert_eq!(
+            names,
+            ["blocks.1.attn hyena_x(taps=4)", "blocks.2.mlp mlp(ratio=3)", "blocks.3.attn hyena_x(taps=4)"]
+        );
     }
 
     #[test]
@@ -281,19 +295,49 @@ pub(super) mod tests {
             (graft("\"attn\"", "\"some\"", good), "plan.toml:8:10: unknown layer pattern; is \"some\""),
             (graft("\"attn\"", "[1, 4]", good), "plan.toml:8:14: layer out of range; is 4; must be 0 to 3"),
             (graft("\"attn\"", "[1, 1]", good), "layer listed twice"),
-            (graft("\"attn\"", "\"all\"", "{ kind = \"hyena_z\" }"), "plan.toml:9:21: unknown operator; is \"hyena_z\"; must be for site attn: one of mha, hyena_x"),
-            (graft("\"mlp\"", "\"all\"", good), "plan.toml:9:21: operator hyena_x does not fit site mlp; is \"hyena_x\"; must be one of mlp"),
-            (graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", tap = 3 }"), "plan.toml:9:32: operator hyena_x has no such option; is tap; must be one of taps"),
-            (graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = \"3\" }"), "plan.toml:9:39: not a number; is \"3\""),
-            (graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = 0 }"), "plan.toml:9:12: hyena_x: taps: not a positive whole number; is 0"),
+            (
+                graft("\"attn\"", "\"all\"", "{ kind = \"hyena_z\" }"),
+                "plan.toml:9:21: unknown operator; is \"hyena_z\"; must be for site attn: one of mha, hyena_x",
+            ),
+            (
+                graft("\"mlp\"", "\"all\"", good),
+                "plan.toml:9:21: operator hyena_x does not fit site mlp; is \"hyena_x\"; must be one of mlp",
+            ),
+            (
+                graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", tap = 3 }"),
+                "plan.toml:9:32: operator hyena_x has no such option; is tap; must be one of taps",
+            ),
+            (
+                graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = \"3\" }"),
+                "plan.toml:9:39: not a number; is \"3\"",
+            ),
+            (
+                graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = 0 }"),
+                "plan.toml:9:12: hyena_x: taps: not a positive whole number; is 0",
+            ),
             (graft("\"attn\"", "\"all\"", "{ taps = 3 }"), "plan.toml:9:12: the operator has no kind"),
-            (graft("\"attn\"", "\"all\"", "{ kind = \"mha\", heads = 3 }"), "plan.toml:9:12: mha: heads: does not divide the width"),
-            (graft("\"attn\"", "\"all\"", good) + &graft("\"attn\"", "[2]", good), "plan.toml:12:11: two grafts claim attn of layer 2"),
+            (
+                graft("\"attn\"", "\"all\"", "{ kind = \"mha\", heads = 3 }"),
+                "plan.toml:9:12: mha: heads: does not divide the width",
+            ),
+            (
+                graft("\"attn\"", "\"all\"", good) + &graft("\"attn\"", "[2]", good),
+                "plan.toml:12:11: two grafts claim attn of layer 2",
+            ),
             (graft("\"attn\"", "3", good), "plan.toml:8:10: invalid type"),
             (String::new(), "the plan grafts nothing"),
-            (graft("\"attn\"", "\"all\"", good) + "[distill]\nstep = 3\n", "plan.toml:11:1: unknown field `step`; must be one of `steps`"),
-            (graft("\"attn\"", "\"all\"", good) + "[finetune]\nbatch = 0\n", "plan.toml:10:1: finetune: batch: nothing to do"),
-            (graft("\"attn\"", "\"all\"", good) + "[distill]\noptimizer = { rate = 3 }\n", "plan.toml:11:13: unknown field `rate`"),
+            (
+                graft("\"attn\"", "\"all\"", good) + "[distill]\nstep = 3\n",
+                "plan.toml:11:1: unknown field `step`; must be one of `steps`",
+            ),
+            (
+                graft("\"attn\"", "\"all\"", good) + "[finetune]\nbatch = 0\n",
+                "plan.toml:10:1: finetune: batch: nothing to do",
+            ),
+            (
+                graft("\"attn\"", "\"all\"", good) + "[distill]\noptimizer = { rate = 3 }\n",
+                "plan.toml:11:13: unknown field `rate`",
+            ),
         ];
         for (text, expected) in rows {
             let found = message(&text);
@@ -303,8 +347,12 @@ pub(super) mod tests {
 
     #[test]
     fn identity_leaves_out_what_does_not_change_the_result() {
-        let of = |rest: &str| plan(&(graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\" }") + rest)).unwrap().identity();
-        assert_eq!(of("[distill]\nsteps = 9\n"), of("[eval]\nsamples = 5\n[distill]\nsteps = 9\ncheckpoint_every = 2\n"));
+        let of =
+            |rest: &str| plan(&(graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\" }") + rest)).unwrap().identity();
+        assert_eq!(
+            of("[distill]\nsteps = 9\n"),
+            of("[eval]\nsamples = 5\n[distill]\nsteps = 9\ncheckpoint_every = 2\n")
+        );
         assert_ne!(of("[distill]\nsteps = 9\n"), of("[distill]\nsteps = 8\n"));
     }
 }

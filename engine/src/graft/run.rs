@@ -17,10 +17,11 @@ use super::plan::Plan;
 use super::summary::Summary;
 use crate::error::{Error, Result};
 use crate::io::atomic::{self, RunLock, ensure_writable_dir};
-use crate::io::datasets::Split;
+use crate::io::datasets::{ImageSet, Split};
 use crate::io::{hash, json};
 use crate::models::dit;
 use crate::tensor::Device;
+use crate::train::config::DataConfig;
 use crate::train::trainer;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,24 @@ pub struct RunFolder {
     /// Its plan.
     pub plan: Plan,
     _lock: RunLock,
+}
+
+/// The images of a run.
+pub struct RunData {
+    /// What both stages train on.
+    pub train: ImageSet,
+    /// What residuals are measured on.
+    pub held_out: ImageSet,
+}
+
+impl RunData {
+    /// Train and test split of a data set.
+    ///
+    /// # Errors
+    /// An unknown kind, or a file that is missing or damaged.
+    pub fn load(config: &DataConfig) -> Result<RunData> {
+        Ok(RunData { train: config.load(Split::Train)?, held_out: config.load(Split::Test)? })
+    }
 }
 
 /// A word from a stage in progress.
@@ -116,7 +135,7 @@ impl RunFolder {
 ///
 /// # Errors
 /// Those of the base model, the data and [`Distiller`].
-pub fn distill(run: &RunFolder, device: &Device, report: &mut Report<'_>) -> Result<bool> {
+pub fn distill(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
     let plan = &run.plan;
     let base = dit::load(&plan.base, device)?;
     let assignments = plan.resolve(&base.config)?;
@@ -125,8 +144,7 @@ pub fn distill(run: &RunFolder, device: &Device, report: &mut Report<'_>) -> Res
     if !run.has(Stage::Random) {
         run.save(&distiller.initial_model()?, Stage::Random)?;
     }
-    let (data, held_out) = (plan.data.load(Split::Train)?, plan.data.load(Split::Test)?);
-    distiller.run(&data, &held_out, &mut |p| report(Event::Distill(p)))?;
+    distiller.run(&data.train, &data.held_out, &mut |p| report(Event::Distill(p)))?;
     let finished = distiller.step() >= plan.distill.steps;
     if finished && !run.has(Stage::Distilled) {
         run.save(&distiller.model()?, Stage::Distilled)?;
@@ -138,7 +156,7 @@ pub fn distill(run: &RunFolder, device: &Device, report: &mut Report<'_>) -> Res
 ///
 /// # Errors
 /// A run whose stage 1 is not finished, and those of the data and [`Finetuner`].
-pub fn finetune(run: &RunFolder, device: &Device, report: &mut Report<'_>) -> Result<bool> {
+pub fn finetune(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
     let plan = &run.plan;
     let folder = run.model_folder(Stage::Distilled);
     if !run.has(Stage::Distilled) {
@@ -149,7 +167,7 @@ pub fn finetune(run: &RunFolder, device: &Device, report: &mut Report<'_>) -> Re
     let grafted = dit::load(&folder, device)?;
     let fingerprint = fingerprint(plan, &assemble::digest(&grafted)?);
     let mut finetuner = Finetuner::open(grafted, &plan.finetune, &run.finetune_folder(), fingerprint)?;
-    let finished = finetuner.run(&plan.data.load(Split::Train)?, &mut |p| report(Event::Finetune(p)))?;
+    let finished = finetuner.run(&data.train, &mut |p| report(Event::Finetune(p)))?;
     if finished && !run.has(Stage::Finetuned) {
         run.save(&finetuner.model()?, Stage::Finetuned)?;
     }
@@ -160,8 +178,19 @@ pub fn finetune(run: &RunFolder, device: &Device, report: &mut Report<'_>) -> Re
 ///
 /// # Errors
 /// Those of [`distill`] and [`finetune`].
-pub fn run(run: &RunFolder, device: &Device, report: &mut Report<'_>) -> Result<Option<Summary>> {
-    if distill(run, device, report)? && finetune(run, device, report)? { finish(run).map(Some) } else { Ok(None) }
+pub fn run(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<Option<Summary>> {
+    let mut stopped = false;
+    let mut watched = |event: Event<'_>| {
+        let flow = report(event);
+        stopped |= flow.is_break();
+        flow
+    };
+    let distilled = distill(run, data, device, &mut watched)?;
+    // Who stops at the very last update of stage 1 does not want stage 2 to begin.
+    if !distilled || stopped || !finetune(run, data, device, report)? {
+        return Ok(None);
+    }
+    finish(run).map(Some)
 }
 
 /// What follows the last stage: gathers the numbers of the run and writes them to its folder.

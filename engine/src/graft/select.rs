@@ -56,7 +56,10 @@ impl Layers {
         };
         chosen.sort_by_key(|(layer, _)| *layer);
         if let Some(pair) = chosen.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-            return Err(text.error(&pair[1].1, "layer listed twice").must("each layer once").fix("remove one of the two"));
+            return Err(text
+                .error(&pair[1].1, "layer listed twice")
+                .must("each layer once")
+                .fix("remove one of the two"));
         }
         if chosen.is_empty() {
             return Err(text.error(&span, "no layer is chosen").must(PATTERNS));
@@ -119,7 +122,10 @@ mod tests {
     #[test]
     fn errors_point_at_the_part() {
         let message = |value: &str| select(value, 6).unwrap_err().to_string();
-        assert!(message("\"every-third\"").starts_with("plan.toml:1:10: unknown layer pattern; is \"every-third\"; must be \"all\""));
+        assert!(
+            message("\"every-third\"")
+                .starts_with("plan.toml:1:10: unknown layer pattern; is \"every-third\"; must be \"all\"")
+        );
         assert!(message("\"deep:7\"").contains("must be deep:1 to deep:6"));
         assert!(message("[1, 6]").starts_with("plan.toml:1:14: layer out of range; is 6; must be 0 to 5"));
         assert!(message("[-1]").contains("plan.toml:1:11: layer out of range; is -1"));

@@ -177,7 +177,10 @@ fn stage2_optimizer<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::
 }
 
 /// Optimiser settings where those not given are a stage's own defaults, not the optimiser's.
-fn overlay<'de, D: Deserializer<'de>>(defaults: AdamWSettings, deserializer: D) -> std::result::Result<AdamWSettings, D::Error> {
+fn overlay<'de, D: Deserializer<'de>>(
+    defaults: AdamWSettings,
+    deserializer: D,
+) -> std::result::Result<AdamWSettings, D::Error> {
     let mut table = toml::Table::try_from(defaults).map_err(de::Error::custom)?;
     table.extend(toml::Table::deserialize(deserializer)?);
     table.try_into().map_err(|e: toml::de::Error| de::Error::custom(e.message()))
@@ -196,7 +199,12 @@ impl DistillConfig {
     /// # Errors
     /// Names the setting.
     pub fn check(&self) -> Result<()> {
-        let counts = [("steps", self.steps), ("batch", self.batch as u64), ("checkpoint_every", self.checkpoint_every), ("held_out", self.held_out)];
+        let counts = [
+            ("steps", self.steps),
+            ("batch", self.batch as u64),
+            ("checkpoint_every", self.checkpoint_every),
+            ("held_out", self.held_out),
+        ];
         at_least_one("distill", &counts)?;
         self.optimizer.check().map_err(|e| e.context("distill: optimizer"))?;
         if self.optimizer.ema != 0.0 {
@@ -206,7 +214,9 @@ impl DistillConfig {
                 .fix("remove it; stage 2 averages from the grafted model on"));
         }
         if self.loss.huber_delta.is_nan() || self.loss.huber_delta <= 0.0 {
-            return Err(Error::usage("distill: loss: huber_delta", "out of range").is(self.loss.huber_delta).must("positive"));
+            return Err(Error::usage("distill: loss: huber_delta", "out of range")
+                .is(self.loss.huber_delta)
+                .must("positive"));
         }
         Ok(())
     }
@@ -237,7 +247,9 @@ impl EvalConfig {
         at_least_one("eval", &[("samples", self.samples as u64), ("steps", self.steps as u64)])?;
         self.sampler.parse::<Sampler>().map_err(|e| e.context("eval"))?;
         if !self.guidance.is_finite() {
-            return Err(Error::usage("eval: guidance", "not a finite number").is(self.guidance).must("a finite number, 1 for no guidance"));
+            return Err(Error::usage("eval: guidance", "not a finite number")
+                .is(self.guidance)
+                .must("a finite number, 1 for no guidance"));
         }
         Ok(())
     }
@@ -267,8 +279,11 @@ mod tests {
 
     #[test]
     fn ranges_are_checked() {
-        let bad = DistillConfig { optimizer: AdamWSettings { ema: 0.9, ..AdamWSettings::default() }, ..Default::default() };
-        assert!(bad.check().unwrap_err().to_string().contains("distill: optimizer: ema: stage 1 keeps no moving average"));
+        let bad =
+            DistillConfig { optimizer: AdamWSettings { ema: 0.9, ..AdamWSettings::default() }, ..Default::default() };
+        assert!(
+            bad.check().unwrap_err().to_string().contains("distill: optimizer: ema: stage 1 keeps no moving average")
+        );
         let bad = FinetuneConfig { steps: 0, ..Default::default() };
         assert!(bad.check().unwrap_err().to_string().starts_with("finetune: steps"));
         let bad = EvalConfig { sampler: "euler".into(), ..Default::default() };

@@ -53,7 +53,8 @@ impl Student {
     pub fn new(assignment: Assignment, dims: BlockDims, device: &Device, config: &DistillConfig) -> Result<Student> {
         let mut params = ParamStore::default();
         let mut builder = Builder::new(&mut params, device, config.seed, Scheme::Torch);
-        let operator = operators::build(&assignment.spec, assignment.site, dims, &mut builder.below(&assignment.to_string()))?;
+        let operator =
+            operators::build(&assignment.spec, assignment.site, dims, &mut builder.below(&assignment.to_string()))?;
         let optimiser = AdamW::new(config.optimizer, &params)?;
         let loss = config.loss.params(assignment.site);
         Ok(Student { assignment, params, optimiser, operator, loss, precision: config.dtype.into() })
@@ -69,10 +70,13 @@ impl Student {
             let (loss, _) = self.compare(&g, input, target)?;
             let value = f64::from(loss.tensor().f32s()?[0]);
             if !value.is_finite() {
-                return Err(Error::failure(format!("{}: step {}", self.assignment, self.optimiser.step), "the loss is not finite")
-                    .is(value)
-                    .must("a finite number")
-                    .fix("lower the learning rate of stage 1, or use f32 products; the last checkpoint is good"));
+                return Err(Error::failure(
+                    format!("{}: step {}", self.assignment, self.optimiser.step),
+                    "the loss is not finite",
+                )
+                .is(value)
+                .must("a finite number")
+                .fix("lower the learning rate of stage 1, or use f32 products; the last checkpoint is good"));
             }
             (value, g.backward(&loss)?)
         };
@@ -109,22 +113,23 @@ mod tests {
     use crate::nn::operators::{Site, Spec};
     use crate::train::optimizer::AdamWSettings;
 
-    fn student(kind: &str, lr: f64) -> Student {
+    fn student(device: &Device, kind: &str, lr: f64) -> Student {
         let assignment = Assignment { block: 0, site: Site::Attn, spec: Spec::new(kind) };
         let optimizer = AdamWSettings { lr, ema: 0.0, ..AdamWSettings::default() };
         let config = DistillConfig { optimizer, ..DistillConfig::default() };
-        Student::new(assignment, BlockDims { width: 8, heads: 2, tokens: 4 }, &Device::cpu(), &config).unwrap()
+        Student::new(assignment, BlockDims { width: 8, heads: 2, tokens: 4 }, device, &config).unwrap()
     }
 
-    fn tensor(values: &[f32]) -> Tensor {
-        Tensor::from_f32(&Device::cpu(), &[1, 4, 8], &values.iter().cycle().take(32).copied().collect::<Vec<_>>()).unwrap()
+    fn tensor(device: &Device, values: &[f32]) -> Tensor {
+        Tensor::from_f32(device, &[1, 4, 8], &values.iter().cycle().take(32).copied().collect::<Vec<_>>()).unwrap()
     }
 
     #[test]
     fn learning_approaches_the_target() {
-        let (input, target) = (tensor(&[1.0, -0.5, 0.25]), tensor(&[0.5, 0.0, -1.0, 2.0]));
+        let device = Device::cpu();
+        let (input, target) = (tensor(&device, &[1.0, -0.5, 0.25]), tensor(&device, &[0.5, 0.0, -1.0, 2.0]));
         for kind in ["hyena_x", "mha"] {
-            let mut s = student(kind, 1e-2);
+            let mut s = student(&device, kind, 1e-2);
             let residual = |s: &Student| {
                 let mut sums = ResidualSums::default();
                 s.measure(&input, &target, &mut sums).unwrap();
@@ -135,30 +140,35 @@ mod tests {
                 s.learn(&input, &target, 1e-2).unwrap();
             }
             let after = residual(&s);
-            assert!(after.relative < 0.5 * before.relative && after.loss < 0.5 * before.loss, "{kind}: {before:?} {after:?}");
+            assert!(
+                after.relative < 0.5 * before.relative && after.loss < 0.5 * before.loss,
+                "{kind}: {before:?} {after:?}"
+            );
         }
     }
 
     #[test]
     fn residual_by_hand() {
-        let s = student("hyena_x", 1e-2);
-        let input = tensor(&[0.0]);
+        let device = Device::cpu();
+        let s = student(&device, "hyena_x", 1e-2);
+        let input = tensor(&device, &[0.0]);
         let output = s.compare(&Graph::inference(Precision::F32), &input, &input).unwrap().1.tensor().to_vec().unwrap();
         // A target of twice the output: half of the target is missing.
         let twice: Vec<f32> = output.iter().map(|v| 2.0 * v).collect();
         let mut sums = ResidualSums::default();
-        s.measure(&input, &tensor(&twice), &mut sums).unwrap();
+        s.measure(&input, &tensor(&device, &twice), &mut sums).unwrap();
         let mean = output.iter().map(|v| f64::from(v.abs())).sum::<f64>() / 32.0;
         assert!((sums.residual().relative - 0.5).abs() < 1e-6 && (sums.residual().loss - mean).abs() < 1e-6);
     }
 
     #[test]
     fn a_loss_that_is_not_finite_names_site_and_step_and_changes_nothing() {
-        let mut s = student("hyena_x", 1e-2);
-        let good = tensor(&[1.0]);
+        let device = Device::cpu();
+        let mut s = student(&device, "hyena_x", 1e-2);
+        let good = tensor(&device, &[1.0]);
         s.learn(&good, &good, 1e-2).unwrap();
         let before: Vec<f32> = s.params.iter().flat_map(|(_, p)| p.value.to_vec().unwrap()).collect();
-        let error = s.learn(&tensor(&[f32::NAN]), &good, 1e-2).unwrap_err().to_string();
+        let error = s.learn(&tensor(&device, &[f32::NAN]), &good, 1e-2).unwrap_err().to_string();
         assert!(error.starts_with("blocks.0.attn: step 1: the loss is not finite"), "{error}");
         let after: Vec<f32> = s.params.iter().flat_map(|(_, p)| p.value.to_vec().unwrap()).collect();
         assert_eq!((before, s.optimiser.step), (after, 1));

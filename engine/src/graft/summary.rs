@@ -147,7 +147,8 @@ mod tests {
         let mut log = JsonLog::create(&path).unwrap();
         for step in 1..=20 {
             let loss = f64::from(21 - step);
-            log.append(&json!({ "step": step, "losses": { "a": loss, "b": 3.0 * loss }, "images_per_second": 16.0 })).unwrap();
+            log.append(&json!({ "step": step, "losses": { "a": loss, "b": 3.0 * loss }, "images_per_second": 16.0 }))
+                .unwrap();
         }
         let found = stage(&path, 8, mean_site_loss).unwrap();
         assert_eq!((found.steps, found.images, found.seconds), (20, 160, 10.0));

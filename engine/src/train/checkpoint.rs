@@ -19,15 +19,25 @@ const FINGERPRINT: &str = "graft.run";
 ///
 /// # Errors
 /// When the file cannot be written (the last checkpoint survives then), or the optimisers are at different steps.
-pub fn save<'a>(path: &Path, parts: impl IntoIterator<Item = (&'a ParamStore, &'a AdamW)>, fingerprint: &str) -> Result<()> {
+pub fn save<'a>(
+    path: &Path,
+    parts: impl IntoIterator<Item = (&'a ParamStore, &'a AdamW)>,
+    fingerprint: &str,
+) -> Result<()> {
     let mut records = Vec::new();
     let mut step = None;
     for (store, optimiser) in parts {
         if *step.get_or_insert(optimiser.step) != optimiser.step {
-            return Err(Error::failure(path.display().to_string(), "stores at different steps").is(optimiser.step).must("one step for all"));
+            return Err(Error::failure(path.display().to_string(), "stores at different steps")
+                .is(optimiser.step)
+                .must("one step for all"));
         }
         for (_, param) in store.iter().filter(|(_, p)| p.trainable) {
-            records.push(TensorRecord::f32(format!("param.{}", param.name), param.value.shape().dims(), param.value.f32s()?));
+            records.push(TensorRecord::f32(
+                format!("param.{}", param.name),
+                param.value.shape().dims(),
+                param.value.f32s()?,
+            ));
         }
         for slot in optimiser.slots() {
             let name = &store.get(slot.id).name;
@@ -65,7 +75,8 @@ pub fn restore(path: &Path, parts: &mut [(&mut ParamStore, &mut AdamW)], fingerp
     let step = file.metadata().get(STEP).and_then(|s| s.parse().ok());
     let step = step.ok_or_else(|| other_run(STEP, file.metadata().get(STEP), "a number"))?;
     // Read everything before changing anything.
-    let saved: Vec<Saved> = parts.iter().map(|(store, optimiser)| read(&file, store, optimiser)).collect::<Result<_>>()?;
+    let saved: Vec<Saved> =
+        parts.iter().map(|(store, optimiser)| read(&file, store, optimiser)).collect::<Result<_>>()?;
     for ((store, optimiser), saved) in parts.iter_mut().zip(saved) {
         for (id, value) in saved.params {
             store.set(id, value)?;
@@ -87,9 +98,13 @@ struct Saved {
 fn read(file: &TensorFile, store: &ParamStore, optimiser: &AdamW) -> Result<Saved> {
     let place = file.place();
     let read = |name: String, like: &Tensor| -> Result<Tensor> {
-        let view = file.get(&name).ok_or_else(|| Error::failure(format!("{place}: {name}"), "missing tensor").must("present"))?;
+        let view = file
+            .get(&name)
+            .ok_or_else(|| Error::failure(format!("{place}: {name}"), "missing tensor").must("present"))?;
         if view.shape != like.shape().dims() {
-            return Err(Error::failure(format!("{place}: {name}"), "wrong shape").is(format!("{:?}", view.shape)).must(like.shape()));
+            return Err(Error::failure(format!("{place}: {name}"), "wrong shape")
+                .is(format!("{:?}", view.shape))
+                .must(like.shape()));
         }
         Tensor::from_f32(like.device(), like.shape().dims(), &view.to_f32()?)
     };
