@@ -9,6 +9,7 @@ pub mod backend;
 pub mod cli;
 pub mod error;
 pub mod eval;
+pub mod graft;
 pub mod io;
 pub mod models;
 pub mod nn;

@@ -2,4 +2,8 @@
 
 mod fuzz;
 mod golden_io;
+<<<<<<< HEAD
 mod properties;
+=======
+mod graft;
+>>>>>>> graft

@@ -1,5 +1,7 @@
 //! The command line: the only room that prints and exits.
 
+mod graft_run;
+mod plan;
 mod pretrain;
 mod progress;
 
@@ -23,6 +25,14 @@ struct Cli {
 enum Command {
     /// Train a model from scratch; resumes by itself.
     Pretrain(pretrain::Args),
+    /// Check or explain a grafting plan.
+    Plan(plan::Args),
+    /// Graft a model: distil, finetune, summarise; resumes by itself.
+    Run(graft_run::PlanArgs),
+    /// Stage 1 of a graft alone: train each new operator to imitate the one it replaces.
+    Distill(graft_run::PlanArgs),
+    /// Stage 2 of a graft alone: finetune the distilled model of a run folder.
+    Finetune(graft_run::RunArgs),
 }
 
 /// Runs the program: 0 done, 1 failed, 2 wrong usage.
@@ -53,5 +63,9 @@ fn execute(cli: Cli) -> Result<()> {
     }
     match cli.command {
         Command::Pretrain(args) => pretrain::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Run(args) => graft_run::run(&args),
+        Command::Distill(args) => graft_run::distill(&args),
+        Command::Finetune(args) => graft_run::finetune(&args),
     }
 }

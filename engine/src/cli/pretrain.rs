@@ -3,7 +3,7 @@
 use super::progress;
 use crate::backend::Device;
 use crate::error::{Error, Result};
-use crate::io::datasets::{self, Split};
+use crate::io::datasets::Split;
 use crate::models::dit::{self, Dit, SaveAs};
 use crate::train::config::PretrainConfig;
 use crate::train::trainer::{LoopSettings, Trainer};
@@ -30,15 +30,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let config = PretrainConfig::read(&args.config)?;
-    let dir = PathBuf::from(&config.data.dir);
-    let data = match config.data.kind.as_str() {
-        "fashion-mnist" => datasets::fashion_mnist(&dir, Split::Train)?,
-        "mnist" => datasets::mnist(&dir, Split::Train)?,
-        "cifar10" => datasets::cifar10(&dir, Split::Train)?,
-        other => {
-            return Err(Error::usage("data: kind", "unknown data set").is(other).must("fashion-mnist, mnist or cifar10"));
-        }
-    };
+    let data = config.data.load(Split::Train)?;
     let device = Device::cpu();
     let model = Dit::new(config.model_for(data.channels, data.height, data.class_names.len())?, &device, config.train.seed)?;
     let t = &config.train;

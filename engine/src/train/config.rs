@@ -2,6 +2,7 @@
 
 use super::optimizer::AdamWSettings;
 use crate::error::{Error, Result};
+use crate::io::datasets::{self, ImageSet, Split};
 use crate::models::dit::DitConfig;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -29,6 +30,22 @@ pub struct DataConfig {
     pub kind: String,
     /// Folder that holds it; `graft data` or `make data` fills `data-cache/<kind>`.
     pub dir: String,
+}
+
+impl DataConfig {
+    /// Reads a split of the data set.
+    ///
+    /// # Errors
+    /// An unknown kind, or a file that is missing or damaged.
+    pub fn load(&self, split: Split) -> Result<ImageSet> {
+        let dir = Path::new(&self.dir);
+        match self.kind.as_str() {
+            "fashion-mnist" => datasets::fashion_mnist(dir, split),
+            "mnist" => datasets::mnist(dir, split),
+            "cifar10" => datasets::cifar10(dir, split),
+            other => Err(Error::usage("data: kind", "unknown data set").is(other).must("fashion-mnist, mnist or cifar10")),
+        }
+    }
 }
 
 /// Sizes of the model; patch and channels follow the data where not given.

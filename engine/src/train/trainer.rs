@@ -74,7 +74,7 @@ impl Trainer {
         ensure_writable_dir(folder)?;
         let lock = RunLock::acquire(folder)?;
         let mut optimiser = AdamW::new(optimiser, &model.params)?;
-        checkpoint::restore(&folder.join(CHECKPOINT), &mut model.params, &mut optimiser, &fingerprint)?;
+        checkpoint::restore(&folder.join(CHECKPOINT), &mut [(&mut model.params, &mut optimiser)], &fingerprint)?;
         Ok(Trainer { model, optimiser, settings, schedule: Schedule::default(), folder: folder.to_path_buf(), fingerprint, _lock: lock })
     }
 
@@ -95,7 +95,7 @@ impl Trainer {
             log.append(&progress)?;
             let stop = report(&progress).is_break();
             if stop || progress.step % self.settings.checkpoint_every == 0 || progress.step == self.settings.steps {
-                checkpoint::save(&self.folder.join(CHECKPOINT), &self.model.params, &self.optimiser, &self.fingerprint)?;
+                checkpoint::save(&self.folder.join(CHECKPOINT), [(&self.model.params, &self.optimiser)], &self.fingerprint)?;
             }
             if stop {
                 break;

@@ -1,0 +1,159 @@
+//! `graft run P --run DIR`, and the two stages alone: `graft distill P --run DIR`, `graft finetune --run DIR`.
+
+use super::progress;
+use crate::backend::Device;
+use crate::error::Result;
+use crate::graft::assemble::Stage;
+use crate::graft::plan::Plan;
+use crate::graft::run::{self, Event, RunData, RunFolder};
+use crate::graft::summary::{StageSummary, Summary};
+use indicatif::ProgressBar;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+/// Arguments of the commands that start from a plan.
+#[derive(clap::Args)]
+pub struct PlanArgs {
+    /// Plan file.
+    plan: PathBuf,
+    #[command(flatten)]
+    common: RunArgs,
+}
+
+/// Arguments of all of them.
+#[derive(clap::Args)]
+pub struct RunArgs {
+    /// Run folder: checkpoints, curves, models. A stopped run goes on from its last checkpoint.
+    #[arg(long, value_name = "DIR")]
+    run: PathBuf,
+    /// Stop after this many updates of this call.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    stop_after: Option<u64>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `graft run`.
+pub fn run(args: &PlanArgs) -> Result<()> {
+    let device = Device::cpu();
+    let folder = RunFolder::create(Plan::read(&args.plan)?, &args.common.run)?;
+    let mut bars = Bars::new(&folder, &device, args.common.stop_after);
+    let data = RunData::load(&folder.plan.data)?;
+    let summary = run::run(&folder, &data, &device, &mut |e| bars.report(e))?;
+    bars.finish();
+    conclude(&folder, summary.as_ref(), &args.common)
+}
+
+/// Runs `graft distill`.
+pub fn distill(args: &PlanArgs) -> Result<()> {
+    let device = Device::cpu();
+    let folder = RunFolder::create(Plan::read(&args.plan)?, &args.common.run)?;
+    stage(&folder, &device, &args.common, run::distill)
+}
+
+/// Runs `graft finetune`.
+pub fn finetune(args: &RunArgs) -> Result<()> {
+    let device = Device::cpu();
+    let folder = RunFolder::open(&args.run)?;
+    stage(&folder, &device, args, run::finetune)
+}
+
+type StageFn = fn(&RunFolder, &RunData, &Device, &mut run::Report<'_>) -> Result<bool>;
+
+fn stage(folder: &RunFolder, device: &Device, args: &RunArgs, stage: StageFn) -> Result<()> {
+    let mut bars = Bars::new(folder, device, args.stop_after);
+    let data = RunData::load(&folder.plan.data)?;
+    let finished = stage(folder, &data, device, &mut |e| bars.report(e))?;
+    bars.finish();
+    let summary = if finished { Some(run::finish(folder)?) } else { None };
+    conclude(folder, summary.as_ref(), args)
+}
+
+fn conclude(folder: &RunFolder, summary: Option<&Summary>, args: &RunArgs) -> Result<()> {
+    let Some(summary) = summary else {
+        // Breaking off was asked for by --stop-after.
+        if args.json {
+            println!("{}", serde_json::json!({ "finished": false }));
+        } else {
+            println!("stopped; the same command goes on from here");
+        }
+        return Ok(());
+    };
+    if args.json {
+        println!("{:#}", summary.json()?);
+        return Ok(());
+    }
+    println!("{:<16} {:<20} {:<20} {:>10} {:>10}", "site", "before", "after", "initial", "distilled");
+    for s in &summary.sites {
+        let relative =
+            |r: Option<crate::graft::distill::Residual>| r.map_or("-".into(), |r| format!("{:.4}", r.relative));
+        println!(
+            "{:<16} {:<20} {:<20} {:>10} {:>10}",
+            s.site,
+            s.before,
+            s.after,
+            relative(s.residual_initial),
+            relative(s.residual_distilled)
+        );
+    }
+    println!("(relative error on held-out images)\n");
+    print_stage("stage 1", &summary.distill);
+    if let Some(finetune) = &summary.finetune {
+        print_stage("stage 2", finetune);
+    }
+    for stage in [Stage::Random, Stage::Distilled, Stage::Finetuned].into_iter().filter(|s| folder.has(*s)) {
+        println!("{:<10} {}", stage.name(), folder.model_folder(stage).display());
+    }
+    Ok(())
+}
+
+fn print_stage(name: &str, s: &StageSummary) {
+    println!(
+        "{name}: {} updates, {} images, {:.1} s, loss {:.4} -> {:.4}",
+        s.steps, s.images, s.seconds, s.loss_first, s.loss_last
+    );
+}
+
+/// A bar for each stage, shown when its first word comes.
+struct Bars<'d> {
+    device: &'d Device,
+    steps: [u64; 2],
+    bar: Option<(usize, ProgressBar)>,
+    smoothed: Option<f64>,
+    left: Option<u64>,
+}
+
+impl<'d> Bars<'d> {
+    fn new(folder: &RunFolder, device: &'d Device, stop_after: Option<u64>) -> Bars<'d> {
+        let steps = [folder.plan.distill.steps, folder.plan.finetune.steps];
+        Bars { device, steps, bar: None, smoothed: None, left: stop_after }
+    }
+
+    fn report(&mut self, event: Event<'_>) -> ControlFlow<()> {
+        let (stage, step, loss, rate) = match event {
+            Event::Distill(p) => (0, p.step, p.mean_loss(), p.images_per_second),
+            Event::Finetune(p) => (1, p.step, p.loss, p.images_per_second),
+        };
+        if self.bar.as_ref().is_none_or(|(shown, _)| *shown != stage) {
+            self.finish();
+            let bar = progress::bar(self.steps[stage], ["distill", "finetune"][stage]);
+            (self.bar, self.smoothed) = (Some((stage, bar)), None);
+        }
+        let loss = self.smoothed.map_or(loss, |s| 0.95 * s + 0.05 * loss);
+        self.smoothed = Some(loss);
+        if let Some((_, bar)) = &self.bar {
+            bar.set_position(step);
+            let mib = self.device.memory().peak >> 20;
+            bar.set_message(format!("loss {loss:.4} {rate:.0} images/s {mib} MiB"));
+        }
+        self.left = self.left.map(|n| n.saturating_sub(1));
+        if self.left == Some(0) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    fn finish(&mut self) {
+        if let Some((_, bar)) = self.bar.take() {
+            bar.finish();
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Base model + plan + site parameters → grafted model.
+
+use super::plan::{Assignment, Plan};
+use crate::autograd::ParamStore;
+use crate::error::{Error, Result};
+use crate::io::hash;
+use crate::models::dit::{self, Dit, DitConfig, SaveAs};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Metadata key under which a grafted folder carries its plan.
+pub const PLAN_KEY: &str = "graft.plan";
+/// Metadata key under which a grafted folder says how far its training went.
+pub const STAGE_KEY: &str = "graft.stage";
+
+/// How far a grafted model has been trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Grafted operators as they were initialised: the control.
+    Random,
+    /// Grafted operators distilled, nothing else changed.
+    Distilled,
+    /// The whole model finetuned.
+    Finetuned,
+}
+
+impl Stage {
+    /// Name in metadata and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stage::Random => "random",
+            Stage::Distilled => "distilled",
+            Stage::Finetuned => "finetuned",
+        }
+    }
+}
+
+/// The base's sizes with the operators of the plan.
+///
+/// # Errors
+/// A block that the base does not have.
+pub fn grafted_config(base: &DitConfig, assignments: &[Assignment]) -> Result<DitConfig> {
+    let mut config = base.clone();
+    for a in assignments {
+        let spec = config.spec_mut(a.block, a.site);
+        *spec
+            .ok_or_else(|| Error::failure(a.to_string(), "no such block").must(format!("one of {}", base.depth())))? =
+            a.spec.clone();
+    }
+    Ok(config)
+}
+
+/// The grafted model: parameters of grafted sites from their own stores, all others from the base.
+///
+/// Values are shared with the stores until training writes to them.
+///
+/// # Errors
+/// A parameter that neither the base nor its site's store has in the right shape.
+pub fn graft<'s>(base: &Dit, sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>) -> Result<Dit> {
+    let sites: Vec<(&Assignment, &ParamStore)> = sites.into_iter().collect();
+    let assignments: Vec<Assignment> = sites.iter().map(|(a, _)| (*a).clone()).collect();
+    let mut model = Dit::new(grafted_config(&base.config, &assignments)?, base.device(), 0)?;
+    let names: Vec<_> = model.params.iter().map(|(id, p)| (id, p.name.clone())).collect();
+    for (id, name) in names {
+        let site =
+            sites.iter().find(|(a, _)| name.strip_prefix(&a.to_string()).is_some_and(|rest| rest.starts_with('.')));
+        let store = site.map_or(&base.params, |(_, store)| store);
+        let found = store.find(&name).ok_or_else(|| {
+            Error::failure(&name, "no value for a parameter of the grafted model")
+                .must("in the base or in the store of its site")
+        })?;
+        model.params.set(id, store.get(found).value.clone())?;
+    }
+    Ok(model)
+}
+
+/// Writes a grafted model as a self-describing folder in the diffusers layout, exact to the bit.
+///
+/// # Errors
+/// When the folder cannot be written.
+pub fn save(model: &Dit, folder: &Path, plan: &Plan, stage: Stage) -> Result<()> {
+    let metadata = BTreeMap::from([
+        (PLAN_KEY.to_string(), plan.text().to_string()),
+        (STAGE_KEY.to_string(), stage.name().to_string()),
+    ]);
+    dit::save(model, folder, SaveAs::F32, &metadata)
+}
+
+/// A digest of all parameters, names and shapes: tells whether two models are the same to the bit.
+///
+/// # Errors
+/// When the values cannot be read.
+pub fn digest(model: &Dit) -> Result<String> {
+    let mut digests = String::new();
+    for (_, p) in model.params.iter() {
+        let values = p.value.to_vec()?;
+        digests += &format!("{} {} {}\n", p.name, p.value.shape(), hash::sha256(bytemuck::cast_slice(&values)));
+    }
+    Ok(hash::sha256(digests.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::operators::{self, Site, Spec};
+    use crate::nn::{Builder, Scheme};
+    use crate::tensor::Device;
+
+    fn base() -> Dit {
+        Dit::new(
+            DitConfig { input_size: 8, in_channels: 1, classes: 3, ..DitConfig::plain(12, 8, 2) },
+            &Device::cpu(),
+            5,
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn only_the_grafted_site_changes() {
+        let base = base();
+        let a = Assignment { block: 1, site: Site::Attn, spec: Spec::new("hyena_x").with("taps", 4.0) };
+        let mut store = ParamStore::default();
+        let mut builder = Builder::new(&mut store, base.device(), 9, Scheme::Torch);
+        operators::build(
+            &a.spec,
+            a.site,
+            base.config.block_dims(),
+            &mut builder.below("blocks").below("1").below("attn"),
+        )
+        .unwrap();
+        let model = graft(&base, [(&a, &store)]).unwrap();
+        assert_eq!(model.config.blocks[1].attn.kind, "hyena_x");
+        let mut own = 0;
+        for (_, p) in model.params.iter() {
+            // Block 11 begins with the same characters as block 1.
+            let from = if p.name.starts_with("blocks.1.attn.") { &store } else { &base.params };
+            own += usize::from(p.name.starts_with("blocks.1.attn."));
+            assert_eq!(
+                p.value.to_vec().unwrap(),
+                from.get(from.find(&p.name).unwrap()).value.to_vec().unwrap(),
+                "{}",
+                p.name
+            );
+        }
+        assert_eq!(own, store.len());
+        assert_ne!(digest(&model).unwrap(), digest(&base).unwrap());
+    }
+
+    #[test]
+    fn a_store_without_the_parameters_is_refused() {
+        let a = Assignment { block: 1, site: Site::Attn, spec: Spec::new("hyena_x") };
+        let error = graft(&base(), [(&a, &ParamStore::default())]).unwrap_err().to_string();
+        assert!(error.contains("blocks.1.attn.in_proj.weight: no value"), "{error}");
+    }
+}

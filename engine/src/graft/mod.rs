@@ -1,0 +1,25 @@
+//! Grafting: operators of a pretrained model are replaced, distilled, and the whole is finetuned (arXiv 2506.05340).
+//!
+//! | module | for |
+//! |---|---|
+//! | [`plan`] | the TOML file that says what is replaced and how it is trained |
+//! | [`select`] | layer patterns |
+//! | [`settings`] | the stages' settings and their published defaults |
+//! | [`cost`] | parameters and FLOPs of the model that results |
+//! | [`assemble`] | base model + trained sites → grafted model, and its folder |
+//! | [`distill`] | stage 1: every site learns to imitate the operator it replaces |
+//! | [`finetune`] | stage 2: the grafted model is trained on the diffusion loss |
+//! | [`run`] | the run folder: stages in order, each resumed where it was left |
+//! | [`summary`] | what a run has reached, as one JSON file |
+
+pub mod assemble;
+pub mod cost;
+pub mod distill;
+pub mod finetune;
+pub mod plan;
+pub mod run;
+pub mod select;
+pub mod settings;
+mod student;
+pub mod summary;
+mod text;

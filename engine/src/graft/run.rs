@@ -1,0 +1,209 @@
+//! The run folder, and the stages in order.
+//!
+//! | in the folder | what |
+//! |---|---|
+//! | `plan.toml` | the plan as it was when the run began |
+//! | `distill/`, `finetune/` | checkpoint, loss log and held-out residuals of the two stages |
+//! | `random/`, `stage1/`, `stage2/` | models: sites as initialised (the control), distilled, finetuned |
+//! | `summary.json` | costs, residuals, losses, times |
+//!
+//! A model folder is complete once it has its `config.json`, which is written last. A run that is stopped at any
+//! moment, kill included, goes on from its last checkpoint when it is started again.
+
+use super::assemble::{self, Stage};
+use super::distill::{self, Distiller};
+use super::finetune::Finetuner;
+use super::plan::Plan;
+use super::summary::Summary;
+use crate::error::{Error, Result};
+use crate::io::atomic::{self, RunLock, ensure_writable_dir};
+use crate::io::datasets::{ImageSet, Split};
+use crate::io::{hash, json};
+use crate::models::dit;
+use crate::tensor::Device;
+use crate::train::config::DataConfig;
+use crate::train::trainer;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+const PLAN: &str = "plan.toml";
+const SUMMARY: &str = "summary.json";
+
+/// A folder that belongs to one plan, held by this process.
+pub struct RunFolder {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Its plan.
+    pub plan: Plan,
+    _lock: RunLock,
+}
+
+/// The images of a run.
+pub struct RunData {
+    /// What both stages train on.
+    pub train: ImageSet,
+    /// What residuals are measured on.
+    pub held_out: ImageSet,
+}
+
+impl RunData {
+    /// Train and test split of a data set.
+    ///
+    /// # Errors
+    /// An unknown kind, or a file that is missing or damaged.
+    pub fn load(config: &DataConfig) -> Result<RunData> {
+        Ok(RunData { train: config.load(Split::Train)?, held_out: config.load(Split::Test)? })
+    }
+}
+
+/// A word from a stage in progress.
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'e> {
+    /// An update of stage 1.
+    Distill(&'e distill::Progress),
+    /// An update of stage 2.
+    Finetune(&'e trainer::Progress),
+}
+
+/// Receives events; breaking stops the stage after a checkpoint.
+pub type Report<'r> = dyn FnMut(Event<'_>) -> ControlFlow<()> + 'r;
+
+impl RunFolder {
+    /// The folder for a plan, created where it is missing.
+    ///
+    /// # Errors
+    /// A folder that cannot be written, that another process uses, or that belongs to another plan.
+    pub fn create(plan: Plan, dir: &Path) -> Result<RunFolder> {
+        ensure_writable_dir(dir)?;
+        let lock = RunLock::acquire(dir)?;
+        let path = dir.join(PLAN);
+        if path.exists() && Plan::read(&path)?.identity() != plan.identity() {
+            return Err(Error::usage(dir.display().to_string(), "the run folder belongs to another plan")
+                .is(format!("grafts and settings of {}", path.display()))
+                .must("those of the plan given")
+                .fix("use another --run folder, or take that plan"));
+        }
+        atomic::write_bytes(&path, plan.text().as_bytes())?;
+        Ok(RunFolder { dir: dir.to_path_buf(), plan, _lock: lock })
+    }
+
+    /// A folder that an earlier call has created.
+    ///
+    /// # Errors
+    /// A folder without a plan, or that another process uses.
+    pub fn open(dir: &Path) -> Result<RunFolder> {
+        let path = dir.join(PLAN);
+        if !path.exists() {
+            return Err(Error::usage(path.display().to_string(), "not a run folder")
+                .must("a folder that `graft distill` has filled")
+                .fix("run `graft distill PLAN --run DIR` first, or `graft run PLAN --run DIR` for everything"));
+        }
+        RunFolder::create(Plan::read(&path)?, dir)
+    }
+
+    /// Folder of stage 1's checkpoint and logs.
+    pub fn distill_folder(&self) -> PathBuf {
+        self.dir.join("distill")
+    }
+
+    /// Folder of stage 2's checkpoint and logs.
+    pub fn finetune_folder(&self) -> PathBuf {
+        self.dir.join("finetune")
+    }
+
+    /// Folder of the model of a stage.
+    pub fn model_folder(&self, stage: Stage) -> PathBuf {
+        self.dir.join(match stage {
+            Stage::Random => "random",
+            Stage::Distilled => "stage1",
+            Stage::Finetuned => "stage2",
+        })
+    }
+
+    /// Whether the model of a stage is there, complete.
+    pub fn has(&self, stage: Stage) -> bool {
+        self.model_folder(stage).join("config.json").exists()
+    }
+
+    fn save(&self, model: &dit::Dit, stage: Stage) -> Result<()> {
+        assemble::save(model, &self.model_folder(stage), &self.plan, stage)
+    }
+}
+
+/// Stage 1, from where it was left; returns whether it is finished. Writes the random control at its beginning and
+/// the distilled model at its end.
+///
+/// # Errors
+/// Those of the base model, the data and [`Distiller`].
+pub fn distill(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
+    let plan = &run.plan;
+    let base = dit::load(&plan.base, device)?;
+    let assignments = plan.resolve(&base.config)?;
+    let fingerprint = fingerprint(plan, &assemble::digest(&base)?);
+    let mut distiller = Distiller::open(&base, &assignments, &plan.distill, &run.distill_folder(), fingerprint)?;
+    if !run.has(Stage::Random) {
+        run.save(&distiller.initial_model()?, Stage::Random)?;
+    }
+    distiller.run(&data.train, &data.held_out, &mut |p| report(Event::Distill(p)))?;
+    let finished = distiller.step() >= plan.distill.steps;
+    if finished && !run.has(Stage::Distilled) {
+        run.save(&distiller.model()?, Stage::Distilled)?;
+    }
+    Ok(finished)
+}
+
+/// Stage 2, from where it was left; returns whether it is finished. Writes the finetuned model at its end.
+///
+/// # Errors
+/// A run whose stage 1 is not finished, and those of the data and [`Finetuner`].
+pub fn finetune(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
+    let plan = &run.plan;
+    let folder = run.model_folder(Stage::Distilled);
+    if !run.has(Stage::Distilled) {
+        return Err(Error::usage(folder.display().to_string(), "stage 1 is not finished")
+            .must("a distilled model")
+            .fix("run `graft distill PLAN --run DIR` to its end first"));
+    }
+    let grafted = dit::load(&folder, device)?;
+    let fingerprint = fingerprint(plan, &assemble::digest(&grafted)?);
+    let mut finetuner = Finetuner::open(grafted, &plan.finetune, &run.finetune_folder(), fingerprint)?;
+    let finished = finetuner.run(&data.train, &mut |p| report(Event::Finetune(p)))?;
+    if finished && !run.has(Stage::Finetuned) {
+        run.save(&finetuner.model()?, Stage::Finetuned)?;
+    }
+    Ok(finished)
+}
+
+/// Everything: stage 1, stage 2, summary. Returns the summary, or nothing where `report` broke off.
+///
+/// # Errors
+/// Those of [`distill`] and [`finetune`].
+pub fn run(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<Option<Summary>> {
+    let mut stopped = false;
+    let mut watched = |event: Event<'_>| {
+        let flow = report(event);
+        stopped |= flow.is_break();
+        flow
+    };
+    let distilled = distill(run, data, device, &mut watched)?;
+    // Who stops at the very last update of stage 1 does not want stage 2 to begin.
+    if !distilled || stopped || !finetune(run, data, device, report)? {
+        return Ok(None);
+    }
+    finish(run).map(Some)
+}
+
+/// What follows the last stage: gathers the numbers of the run and writes them to its folder.
+///
+/// # Errors
+/// A damaged log, or a full disk.
+pub fn finish(run: &RunFolder) -> Result<Summary> {
+    let summary = Summary::gather(run)?;
+    json::write(&run.dir.join(SUMMARY), &summary.json()?)?;
+    Ok(summary)
+}
+
+/// What a checkpoint must have come from: this plan, on a start with this digest.
+fn fingerprint(plan: &Plan, start: &str) -> String {
+    hash::sha256(format!("{} {start}", plan.identity()).as_bytes())
+}

@@ -1,0 +1,292 @@
+//! Settings of the stages; what a plan leaves out is as published (arXiv 2506.05340, §3.3 and §4.1).
+
+use crate::error::{Error, Result};
+use crate::nn::operators::Site;
+use crate::ops::contracts::loss_regression;
+use crate::sample::solver::Sampler;
+use crate::train::config::Dtype;
+use crate::train::optimizer::AdamWSettings;
+use crate::train::trainer::LoopSettings;
+use serde::{Deserialize, Deserializer, Serialize, de};
+
+/// Stage 1: activation distillation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DistillConfig {
+    /// Updates in all: 200 epochs of 8,000 images.
+    pub steps: u64,
+    /// Images per update.
+    pub batch: usize,
+    /// Seed of initial values, data order, timesteps and noise.
+    pub seed: u64,
+    /// Arithmetic of products.
+    pub dtype: Dtype,
+    /// Updates between checkpoints.
+    pub checkpoint_every: u64,
+    /// Batches of the test split on which the residuals are measured.
+    pub held_out: u64,
+    /// Optimiser of every site. No moving average is kept in this stage.
+    #[serde(deserialize_with = "stage1_optimizer")]
+    pub optimizer: AdamWSettings,
+    /// Loss by site.
+    pub loss: LossConfig,
+}
+
+impl Default for DistillConfig {
+    fn default() -> Self {
+        DistillConfig {
+            steps: 25_000,
+            batch: 64,
+            seed: 0,
+            dtype: Dtype::F32,
+            checkpoint_every: 500,
+            held_out: 8,
+            optimizer: AdamWSettings { lr: 1e-4, clip: 10.0, ema: 0.0, ..AdamWSettings::default() },
+            loss: LossConfig::default(),
+        }
+    }
+}
+
+/// Which regression loss each kind of site takes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LossConfig {
+    /// Of token mixers.
+    pub attn: Loss,
+    /// Of channel mixers.
+    pub mlp: Loss,
+    /// Where the Huber loss turns from square to absolute.
+    pub huber_delta: f32,
+}
+
+impl Default for LossConfig {
+    fn default() -> Self {
+        LossConfig { attn: Loss::L1, mlp: Loss::L2, huber_delta: 1.0 }
+    }
+}
+
+/// A regression loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Loss {
+    /// Mean absolute error.
+    L1,
+    /// Mean squared error.
+    L2,
+    /// Squared near zero, absolute beyond.
+    Huber,
+}
+
+impl LossConfig {
+    /// Settings of the loss operator for a site.
+    pub fn params(&self, site: Site) -> loss_regression::Params {
+        let loss = match site {
+            Site::Attn => self.attn,
+            Site::Mlp => self.mlp,
+        };
+        let kind = match loss {
+            Loss::L1 => 0,
+            Loss::L2 => 1,
+            Loss::Huber => 2,
+        };
+        loss_regression::Params { kind, delta: self.huber_delta }
+    }
+}
+
+/// Stage 2: lightweight finetuning of all parameters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FinetuneConfig {
+    /// Updates in all.
+    pub steps: u64,
+    /// Images per update.
+    pub batch: usize,
+    /// Seed of data order, timesteps, dropout and noise.
+    pub seed: u64,
+    /// Probability that a label is replaced by the null label.
+    pub label_dropout: f64,
+    /// Arithmetic of products.
+    pub dtype: Dtype,
+    /// Updates between checkpoints.
+    pub checkpoint_every: u64,
+    /// Recompute blocks in the backward pass to save memory.
+    pub activation_checkpointing: bool,
+    /// Optimiser; its moving average starts at the grafted model.
+    #[serde(deserialize_with = "stage2_optimizer")]
+    pub optimizer: AdamWSettings,
+}
+
+impl Default for FinetuneConfig {
+    fn default() -> Self {
+        FinetuneConfig {
+            steps: 50_000,
+            batch: 256,
+            seed: 0,
+            label_dropout: 0.1,
+            dtype: Dtype::F32,
+            checkpoint_every: 500,
+            activation_checkpointing: false,
+            optimizer: AdamWSettings { lr: 1e-4, warmup: 1000, clip: 10.0, ema: 0.9999, ..AdamWSettings::default() },
+        }
+    }
+}
+
+impl FinetuneConfig {
+    /// Settings of the training loop.
+    pub fn loop_settings(&self) -> LoopSettings {
+        LoopSettings {
+            steps: self.steps,
+            batch: self.batch,
+            seed: self.seed,
+            label_dropout: self.label_dropout,
+            precision: self.dtype.into(),
+            checkpoint_every: self.checkpoint_every,
+            activation_checkpointing: self.activation_checkpointing,
+        }
+    }
+}
+
+/// How the models before and after are compared.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvalConfig {
+    /// Images drawn from each model.
+    pub samples: usize,
+    /// Sampling steps.
+    pub steps: usize,
+    /// `ddpm`, `ddim` or `dpm++`.
+    pub sampler: String,
+    /// Classifier-free guidance scale.
+    pub guidance: f64,
+    /// Seed of the noise.
+    pub seed: u64,
+}
+
+impl Default for EvalConfig {
+    fn default() -> Self {
+        EvalConfig { samples: 50_000, steps: 250, sampler: "ddpm".into(), guidance: 1.5, seed: 0 }
+    }
+}
+
+fn stage1_optimizer<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<AdamWSettings, D::Error> {
+    overlay(DistillConfig::default().optimizer, deserializer)
+}
+
+fn stage2_optimizer<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<AdamWSettings, D::Error> {
+    overlay(FinetuneConfig::default().optimizer, deserializer)
+}
+
+/// Optimiser settings where those not given are a stage's own defaults, not the optimiser's.
+fn overlay<'de, D: Deserializer<'de>>(
+    defaults: AdamWSettings,
+    deserializer: D,
+) -> std::result::Result<AdamWSettings, D::Error> {
+    let mut table = toml::Table::try_from(defaults).map_err(de::Error::custom)?;
+    table.extend(toml::Table::deserialize(deserializer)?);
+    table.try_into().map_err(|e: toml::de::Error| de::Error::custom(e.message()))
+}
+
+fn at_least_one(section: &str, fields: &[(&str, u64)]) -> Result<()> {
+    match fields.iter().find(|(_, value)| *value == 0) {
+        Some((name, _)) => Err(Error::usage(format!("{section}: {name}"), "nothing to do").is(0).must("at least 1")),
+        None => Ok(()),
+    }
+}
+
+impl DistillConfig {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// Names the setting.
+    pub fn check(&self) -> Result<()> {
+        let counts = [
+            ("steps", self.steps),
+            ("batch", self.batch as u64),
+            ("checkpoint_every", self.checkpoint_every),
+            ("held_out", self.held_out),
+        ];
+        at_least_one("distill", &counts)?;
+        self.optimizer.check().map_err(|e| e.context("distill: optimizer"))?;
+        if self.optimizer.ema != 0.0 {
+            return Err(Error::usage("distill: optimizer: ema", "stage 1 keeps no moving average")
+                .is(self.optimizer.ema)
+                .must(0)
+                .fix("remove it; stage 2 averages from the grafted model on"));
+        }
+        if self.loss.huber_delta.is_nan() || self.loss.huber_delta <= 0.0 {
+            return Err(Error::usage("distill: loss: huber_delta", "out of range")
+                .is(self.loss.huber_delta)
+                .must("positive"));
+        }
+        Ok(())
+    }
+}
+
+impl FinetuneConfig {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// Names the setting.
+    pub fn check(&self) -> Result<()> {
+        let counts = [("steps", self.steps), ("batch", self.batch as u64), ("checkpoint_every", self.checkpoint_every)];
+        at_least_one("finetune", &counts)?;
+        self.optimizer.check().map_err(|e| e.context("finetune: optimizer"))?;
+        if !(0.0..=1.0).contains(&self.label_dropout) {
+            return Err(Error::usage("finetune: label_dropout", "out of range").is(self.label_dropout).must("0 to 1"));
+        }
+        Ok(())
+    }
+}
+
+impl EvalConfig {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// Names the setting.
+    pub fn check(&self) -> Result<()> {
+        at_least_one("eval", &[("samples", self.samples as u64), ("steps", self.steps as u64)])?;
+        self.sampler.parse::<Sampler>().map_err(|e| e.context("eval"))?;
+        if !self.guidance.is_finite() {
+            return Err(Error::usage("eval: guidance", "not a finite number")
+                .is(self.guidance)
+                .must("a finite number, 1 for no guidance"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_optimiser_given_in_part_keeps_the_stage_defaults() {
+        let stage1: DistillConfig = toml::from_str("optimizer = { lr = 5e-4 }").unwrap();
+        assert_eq!((stage1.optimizer.lr, stage1.optimizer.ema, stage1.optimizer.clip), (5e-4, 0.0, 10.0));
+        let stage2: FinetuneConfig = toml::from_str("optimizer = { clip = 1 }").unwrap();
+        assert_eq!((stage2.optimizer.warmup, stage2.optimizer.ema, stage2.optimizer.clip), (1000, 0.9999, 1.0));
+        let error = toml::from_str::<DistillConfig>("optimizer = { rate = 1 }").unwrap_err();
+        assert!(error.message().contains("unknown field `rate`"), "{error}");
+    }
+
+    #[test]
+    fn losses_follow_the_site() {
+        let loss: LossConfig = toml::from_str("mlp = \"huber\"\nhuber_delta = 0.5").unwrap();
+        assert_eq!(loss.params(Site::Attn).kind, 0);
+        assert_eq!((loss.params(Site::Mlp).kind, loss.params(Site::Mlp).delta), (2, 0.5));
+        assert_eq!(LossConfig::default().params(Site::Mlp).kind, 1);
+    }
+
+    #[test]
+    fn ranges_are_checked() {
+        let bad =
+            DistillConfig { optimizer: AdamWSettings { ema: 0.9, ..AdamWSettings::default() }, ..Default::default() };
+        assert!(
+            bad.check().unwrap_err().to_string().contains("distill: optimizer: ema: stage 1 keeps no moving average")
+        );
+        let bad = FinetuneConfig { steps: 0, ..Default::default() };
+        assert!(bad.check().unwrap_err().to_string().starts_with("finetune: steps"));
+        let bad = EvalConfig { sampler: "euler".into(), ..Default::default() };
+        assert!(bad.check().unwrap_err().to_string().contains("eval: sampler"));
+    }
+}

@@ -1,0 +1,176 @@
+//! One site in stage 1: an operator that learns to imitate the one it replaces.
+//!
+//! A student has its own parameters and its own optimiser, and sees nothing of the others: what it becomes does not
+//! depend on which other sites are grafted.
+
+use super::plan::Assignment;
+use super::settings::DistillConfig;
+use crate::autograd::{Graph, ParamStore, Precision, Var};
+use crate::error::{Error, Result};
+use crate::nn::operators::{self, BlockDims, Operator};
+use crate::nn::{Builder, Scheme};
+use crate::ops::contracts::loss_regression;
+use crate::tensor::{Device, Tensor};
+use crate::train::optimizer::AdamW;
+use serde::Serialize;
+
+/// An operator in training.
+pub(super) struct Student {
+    pub assignment: Assignment,
+    pub params: ParamStore,
+    pub optimiser: AdamW,
+    operator: Box<dyn Operator>,
+    loss: loss_regression::Params,
+    precision: Precision,
+}
+
+/// How far an operator is from the one it replaces, over the held-out batches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Residual {
+    /// Mean loss of the kind that is trained.
+    pub loss: f64,
+    /// ‖ŷ − y‖₂ / ‖y‖₂ over all elements of all batches; an operator that gives zeros has 1.
+    pub relative: f64,
+}
+
+/// Sums from which a [`Residual`] is made.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ResidualSums {
+    loss: f64,
+    batches: u32,
+    error: f64,
+    target: f64,
+}
+
+impl ResidualSums {
+    pub fn residual(&self) -> Residual {
+        Residual { loss: self.loss / f64::from(self.batches.max(1)), relative: (self.error / self.target).sqrt() }
+    }
+}
+
+impl Student {
+    /// A new operator with its own default initialisation, its parameters named as in the whole model.
+    pub fn new(assignment: Assignment, dims: BlockDims, device: &Device, config: &DistillConfig) -> Result<Student> {
+        let mut params = ParamStore::default();
+        let mut builder = Builder::new(&mut params, device, config.seed, Scheme::Torch);
+        let operator =
+            operators::build(&assignment.spec, assignment.site, dims, &mut builder.below(&assignment.to_string()))?;
+        let optimiser = AdamW::new(config.optimizer, &params)?;
+        let loss = config.loss.params(assignment.site);
+        Ok(Student { assignment, params, optimiser, operator, loss, precision: config.dtype.into() })
+    }
+
+    /// One update towards `target` for `input`, both `[B, N, D]`; returns the loss before it.
+    ///
+    /// # Errors
+    /// A loss or gradient that is not finite, naming the site: nothing is changed then.
+    pub fn learn(&mut self, input: &Tensor, target: &Tensor, lr: f64) -> Result<f64> {
+        let (value, grads) = {
+            let g = Graph::training(self.precision);
+            let (loss, _) = self.compare(&g, input, target)?;
+            let value = f64::from(loss.tensor().f32s()?[0]);
+            if !value.is_finite() {
+                return Err(Error::failure(
+                    format!("{}: step {}", self.assignment, self.optimiser.step),
+                    "the loss is not finite",
+                )
+                .is(value)
+                .must("a finite number")
+                .fix("lower the learning rate of stage 1, or use f32 products; the last checkpoint is good"));
+            }
+            (value, g.backward(&loss)?)
+        };
+        self.optimiser.update(&mut self.params, &grads, lr).map_err(|e| e.context(&self.assignment))?;
+        Ok(value)
+    }
+
+    /// Adds one held-out batch to `sums`.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn measure(&self, input: &Tensor, target: &Tensor, sums: &mut ResidualSums) -> Result<()> {
+        let (loss, output) = self.compare(&Graph::inference(self.precision), input, target)?;
+        sums.loss += f64::from(loss.tensor().f32s()?[0]);
+        sums.batches += 1;
+        for (y, t) in output.tensor().f32s()?.iter().zip(target.f32s()?) {
+            sums.error += f64::from(y - t).powi(2);
+            sums.target += f64::from(*t).powi(2);
+        }
+        Ok(())
+    }
+
+    /// Loss and output.
+    fn compare<'m>(&'m self, g: &Graph<'m>, input: &Tensor, target: &Tensor) -> Result<(Var, Var)> {
+        let output = self.operator.forward(g, &self.params, &Var::constant(input.clone()), None)?;
+        let loss = g.loss_regression(&output, &Var::constant(target.clone()), self.loss)?;
+        Ok((loss, output))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::operators::{Site, Spec};
+    use crate::train::optimizer::AdamWSettings;
+
+    fn student(device: &Device, kind: &str, lr: f64) -> Student {
+        let assignment = Assignment { block: 0, site: Site::Attn, spec: Spec::new(kind) };
+        let optimizer = AdamWSettings { lr, ema: 0.0, ..AdamWSettings::default() };
+        let config = DistillConfig { optimizer, ..DistillConfig::default() };
+        Student::new(assignment, BlockDims { width: 8, heads: 2, tokens: 4 }, device, &config).unwrap()
+    }
+
+    fn tensor(device: &Device, values: &[f32]) -> Tensor {
+        Tensor::from_f32(device, &[1, 4, 8], &values.iter().cycle().take(32).copied().collect::<Vec<_>>()).unwrap()
+    }
+
+    #[test]
+    fn learning_approaches_the_target() {
+        let device = Device::cpu();
+        let (input, target) = (tensor(&device, &[1.0, -0.5, 0.25]), tensor(&device, &[0.5, 0.0, -1.0, 2.0]));
+        for kind in ["hyena_x", "mha"] {
+            let mut s = student(&device, kind, 1e-2);
+            let residual = |s: &Student| {
+                let mut sums = ResidualSums::default();
+                s.measure(&input, &target, &mut sums).unwrap();
+                sums.residual()
+            };
+            let before = residual(&s);
+            for _ in 0..100 {
+                s.learn(&input, &target, 1e-2).unwrap();
+            }
+            let after = residual(&s);
+            assert!(
+                after.relative < 0.5 * before.relative && after.loss < 0.5 * before.loss,
+                "{kind}: {before:?} {after:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn residual_by_hand() {
+        let device = Device::cpu();
+        let s = student(&device, "hyena_x", 1e-2);
+        let input = tensor(&device, &[0.0]);
+        let output = s.compare(&Graph::inference(Precision::F32), &input, &input).unwrap().1.tensor().to_vec().unwrap();
+        // A target of twice the output: half of the target is missing.
+        let twice: Vec<f32> = output.iter().map(|v| 2.0 * v).collect();
+        let mut sums = ResidualSums::default();
+        s.measure(&input, &tensor(&device, &twice), &mut sums).unwrap();
+        let mean = output.iter().map(|v| f64::from(v.abs())).sum::<f64>() / 32.0;
+        assert!((sums.residual().relative - 0.5).abs() < 1e-6 && (sums.residual().loss - mean).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_names_site_and_step_and_changes_nothing() {
+        let device = Device::cpu();
+        let mut s = student(&device, "hyena_x", 1e-2);
+        let good = tensor(&device, &[1.0]);
+        s.learn(&good, &good, 1e-2).unwrap();
+        let before: Vec<f32> = s.params.iter().flat_map(|(_, p)| p.value.to_vec().unwrap()).collect();
+        let error = s.learn(&tensor(&device, &[f32::NAN]), &good, 1e-2).unwrap_err().to_string();
+        assert!(error.starts_with("blocks.0.attn: step 1: the loss is not finite"), "{error}");
+        let after: Vec<f32> = s.params.iter().flat_map(|(_, p)| p.value.to_vec().unwrap()).collect();
+        assert_eq!((before, s.optimiser.step), (after, 1));
+    }
+}
