@@ -1,5 +1,6 @@
 //! The command line: the only room that prints and exits.
 
+mod classifier;
 mod pretrain;
 mod progress;
 
@@ -23,6 +24,9 @@ struct Cli {
 enum Command {
     /// Train a model from scratch; resumes by itself.
     Pretrain(pretrain::Args),
+    /// Train the small network that scores look through; the trained one ships with the program.
+    #[command(hide = true)]
+    Classifier(classifier::Args),
 }
 
 /// Runs the program: 0 done, 1 failed, 2 wrong usage.
@@ -53,5 +57,6 @@ fn execute(cli: Cli) -> Result<()> {
     }
     match cli.command {
         Command::Pretrain(args) => pretrain::run(&args),
+        Command::Classifier(args) => classifier::run(&args),
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Features are rows of f32 numbers from one image network; [`Features`] checks them once for every metric.
 
+pub mod classifier;
 pub mod features;
 pub mod frechet;
 pub mod inception_score;

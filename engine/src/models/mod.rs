@@ -4,6 +4,6 @@
 //! beside it.
 
 pub mod dit;
-mod source;
+pub(crate) mod source;
 
 pub use source::{Source, StoredTensor};
