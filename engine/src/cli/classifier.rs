@@ -1,6 +1,6 @@
 //! `graft classifier train --data DIR --output DIR`: makes the network that `graft eval` looks through.
 
-use super::progress;
+use super::{Dtype, progress};
 use crate::backend::Device;
 use crate::error::Result;
 use crate::eval::classifier::{self, Classifier, Settings};
@@ -40,6 +40,9 @@ struct TrainArgs {
     /// Peak learning rate.
     #[arg(long, default_value_t = Settings::default().lr)]
     lr: f64,
+    /// Arithmetic of products.
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    dtype: Dtype,
 }
 
 /// Runs the command.
@@ -52,7 +55,7 @@ pub fn run(args: &Args) -> Result<()> {
 fn train(args: &TrainArgs) -> Result<()> {
     let (data, test) = (datasets::fashion_mnist(&args.data, Split::Train)?, datasets::fashion_mnist(&args.data, Split::Test)?);
     crate::io::atomic::ensure_writable_dir(&args.output)?;
-    let settings = Settings { epochs: args.epochs, seed: args.seed, lr: args.lr, ..Settings::default() };
+    let settings = Settings { epochs: args.epochs, seed: args.seed, lr: args.lr, precision: args.dtype.into(), ..Settings::default() };
     let device = Device::cpu();
     let bar = progress::bar(0, "classifier");
     let mut smoothed = None;
@@ -67,7 +70,7 @@ fn train(args: &TrainArgs) -> Result<()> {
     bar.finish();
     let metadata = BTreeMap::from([(
         "graft.classifier".to_string(),
-        format!("{} training images, {} epochs, seed {}, lr {}", data.n, args.epochs, args.seed, args.lr),
+        format!("{} training images, {} epochs, seed {}, lr {}, {:?} products", data.n, args.epochs, args.seed, args.lr, args.dtype),
     )]);
     trained.save(&args.output, &metadata)?;
     let accuracy = accuracy(&args.output, &test, &device)?;

@@ -4,6 +4,7 @@ mod classifier;
 mod pretrain;
 mod progress;
 
+use crate::autograd::Precision;
 use crate::error::{Error, Result};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -16,8 +17,29 @@ struct Cli {
     /// Threads for operators; all cores where not given.
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
+    /// Reports as JSON.
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     command: Command,
+}
+
+/// Arithmetic of the products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Dtype {
+    /// 32-bit floats.
+    F32,
+    /// bfloat16 products, accumulated in 32 bits.
+    Bf16,
+}
+
+impl From<Dtype> for Precision {
+    fn from(dtype: Dtype) -> Precision {
+        match dtype {
+            Dtype::F32 => Precision::F32,
+            Dtype::Bf16 => Precision::Bf16,
+        }
+    }
 }
 
 #[derive(Subcommand)]

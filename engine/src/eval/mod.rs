@@ -8,5 +8,6 @@ pub mod frechet;
 pub mod inception_score;
 pub mod kid;
 pub mod precision_recall;
+pub mod score;
 
 pub use features::Features;

@@ -4,6 +4,7 @@
 //! beside it.
 
 pub mod dit;
-pub(crate) mod source;
+mod source;
 
+pub(crate) use source::read_weight;
 pub use source::{Source, StoredTensor};

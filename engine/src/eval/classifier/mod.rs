@@ -16,7 +16,7 @@ use crate::eval::Features;
 use crate::io::dtype::FileDtype;
 use crate::io::safetensors::{self, TensorRecord};
 use crate::io::weights::open_weights;
-use crate::models::source::{Source, read_weight};
+use crate::models::{Source, read_weight};
 use crate::nn::operators::{self, BlockDims, Operator, Site, Spec};
 use crate::nn::{Builder, Epilogue, Init, Linear, Scheme};
 use crate::ops::{act, contracts};
@@ -149,7 +149,7 @@ impl Classifier {
     }
 
     /// Device that holds the parameters.
-    fn device(&self) -> &Device {
+    pub fn device(&self) -> &Device {
         self.params.get(self.positions).value.device()
     }
 

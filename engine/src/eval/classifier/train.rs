@@ -27,11 +27,13 @@ pub struct Settings {
     pub shift: usize,
     /// Peak learning rate.
     pub lr: f64,
+    /// Arithmetic of products.
+    pub precision: Precision,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { epochs: 10, batch: 128, seed: 0, shift: 2, lr: 2e-3 }
+        Settings { epochs: 6, batch: 128, seed: 0, shift: 1, lr: 2e-3, precision: Precision::F32 }
     }
 }
 
@@ -75,7 +77,7 @@ pub fn train(
         let images = shifted(&batch.images, settings.shift, &mut rng)?;
         let labels = Tensor::from_i32(device, &[batch.labels.len()], &batch.labels)?;
         let (loss, grads) = {
-            let g = Graph::training(Precision::F32);
+            let g = Graph::training(settings.precision);
             let logits = classifier.forward(&g, &images)?.logits;
             let logits = g.reshape(&logits, &[logits.dim(0), logits.dim(2)])?;
             let loss = g.cross_entropy(&logits, &labels, contracts::cross_entropy::Params {})?;
