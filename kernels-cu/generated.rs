@@ -12,6 +12,7 @@ pub const OPS: &[OpInfo] = &[
     add_noise::INFO,
     attention::INFO,
     axpy::INFO,
+    cross_entropy::INFO,
     embed::INFO,
     gate_residual::INFO,
     gated_conv::INFO,
@@ -32,6 +33,9 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     let mut rows = Vec::new();
     for case in attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(attention::gradcheck(case).into_iter().map(|row| ("attention", case.name, row)));
+    }
+    for case in cross_entropy::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(cross_entropy::gradcheck(case).into_iter().map(|row| ("cross_entropy", case.name, row)));
     }
     for case in embed::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(embed::gradcheck(case).into_iter().map(|row| ("embed", case.name, row)));
@@ -327,6 +331,95 @@ pub mod axpy {
 
     pub const INFO: OpInfo = OpInfo { name: "axpy", summary: "Adds a multiple of a tensor to another in place.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block"], tolerance: None };
 
+}
+
+/// Mean cross-entropy of softmax probabilities against class labels.
+pub mod cross_entropy {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, K]` f32: Unnormalised log probabilities of K classes.
+        pub logits: &'a [T],
+        /// `[B]` i32: True class per sample.
+        pub labels: &'a [i32],
+        /// `[1]` f32: Mean over the samples, in nats.
+        pub loss: &'a mut [T],
+        /// `[B]` f32: Log of the sum of the exponentials of each row.
+        pub lse: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[1]` f32: Mean over the samples, in nats.
+        pub dloss: &'a [T],
+        /// `[B, K]` f32: Unnormalised log probabilities of K classes.
+        pub logits: &'a [T],
+        /// `[B]` i32: True class per sample.
+        pub labels: &'a [i32],
+        /// `[B]` f32: Log of the sum of the exponentials of each row.
+        pub lse: &'a [T],
+        /// `[B, K]` f32: Unnormalised log probabilities of K classes.
+        pub dlogits: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, k, .. } = dims;
+        4*b*k
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, k, .. } = dims;
+        4*(b*k + 2*b)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "fashion", tier: Tier::Tiny, dims: Dims { b: 128, k: 10 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, k: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_sample", tier: Tier::Tiny, dims: Dims { b: 1, k: 17 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_lane", tier: Tier::Tiny, dims: Dims { b: 3, k: 33 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { b: 65, k: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "imagenet", tier: Tier::Real, dims: Dims { b: 256, k: 1000 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "cross_entropy", summary: "Mean cross-entropy of softmax probabilities against class labels.", backward: true, cases: &["fashion", "one", "one_sample", "over_a_lane", "over_a_block", "imagenet"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, k, .. } = dims;
+        let logits = check::draw_f64(case.name, "logits", b * k, Fill::Normal);
+        let labels = check::draw_i32(case.name, "labels", b, Fill::Index(k));
+        let cotangent = check::draw_f64(case.name, "dloss", 1, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |logits: &[f64]| {
+            let mut loss = vec![0.0f64; 1];
+            let mut lse = vec![0.0f64; b];
+            super::super::cross_entropy::reference::forward(Forward { dims, params, logits: logits, labels: &labels[..], loss: &mut loss[..], lse: &mut lse[..] });
+            (loss, lse)
+        };
+        let (loss, lse) = forward(&logits);
+        let mut dlogits = vec![0.0f64; b * k];
+        super::super::cross_entropy::reference::backward(Backward { dims, params, dloss: &cotangent, logits: &logits[..], labels: &labels[..], lse: &lse[..], dlogits: Some(&mut dlogits[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("logits", case.name, &logits, &dlogits, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
 }
 
 /// Row of a table per sample, plus an addend, through an optional activation.

@@ -2,8 +2,5 @@
 
 mod fuzz;
 mod golden_io;
-<<<<<<< HEAD
 mod properties;
-=======
 mod graft;
->>>>>>> graft

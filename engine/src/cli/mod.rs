@@ -2,9 +2,11 @@
 
 mod graft_run;
 mod plan;
+mod classifier;
 mod pretrain;
 mod progress;
 
+use crate::autograd::Precision;
 use crate::error::{Error, Result};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -17,8 +19,29 @@ struct Cli {
     /// Threads for operators; all cores where not given.
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
+    /// Reports as JSON.
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     command: Command,
+}
+
+/// Arithmetic of the products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Dtype {
+    /// 32-bit floats.
+    F32,
+    /// bfloat16 products, accumulated in 32 bits.
+    Bf16,
+}
+
+impl From<Dtype> for Precision {
+    fn from(dtype: Dtype) -> Precision {
+        match dtype {
+            Dtype::F32 => Precision::F32,
+            Dtype::Bf16 => Precision::Bf16,
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -33,6 +56,9 @@ enum Command {
     Distill(graft_run::PlanArgs),
     /// Stage 2 of a graft alone: finetune the distilled model of a run folder.
     Finetune(graft_run::RunArgs),
+    /// Train the small network that scores look through; the trained one ships with the program.
+    #[command(hide = true)]
+    Classifier(classifier::Args),
 }
 
 /// Runs the program: 0 done, 1 failed, 2 wrong usage.
@@ -67,5 +93,6 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Run(args) => graft_run::run(&args),
         Command::Distill(args) => graft_run::distill(&args),
         Command::Finetune(args) => graft_run::finetune(&args),
+        Command::Classifier(args) => classifier::run(&args),
     }
 }

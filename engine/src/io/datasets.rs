@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use flate2::read::MultiGzDecoder;
@@ -57,15 +58,16 @@ const FASHION: [&str; 10] =
     ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"];
 const CIFAR: [&str; 10] = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"];
 
-/// Fashion-MNIST from its four idx files in `dir`, plain or gzipped: 60,000 or 10,000 grey images of 28 x 28.
+/// Fashion-MNIST, or a cut of it, from its four idx files in `dir`, plain or gzipped: grey images of 28 x 28, in all
+/// 60,000 for training and 10,000 for evaluation.
 ///
 /// # Errors
-/// "data file missing", or as [`read_idx_set`], or "wrong number of images".
+/// "data file missing", or as [`read_idx_set`], or "wrong images": another size, none, or more than the set has.
 pub fn fashion_mnist(dir: &Path, split: Split) -> Result<ImageSet> {
     mnist_like(dir, split, &FASHION)
 }
 
-/// MNIST from its four idx files in `dir`, plain or gzipped: 60,000 or 10,000 grey images of 28 x 28.
+/// MNIST, or a cut of it, with the file names and sizes of [`fashion_mnist`].
 ///
 /// # Errors
 /// As [`fashion_mnist`].
@@ -74,7 +76,7 @@ pub fn mnist(dir: &Path, split: Split) -> Result<ImageSet> {
 }
 
 fn mnist_like(dir: &Path, split: Split, classes: &[&'static str]) -> Result<ImageSet> {
-    let (stem, n) = match split {
+    let (stem, whole) = match split {
         Split::Train => ("train", 60_000),
         Split::Test => ("t10k", 10_000),
     };
@@ -84,17 +86,19 @@ fn mnist_like(dir: &Path, split: Split, classes: &[&'static str]) -> Result<Imag
         if plain.exists() { plain } else { packed }
     };
     let set = read_idx_set(&find("images-idx3"), &find("labels-idx1"), classes)?;
-    expect_set(dir, &set, n, [28, 28, 1])?;
+    // The header states the number of images, so a damaged file cannot pass for a cut.
+    expect_set(dir, &set, 1..=whole, [28, 28, 1])?;
     Ok(set)
 }
 
-/// Checks a set's size against what the data set is known to have.
-fn expect_set(dir: &Path, set: &ImageSet, n: usize, shape: [usize; 3]) -> Result<()> {
+/// Checks a set against what the data set is known to hold.
+fn expect_set(dir: &Path, set: &ImageSet, n: RangeInclusive<usize>, shape: [usize; 3]) -> Result<()> {
     let found = [set.height, set.width, set.channels];
-    if set.n != n || found != shape {
-        return Err(Error::failure(dir.display().to_string(), "wrong number of images")
+    if !n.contains(&set.n) || found != shape {
+        let range = if n.start() == n.end() { format!("{}", n.end()) } else { format!("{} to {}", n.start(), n.end()) };
+        return Err(Error::failure(dir.display().to_string(), "wrong images")
             .is(format!("{} images of {found:?}", set.n))
-            .must(format!("{n} images of {shape:?}"))
+            .must(format!("{range} images of {shape:?}"))
             .fix(FIX_FETCH));
     }
     Ok(())
@@ -197,7 +201,7 @@ pub fn cifar10(dir: &Path, split: Split) -> Result<ImageSet> {
         append_sheet(&path.display().to_string(), &read_bytes(&path)?, &mut pixels)?;
     }
     let set = sheet_set(&label_path, pixels, labels)?;
-    expect_set(dir, &set, n, [32, 32, 3])?;
+    expect_set(dir, &set, n..=n, [32, 32, 3])?;
     Ok(set)
 }
 
@@ -309,6 +313,34 @@ mod tests {
             eprintln!("skipped: {item} is not fetched");
         }
         dir.exists().then_some(dir)
+    }
+
+    #[test]
+    fn the_bundled_slice_is_the_beginning_of_fashion_mnist() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/fashion-mnist");
+        for (split, n, boots) in [(Split::Train, 10_000, 1_000), (Split::Test, 2_000, 188)] {
+            let set = fashion_mnist(&dir, split).unwrap();
+            assert_eq!((set.n, set.labels[0]), (n, 9));
+            assert_eq!(set.labels.iter().filter(|&&l| l == 9).count(), boots);
+            let Some(whole) = fetched("fashion-mnist") else { continue };
+            let whole = fashion_mnist(&whole, split).unwrap();
+            assert!(whole.pixels.starts_with(&set.pixels) && whole.labels.starts_with(&set.labels));
+        }
+    }
+
+    #[test]
+    fn a_set_of_another_shape_or_size_is_refused() {
+        let dir = test_dir("idx_shape");
+        let set = |n: u32, side: u32| {
+            let pixels = vec![0; (n * side * side) as usize];
+            std::fs::write(dir.join("t10k-images-idx3-ubyte"), idx(&[n, side, side], &pixels)).unwrap();
+            std::fs::write(dir.join("t10k-labels-idx1-ubyte"), idx(&[n], &vec![0; n as usize])).unwrap();
+            fashion_mnist(&dir, Split::Test)
+        };
+        assert_eq!(set(2, 28).unwrap().n, 2);
+        for (n, side) in [(0, 28), (2, 27), (10_001, 28)] {
+            assert_eq!(set(n, side).unwrap_err().problem(), "wrong images");
+        }
     }
 
     #[test]

@@ -102,7 +102,7 @@ impl Source for TorchWeights {
 }
 
 /// Reads a weight and checks presence, dtype, shape and finiteness.
-pub(super) fn read_weight(source: &dyn Source, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+pub(crate) fn read_weight(source: &dyn Source, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
     let place = || format!("{}: {name}", source.place());
     let tensor = source.tensor(name).ok_or_else(|| {
         Error::failure(place(), "missing tensor").must(format!("present with shape {shape:?}")).fix("use the complete checkpoint of this model")

@@ -21,6 +21,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("add_noise", add_noise_conform),
     ("attention", attention_conform),
     ("axpy", axpy_conform),
+    ("cross_entropy", cross_entropy_conform),
     ("embed", embed_conform),
     ("gate_residual", gate_residual_conform),
     ("gated_conv", gated_conv_conform),
@@ -325,6 +326,143 @@ fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
             let mut y = io.draw(case.name, "y", &[l], Fill::Normal)?;
             let out = axpy(&x, &mut y, params)?;
             io.result("y", &y)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`cross_entropy`].
+pub struct CrossEntropyOut {
+    /// `[1]` f32: Mean over the samples, in nats.
+    pub loss: Tensor,
+    /// `[B]` f32: Log of the sum of the exponentials of each row.
+    pub lse: Tensor,
+}
+
+/// Mean cross-entropy of softmax probabilities against class labels.
+///
+/// ```text
+/// lse[b] = log sum_k exp(logits[b,k]);  loss = 1/B sum_b (lse[b] - logits[b,labels[b]])
+/// dlogits[b,k] = dloss/B * (exp(logits[b,k] - lse[b]) - [k = labels[b]])
+/// ```
+/// - `logits` `[B, K]` f32: Unnormalised log probabilities of K classes.
+/// - `labels` `[B]` i32: True class per sample.
+/// - returns `loss` `[1]` f32: Mean over the samples, in nats.
+/// - returns `lse` `[B]` f32: Log of the sum of the exponentials of each row.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn cross_entropy(logits: &Tensor, labels: &Tensor, params: kernels::generated::cross_entropy::Params) -> Result<CrossEntropyOut> {
+    use kernels::generated::cross_entropy::{Dims, Forward};
+    let mut check = DimCheck::new("cross_entropy", &["B", "K"]);
+    check.bind("logits", logits, &["B", "K"])?;
+    check.bind("labels", labels, &["B"])?;
+    check.match_exprs("logits", logits, &["B", "K"])?;
+    check.match_exprs("labels", labels, &["B"])?;
+    want_dtype("cross_entropy", "logits", logits, &[DType::F32])?;
+    want_dtype("cross_entropy", "labels", labels, &[DType::I32])?;
+    let dims = Dims { b: check.dim("B")?, k: check.dim("K")? };
+    {
+        let Dims { k, .. } = dims;
+        check_index("cross_entropy", "labels", labels, k)?;
+    }
+    let Dims { b, k, .. } = dims;
+    require("cross_entropy", b * k > 0, "B * K > 0", "at least one sample and one class", || format!("{dims:?}, {params:?}"))?;
+    let device = logits.device().clone();
+    check.same_device(&device, &[("labels", Some(labels))])?;
+    let Dims { b, .. } = dims;
+    let mut loss = device.empty(&[1])?;
+    let mut lse = device.empty(&[b])?;
+
+    let args = Forward { dims, params, logits: logits.f32s()?, labels: labels.i32s()?, loss: loss.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::cross_entropy::cpu::forward(args),
+        DeviceKind::Oracle => kernels::cross_entropy::reference::forward(args),
+        other => return Err(no_path("cross_entropy", other)),
+    }
+    Ok(CrossEntropyOut { loss, lse })
+}
+
+/// Backward pass of [`cross_entropy`]: gradients of the inputs asked for, from `dloss` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn cross_entropy_backward(dloss: &Tensor, logits: &Tensor, labels: &Tensor, lse: &Tensor, want_logits: bool, params: kernels::generated::cross_entropy::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::cross_entropy::{Backward, Dims};
+    let mut check = DimCheck::new("cross_entropy", &["B", "K"]);
+    check.bind("dloss", dloss, &["1"])?;
+    check.bind("logits", logits, &["B", "K"])?;
+    check.bind("labels", labels, &["B"])?;
+    check.bind("lse", lse, &["B"])?;
+    check.match_exprs("dloss", dloss, &["1"])?;
+    check.match_exprs("logits", logits, &["B", "K"])?;
+    check.match_exprs("labels", labels, &["B"])?;
+    check.match_exprs("lse", lse, &["B"])?;
+    want_dtype("cross_entropy", "dloss", dloss, &[DType::F32])?;
+    want_dtype("cross_entropy", "logits", logits, &[DType::F32])?;
+    want_dtype("cross_entropy", "labels", labels, &[DType::I32])?;
+    want_dtype("cross_entropy", "lse", lse, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, k: check.dim("K")? };
+    {
+        let Dims { k, .. } = dims;
+        check_index("cross_entropy", "labels", labels, k)?;
+    }
+    let Dims { b, k, .. } = dims;
+    require("cross_entropy", b * k > 0, "B * K > 0", "at least one sample and one class", || format!("{dims:?}, {params:?}"))?;
+    let device = dloss.device().clone();
+    check.same_device(&device, &[("logits", Some(logits)), ("labels", Some(labels)), ("lse", Some(lse))])?;
+    let Dims { b, k, .. } = dims;
+    let mut grad_logits = if want_logits { Some(device.empty(&[b, k])?) } else { None };
+
+    let args = Backward { dims, params, dloss: dloss.f32s()?, logits: logits.f32s()?, labels: labels.i32s()?, lse: lse.f32s()?, dlogits: match &mut grad_logits { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::cross_entropy::cpu::backward(args),
+        DeviceKind::Oracle => kernels::cross_entropy::reference::backward(args),
+        other => return Err(no_path("cross_entropy", other)),
+    }
+    Ok(grad_logits)
+}
+
+impl Graph<'_> {
+    /// [`cross_entropy`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn cross_entropy(&self, logits: &Var, labels: &Tensor, params: kernels::generated::cross_entropy::Params) -> Result<Var> {
+        let sources = [self.source(logits)];
+        let record = sources.iter().any(Option::is_some);
+        let out = cross_entropy(logits.tensor(), labels, params)?;
+        if !record {
+            return Ok(Var::constant(out.loss));
+        }
+        let saved_logits = logits.tensor().clone();
+        let saved_labels = labels.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_logits), Some(&saved_labels), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("cross_entropy", out.loss, saved, move |dy, grads| {
+            let found = cross_entropy_backward(dy, &saved_logits, &saved_labels, &saved_lse, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn cross_entropy_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::cross_entropy::{CASES, Dims, INFO, Params};
+    for case in CASES {
+        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let logits = io.draw(case.name, "logits", &[b, k], Fill::Normal)?;
+            let labels = io.draw_i32(case.name, "labels", &[b], Fill::Index(k))?;
+            let out = cross_entropy(&logits, &labels, params)?;
+            io.result("loss", &out.loss)?;
+            io.result("lse", &out.lse)?;
+            let dloss = io.draw(case.name, "dloss", &[1], Fill::Normal)?;
+            let grads = cross_entropy_backward(&dloss, &logits, &labels, &out.lse, true, params)?;
+            if let Some(t) = &grads { io.result("dlogits", t)?; }
             Ok(())
         })?;
     }

@@ -1,0 +1,276 @@
+//! Scores of generated images against real ones, in the feature space of the small classifier.
+//!
+//! A Fréchet distance from n samples is biased upwards by an amount that depends on n, so it means nothing alone:
+//! beside it stands the same distance for n real images that the reference does not contain, over [`SPLITS`] splits.
+//! Whether an edited model is still good is judged from both: see [`Baseline::accepts`].
+
+use crate::error::{Error, Result};
+use crate::eval::classifier::{Classifier, Reading};
+use crate::eval::frechet::{Moments, frechet_distance};
+use crate::eval::kid::{Subsets, kid};
+use crate::eval::precision_recall::precision_recall;
+use crate::io::datasets::ImageSet;
+use crate::tensor::Tensor;
+use crate::train::batches;
+use graft_kernels::rng::Philox;
+use serde::Serialize;
+
+/// Splits of the held-out real images.
+pub const SPLITS: usize = 5;
+/// Neighbours that bound the support in precision and recall.
+const NEIGHBOURS: usize = 3;
+/// Subsets of the kernel distance, each of at most this many images of either set.
+const KID_SUBSETS: usize = 50;
+const KID_SIZE: usize = 200;
+/// Random streams: which reference images stand against the samples in precision and recall, and the splits.
+const REFERENCE_STREAM: u64 = 5 << 40;
+const SPLIT_STREAMS: u64 = 6 << 40;
+
+/// Quality of a set of images.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Score {
+    /// Images scored.
+    pub n: usize,
+    /// Squared Fréchet distance to the reference; lower is better.
+    pub frechet: f64,
+    /// Kernel distance to the reference, unbiased, so it may be negative; lower is better.
+    pub kid: f64,
+    /// Fraction of the images inside the support of as many reference images.
+    pub precision: f64,
+    /// Fraction of as many reference images inside the support of the images.
+    pub recall: f64,
+    /// Fraction of the images that the classifier takes for the class they were asked to be.
+    pub agreement: f64,
+}
+
+/// The scores of real images that the reference does not contain: what a perfect model would get.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Baseline {
+    /// Mean over the splits.
+    pub mean: Score,
+    /// Standard deviation over the splits (denominator: splits less one); `n` is that of the mean.
+    pub sd: Score,
+    /// Splits.
+    pub splits: usize,
+    /// Whether no image is in two splits. Where images are shared, `sd` comes out somewhat small.
+    pub disjoint: bool,
+}
+
+impl Baseline {
+    /// Whether a model of Fréchet distance `after` is as good as the model it was made from, of distance `before`:
+    /// its excess over real images is at most a quarter larger, two standard deviations of the measurement allowed.
+    pub fn accepts(&self, before: f64, after: f64) -> bool {
+        after - self.mean.frechet <= self.allowed(before)
+    }
+
+    /// The largest excess over real images that [`Baseline::accepts`] admits.
+    pub fn allowed(&self, before: f64) -> f64 {
+        1.25 * (before - self.mean.frechet) + 2.0 * self.sd.frechet
+    }
+}
+
+/// Real images that samples are compared with, as the classifier sees them.
+#[derive(Debug)]
+pub struct Reference {
+    reading: Reading,
+    moments: Moments,
+    seed: u64,
+}
+
+impl Reference {
+    /// Reads all images of a set. `seed` chooses subsets wherever one is drawn.
+    ///
+    /// # Errors
+    /// Images that the classifier does not take, or fewer than two.
+    pub fn new(classifier: &Classifier, data: &ImageSet, seed: u64) -> Result<Reference> {
+        let (reading, _) = read_set(classifier, data)?;
+        let moments = Moments::from_features(&reading.features("reference")?);
+        Ok(Reference { reading, moments, seed })
+    }
+
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.reading.len()
+    }
+
+    /// Never true; present because a length is.
+    pub fn is_empty(&self) -> bool {
+        self.reading.is_empty()
+    }
+
+    /// Scores of images that were asked to be of the classes `labels`.
+    ///
+    /// # Errors
+    /// Too few images (at least 5), more than the reference has, or labels that do not fit them.
+    pub fn score(&self, samples: &Reading, labels: &[i32]) -> Result<Score> {
+        let n = samples.len();
+        if !(NEIGHBOURS + 2..=self.len()).contains(&n) {
+            return Err(Error::usage("--n", "number of images out of range")
+                .is(n)
+                .must(format!("{} to {}, as many as the reference has", NEIGHBOURS + 2, self.len())));
+        }
+        let (generated, reference) = (samples.features("samples")?, self.reading.features("reference")?);
+        let subsets = Subsets { count: KID_SUBSETS, size: n.min(KID_SIZE), seed: self.seed };
+        // Supports of equal numbers of points, so that neither precision nor recall is favoured.
+        let chosen = &order(self.len(), self.seed, REFERENCE_STREAM)[..n];
+        let peers = self.reading.select(chosen);
+        let support = precision_recall(&peers.features("reference")?, &generated, NEIGHBOURS)?;
+        Ok(Score {
+            n,
+            frechet: frechet_distance(&self.moments, &Moments::from_features(&generated))?.distance,
+            kid: kid(&reference, &generated, subsets)?.mean,
+            precision: support.precision,
+            recall: support.recall,
+            agreement: samples.agreement(labels)?,
+        })
+    }
+
+    /// Scores of real images outside the reference, over [`SPLITS`] random subsets of `n`.
+    ///
+    /// The subsets are consecutive parts of one shuffle where `held_out` has enough images for that; otherwise each
+    /// is drawn on its own, without replacement, and two of them may share images.
+    ///
+    /// # Errors
+    /// Fewer than `n` images, or as [`Reference::score`].
+    pub fn baseline(&self, classifier: &Classifier, held_out: &ImageSet, n: usize) -> Result<Baseline> {
+        let (reading, labels) = read_set(classifier, held_out)?;
+        let disjoint = n.saturating_mul(SPLITS) <= reading.len();
+        if n > reading.len() {
+            return Err(Error::usage("--n", "more images than held-out real ones").is(n).must(format!("at most {}", reading.len())));
+        }
+        let scores = (0..SPLITS).map(|split| {
+            let (stream, start) = if disjoint { (0, split * n) } else { (split as u64, 0) };
+            let chosen = &order(reading.len(), self.seed, SPLIT_STREAMS + stream)[start..start + n];
+            let labels: Vec<i32> = chosen.iter().map(|&i| labels[i as usize]).collect();
+            self.score(&reading.select(chosen), &labels)
+        });
+        let scores = scores.collect::<Result<Vec<_>>>()?;
+        Ok(Baseline {
+            mean: combine(&scores, |v| mean(v)),
+            sd: combine(&scores, |v| (v.iter().map(|x| (x - mean(v)).powi(2)).sum::<f64>() / (SPLITS - 1) as f64).sqrt()),
+            splits: SPLITS,
+            disjoint,
+        })
+    }
+
+    /// Scores `n` samples of a model, classes in turn. `draw` makes images `[B, 1, 28, 28]` of the given labels from
+    /// a seed for the first one; samples are rounded to bytes, as the real images are.
+    ///
+    /// # Errors
+    /// Those of `draw`, and as [`Reference::score`].
+    pub fn score_samples(
+        &self,
+        classifier: &Classifier,
+        n: usize,
+        draw: &mut dyn FnMut(&[i32], u64) -> Result<Tensor>,
+    ) -> Result<Score> {
+        let labels: Vec<i32> = (0..n).map(|i| (i % classifier.classes()) as i32).collect();
+        let images = rounded(&draw(&labels, self.seed)?)?;
+        self.score(&classifier.read(&images)?, &labels)
+    }
+}
+
+/// Reads every image of a set, with its labels.
+fn read_set(classifier: &Classifier, data: &ImageSet) -> Result<(Reading, Vec<i32>)> {
+    let all: Vec<u32> = (0..data.n as u32).collect();
+    let batch = batches::images(classifier.device(), data, &all)?;
+    Ok((classifier.read(&batch.images)?, batch.labels))
+}
+
+/// Values cut to [−1, 1] and rounded to the 256 greys of a byte.
+fn rounded(images: &Tensor) -> Result<Tensor> {
+    let bytes = images.f32s()?.iter().map(|v| ((v + 1.0) * 127.5).round().clamp(0.0, 255.0) / 127.5 - 1.0);
+    Tensor::from_f32(images.device(), images.shape().dims(), &bytes.collect::<Vec<_>>())
+}
+
+/// A random order of `0..n`.
+fn order(n: usize, seed: u64, stream: u64) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..n as u32).collect();
+    Philox::new(seed, stream).shuffle(&mut order);
+    order
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// One number per metric out of several scores, which are at least one.
+fn combine(scores: &[Score], reduce: impl Fn(&[f64]) -> f64) -> Score {
+    let of = |metric: fn(&Score) -> f64| reduce(&scores.iter().map(metric).collect::<Vec<_>>());
+    Score {
+        n: scores[0].n,
+        frechet: of(|s| s.frechet),
+        kid: of(|s| s.kid),
+        precision: of(|s| s.precision),
+        recall: of(|s| s.recall),
+        agreement: of(|s| s.agreement),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Device;
+
+    /// Noise images in three classes of brightness.
+    fn data(n: usize, seed: u64) -> ImageSet {
+        let mut rng = Philox::new(seed, 0);
+        let pixels = (0..n * 784).map(|i| (rng.below(100) + 70 * (i / 784 % 3) as u32) as u8).collect();
+        let labels = (0..n).map(|i| (i % 3) as u8).collect();
+        ImageSet { n, channels: 1, height: 28, width: 28, pixels, labels, class_names: vec!["dark", "grey", "light"] }
+    }
+
+    fn classifier() -> Classifier {
+        Classifier::new(3, &Device::cpu(), 1).unwrap()
+    }
+
+    #[test]
+    fn real_images_score_better_than_distorted_ones() {
+        let (classifier, held_out) = (classifier(), data(120, 2));
+        let reference = Reference::new(&classifier, &data(200, 1), 0).unwrap();
+        let baseline = reference.baseline(&classifier, &held_out, 24).unwrap();
+        assert!(baseline.disjoint && baseline.mean.n == 24 && baseline.splits == 5);
+        assert!(baseline.sd.frechet > 0.0 && baseline.sd.frechet < baseline.mean.frechet);
+        let images = batches::images(&Device::cpu(), &held_out, &(0..24).collect::<Vec<_>>()).unwrap().images;
+        let draw = |scale: f32| {
+            reference.score_samples(&classifier, 24, &mut |labels, seed| {
+                assert_eq!((labels.len(), &labels[..4], seed), (24, &[0, 1, 2, 0][..], 0));
+                let values: Vec<f32> = images.f32s()?.iter().map(|v| v * scale).collect();
+                Tensor::from_f32(&Device::cpu(), &[24, 1, 28, 28], &values)
+            })
+        };
+        let (same, flat) = (draw(1.0).unwrap(), draw(0.2).unwrap());
+        assert!(same.frechet < 2.0 * baseline.mean.frechet, "{same:?} {baseline:?}");
+        assert!(flat.frechet > 1.5 * same.frechet && flat.kid > same.kid && flat.precision < same.precision, "{flat:?} {same:?}");
+        assert!(baseline.accepts(same.frechet, same.frechet) && !baseline.accepts(same.frechet, flat.frechet));
+        // The whole of the larger set allows no disjoint splits any more.
+        assert!(!reference.baseline(&classifier, &held_out, 60).unwrap().disjoint);
+        assert_eq!(reference.baseline(&classifier, &held_out, 121).unwrap_err().exit_code(), 2);
+        assert_eq!(reference.baseline(&classifier, &held_out, 4).unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
+    fn the_criterion_by_hand() {
+        let score = |frechet| Score { n: 500, frechet, kid: 0.0, precision: 0.0, recall: 0.0, agreement: 0.0 };
+        let baseline = Baseline { mean: score(2.0), sd: score(0.5), splits: 5, disjoint: true };
+        // 1.25 · (6 − 2) + 2 · 0.5 = 6.
+        assert_eq!(baseline.allowed(6.0), 6.0);
+        assert!(baseline.accepts(6.0, 8.0) && !baseline.accepts(6.0, 8.01));
+        // A starting model that beats held-out images leaves no room but the measurement's.
+        assert!(baseline.accepts(2.0, 3.0) && !baseline.accepts(1.0, 2.0));
+    }
+
+    #[test]
+    fn splits_are_averaged() {
+        let score = |frechet| Score { n: 7, frechet, kid: -frechet, precision: 0.5, recall: 0.25, agreement: 1.0 };
+        let mean = combine(&[score(1.0), score(3.0)], mean);
+        assert_eq!(mean, Score { n: 7, frechet: 2.0, kid: -2.0, precision: 0.5, recall: 0.25, agreement: 1.0 });
+    }
+
+    #[test]
+    fn samples_are_rounded_to_bytes() {
+        let t = Tensor::from_f32(&Device::cpu(), &[1, 4], &[-3.0, 3.0, 0.0, 0.001]).unwrap();
+        let want = [-1.0, 1.0, 128.0 / 127.5 - 1.0, 128.0 / 127.5 - 1.0];
+        assert_eq!(rounded(&t).unwrap().f32s().unwrap(), want);
+    }
+}
