@@ -1,8 +1,19 @@
 //! The command line: the only room that prints and exits.
 
+mod doctor;
+mod forward;
+mod inspect;
+mod model_args;
+pub mod op;
+mod out;
+mod pictures;
 mod pretrain;
 mod progress;
+mod sample;
+mod table;
+mod verify;
 
+use crate::autograd::Precision;
 use crate::error::{Error, Result};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -15,14 +26,47 @@ struct Cli {
     /// Threads for operators; all cores where not given.
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
+    /// Reports as JSON.
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     command: Command,
+}
+
+/// Arithmetic of the products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Dtype {
+    /// 32-bit floats.
+    F32,
+    /// bfloat16 products, accumulated in 32 bits.
+    Bf16,
+}
+
+impl From<Dtype> for Precision {
+    fn from(dtype: Dtype) -> Precision {
+        match dtype {
+            Dtype::F32 => Precision::F32,
+            Dtype::Bf16 => Precision::Bf16,
+        }
+    }
 }
 
 #[derive(Subcommand)]
 enum Command {
     /// Train a model from scratch; resumes by itself.
     Pretrain(pretrain::Args),
+    /// Draw pictures, or latents, from class labels.
+    Sample(sample::Args),
+    /// One forward pass on tensors from a file.
+    Forward(forward::Args),
+    /// Show what a model, a tensor file or a picture is.
+    Inspect(inspect::Args),
+    /// Operators: list them, run one, check all against the oracle.
+    Op(op::Args),
+    /// What this machine offers, and what is missing.
+    Doctor,
+    /// Compare with recorded cases: every one below the given folders.
+    Verify(verify::Args),
 }
 
 /// Runs the program: 0 done, 1 failed, 2 wrong usage.
@@ -53,5 +97,11 @@ fn execute(cli: Cli) -> Result<()> {
     }
     match cli.command {
         Command::Pretrain(args) => pretrain::run(&args),
+        Command::Sample(args) => sample::run(&args),
+        Command::Forward(args) => forward::run(&args),
+        Command::Inspect(args) => inspect::run(&args, cli.json),
+        Command::Op(args) => op::run(&args, cli.json),
+        Command::Doctor => doctor::run(cli.json),
+        Command::Verify(args) => verify::run(&args, cli.json),
     }
 }

@@ -6,4 +6,5 @@
 pub mod dit;
 mod source;
 
+pub(crate) use source::read_weight;
 pub use source::{Source, StoredTensor};

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::io::map::Mapped;
+use crate::io::safetensors::TensorFile;
 use crate::io::torch_zip::{TorchFile, TorchTensor};
 use crate::io::weights::ShardedFile;
 use std::collections::BTreeSet;
@@ -58,6 +59,18 @@ impl Source for ShardedFile {
     }
 }
 
+impl Source for TensorFile {
+    fn place(&self) -> String {
+        self.place().to_string()
+    }
+    fn names(&self) -> BTreeSet<String> {
+        self.names().map(str::to_string).collect()
+    }
+    fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>> {
+        self.get(name).map(|view| Box::new(view) as Box<dyn StoredTensor + '_>)
+    }
+}
+
 impl StoredTensor for TorchTensor<'_, Mapped> {
     fn shape(&self) -> &[usize] {
         self.shape()
@@ -102,7 +115,7 @@ impl Source for TorchWeights {
 }
 
 /// Reads a weight and checks presence, dtype, shape and finiteness.
-pub(super) fn read_weight(source: &dyn Source, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+pub(crate) fn read_weight(source: &dyn Source, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
     let place = || format!("{}: {name}", source.place());
     let tensor = source.tensor(name).ok_or_else(|| {
         Error::failure(place(), "missing tensor").must(format!("present with shape {shape:?}")).fix("use the complete checkpoint of this model")
