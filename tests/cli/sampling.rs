@@ -114,11 +114,12 @@ fn forward_gives_the_recorded_output() {
 fn an_interrupted_run_leaves_nothing() {
     let here = folder("interrupted");
     model(&here, 1);
-    let args = ["sample", "--model", "model", "--grid", "rows", "--n", "64", "--steps", "900", "-o", "out/never.png"];
+    let args = ["sample", "--model", "model", "--class", "0", "--n", "500", "--sampler", "ddpm", "--steps", "1000", "-o", "out/never.png"];
     let mut child = crate::support::command(&here, &args).spawn().unwrap();
     std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(child.try_wait().unwrap().is_none(), "it should still be at work");
     child.kill().unwrap();
     child.wait().unwrap();
-    assert!(!here.join("out/never.png").exists());
+    assert!(entries(&here.join("out")).is_empty());
     assert_eq!(run(&here, &["sample", "--model", "model", "--class", "0", "--steps", "1", "-o", "out/b.png"]).code, 0);
 }

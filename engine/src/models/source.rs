@@ -30,6 +30,8 @@ pub trait Source {
     fn names(&self) -> BTreeSet<String>;
     /// One tensor.
     fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>>;
+    /// Gives memory that reading took back to the system.
+    fn release(&self);
 }
 
 impl StoredTensor for crate::io::safetensors::TensorView<'_> {
@@ -57,6 +59,9 @@ impl Source for ShardedFile {
     fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>> {
         self.get(name).map(|view| Box::new(view) as Box<dyn StoredTensor + '_>)
     }
+    fn release(&self) {
+        self.release();
+    }
 }
 
 impl Source for TensorFile {
@@ -68,6 +73,9 @@ impl Source for TensorFile {
     }
     fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>> {
         self.get(name).map(|view| Box::new(view) as Box<dyn StoredTensor + '_>)
+    }
+    fn release(&self) {
+        self.release();
     }
 }
 
@@ -111,6 +119,9 @@ impl Source for TorchWeights {
     fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>> {
         let mut dict = self.file.state_dict().ok()?;
         dict.remove(name).map(|t| Box::new(t) as Box<dyn StoredTensor + '_>)
+    }
+    fn release(&self) {
+        self.file.release();
     }
 }
 

@@ -291,7 +291,10 @@ fn fill(model: &mut Dit, source: &dyn Source) -> Result<()> {
             target.copy_from_slice(&read_weight(source, name, &part_shape)?);
         }
         model.params.set(id, value)?;
+        // Else the whole file would stay in memory beside its copy.
+        source.release();
     }
+    model.device().trim();
     Ok(())
 }
 
