@@ -2,6 +2,7 @@
 //!
 //! Rooms, from the ground up (an arrow may only point down; `tidy` checks it):
 //! `tensor` ◀ `backend` ◀ `autograd` ◀ `ops` ◀ `nn` ◀ `models` ◀ `sample`, `train`, `eval`, `graft` ◀ `report` ◀ `cli`.
+//! `tensor` ◀ `backend` ◀ `autograd` ◀ `ops` ◀ `nn` ◀ `models` ◀ `sample`, `train`, `eval`, `graft` ◀ `verify` ◀ `cli`.
 //! `io` alone touches files; `cli` alone prints and exits; `error` is used by all.
 
 pub mod autograd;
@@ -18,3 +19,4 @@ pub mod report;
 pub mod sample;
 pub mod tensor;
 pub mod train;
+pub mod verify;

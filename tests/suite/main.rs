@@ -4,3 +4,4 @@ mod fuzz;
 mod golden_io;
 mod properties;
 mod graft;
+mod golden_verify;
