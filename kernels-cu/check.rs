@@ -117,7 +117,7 @@ pub fn compare(got: &[f32], want: &[f32], tolerance: Tolerance) -> Comparison {
         }
         let error = (f64::from(g) - f64::from(w)).abs();
         let ratio = error / (tolerance.atol + tolerance.rtol * f64::from(w).abs());
-        if !(ratio <= out.worst) {
+        if ratio.is_nan() || ratio > out.worst {
             (out.worst, out.worst_index) = (if ratio.is_nan() { f64::INFINITY } else { ratio }, i);
         }
         out.max_abs = out.max_abs.max(if error.is_nan() { f64::INFINITY } else { error });

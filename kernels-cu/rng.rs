@@ -12,11 +12,14 @@
 //! contracted into a fused multiply-add; `ln_unit` and `cos_sin_turn` below state them in order. A port that performs
 //! the same operations (`__fadd_rn`, `__fmul_rn`, `__fdiv_rn`, `__fsqrt_rn` in CUDA) gives the same bits.
 //!
+//! The operator `philox` computes the same numbers in vector lanes, from the functions below.
+//!
 //! # Conventions
 //! Image i of a request uses seed + i (wrapping), whatever the batch. Stream 0 is its initial latent, stream 1 + s the
 //! noise of sampler step s.
 
 /// Philox4x32 with ten rounds: four random words from a counter and a key, least significant word first.
+#[inline(always)]
 pub const fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     let mut round = 0;
     while round < 10 {
@@ -58,6 +61,7 @@ impl Philox {
     }
 
     /// Words of block `index`; independent of the cursor.
+    #[inline(always)]
     pub const fn block(&self, index: u64) -> [u32; 4] {
         let [lo, hi] = halves(index);
         philox4x32_10([lo, hi, self.stream[0], self.stream[1]], self.key)
@@ -118,21 +122,25 @@ impl Philox {
     }
 }
 
+#[inline(always)]
 const fn halves(x: u64) -> [u32; 2] {
     [x as u32, (x >> 32) as u32]
 }
 
 /// (2·(word >> 9) + 1)·2^-24: odd multiples of 2^-24 in (0, 1), all exact.
+#[inline(always)]
 fn unit(word: u32) -> f32 {
     odd(word) as f32 * (1.0 / 16_777_216.0)
 }
 
+#[inline(always)]
 fn odd(word: u32) -> u32 {
     2 * (word >> 9) + 1
 }
 
 /// Two independent standard normals from two words.
-fn box_muller(a: u32, b: u32) -> [f32; 2] {
+#[inline(always)]
+pub(crate) fn box_muller(a: u32, b: u32) -> [f32; 2] {
     let radius = (-2.0 * ln_unit(unit(a))).sqrt();
     let (cos, sin) = cos_sin_turn(odd(b));
     [radius * cos, radius * sin]
@@ -141,6 +149,7 @@ fn box_muller(a: u32, b: u32) -> [f32; 2] {
 /// Natural logarithm of a normal f32 in (0, 1), within 2 units in the last place or 1.2e-7 relative.
 ///
 /// u = m·2^e with m in [√½, √2), s = (m-1)/(m+1), ln u = e·ln 2 + 2s(1 + s²/3 + s⁴/5 + s⁶/7 + s⁸/9).
+#[inline(always)]
 fn ln_unit(u: f32) -> f32 {
     // Subtracting the bits of √½ makes the exponent field round to the power of two nearest in ratio.
     let shifted = u.to_bits().wrapping_sub(0x3F35_04F3);
@@ -157,6 +166,7 @@ fn ln_unit(u: f32) -> f32 {
 ///
 /// The nearest quarter turn comes off exactly, in integers; the rest x lies in ±π/4, where Taylor polynomials of degree
 /// 10 and 9 are exact to f32 rounding.
+#[inline(always)]
 fn cos_sin_turn(q: u32) -> (f32, f32) {
     let quarter = (q + (1 << 21)) >> 22;
     let rest = q as i32 - (quarter << 22) as i32;
@@ -166,12 +176,10 @@ fn cos_sin_turn(q: u32) -> (f32, f32) {
     let sin = x + x * sin_series;
     let cos_series = (((z * (-1.0 / 3_628_800.0) + (1.0 / 40_320.0)) * z - (1.0 / 720.0)) * z + (1.0 / 24.0)) * z;
     let cos = 1.0 + (cos_series - 0.5) * z;
-    match quarter & 3 {
-        0 => (cos, sin),
-        1 => (-sin, cos),
-        2 => (-cos, -sin),
-        _ => (sin, -cos),
-    }
+    // Odd quarters swap the two; the signs come on as bits, so that lanes need no branch.
+    let (c, s) = if quarter & 1 == 0 { (cos, sin) } else { (sin, cos) };
+    let negative = |turned: u32| (turned & 2) << 30;
+    (f32::from_bits(c.to_bits() ^ negative(quarter + 1)), f32::from_bits(s.to_bits() ^ negative(quarter)))
 }
 
 #[cfg(test)]

@@ -138,38 +138,6 @@ pub fn exp_m1(x: f32) -> f32 {
     if x.abs() <= 0.5 { p * x } else { far }
 }
 
-/// ln x of a normal positive x; relative error below 3e-7.
-///
-/// x = m·2^k with m in [√½, √2), s = (m − 1)/(m + 1), ln m = 2s·(1 + s²/3 + s⁴/5 + …).
-#[inline(always)]
-pub fn ln(x: f32) -> f32 {
-    const SQRT_HALF: u32 = 0x3f35_04f3;
-    let above = x.to_bits().wrapping_sub(SQRT_HALF);
-    let m = f32::from_bits((above & 0x007f_ffff) + SQRT_HALF);
-    let k = ((above as i32) >> 23) as f32;
-    let s = (m - 1.0) / (m + 1.0);
-    let z = s * s;
-    let series = z.mul_add(1.0 / 9.0, 1.0 / 7.0).mul_add(z, 0.2).mul_add(z, 1.0 / 3.0) * z;
-    k.mul_add(std::f32::consts::LN_2, (2.0 * s).mul_add(series, 2.0 * s))
-}
-
-/// (cos 2πw, sin 2πw) for w in [0, 1]; absolute error below 2e-7.
-#[inline(always)]
-pub fn cos_sin_turn(w: f32) -> (f32, f32) {
-    // Adding 1.5·2²³ rounds to the nearest quarter turn, which comes off exactly.
-    const ROUND: f32 = 12_582_912.0;
-    let shifted = 4.0 * w + ROUND;
-    let quarter = shifted.to_bits();
-    let x = (w - 0.25 * (shifted - ROUND)) * std::f32::consts::TAU;
-    let z = x * x;
-    let sin = z.mul_add(1.0 / 362_880.0, -1.0 / 5040.0).mul_add(z, 1.0 / 120.0).mul_add(z, -1.0 / 6.0);
-    let sin = (sin * z).mul_add(x, x);
-    let cos = z.mul_add(1.0 / 40_320.0, -1.0 / 720.0).mul_add(z, 1.0 / 24.0).mul_add(z, -0.5).mul_add(z, 1.0);
-    let (c, s) = if quarter & 1 == 0 { (cos, sin) } else { (sin, cos) };
-    let negative = |turned: u32| (turned & 2) << 30;
-    (f32::from_bits(c.to_bits() ^ negative(quarter + 1)), f32::from_bits(s.to_bits() ^ negative(quarter)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,28 +159,13 @@ mod tests {
     }
 
     #[test]
-    fn logarithm_and_exp_m1_are_accurate() {
-        for i in 1..2_000_000 {
+    fn exp_m1_is_accurate() {
+        for i in -1_000_000..1_000_000 {
             let x = i as f32 * 1e-6;
-            let want = f64::from(x).ln();
-            assert!((f64::from(ln(x)) - want).abs() <= 3e-7 * want.abs(), "ln {x}");
-            let x = x - 1.0;
             let want = f64::from(x).exp_m1();
             assert!((f64::from(exp_m1(x)) - want).abs() <= 3e-7 * want.abs(), "exp_m1 {x}");
         }
-        assert_eq!((ln(1.0), exp_m1(0.0), exp_m1(-200.0)), (0.0, 0.0, -1.0));
-        assert!((f64::from(ln(f32::MIN_POSITIVE)) - f64::from(f32::MIN_POSITIVE).ln()).abs() < 1e-5);
-    }
-
-    #[test]
-    fn turns_are_accurate() {
-        for i in 0..=1_000_000 {
-            let w = i as f32 * 1e-6;
-            let (sin, cos) = (std::f64::consts::TAU * f64::from(w)).sin_cos();
-            let got = cos_sin_turn(w);
-            assert!((f64::from(got.0) - cos).abs() < 2e-7 && (f64::from(got.1) - sin).abs() < 2e-7, "{w}: {got:?}");
-        }
-        assert_eq!((cos_sin_turn(0.0), cos_sin_turn(0.5), cos_sin_turn(0.25).1), ((1.0, 0.0), (-1.0, -0.0), 1.0));
+        assert_eq!((exp_m1(0.0), exp_m1(-200.0)), (0.0, -1.0));
     }
 
     #[test]

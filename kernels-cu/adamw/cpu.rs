@@ -23,7 +23,7 @@ pub fn forward(a: Forward<'_, f32>) {
             update(param, m, v, grad);
             vectorised(
                 #[inline(always)]
-                || average(params.ema_decay, ema, param),
+                || average(params.ema_rate, ema, param),
             );
         }),
     }
@@ -36,17 +36,17 @@ fn step(p: Params, param: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32]
     let (keep, rate, root2) = (1.0 - p.lr * p.weight_decay, p.lr / p.bias1, p.bias2.sqrt());
     for i in 0..n {
         let g = p.grad_scale * grad[i];
-        m[i] = p.beta1 * m[i] + (1.0 - p.beta1) * g;
-        v[i] = p.beta2 * v[i] + (1.0 - p.beta2) * g * g;
+        m[i] += p.rate1 * (g - m[i]);
+        v[i] += p.rate2 * (g * g - v[i]);
         param[i] = keep * param[i] - rate * m[i] / (v[i].sqrt() / root2 + p.eps);
     }
 }
 
 #[inline(always)]
-fn average(decay: f32, ema: &mut [f32], param: &[f32]) {
+fn average(rate: f32, ema: &mut [f32], param: &[f32]) {
     let param = &param[..ema.len()];
     for i in 0..ema.len() {
         // The difference form keeps the average still where it has arrived.
-        ema[i] += (1.0 - decay) * (param[i] - ema[i]);
+        ema[i] += rate * (param[i] - ema[i]);
     }
 }

@@ -40,9 +40,9 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
 /// One AdamW step of one parameter tensor in place, with the moving average of the parameters.
 ///
 /// ```text
-/// g = grad_scale*grad;  m = beta1*m + (1 - beta1)*g;  v = beta2*v + (1 - beta2)*g^2
+/// g = grad_scale*grad;  m = m + rate1*(g - m);  v = v + rate2*(g^2 - v)
 /// param = (1 - lr*weight_decay)*param - lr/bias1 * m/(sqrt(v)/sqrt(bias2) + eps)
-/// ema = ema_decay*ema + (1 - ema_decay)*param
+/// ema = ema + ema_rate*(param - ema)
 /// ```
 /// - `grad` `[L]` f32: Gradient.
 /// - `param` `[L]` f32: Parameters.
@@ -1274,54 +1274,49 @@ pub struct LossDiffusionOut {
 /// ```text
 /// eps = model_output[b, 0..C];  v = model_output[b, C..2C];  means run over the C*S elements of a sample
 /// mse[b] = mean (noise - eps)^2
-/// logvar = f*log_beta + (1 - f)*posterior_log_variance, f = (v + 1)/2
-/// x0_hat = sqrt_recip_alpha_bar*x_t - sqrt_recipm1_alpha_bar*eps;  mu(z) = posterior_mean_x0*z + posterior_mean_xt*x_t
-/// is_t0 = 0: vb[b] = mean KL(N(mu(x0), posterior_log_variance) || N(mu(x0_hat), logvar)) / ln 2
-/// is_t0 = 1: vb[b] = mean -ln P(x0) / ln 2, P the Gaussian (mu(x0_hat), logvar) integrated over the bin x0 -+ 1/255,
+/// logvar = log_lo + (v + 1)/2*log_range;  distance = gap*(eps - noise)
+/// first = 0: vb[b] = mean KL(N(distance, log_lo) || N(0, logvar)) / ln 2, the arguments mean and log variance
+/// first = 1: vb[b] = mean -ln P(x0) / ln 2, P the Gaussian (x0 - distance, logvar) integrated over the bin x0 -+ 1/255,
 ///   open below -0.999 and above 0.999; CDF(u) = (1 + tanh(sqrt(2/pi)*(u + 0.044715*u^3)))/2; probabilities at least 1e-12
 /// loss = 1/B sum_b (mse[b] + vlb_weight*vb[b])
 /// eps counts as a constant inside vb: the bound trains the variance alone, so the gradient in eps is that of mse only
 /// ```
 /// - `model_output` `[B, 2*C, S]` f32: Predicted noise, then variance values v in about [-1, 1].
-/// - `x0` `[B, C, S]` f32: Clean latents.
-/// - `x_t` `[B, C, S]` f32: Noisy latents.
-/// - `noise` `[B, C, S]` f32: The noise in them.
-/// - `coefs` `[B, 8]` f32: Per sample: posterior_mean_x0, posterior_mean_xt, log_beta, posterior_log_variance (clipped), sqrt_recip_alpha_bar, sqrt_recipm1_alpha_bar, is_t0 (0 or 1), and one reserved (0).
+/// - `x0` `[B, C, S]` f32: Clean latents; read only where `first`.
+/// - `noise` `[B, C, S]` f32: The noise in the model's input.
+/// - `coefs` `[B, 4]` f32: Per sample: gap, log_lo (clipped log variance of the posterior, at v = -1), log_range (log variance at v = 1, ln beta, less log_lo), first (1 at t = 0, else 0).
 /// - returns `loss` `[1]` f32: Mean over the batch.
 /// - returns `mse` `[B]` f32: Squared error per sample, for reporting.
 /// - returns `vb` `[B]` f32: Bound per sample in bits per element, for reporting.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
-pub fn loss_diffusion(model_output: &Tensor, x0: &Tensor, x_t: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::generated::loss_diffusion::Params) -> Result<LossDiffusionOut> {
+pub fn loss_diffusion(model_output: &Tensor, x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::generated::loss_diffusion::Params) -> Result<LossDiffusionOut> {
     use kernels::generated::loss_diffusion::{Dims, Forward};
     let mut check = DimCheck::new("loss_diffusion", &["B", "C", "S"]);
     check.bind("model_output", model_output, &["B", "2*C", "S"])?;
     check.bind("x0", x0, &["B", "C", "S"])?;
-    check.bind("x_t", x_t, &["B", "C", "S"])?;
     check.bind("noise", noise, &["B", "C", "S"])?;
-    check.bind("coefs", coefs, &["B", "8"])?;
+    check.bind("coefs", coefs, &["B", "4"])?;
     check.match_exprs("model_output", model_output, &["B", "2*C", "S"])?;
     check.match_exprs("x0", x0, &["B", "C", "S"])?;
-    check.match_exprs("x_t", x_t, &["B", "C", "S"])?;
     check.match_exprs("noise", noise, &["B", "C", "S"])?;
-    check.match_exprs("coefs", coefs, &["B", "8"])?;
+    check.match_exprs("coefs", coefs, &["B", "4"])?;
     want_dtype("loss_diffusion", "model_output", model_output, &[DType::F32])?;
     want_dtype("loss_diffusion", "x0", x0, &[DType::F32])?;
-    want_dtype("loss_diffusion", "x_t", x_t, &[DType::F32])?;
     want_dtype("loss_diffusion", "noise", noise, &[DType::F32])?;
     want_dtype("loss_diffusion", "coefs", coefs, &[DType::F32])?;
     let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, s: check.dim("S")? };
     let Dims { b, c, s, .. } = dims;
     require("loss_diffusion", c * s > 0 && b > 0, "C * S > 0 && B > 0", "at least one element", || format!("{dims:?}, {params:?}"))?;
     let device = model_output.device().clone();
-    check.same_device(&device, &[("x0", Some(x0)), ("x_t", Some(x_t)), ("noise", Some(noise)), ("coefs", Some(coefs))])?;
+    check.same_device(&device, &[("x0", Some(x0)), ("noise", Some(noise)), ("coefs", Some(coefs))])?;
     let Dims { b, .. } = dims;
     let mut loss = device.empty(&[1])?;
     let mut mse = device.empty(&[b])?;
     let mut vb = device.empty(&[b])?;
 
-    let args = Forward { dims, params, model_output: model_output.f32s()?, x0: x0.f32s()?, x_t: x_t.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, loss: loss.f32s_mut()?, mse: mse.f32s_mut()?, vb: vb.f32s_mut()? };
+    let args = Forward { dims, params, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, loss: loss.f32s_mut()?, mse: mse.f32s_mut()?, vb: vb.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::forward(args),
         DeviceKind::Oracle => kernels::loss_diffusion::reference::forward(args),
@@ -1334,36 +1329,33 @@ pub fn loss_diffusion(model_output: &Tensor, x0: &Tensor, x_t: &Tensor, noise: &
 ///
 /// # Errors
 /// As the forward pass.
-pub fn loss_diffusion_backward(dloss: &Tensor, model_output: &Tensor, x0: &Tensor, x_t: &Tensor, noise: &Tensor, coefs: &Tensor, want_model_output: bool, params: kernels::generated::loss_diffusion::Params) -> Result<Option<Tensor>> {
+pub fn loss_diffusion_backward(dloss: &Tensor, model_output: &Tensor, x0: &Tensor, noise: &Tensor, coefs: &Tensor, want_model_output: bool, params: kernels::generated::loss_diffusion::Params) -> Result<Option<Tensor>> {
     use kernels::generated::loss_diffusion::{Backward, Dims};
     let mut check = DimCheck::new("loss_diffusion", &["B", "C", "S"]);
     check.bind("dloss", dloss, &["1"])?;
     check.bind("model_output", model_output, &["B", "2*C", "S"])?;
     check.bind("x0", x0, &["B", "C", "S"])?;
-    check.bind("x_t", x_t, &["B", "C", "S"])?;
     check.bind("noise", noise, &["B", "C", "S"])?;
-    check.bind("coefs", coefs, &["B", "8"])?;
+    check.bind("coefs", coefs, &["B", "4"])?;
     check.match_exprs("dloss", dloss, &["1"])?;
     check.match_exprs("model_output", model_output, &["B", "2*C", "S"])?;
     check.match_exprs("x0", x0, &["B", "C", "S"])?;
-    check.match_exprs("x_t", x_t, &["B", "C", "S"])?;
     check.match_exprs("noise", noise, &["B", "C", "S"])?;
-    check.match_exprs("coefs", coefs, &["B", "8"])?;
+    check.match_exprs("coefs", coefs, &["B", "4"])?;
     want_dtype("loss_diffusion", "dloss", dloss, &[DType::F32])?;
     want_dtype("loss_diffusion", "model_output", model_output, &[DType::F32])?;
     want_dtype("loss_diffusion", "x0", x0, &[DType::F32])?;
-    want_dtype("loss_diffusion", "x_t", x_t, &[DType::F32])?;
     want_dtype("loss_diffusion", "noise", noise, &[DType::F32])?;
     want_dtype("loss_diffusion", "coefs", coefs, &[DType::F32])?;
     let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, s: check.dim("S")? };
     let Dims { b, c, s, .. } = dims;
     require("loss_diffusion", c * s > 0 && b > 0, "C * S > 0 && B > 0", "at least one element", || format!("{dims:?}, {params:?}"))?;
     let device = dloss.device().clone();
-    check.same_device(&device, &[("model_output", Some(model_output)), ("x0", Some(x0)), ("x_t", Some(x_t)), ("noise", Some(noise)), ("coefs", Some(coefs))])?;
+    check.same_device(&device, &[("model_output", Some(model_output)), ("x0", Some(x0)), ("noise", Some(noise)), ("coefs", Some(coefs))])?;
     let Dims { b, c, s, .. } = dims;
     let mut grad_model_output = if want_model_output { Some(device.empty(&[b, 2*c, s])?) } else { None };
 
-    let args = Backward { dims, params, dloss: dloss.f32s()?, model_output: model_output.f32s()?, x0: x0.f32s()?, x_t: x_t.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.f32s_mut()?), None => None } };
+    let args = Backward { dims, params, dloss: dloss.f32s()?, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::backward(args),
         DeviceKind::Oracle => kernels::loss_diffusion::reference::backward(args),
@@ -1377,21 +1369,20 @@ impl Graph<'_> {
     ///
     /// # Errors
     /// As the operator.
-    pub fn loss_diffusion(&self, model_output: &Var, x0: &Var, x_t: &Var, noise: &Var, coefs: &Var, params: kernels::generated::loss_diffusion::Params) -> Result<Var> {
+    pub fn loss_diffusion(&self, model_output: &Var, x0: &Var, noise: &Var, coefs: &Var, params: kernels::generated::loss_diffusion::Params) -> Result<Var> {
         let sources = [self.source(model_output)];
         let record = sources.iter().any(Option::is_some);
-        let out = loss_diffusion(model_output.tensor(), x0.tensor(), x_t.tensor(), noise.tensor(), coefs.tensor(), params)?;
+        let out = loss_diffusion(model_output.tensor(), x0.tensor(), noise.tensor(), coefs.tensor(), params)?;
         if !record {
             return Ok(Var::constant(out.loss));
         }
         let saved_model_output = model_output.tensor().clone();
         let saved_x0 = x0.tensor().clone();
-        let saved_x_t = x_t.tensor().clone();
         let saved_noise = noise.tensor().clone();
         let saved_coefs = coefs.tensor().clone();
-        let saved = [Some(&saved_model_output), Some(&saved_x0), Some(&saved_x_t), Some(&saved_noise), Some(&saved_coefs)].into_iter().flatten().map(Tensor::bytes).sum();
+        let saved = [Some(&saved_model_output), Some(&saved_x0), Some(&saved_noise), Some(&saved_coefs)].into_iter().flatten().map(Tensor::bytes).sum();
         Ok(self.record("loss_diffusion", out.loss, saved, move |dy, grads| {
-            let found = loss_diffusion_backward(dy, &saved_model_output, &saved_x0, &saved_x_t, &saved_noise, &saved_coefs, sources[0].is_some(), params)?;
+            let found = loss_diffusion_backward(dy, &saved_model_output, &saved_x0, &saved_noise, &saved_coefs, sources[0].is_some(), params)?;
             grads.add(sources[0], found.clone())?;
             Ok(())
         }))
@@ -1407,15 +1398,14 @@ fn loss_diffusion_conform(run: &mut Conform<'_>) -> Result<()> {
             let absent = |name: &str| case.absent.contains(&name);
             let model_output = io.draw(case.name, "model_output", &[b, 2*c, s], Fill::Normal)?;
             let x0 = io.draw(case.name, "x0", &[b, c, s], Fill::Normal)?;
-            let x_t = io.draw(case.name, "x_t", &[b, c, s], Fill::Normal)?;
             let noise = io.draw(case.name, "noise", &[b, c, s], Fill::Normal)?;
-            let coefs = io.draw(case.name, "coefs", &[b, 8], Fill::Uniform(0.1f64, 0.9f64))?;
-            let out = loss_diffusion(&model_output, &x0, &x_t, &noise, &coefs, params)?;
+            let coefs = io.draw(case.name, "coefs", &[b, 4], Fill::Uniform(0.1f64, 0.9f64))?;
+            let out = loss_diffusion(&model_output, &x0, &noise, &coefs, params)?;
             io.result("loss", &out.loss)?;
             io.result("mse", &out.mse)?;
             io.result("vb", &out.vb)?;
             let dloss = io.draw(case.name, "dloss", &[1], Fill::Normal)?;
-            let grads = loss_diffusion_backward(&dloss, &model_output, &x0, &x_t, &noise, &coefs, true, params)?;
+            let grads = loss_diffusion_backward(&dloss, &model_output, &x0, &noise, &coefs, true, params)?;
             if let Some(t) = &grads { io.result("dmodel_output", t)?; }
             Ok(())
         })?;
@@ -1654,9 +1644,10 @@ fn patchify_conform(run: &mut Conform<'_>) -> Result<()> {
 /// Standard normal numbers by counter: the same on every device, whatever the split of the work.
 ///
 /// ```text
-/// block = (offset + i)/4;  (x0, x1, x2, x3) = Philox4x32-10(counter = (block lo, block hi, stream lo, stream hi), key = (seed lo, seed hi))
-/// u_j = ((x_j >> 8) + 1/2) * 2^-24
-/// element (offset + i) mod 4: sqrt(-2 ln u0)*cos(2 pi u1), sqrt(-2 ln u0)*sin(2 pi u1), sqrt(-2 ln u2)*cos(2 pi u3), sqrt(-2 ln u2)*sin(2 pi u3)
+/// block = (offset + i)/4;  (a, b, c, d) = Philox4x32-10(counter = (block lo, block hi, stream lo, stream hi), key = (seed lo, seed hi))
+/// u(x) = (2*floor(x/2^9) + 1) * 2^-24
+/// element (offset + i) mod 4: sqrt(-2 ln u(a))*cos(2 pi u(b)), sqrt(-2 ln u(a))*sin(2 pi u(b)), then the same of c and d
+/// every operation is one f32 operation in the order that `rng` states: all devices give the same bits
 /// ```
 /// - returns `z` `[L]` f32: Standard normal numbers.
 ///

@@ -60,7 +60,7 @@ fn descend(respaced: &Respaced, fill: impl Fn(&Schedule, usize, &mut Coefs)) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sample::update::tests::{check_f32, check_f64};
+    use crate::sample::solver::tests::{check_f32, check_f64};
 
     #[test]
     fn golden_ddpm_respaced_250() {

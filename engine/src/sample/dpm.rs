@@ -84,8 +84,7 @@ fn update(before: Option<&Node>, here: &Node, next: &Node) -> Coefs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sample::update::apply;
-    use crate::sample::update::tests::{check_f32, check_f64};
+    use crate::sample::solver::tests::{check_f32, check_f64, exact};
 
     #[test]
     fn golden_dpm_solver() {
@@ -146,15 +145,14 @@ mod tests {
         let spread = |alpha: f64, sigma: f64| (alpha * alpha * s * s + sigma * sigma).sqrt();
         let error = |steps: usize| {
             let plan = Plan::dpm_plus_plus(&schedule, steps, DpmEndPoint::Official).unwrap();
-            let (mut x, mut x0) = ([1.0f64], [0.0f64]);
+            let (mut x, mut x0) = (1.0, 0.0);
             for step in &plan.steps {
                 let (alpha, sigma) = (1.0 / step.coefs.inv_alpha, step.coefs.sigma);
-                let eps = [sigma * x[0] / spread(alpha, sigma).powi(2)];
-                let (previous, previous_x0) = (x, x0);
-                apply(&step.coefs, &previous, &eps, None, Some(&previous_x0), None, &mut x, &mut x0).unwrap();
+                let eps = sigma * x / spread(alpha, sigma).powi(2);
+                (x, x0) = exact(&step.coefs, x, [eps, 0.0], x0, 0.0);
             }
             let start = Node::new(&schedule, 999.0);
-            (x[0] - spread(end.alpha, end.sigma) / spread(start.alpha, start.sigma)).abs()
+            (x - spread(end.alpha, end.sigma) / spread(start.alpha, start.sigma)).abs()
         };
         let (coarse, fine) = (error(400), error(800));
         // A first-order solver would only halve the error.

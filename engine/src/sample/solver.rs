@@ -1,5 +1,5 @@
 //! Samplers as data: a [`Plan`] lists, for every step, the timestep the model receives and the coefficients of one
-//! linear update. Every sampler fits the same update, so a single fused kernel serves them all.
+//! linear update. Every sampler fits the same update, so one fused operator, `solver_step`, serves them all.
 //!
 //! The update of a step, from the latent `x`, the guided prediction `eps`, the variance channels `v` of the model and
 //! the clean estimate `x0_prev` of the step before:
@@ -10,6 +10,7 @@
 //! ```
 
 use crate::error::{Error, Result};
+use crate::ops::contracts::solver_step::Params;
 use crate::sample::dpm::DpmEndPoint;
 use crate::sample::respacing::{Respacing, check_count};
 use crate::sample::schedule::Schedule;
@@ -54,6 +55,31 @@ impl Coefs {
     /// Coefficients that only estimate the clean latent at the given ᾱ; a sampler fills in the weights it uses.
     pub(crate) fn at(alpha: f64, sigma: f64) -> Self {
         Coefs { inv_alpha: 1.0 / alpha, sigma, cx: 0.0, ce: 0.0, c0: 0.0, c1: 0.0, noise: NoiseScale::None }
+    }
+
+    /// Parameters of the operator `solver_step`, rounded to f32 each on its own. `guidance` is the scale of
+    /// classifier-free guidance, `guided_channels` how many leading channels of the model's output it applies to; both
+    /// are unused where the operator gets no unconditional output.
+    pub fn params(&self, guidance: f64, guided_channels: usize) -> Params {
+        let (cn, learned, log_lo, log_hi) = match self.noise {
+            NoiseScale::None => (0.0, false, 0.0, 0.0),
+            NoiseScale::Fixed(scale) => (scale, false, 0.0, 0.0),
+            NoiseScale::Learned { log_lo, log_hi } => (1.0, true, log_lo, log_hi),
+        };
+        Params {
+            guidance: guidance as f32,
+            guided_channels,
+            inv_alpha: self.inv_alpha as f32,
+            sigma: self.sigma as f32,
+            cx: self.cx as f32,
+            ce: self.ce as f32,
+            c0: self.c0 as f32,
+            c1: self.c1 as f32,
+            cn: cn as f32,
+            learned,
+            log_hi: log_hi as f32,
+            log_lo: log_lo as f32,
+        }
     }
 }
 
@@ -147,8 +173,154 @@ impl Sampler {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use crate::ops::solver_step;
+    use crate::sample::golden::{Case, assert_close};
+    use crate::tensor::{Device, Tensor};
+
+    /// The module's formula for one element, `output` being eps and v; returns the next latent and the clean estimate.
+    ///
+    /// Plans are checked against it because the operator takes coefficients in f32: through it a plan could be wrong by
+    /// 1e-7, times a hundred where x0 is extrapolated from noise, and nobody would see.
+    pub fn exact(c: &Coefs, x: f64, [eps, v]: [f64; 2], x0_prev: f64, noise: f64) -> (f64, f64) {
+        let x0 = c.inv_alpha * (x - c.sigma * eps);
+        let f = (v + 1.0) / 2.0;
+        let scale = match c.noise {
+            NoiseScale::None => 0.0,
+            NoiseScale::Fixed(scale) => scale,
+            NoiseScale::Learned { log_lo, log_hi } => (0.5 * (f * log_hi + (1.0 - f) * log_lo)).exp(),
+        };
+        (c.cx * x + c.ce * eps + c.c0 * x0 + c.c1 * x0_prev + scale * noise, x0)
+    }
+
+    /// The latents, clean estimates, model outputs and noise of one step; absent ones are empty.
+    struct State {
+        x: Vec<f64>,
+        eps: Vec<f64>,
+        v: Vec<f64>,
+        x0: Vec<f64>,
+        noise: Vec<f64>,
+    }
+
+    /// The operator on a device, values rounded to f32.
+    fn fused(device: &Device, c: &Coefs, s: &State) -> (Vec<f64>, Vec<f64>) {
+        let tensor = |channels: usize, values: &[f64]| {
+            let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
+            Tensor::from_f32(device, &[1, channels, values.len() / channels], &values).unwrap()
+        };
+        let optional = |values: &[f64]| (!values.is_empty()).then(|| tensor(1, values));
+        let (x, output) = (tensor(1, &s.x), tensor(2, &[&s.eps[..], &s.v].concat()));
+        let params = c.params(1.0, 0);
+        let out =
+            solver_step(&x, &output, None, optional(&s.noise).as_ref(), optional(&s.x0).as_ref(), params).unwrap();
+        let wide = |t: &Tensor| t.f32s().unwrap().iter().map(|&v| f64::from(v)).collect();
+        (wide(&out.x_next), wide(&out.x0))
+    }
+
+    /// Runs the closed-form model of a golden case through a plan; returns the latents (start included), x0s, times.
+    fn trajectory(
+        case: &Case,
+        plan: &Plan,
+        step: impl Fn(&Coefs, &State) -> (Vec<f64>, Vec<f64>),
+    ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+        let config = case.json("case.json")["config"]["model"].clone();
+        let parameter = |name: &str| config[name].as_f64().unwrap();
+        let (a, b, c, d) = (parameter("a"), parameter("b"), parameter("c"), parameter("d"));
+        let (mut x, mut x0) = (case.input("x"), vec![]);
+        let noise = if plan.needs_noise() { case.input("noise") } else { vec![] };
+        let (mut latents, mut x0s, mut times) = (x.clone(), vec![], vec![]);
+        for (i, Step { timestep, coefs }) in plan.steps.iter().enumerate() {
+            let model =
+                |scale: f64, shift: f64| x.iter().map(|x| (scale * x + shift * timestep / 1000.0).tanh()).collect();
+            let (eps, v) = (model(a, b), model(c, d));
+            let noise = if noise.is_empty() { vec![] } else { noise[i * x.len()..(i + 1) * x.len()].to_vec() };
+            (x, x0) = step(coefs, &State { x, eps, v, x0, noise });
+            latents.extend(&x);
+            x0s.extend(&x0);
+            times.push(*timestep);
+        }
+        (latents, x0s, times)
+    }
+
+    /// In f64 every latent must agree with the stored f32 values up to their rounding.
+    pub fn check_f64(path: &str, plan: &Plan) {
+        let case = Case::open(path);
+        let (latents, x0s, times) = trajectory(&case, plan, |c, s| {
+            let at = |values: &[f64], i: usize| values.get(i).copied().unwrap_or(0.0);
+            let each = |i| exact(c, s.x[i], [s.eps[i], s.v[i]], at(&s.x0, i), at(&s.noise, i));
+            (0..s.x.len()).map(each).unzip()
+        });
+        assert_eq!(times, case.expected("timesteps"), "{path}");
+        let exact = |values: &[f64]| (values.iter().fold(0.0f64, |m, x| m.max(x.abs())) * 6e-8 + 1e-9, 6e-8);
+        let want = case.expected("latents");
+        assert_close(path, &latents, &want, exact(&want));
+        let last = case.expected("final");
+        assert_close(path, &latents[latents.len() - last.len()..], &last, exact(&last));
+        if plan.needs_x0() {
+            let want = case.expected("x0_predictions");
+            assert_close(path, &x0s, &want, exact(&want));
+        }
+    }
+
+    /// Through the operator the latents must meet the tolerance of the case, named `latents (f32)` or `final (f32)`.
+    pub fn check_f32(path: &str, plan: &Plan, entry: &str) {
+        let case = Case::open(path);
+        let want = case.expected(entry.split(' ').next().unwrap());
+        for device in [Device::cpu(), Device::oracle()] {
+            let (latents, _, _) = trajectory(&case, plan, |c, s| fused(&device, c, s));
+            assert_close(path, &latents[latents.len() - want.len()..], &want, case.tolerance(entry));
+        }
+    }
+
+    const COEFS: Coefs =
+        Coefs { inv_alpha: 2.0, sigma: 0.5, cx: 1.0, ce: 10.0, c0: 100.0, c1: 1000.0, noise: NoiseScale::None };
+
+    #[test]
+    fn every_term_counts() {
+        for device in [Device::cpu(), Device::oracle()] {
+            let run = |noise: NoiseScale, v: f64| {
+                let state = State { x: vec![3.0], eps: vec![2.0], v: vec![v], x0: vec![7.0], noise: vec![5.0] };
+                let (next, x0) = fused(&device, &Coefs { noise, ..COEFS }, &state);
+                assert!((exact(&Coefs { noise, ..COEFS }, 3.0, [2.0, v], 7.0, 5.0).0 - next[0]).abs() < 1e-3);
+                (next[0], x0[0])
+            };
+            // x0 = 2·(3 - 0.5·2) = 4; 3 + 20 + 400 + 7000.
+            assert_eq!(run(NoiseScale::None, 0.0), (7423.0, 4.0));
+            assert_eq!(run(NoiseScale::Fixed(4.0), 0.0), (7443.0, 4.0));
+            let learned = NoiseScale::Learned { log_lo: 0.0, log_hi: 4f64.ln() };
+            assert_eq!(run(learned, -1.0).0, 7428.0);
+            assert!((run(learned, 1.0).0 - 7433.0).abs() < 1e-3);
+            assert!((run(learned, 0.0).0 - (7423.0 + 5.0 * 2f64.sqrt())).abs() < 1e-3);
+        }
+    }
+
+    #[test]
+    fn missing_inputs_are_named() {
+        let device = Device::cpu();
+        let zeros = |channels: usize| Tensor::zeros(&device, &[1, channels, 2]).unwrap();
+        let run = |coefs: &Coefs, channels: usize, noise: Option<&Tensor>, previous: Option<&Tensor>| {
+            let outcome = solver_step(&zeros(1), &zeros(channels), None, noise, previous, coefs.params(1.0, 0));
+            outcome.map(|_| ()).unwrap_err().to_string()
+        };
+        let (one, learned) = (zeros(1), NoiseScale::Learned { log_lo: 0.0, log_hi: 1.0 });
+        let learned = Coefs { noise: learned, ..COEFS };
+        assert!(run(&COEFS, 2, None, None).contains("the previous clean estimate where its factor is not zero"));
+        assert!(run(&learned, 1, Some(&one), Some(&one)).contains("output channels where the variance is learned"));
+        assert!(run(&learned, 2, None, Some(&one)).contains("noise where its factor is not zero"));
+        assert!(run(&learned, 2, Some(&zeros(3)), Some(&one)).contains("noise"));
+    }
+
+    #[test]
+    fn guidance_reaches_the_operator() {
+        let device = Device::oracle();
+        let tensor = |values: &[f32]| Tensor::from_f32(&device, &[1, values.len(), 1], values).unwrap();
+        let (x, cond, uncond) = (tensor(&[3.0, 3.0]), tensor(&[2.0, 2.0]), tensor(&[1.0, 1.0]));
+        let params = Coefs { c1: 0.0, ..COEFS }.params(4.0, 1);
+        let out = solver_step(&x, &cond, Some(&uncond), None, None, params).unwrap();
+        // eps = 1 + 4·(2 - 1) in the guided channel, 2 in the other; x0 = 2x - eps.
+        assert_eq!(out.x0.f32s().unwrap(), [1.0, 4.0]);
+    }
 
     #[test]
     fn names_and_counts() {

@@ -26,6 +26,7 @@ pub struct Noised {
     x0: Tensor,
     /// `[B, C, H·W]` the noise.
     noise: Tensor,
+    /// `[B, 4]` coefficients of the loss.
     coefs: Tensor,
 }
 
@@ -46,8 +47,8 @@ pub fn noise_batch(device: &Device, schedule: &Schedule, batch: &Batch, null: i3
         labels.push(if dropped { null } else { label });
         times.push(t as f32);
         let row = LossCoefs::new(schedule, t)?;
-        weights.extend([row.signal as f32, row.sigma as f32]);
-        coefs.extend(loss_row(schedule, t, &row));
+        weights.extend(row.noise_row());
+        coefs.extend(row.row());
     }
     let noise = philox(device, b * c * h * w, contracts::philox::Params { seed, stream: NOISE_STREAMS + step, offset: 0 })?;
     let weights = Tensor::from_f32(device, &[b, 2], &weights)?;
@@ -59,7 +60,7 @@ pub fn noise_batch(device: &Device, schedule: &Schedule, batch: &Batch, null: i3
         y: Tensor::from_i32(device, &[b], &labels)?,
         x0: batch.images.reshape(&[b, c, h * w])?,
         noise: noise.into_shape(&[b, c, h * w])?,
-        coefs: Tensor::from_f32(device, &[b, coefs.len() / b], &coefs)?,
+        coefs: Tensor::from_f32(device, &[b, 4], &coefs)?,
     })
 }
 
@@ -87,11 +88,10 @@ pub fn diffusion_loss<'m>(g: &Graph<'m>, model: &'m Dit, noised: &Noised, run: R
     let out = model.forward(g, &Var::constant(noised.x_t.clone()), &noised.t, &noised.y, run)?;
     let &[b, c, s] = noised.x0.shape().dims() else { unreachable!("made by noise_batch") };
     let constant = |t: &Tensor| Var::constant(t.clone());
-    let x_t = Var::constant(noised.x_t.reshape(&[b, c, s])?);
     if model.config.learn_sigma {
         let out = g.reshape(&out, &[b, 2 * c, s])?;
         let settings = contracts::loss_diffusion::Params { vlb_weight: 1.0 };
-        g.loss_diffusion(&out, &constant(&noised.x0), &x_t, &constant(&noised.noise), &constant(&noised.coefs), settings)
+        g.loss_diffusion(&out, &constant(&noised.x0), &constant(&noised.noise), &constant(&noised.coefs), settings)
     } else {
         let out = g.reshape(&out, &[b, c, s])?;
         let squared = contracts::loss_regression::Params { kind: 1, delta: 1.0 };

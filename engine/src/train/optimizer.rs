@@ -160,14 +160,14 @@ impl AdamW {
         let steps = i32::try_from(self.step).unwrap_or(i32::MAX);
         let params = contracts::adamw::Params {
             lr: lr as f32,
-            beta1: s.beta1 as f32,
-            beta2: s.beta2 as f32,
+            rate1: (1.0 - s.beta1) as f32,
+            rate2: (1.0 - s.beta2) as f32,
             eps: s.eps as f32,
             weight_decay: s.weight_decay as f32,
             bias1: (1.0 - s.beta1.powi(steps)) as f32,
             bias2: (1.0 - s.beta2.powi(steps)) as f32,
             grad_scale: if norm > s.clip { (s.clip / norm) as f32 } else { 1.0 },
-            ema_decay: s.ema as f32,
+            ema_rate: (1.0 - s.ema) as f32,
         };
         for slot in &mut self.slots {
             let Some(grad) = grads.param(store, slot.id) else { continue };
