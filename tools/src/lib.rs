@@ -1,3 +1,4 @@
 //! Developer tools as a library, so that tests can call what `xtask` runs.
 
 pub mod codegen;
+pub mod tidy;
