@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 /// Name of the processor as the system states it.
 pub fn processor() -> String {
@@ -27,6 +28,24 @@ pub fn commit(root: &Path) -> String {
     if changed { format!("{commit}+") } else { commit }
 }
 
+/// Share of the processor time that was in use during `pause`, in 0..=1; NaN where the system does not tell.
+pub fn busy_share(pause: Duration) -> f64 {
+    let Some(before) = processor_ticks() else { return f64::NAN };
+    std::thread::sleep(pause);
+    let Some(after) = processor_ticks() else { return f64::NAN };
+    let (idle, total) = (after[0] - before[0], after[1] - before[1]);
+    1.0 - idle / total.max(1.0)
+}
+
+/// Idle and total ticks of all processors since the start of the system.
+fn processor_ticks() -> Option<[f64; 2]> {
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    let line = stat.lines().next()?.strip_prefix("cpu ")?;
+    let ticks: Vec<f64> = line.split_whitespace().filter_map(|w| w.parse().ok()).collect();
+    // user, nice, system, idle, iowait, …
+    Some([ticks.get(3)? + ticks.get(4)?, ticks.iter().take(8).sum()])
+}
+
 /// Middle value; the mean of the middle two where their number is even. NaN of nothing.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
@@ -45,6 +64,12 @@ mod tests {
     #[test]
     fn names_become_folders() {
         assert_eq!(slug("AMD EPYC 9R14 @ 2.6GHz"), "amd-epyc-9r14-2-6ghz");
+    }
+
+    #[test]
+    fn a_share_is_a_share() {
+        let share = busy_share(Duration::from_millis(50));
+        assert!(share.is_nan() || (0.0..=1.0).contains(&share), "{share}");
     }
 
     #[test]

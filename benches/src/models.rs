@@ -119,7 +119,8 @@ impl Prepared {
         let (loss, grads) = {
             let g = Graph::training(self.precision);
             let out = self.model.forward(&g, &x, &self.t, &self.y, Run::default())?;
-            let target = Var::constant(self.target.clone());
+            let flat = [self.case.batch, self.model.config.out_channels(), self.x.dim(2) * self.x.dim(3)];
+            let (out, target) = (g.reshape(&out, &flat)?, Var::constant(self.target.reshape(&flat)?));
             let loss = g.loss_regression(&out, &target, loss_regression::Params { kind: 1, delta: 1.0 })?;
             (loss.tensor().to_vec()?, g.backward(&loss)?)
         };

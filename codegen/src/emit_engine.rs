@@ -3,7 +3,7 @@
 use crate::HEADER;
 use crate::contract::{Contract, Grad, Gradient, Tensor, named_by_has};
 use crate::emit_conform::conform;
-use crate::names::{camel, dim_locals, mentions, rust_expr, shape_doc};
+use crate::names::{camel, dim_locals, rust_expr, shape_doc};
 use std::fmt::Write;
 
 /// Renders the file.

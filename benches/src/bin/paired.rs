@@ -5,7 +5,7 @@
 //! never written.
 
 use clap::Parser;
-use graft_benches::machine::{commit, median, processor, slug};
+use graft_benches::machine::{busy_share, commit, median, processor, slug};
 use graft_benches::models::{CASES, ModelCase, Prepared, Work, case};
 use graft_engine::autograd::Precision;
 use graft_engine::backend::cpu;
@@ -45,6 +45,9 @@ const AGREEMENT: [(&str, f64); 2] = [("f32", 1e-4), ("bf16", 5e-2)];
 
 /// Updates after which the losses of both sides are compared.
 const COMPARED_STEPS: usize = 3;
+
+/// Share of the processor that others may use before a measurement.
+const IDLE: f64 = 0.1;
 
 /// Long enough for the threads of one side to go to sleep before the other begins.
 const PAUSE: Duration = Duration::from_millis(150);
@@ -99,6 +102,14 @@ fn measure(args: &Args, root: &Path, case: ModelCase, dtype: &str) -> Result<Val
             .is(format!("relative difference {difference:.2e}"))
             .must(format!("at most {bound:.0e}")));
     }
+    let busy = busy_share(Duration::from_secs(1));
+    if busy > IDLE && !args.dry_run {
+        // Spinning barriers collapse on a shared processor: a peer's time taken there would flatter us.
+        return Err(Error::failure("machine", "is busy; its times would mean nothing")
+            .is(format!("{:.0} % in use", 100.0 * busy))
+            .must(format!("at most {:.0} %", 100.0 * IDLE))
+            .fix("stop other work, or look with --dry-run"));
+    }
     let (mut our_ms, mut peer_ms) = (Vec::new(), Vec::new());
     for pair in 0..args.pairs {
         for turn in 0..2 {
@@ -118,7 +129,7 @@ fn measure(args: &Args, root: &Path, case: ModelCase, dtype: &str) -> Result<Val
         "work": if case.work == Work::Forward { "forward" } else { "forward, backward, AdamW" },
         "shape": { "batch": case.batch, "tokens": ours.tokens() },
         "ours_ms": a, "peer_ms": b, "ratio": b / a, "target": case.target, "ours_all_ms": our_ms, "peer_all_ms": peer_ms,
-        "difference": difference, "peer": peer.about,
+        "difference": difference, "busy_before": busy, "peer": peer.about,
         "commit": commit(root), "version": env!("CARGO_PKG_VERSION"), "processor": processor(),
         "instructions": cpu::instruction_sets(),
         "unix_time": SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
