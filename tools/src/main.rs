@@ -1,11 +1,12 @@
 //! `cargo xtask`: developer commands.
 
-use graft_tools::{codegen, tidy};
+use graft_tools::{codegen, results, tidy};
 use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: cargo xtask COMMAND
   codegen   write the files that follow from kernels-cu/*/op.toml
+  results   write the README's table of measurements from benches/results
   tidy      check the rules of the house (also a test)";
 
 fn main() -> ExitCode {
@@ -14,6 +15,7 @@ fn main() -> ExitCode {
     let root = codegen::workspace_root();
     let outcome = match words.as_slice() {
         ["codegen"] => write_generated(&root),
+        ["results"] => write_results(&root),
         ["tidy"] => report_findings(&root),
         _ => Err(USAGE.to_string()),
     };
@@ -31,6 +33,15 @@ fn write_generated(root: &Path) -> Result<(), String> {
         println!("wrote {}", path.display());
     }
     println!("generated files are up to date");
+    Ok(())
+}
+
+fn write_results(root: &Path) -> Result<(), String> {
+    if let Some((path, text)) = results::stale(root)? {
+        std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+        println!("wrote {}", path.display());
+    }
+    println!("the results are up to date");
     Ok(())
 }
 
