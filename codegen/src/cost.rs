@@ -80,14 +80,17 @@ fn table(c: &Contract) -> Result<String, String> {
     Ok(out)
 }
 
-/// A README with its generated part brought up to date.
+/// A README with its generated part brought up to date; one without the part gets it at its end.
 ///
 /// # Errors
-/// When the part is not marked, or a formula cannot be evaluated.
+/// When a formula cannot be evaluated.
 pub fn refresh_readme(c: &Contract, text: &str) -> Result<String, String> {
+    let table = table(c)?;
     let marked = text.split_once(BEGIN).and_then(|(head, rest)| Some((head, rest.split_once(END)?.1)));
-    let (head, tail) = marked.ok_or_else(|| format!("{}: README.md must hold the lines {BEGIN} and {END}", c.name))?;
-    Ok(format!("{head}{BEGIN}\n{}{END}{tail}", table(c)?))
+    Ok(match marked {
+        Some((head, tail)) => format!("{head}{BEGIN}\n{table}{END}{tail}"),
+        None => format!("{}\n\n## Costs of one forward call, all tensors in f32\n\n{BEGIN}\n{table}{END}\n", text.trim_end()),
+    })
 }
 
 #[cfg(test)]
@@ -113,6 +116,8 @@ mod tests {
         let text = refresh_readme(&contract, &format!("before\n{BEGIN}\nold\n{END}\nafter\n")).unwrap();
         assert!(text.starts_with("before\n") && text.ends_with("\nafter\n") && !text.contains("old"));
         assert!(text.contains("| `b` | L 1000000 | 2.000 | 4.000 | 0.50 |") && !text.contains("`a`"), "{text}");
-        assert!(refresh_readme(&contract, "no marks").is_err());
+        let appended = refresh_readme(&contract, "no marks\n").unwrap();
+        assert!(appended.starts_with("no marks\n\n## Costs") && appended.contains("| `b` |"));
+        assert_eq!(refresh_readme(&contract, &appended).unwrap(), appended);
     }
 }
