@@ -2,8 +2,8 @@
 
 use crate::HEADER;
 use crate::contract::{Contract, Grad, Gradient, Tensor, named_by_has};
-use crate::emit_kernels::fill;
-use crate::names::{camel, dim_locals, mentions, rust_expr, shape_doc};
+use crate::emit_conform::conform;
+use crate::names::{camel, dim_locals, rust_expr, shape_doc};
 use std::fmt::Write;
 
 /// Renders the file.
@@ -13,7 +13,7 @@ pub fn render(contracts: &[Contract]) -> String {
          //!\n//! An entry point unifies the dims over its arguments, names the argument that does not fit, allocates the\n\
          //! outputs and hands plain slices to the device's path. Nothing runs before every check has passed.\n\
          #![allow(clippy::all, unused)]\n#![cfg_attr(rustfmt, rustfmt::skip)]\n\n\
-         use super::check::{{Conform, DimCheck, check_index, no_path, require, want_dtype}};\n\
+         use super::check::{{CaseRow, Conform, DimCheck, check_index, no_path, require, want_dtype}};\n\
          use crate::autograd::{{Graph, Var}};\nuse crate::backend::{{Device, DeviceKind}};\n\
          use crate::error::{{Error, Result}};\nuse crate::tensor::{{DType, Tensor}};\nuse graft_kernels as kernels;\n\
          use graft_kernels::check::Fill;\nuse graft_kernels::{{Case, Tier}};\n\n\
@@ -208,7 +208,7 @@ fn replace_word(text: &str, word: &str, with: &str) -> String {
     out
 }
 
-fn shape_array(t: &Tensor) -> String {
+pub(crate) fn shape_array(t: &Tensor) -> String {
     format!("&[{}]", t.shape.iter().map(|s| rust_expr(s)).collect::<Vec<_>>().join(", "))
 }
 
@@ -330,7 +330,7 @@ fn forward(out: &mut String, c: &Contract) {
     let _ = writeln!(out, "    Ok({result})\n}}");
 }
 
-fn needs<'a>(c: &'a Contract, gradient: &'a Gradient) -> Vec<&'a Tensor> {
+pub(crate) fn needs<'a>(c: &'a Contract, gradient: &'a Gradient) -> Vec<&'a Tensor> {
     gradient.needs.iter().filter_map(|n| c.tensor(n)).collect()
 }
 
@@ -413,7 +413,7 @@ fn backward(out: &mut String, c: &Contract, gradient: &Gradient) {
 }
 
 /// Extra dims of the backward entry point, in its parameter order.
-fn extra_dims<'a>(c: &'a Contract, gradient: &'a Gradient) -> Vec<&'a String> {
+pub(crate) fn extra_dims<'a>(c: &'a Contract, gradient: &'a Gradient) -> Vec<&'a String> {
     let Some(result) = c.result() else { return Vec::new() };
     let known: Vec<&Tensor> = needs(c, gradient).into_iter().chain([result]).collect();
     c.dims
@@ -546,94 +546,4 @@ fn graph_method(out: &mut String, c: &Contract, gradient: &Gradient) {
         let _ = writeln!(out, "            grads.add(sources[{index}], {value})?;");
     }
     out.push_str("            Ok(())\n        }))\n    }\n}\n");
-}
-
-/// One conformance function: every case, forward and backward, outputs named.
-fn conform(out: &mut String, c: &Contract) {
-    let name = &c.name;
-    let _ = writeln!(
-        out,
-        "\nfn {name}_conform(run: &mut Conform<'_>) -> Result<()> {{\n    use kernels::generated::{name}::{{CASES, Dims, INFO, Params}};\n    for case in CASES {{\n        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {{"
-    );
-    let mut body = String::new();
-    body += "            let absent = |name: &str| case.absent.contains(&name);\n";
-    for t in c.input.iter().chain(&c.inout) {
-        let method = if t.dtype == "i32" { "draw_i32" } else { "draw" };
-        let mut value = format!("io.{method}(case.name, {:?}, {}, {})?", t.name, shape_array(t), fill(t));
-        if t.dtype == "f32|bf16" {
-            value = format!("io.stored({value}, case.bf16.contains(&{:?}))?", t.name);
-        }
-        if t.optional {
-            value = format!("if absent({:?}) {{ None }} else {{ Some({value}) }}", t.name);
-        }
-        let mutable = if c.inout.iter().any(|i| i.name == t.name) { "mut " } else { "" };
-        let _ = writeln!(body, "            let {mutable}{} = {value};", t.name);
-    }
-    let mut args: Vec<String> = Vec::new();
-    if c.input.iter().chain(&c.inout).all(|t| t.optional) {
-        args.push("io.device()".into());
-    }
-    args.extend(
-        c.input.iter().map(|t| if t.optional { format!("{}.as_ref()", t.name) } else { format!("&{}", t.name) }),
-    );
-    args.extend(
-        c.inout.iter().map(|t| if t.optional { format!("{}.as_mut()", t.name) } else { format!("&mut {}", t.name) }),
-    );
-    args.extend(c.output.iter().filter(|t| t.optional).map(|t| format!("!absent({:?})", t.name)));
-    args.extend(c.given.iter().map(|d| d.to_lowercase()));
-    let _ = writeln!(body, "            let out = {name}({}, params)?;", args.join(", "));
-    for t in &c.output {
-        let value = if c.output.len() == 1 { "out".to_string() } else { format!("out.{}", t.name) };
-        if t.optional {
-            let _ = writeln!(body, "            if let Some(t) = &{value} {{ io.result({:?}, t)?; }}", t.name);
-        } else {
-            let _ = writeln!(body, "            io.result({:?}, &{value})?;", t.name);
-        }
-    }
-    for t in &c.inout {
-        if t.optional {
-            let _ = writeln!(body, "            if let Some(t) = &{0} {{ io.result({0:?}, t)?; }}", t.name);
-        } else {
-            let _ = writeln!(body, "            io.result({0:?}, &{0})?;", t.name);
-        }
-    }
-    if let (Some(gradient), Some(result)) = (&c.gradient, c.result()) {
-        let dy = format!("d{}", result.name);
-        let _ = writeln!(
-            body,
-            "            let {dy} = io.draw(case.name, {dy:?}, {}, Fill::Normal)?;",
-            shape_array(result)
-        );
-        let mut args = vec![format!("&{dy}")];
-        for t in needs(c, gradient) {
-            let base = match (c.output.iter().any(|o| o.name == t.name), c.output.len()) {
-                (true, 1) => "out".to_string(),
-                (true, _) => format!("out.{}", t.name),
-                _ => t.name.clone(),
-            };
-            args.push(if t.optional { format!("{base}.as_ref()") } else { format!("&{base}") });
-        }
-        args.extend(c.given.iter().chain(extra_dims(c, gradient)).map(|d| d.to_lowercase()));
-        args.extend(
-            c.computed_grads().map(|t| if t.optional { format!("!absent({:?})", t.name) } else { "true".into() }),
-        );
-        let _ = writeln!(body, "            let grads = {name}_backward({}, params)?;", args.join(", "));
-        let single = c.computed_grads().count() == 1;
-        for t in c.computed_grads() {
-            let value = if single { "grads".to_string() } else { format!("grads.{}", t.name) };
-            let _ = writeln!(body, "            if let Some(t) = &{value} {{ io.result(\"d{}\", t)?; }}", t.name);
-        }
-    }
-    let locals = c.param.iter().map(|p| p.name.as_str()).filter(|p| c.input.iter().any(|t| mentions(&t.fill, p)));
-    let locals: Vec<&str> = locals.collect();
-    let param_locals = if locals.is_empty() {
-        String::new()
-    } else {
-        format!("            let Params {{ {}, .. }} = params;\n", locals.join(", "))
-    };
-    let _ = write!(
-        out,
-        "            let (dims, params) = (case.dims, case.params);\n            {}\n{param_locals}{body}            Ok(())\n        }})?;\n    }}\n    Ok(())\n}}\n",
-        dim_locals(c, &body)
-    );
 }

@@ -7,6 +7,8 @@
 //! It renders tables and signatures, never algorithms.
 
 pub mod contract;
+pub mod cost;
+mod emit_conform;
 mod emit_docs;
 mod emit_engine;
 mod emit_kernels;

@@ -5,3 +5,4 @@ mod golden_io;
 mod properties;
 mod graft;
 mod golden_verify;
+mod tidy;

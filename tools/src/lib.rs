@@ -1,3 +1,5 @@
 //! Developer tools as a library, so that tests can call what `xtask` runs.
 
 pub mod codegen;
+pub mod results;
+pub mod tidy;

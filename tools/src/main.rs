@@ -1,18 +1,23 @@
 //! `cargo xtask`: developer commands.
 
-use graft_tools::codegen;
+use graft_tools::{codegen, results, tidy};
+use std::path::Path;
 use std::process::ExitCode;
+
+const USAGE: &str = "usage: cargo xtask COMMAND
+  codegen   write the files that follow from kernels-cu/*/op.toml
+  results   write the README's table of measurements from benches/results
+  tidy      check the rules of the house (also a test)";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let root = codegen::workspace_root();
     let outcome = match words.as_slice() {
-        ["codegen"] => codegen::write(&root).map(|paths| {
-            paths.iter().for_each(|p| println!("wrote {}", p.display()));
-            println!("generated files are up to date");
-        }),
-        _ => Err("usage: cargo xtask codegen".to_string()),
+        ["codegen"] => write_generated(&root),
+        ["results"] => write_results(&root),
+        ["tidy"] => report_findings(&root),
+        _ => Err(USAGE.to_string()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -20,5 +25,36 @@ fn main() -> ExitCode {
             eprintln!("{message}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn write_generated(root: &Path) -> Result<(), String> {
+    for path in codegen::write(root)? {
+        println!("wrote {}", path.display());
+    }
+    println!("generated files are up to date");
+    Ok(())
+}
+
+fn write_results(root: &Path) -> Result<(), String> {
+    if let Some((path, text)) = results::stale(root)? {
+        std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+        println!("wrote {}", path.display());
+    }
+    println!("the results are up to date");
+    Ok(())
+}
+
+fn report_findings(root: &Path) -> Result<(), String> {
+    let findings = tidy::check(root)?;
+    for finding in &findings {
+        println!("{finding}");
+    }
+    match findings.iter().filter(|f| !f.warning).count() {
+        0 => {
+            println!("tidy: every rule holds");
+            Ok(())
+        }
+        n => Err(format!("tidy: {n} findings")),
     }
 }

@@ -149,28 +149,55 @@ pub struct Row {
     pub verdict: Verdict,
 }
 
-type CaseBody<'b> = &'b mut dyn FnMut(&mut Io<'_>) -> Result<()>;
+type CaseBody<'b> = &'b mut dyn FnMut(&mut Io<'_, '_>) -> Result<()>;
 
-/// Runs the cases of one operator on one backend against the oracle.
-pub struct Conform<'a> {
-    subject: &'a Device,
-    oracle: &'a Device,
-    rows: &'a mut Vec<Row>,
+/// What is known of a case before it runs.
+#[derive(Clone, Copy, Debug)]
+pub struct CaseRow {
+    /// Its operator.
+    pub info: &'static OpInfo,
+    /// Its name.
+    pub name: &'static str,
+    /// Its size class.
+    pub tier: Tier,
+    /// Whether a weight is stored in bf16.
+    pub bf16: bool,
+    /// Floating-point operations of one forward call.
+    pub flops: usize,
+    /// Bytes that one forward call must move at the least.
+    pub bytes: usize,
+}
+
+/// Told of every call of a case: its pass (`forward` or `backward`), and the call itself, to be made at will.
+pub type Timer<'t> = dyn FnMut(&CaseRow, &'static str, &mut dyn FnMut() -> Result<()>) -> Result<()> + 't;
+
+/// What is done with the cases of an operator.
+pub(super) enum Conform<'a> {
+    /// The tiny ones are compared with the oracle.
+    Compare { subject: &'a Device, oracle: &'a Device, rows: &'a mut Vec<Row> },
+    /// The real ones that `choose` takes are shown to a timer.
+    Time { device: &'a Device, choose: &'a dyn Fn(&CaseRow) -> bool, timer: &'a mut Timer<'a> },
 }
 
 impl Conform<'_> {
-    /// One case: oracle, subject, subject again.
-    pub(super) fn case(&mut self, info: &OpInfo, case: &'static str, tier: Tier, bf16: bool, body: CaseBody<'_>) -> Result<()> {
-        if tier == Tier::Real {
-            return Ok(());
+    /// One case: oracle, subject, subject again; or its calls under the timer.
+    pub(super) fn case(&mut self, row: &CaseRow, body: CaseBody<'_>) -> Result<()> {
+        match self {
+            Conform::Compare { subject, oracle, rows } if row.tier == Tier::Tiny => {
+                let want = collect(oracle, body)?;
+                let first = collect(subject, body)?;
+                let second = collect(subject, body)?;
+                let tolerance = row.info.tolerance.unwrap_or(if row.bf16 { Tolerance::BF16 } else { Tolerance::F32 });
+                let verdict = judge(&want, &first, &second, tolerance);
+                rows.push(Row { op: row.info.name, case: row.name, backend: subject.kind(), verdict });
+                Ok(())
+            }
+            Conform::Time { device, choose, timer } if row.tier == Tier::Real && choose(row) => {
+                let mut observe = |pass: &'static str, call: &mut dyn FnMut() -> Result<()>| timer(row, pass, call);
+                body(&mut Io { device, results: Vec::new(), observe: Some(&mut observe) })
+            }
+            _ => Ok(()),
         }
-        let want = collect(self.oracle, body)?;
-        let first = collect(self.subject, body)?;
-        let second = collect(self.subject, body)?;
-        let tolerance = info.tolerance.unwrap_or(if bf16 { Tolerance::BF16 } else { Tolerance::F32 });
-        let verdict = judge(&want, &first, &second, tolerance);
-        self.rows.push(Row { op: info.name, case, backend: self.subject.kind(), verdict });
-        Ok(())
     }
 }
 
@@ -203,18 +230,21 @@ struct Named {
 }
 
 fn collect(device: &Device, body: CaseBody<'_>) -> Result<Vec<Named>> {
-    let mut io = Io { device, results: Vec::new() };
+    let mut io = Io { device, results: Vec::new(), observe: None };
     body(&mut io)?;
     Ok(io.results)
 }
 
-/// Inputs and outputs of one conformance run.
-pub struct Io<'a> {
+type Observe<'o> = dyn FnMut(&'static str, &mut dyn FnMut() -> Result<()>) -> Result<()> + 'o;
+
+/// Inputs, calls and outputs of one run of a case.
+pub(super) struct Io<'a, 'o> {
     device: &'a Device,
     results: Vec<Named>,
+    observe: Option<&'a mut Observe<'o>>,
 }
 
-impl Io<'_> {
+impl Io<'_, '_> {
     pub(super) fn device(&self) -> &Device {
         self.device
     }
@@ -231,6 +261,14 @@ impl Io<'_> {
 
     pub(super) fn stored(&self, t: Tensor, bf16: bool) -> Result<Tensor> {
         if bf16 { t.to_bf16() } else { Ok(t) }
+    }
+
+    /// Makes a call, after the observer has made it as often as it likes.
+    pub(super) fn call<R>(&mut self, pass: &'static str, mut call: impl FnMut() -> Result<R>) -> Result<R> {
+        if let Some(observe) = &mut self.observe {
+            observe(pass, &mut || call().map(drop))?;
+        }
+        call()
     }
 
     pub(super) fn result(&mut self, name: &str, t: &Tensor) -> Result<()> {
@@ -252,11 +290,22 @@ pub fn conformance(subject: &Device, filter: &str) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for (op, run) in super::generated::CONFORMANCE {
         if op.contains(filter) {
-            run(&mut Conform { subject, oracle: &oracle, rows: &mut rows })?;
+            run(&mut Conform::Compare { subject, oracle: &oracle, rows: &mut rows })?;
         }
     }
     subject.set_poison(false);
     Ok(rows)
+}
+
+/// Shows every call of the real cases that `choose` takes to `timer`, on `device`, in contract order.
+///
+/// # Errors
+/// Those of the calls and of the timer.
+pub fn time_cases(device: &Device, choose: &dyn Fn(&CaseRow) -> bool, timer: &mut Timer<'_>) -> Result<()> {
+    for (_, run) in super::generated::CONFORMANCE {
+        run(&mut Conform::Time { device, choose, timer: &mut *timer })?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -286,6 +335,18 @@ mod tests {
         assert!(ln_modulate(&empty, &m, params()).err().unwrap().to_string().contains("empty tensor"));
         let m = Tensor::zeros(&device, &[2, 1, 4]).unwrap();
         assert!(ln_modulate(&x, &m, params()).err().unwrap().to_string().contains("two different rows"));
+    }
+
+    #[test]
+    fn the_timer_sees_both_passes_of_the_chosen_cases() {
+        let mut seen = Vec::new();
+        let choose = |row: &CaseRow| row.info.name == "gate_residual";
+        time_cases(&Device::cpu(), &choose, &mut |row, pass, call| {
+            seen.push((row.info.name, pass));
+            call()
+        })
+        .unwrap();
+        assert_eq!(seen, [("gate_residual", "forward"), ("gate_residual", "backward")]);
     }
 
     #[test]

@@ -1,0 +1,12 @@
+# Aliases, one line each; the logic is in the programs. One release build serves all of them.
+.PHONY: demo test soak bench paired docs data codegen tidy
+
+demo:    ; cargo run --release -p graft-engine --bin graft -- run assets/fashion-dit/demo.toml --run demo
+test:    ; cargo test --release --workspace
+soak:    ; GRAFT_FUZZ_SECONDS=600 cargo test --release -p graft-tests --test suite fuzz
+bench:   ; cargo bench -p graft-benches
+paired:  ; cargo run --release -p graft-benches --bin paired
+docs:    ; cargo doc --release --workspace --no-deps
+data:    ; python3 tools/setup/fetch_data.py
+codegen: ; cargo xtask codegen
+tidy:    ; cargo xtask tidy

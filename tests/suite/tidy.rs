@@ -1,0 +1,13 @@
+//! The rules of the house hold for this repository.
+
+use graft_tools::{codegen, tidy};
+
+#[test]
+fn every_rule_holds() {
+    let findings = tidy::check(&codegen::workspace_root()).unwrap();
+    for finding in &findings {
+        println!("{finding}");
+    }
+    let broken = findings.iter().filter(|f| !f.warning).count();
+    assert_eq!(broken, 0, "the findings are printed above; `cargo xtask tidy` shows them too");
+}
