@@ -93,7 +93,8 @@ impl LineChart {
             legend(h, self.series.iter().map(|s| s.name.as_str()));
         }
         let all = || series.iter().flatten();
-        let Some((x_range, y_range)) = range(all().map(|r| (r.x, r.x))).zip(range(all().map(|r| (r.low, r.high)))) else {
+        let Some((x_range, y_range)) = range(all().map(|r| (r.x, r.x))).zip(range(all().map(|r| (r.low, r.high))))
+        else {
             return h.leaf("p", &[("class", "note")], "Nothing was recorded.");
         };
         let (y_ticks, y_from) = if self.log_y { log_ticks(y_range) } else { linear_ticks(padded(y_range)) };
@@ -139,7 +140,8 @@ impl BarChart {
         const RIGHT: f64 = 74.0;
         const BAR: f64 = 14.0;
         const GAP: f64 = 12.0;
-        let values = self.groups.iter().flat_map(|g| g.values.iter().flatten()).chain(self.mark.as_ref().map(|(v, _)| v));
+        let values =
+            self.groups.iter().flat_map(|g| g.values.iter().flatten()).chain(self.mark.as_ref().map(|(v, _)| v));
         let largest = values.copied().filter(|v| v.is_finite()).fold(0.0, f64::max);
         if largest == 0.0 {
             return h.leaf("p", &[("class", "note")], "Nothing was recorded.");
@@ -307,7 +309,10 @@ mod tests {
         assert_eq!(linear_ticks((7.0, 7.0)).0, [4.0, 6.0, 8.0, 10.0]);
         assert_eq!(log_ticks((0.001, 10.0)).0, [0.001, 0.01, 0.1, 1.0, 10.0]);
         assert_eq!(log_ticks((0.3, 4.0)).0, [0.5, 1.0, 2.0]);
-        assert_eq!([0.6000000000000001, 0.0, 1500.0, 2.5e6, 2e-5].map(tick_text), ["0.6", "0", "1500", "2.5 M", "2e-5"]);
+        assert_eq!(
+            [0.6000000000000001, 0.0, 1500.0, 2.5e6, 2e-5].map(tick_text),
+            ["0.6", "0", "1500", "2.5 M", "2e-5"]
+        );
     }
 
     #[test]
@@ -315,7 +320,9 @@ mod tests {
         let page = drawn(&chart(false, &[(0.0, 0.0), (10.0, 1.0)]));
         // Linear from 0 to 1.05 over the plot's 228 units of height, from 0 to 10 over its 488 of width.
         assert!(page.contains("<polyline class=\"line s0\" points=\"58.0,238.0 546.0,20.9\"/>"), "{page}");
-        assert!(page.contains("a&amp;b") && page.contains("aria-label=\"loss &lt; 1\"") && page.contains(">0.6</text>"));
+        assert!(
+            page.contains("a&amp;b") && page.contains("aria-label=\"loss &lt; 1\"") && page.contains(">0.6</text>")
+        );
         assert!(!page.contains("polygon"));
     }
 
