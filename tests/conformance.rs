@@ -1,7 +1,8 @@
 //! Conformance: operator × case × backend, every output against the oracle.
 
 use graft_engine::backend::Device;
-use graft_engine::ops::check::{Verdict, conformance};
+use graft_engine::cli::op::{Summary, report};
+use graft_engine::ops::check::conformance;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -13,24 +14,6 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let (mut ok, mut failed, mut skipped) = (0, 0, 0);
-    for row in &rows {
-        let text = match &row.verdict {
-            Verdict::Ok(c) => {
-                ok += 1;
-                format!("ok    worst {:.2} of its bound, rel rms {:.1e}", c.worst, c.rel_rms)
-            }
-            Verdict::Fail(why) => {
-                failed += 1;
-                format!("FAIL  {why}")
-            }
-            Verdict::Skip(why) => {
-                skipped += 1;
-                format!("SKIP  {why}")
-            }
-        };
-        println!("{:<17} {:<22} {:<6} {text}", row.op, row.case, row.backend.to_string());
-    }
-    println!("{ok} passed, {failed} failed, {skipped} skipped");
-    if failed == 0 && ok > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    print!("{}", report(&rows));
+    if Summary::of(&rows).good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

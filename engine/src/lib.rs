@@ -1,7 +1,7 @@
 //! graft: edit pretrained diffusion transformers by grafting, and run them at full speed.
 //!
 //! Rooms, from the ground up (an arrow may only point down; `tidy` checks it):
-//! `tensor` ◀ `backend` ◀ `autograd` ◀ `ops` ◀ `nn` ◀ `models` ◀ `sample`, `train`, `eval`, `graft` ◀ `report` ◀ `cli`.
+//! `tensor` ◀ `backend` ◀ `autograd` ◀ `ops` ◀ `nn` ◀ `models` ◀ `sample`, `train`, `eval`, `graft` ◀ `report`, `verify` ◀ `cli`.
 //! `io` alone touches files; `cli` alone prints and exits; `error` is used by all.
 
 pub mod autograd;
@@ -17,3 +17,4 @@ pub mod report;
 pub mod sample;
 pub mod tensor;
 pub mod train;
+pub mod verify;

@@ -1,1 +1,7 @@
-//! Command-line tests.
+//! The program from the outside: what it prints, writes and answers, run as a user would run it.
+
+mod errors;
+mod help;
+mod reports;
+mod sampling;
+mod support;

@@ -2,3 +2,4 @@
 
 mod fuzz;
 mod golden_io;
+mod golden_verify;

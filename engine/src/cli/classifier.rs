@@ -1,6 +1,6 @@
 //! `graft classifier train --data DIR --output DIR`: makes the network that `graft eval` looks through.
 
-use super::{Dtype, progress};
+use super::{Dtype, out, progress};
 use crate::backend::Device;
 use crate::error::Result;
 use crate::eval::classifier::{self, Classifier, Settings};
@@ -84,8 +84,8 @@ fn train(args: &TrainArgs) -> Result<()> {
     )]);
     trained.save(&args.output, &metadata)?;
     let accuracy = accuracy(&args.output, &test, &device)?;
-    println!("{:.2} % of {} test images; classifier in {}", 100.0 * accuracy, test.n, args.output.display());
-    Ok(())
+    let folder = args.output.display();
+    out::line(format_args!("{:.2} % of {} test images; classifier in {folder}", 100.0 * accuracy, test.n))
 }
 
 /// Accuracy of what was written, not of what was trained: the file is rounded.

@@ -1,8 +1,19 @@
 //! The command line: the only room that prints and exits.
 
 mod classifier;
+mod doctor;
+mod eval;
+mod forward;
+mod inspect;
+mod model_args;
+pub mod op;
+mod out;
+mod pictures;
 mod pretrain;
 mod progress;
+mod sample;
+mod table;
+mod verify;
 
 use crate::autograd::Precision;
 use crate::error::{Error, Result};
@@ -49,6 +60,20 @@ enum Command {
     /// Train the small network that scores look through; the trained one ships with the program.
     #[command(hide = true)]
     Classifier(classifier::Args),
+    /// Score samples of a model against real images.
+    Eval(eval::Args),
+    /// Draw pictures, or latents, from class labels.
+    Sample(sample::Args),
+    /// One forward pass on tensors from a file.
+    Forward(forward::Args),
+    /// Show what a model, a tensor file or a picture is.
+    Inspect(inspect::Args),
+    /// Operators: list them, run one, check all against the oracle.
+    Op(op::Args),
+    /// What this machine offers, and what is missing.
+    Doctor,
+    /// Compare with recorded cases: every one below the given folders.
+    Verify(verify::Args),
 }
 
 /// Runs the program: 0 done, 1 failed, 2 wrong usage.
@@ -80,5 +105,12 @@ fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Pretrain(args) => pretrain::run(&args),
         Command::Classifier(args) => classifier::run(&args),
+        Command::Eval(args) => eval::run(&args, cli.json),
+        Command::Sample(args) => sample::run(&args),
+        Command::Forward(args) => forward::run(&args),
+        Command::Inspect(args) => inspect::run(&args, cli.json),
+        Command::Op(args) => op::run(&args, cli.json),
+        Command::Doctor => doctor::run(cli.json),
+        Command::Verify(args) => verify::run(&args, cli.json),
     }
 }

@@ -74,7 +74,11 @@ pub fn run(args: &Args) -> Result<()> {
         bar.finish();
     }
     let folder = args.run.join("model");
-    let metadata = BTreeMap::from([("graft.pretrain.step".to_string(), trainer.step().to_string())]);
+    let names = serde_json::to_string(&data.class_names).map_err(|e| Error::failure("class names", e.to_string()))?;
+    let metadata = BTreeMap::from([
+        ("graft.pretrain.step".to_string(), trainer.step().to_string()),
+        (super::model_args::CLASS_NAMES_KEY.to_string(), names),
+    ]);
     dit::save(&trainer.averaged()?, &folder, SaveAs::Bf16, &metadata)?;
     println!("{} updates; averaged weights in {}", trainer.step(), folder.display());
     Ok(())

@@ -63,6 +63,11 @@ impl<B: AsRef<[u8]>> StoredZip<B> {
         Ok(StoredZip { place: place.to_owned(), bytes, entries })
     }
 
+    /// The bytes of the whole archive.
+    pub(crate) fn source(&self) -> &B {
+        &self.bytes
+    }
+
     /// The archive's name in messages.
     pub fn place(&self) -> &str {
         &self.place

@@ -21,6 +21,15 @@ static COUNTER: AtomicU64 = AtomicU64::new(0);
 /// # Errors
 /// When the folder is missing or not writable, the disk is full, or `fill` fails.
 pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    // A pipe or a device cannot be replaced by renaming: what is written there has no old content to keep.
+    if std::fs::metadata(path).is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+        let direct = || -> io::Result<()> {
+            let mut buffered = BufWriter::new(OpenOptions::new().write(true).open(path)?);
+            fill(&mut buffered)?;
+            buffered.flush()
+        };
+        return direct().map_err(|e| Error::io(path, "write", &e));
+    }
     let folder = folder_of(path);
     let temporary = temporary_name(path, &folder);
     let result = fill_and_rename(path, &folder, &temporary, fill);
@@ -165,6 +174,16 @@ mod tests {
         assert!(error.contains("free disk space") && error.contains("a.bin"), "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         assert_eq!(files::list(&dir).unwrap(), [path]);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn devices_are_written_to_and_stay() {
+        let full = Path::new("/dev/full");
+        let error = write_bytes(full, b"x").unwrap_err().to_string();
+        assert!(error.contains("/dev/full: cannot write") && error.contains("free disk space"), "{error}");
+        assert!(!std::fs::metadata(full).unwrap().is_file());
+        write_bytes(Path::new("/dev/null"), b"x").unwrap();
     }
 
     #[test]

@@ -36,6 +36,18 @@ impl Mapped {
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, "map", &e))?;
         Ok(Mapped(map))
     }
+
+    /// Gives the pages that were read so far back to the system; they are read again when they are used again.
+    /// Keeps the memory of a program that copies a large file bounded by the copy.
+    pub fn release(&self) {
+        // SAFETY: the map is backed by a file and never written to, so a dropped page holds nothing that the file
+        // does not; a later read brings the same bytes, under the duty stated in `open`.
+        #[cfg(unix)]
+        let advised = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        // Only advice: when the system refuses, the pages merely stay.
+        #[cfg(unix)]
+        let _ = advised;
+    }
 }
 
 impl AsRef<[u8]> for Mapped {
@@ -56,6 +68,9 @@ mod tests {
         std::fs::write(dir.join("b"), b"").unwrap();
         assert_eq!(Mapped::open(&dir.join("a")).unwrap().as_ref(), b"abc");
         assert_eq!(Mapped::open(&dir.join("b")).unwrap().as_ref(), b"");
+        let (a, b) = (Mapped::open(&dir.join("a")).unwrap(), Mapped::open(&dir.join("b")).unwrap());
+        (a.release(), b.release());
+        assert_eq!((a.as_ref(), b.as_ref()), (&b"abc"[..], &b""[..]));
     }
 
     #[test]

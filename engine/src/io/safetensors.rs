@@ -48,6 +48,11 @@ impl TensorFile {
     pub fn open(path: &Path) -> Result<Self> {
         Self::parse(&path.display().to_string(), Mapped::open(path)?)
     }
+
+    /// As [`Mapped::release`].
+    pub fn release(&self) {
+        self.bytes.release();
+    }
 }
 
 impl<B: AsRef<[u8]>> TensorFile<B> {

@@ -46,6 +46,11 @@ impl TorchFile {
     pub fn open(path: &Path) -> Result<Self> {
         Self::parse(&path.display().to_string(), Mapped::open(path)?)
     }
+
+    /// As [`Mapped::release`].
+    pub fn release(&self) {
+        self.zip.source().release();
+    }
 }
 
 impl<B: AsRef<[u8]>> TorchFile<B> {

@@ -166,6 +166,11 @@ impl ShardedFile {
         self.shards.get(*self.index.get(name)?)?.get(name)
     }
 
+    /// As [`crate::io::map::Mapped::release`], for every file.
+    pub fn release(&self) {
+        self.shards.iter().for_each(TensorFile::release);
+    }
+
     /// The files that hold the tensors.
     pub fn shards(&self) -> &[TensorFile] {
         &self.shards

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::io::map::Mapped;
+use crate::io::safetensors::TensorFile;
 use crate::io::torch_zip::{TorchFile, TorchTensor};
 use crate::io::weights::ShardedFile;
 use std::collections::BTreeSet;
@@ -29,6 +30,8 @@ pub trait Source {
     fn names(&self) -> BTreeSet<String>;
     /// One tensor.
     fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>>;
+    /// Gives memory that reading took back to the system.
+    fn release(&self);
 }
 
 impl StoredTensor for crate::io::safetensors::TensorView<'_> {
@@ -55,6 +58,24 @@ impl Source for ShardedFile {
     }
     fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>> {
         self.get(name).map(|view| Box::new(view) as Box<dyn StoredTensor + '_>)
+    }
+    fn release(&self) {
+        self.release();
+    }
+}
+
+impl Source for TensorFile {
+    fn place(&self) -> String {
+        self.place().to_string()
+    }
+    fn names(&self) -> BTreeSet<String> {
+        self.names().map(str::to_string).collect()
+    }
+    fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>> {
+        self.get(name).map(|view| Box::new(view) as Box<dyn StoredTensor + '_>)
+    }
+    fn release(&self) {
+        self.release();
     }
 }
 
@@ -98,6 +119,9 @@ impl Source for TorchWeights {
     fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>> {
         let mut dict = self.file.state_dict().ok()?;
         dict.remove(name).map(|t| Box::new(t) as Box<dyn StoredTensor + '_>)
+    }
+    fn release(&self) {
+        self.file.release();
     }
 }
 

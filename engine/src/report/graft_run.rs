@@ -200,15 +200,15 @@ impl GraftRun {
         let Some((before, after, real)) = self.ends() else {
             return format!("{} Samples were not compared with real images.", self.summary);
         };
-        let (excess, allowed) = (after.frechet - real.mean.frechet, real.allowed(before.frechet));
-        let relation = if self.verdict() == Verdict::Holds { "within" } else { "beyond" };
+        let limit = real.mean.frechet + real.allowed(before.frechet);
         format!(
-            "{} Its samples are {} away from real images beyond what real images are from each other, {relation} the {} \
-             that the original’s {} allows.",
+            "{} Fréchet distance of its samples to real images: {}, {} for the original. Other real images score {}, so up to \
+             {} counts as equally good.",
             self.summary,
-            significant(excess),
-            significant(allowed),
-            significant(before.frechet - real.mean.frechet),
+            significant(after.frechet),
+            significant(before.frechet),
+            significant(real.mean.frechet),
+            significant(limit),
         )
     }
 
@@ -267,7 +267,7 @@ impl GraftRun {
             let mark = self.ends().map(|(before, _, real)| {
                 (real.mean.frechet + real.allowed(before.frechet), "allowed up to".to_owned())
             });
-            h.element("figure", &[("class", "wide")], |h| {
+            h.element("figure", &[], |h| {
                 h.leaf("h3", &[], "Fréchet distance");
                 BarChart { title: "Fréchet distance of every stage".into(), series: vec![], groups, mark }.draw(h);
             });
@@ -487,8 +487,11 @@ mod tests {
         ] {
             assert!(text.contains(wanted), "{wanted}");
         }
-        // 1.25 · (5.31 − 1.93) + 2 · 0.21 = 4.645 beyond real images.
-        assert!(text.contains("3.69 away") && text.contains("within the 4.6"), "{text}");
+        // 1.93 + 1.25 · (5.31 − 1.93) + 2 · 0.21 = 6.575.
+        assert!(
+            text.contains("images: 5.62, 5.31 for the original. Other real images score 1.93, so up to 6.5"),
+            "{text}"
+        );
         assert!(text.contains("allowed up to 6.5"));
         assert!(text.contains("0 &lt;= i &lt; 12 &amp; i") && !page.contains("<script"));
         assert_eq!(page.matches("data:image/png;base64,").count(), 3);
@@ -501,14 +504,14 @@ mod tests {
         assert!(run(5.62).render().contains("The graft holds."));
         let bad = run(6.6);
         assert_eq!(bad.verdict(), Verdict::FallsShort);
-        assert!(bad.render().contains("The graft falls short.") && bad.render().contains("beyond the"));
+        assert!(bad.render().contains("The graft falls short."));
         let mut open = run(5.62);
         open.real = None;
         assert_eq!(open.verdict(), Verdict::NotScored);
         assert!(well_formed(&open.render()).contains("were not compared"));
         let nothing = GraftRun { title: "t".into(), ..GraftRun::default() };
         let text = well_formed(&nothing.render());
-        assert!(text.contains("Not scored.") && !text.contains("Quality") && !text.contains("Samples"));
+        assert!(text.contains("Not scored.") && !text.contains("Quality") && !text.contains("Cost"));
     }
 
     #[test]

@@ -123,8 +123,8 @@ impl FromStr for Sampler {
         match name {
             "ddpm" => Ok(Sampler::Ddpm),
             "ddim" => Ok(Sampler::Ddim { eta: 0.0 }),
-            "dpm++" => Ok(Sampler::DpmPlusPlus { end: DpmEndPoint::Zero }),
-            _ => Err(Error::usage("sampler", "unknown name").is(format!("{name:?}")).must("ddpm, ddim or dpm++")),
+            "dpm++" | "dpm-solver++" => Ok(Sampler::DpmPlusPlus { end: DpmEndPoint::Zero }),
+            _ => Err(Error::usage("sampler", "unknown name").is(format!("{name:?}")).must("ddpm, ddim or dpm++ (dpm-solver++)")),
         }
     }
 }

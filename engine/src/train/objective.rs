@@ -64,7 +64,7 @@ pub fn noise_batch(device: &Device, schedule: &Schedule, batch: &Batch, null: i3
 }
 
 /// Row of coefficients of `loss_diffusion` for one timestep.
-fn loss_row(schedule: &Schedule, t: usize, row: &LossCoefs) -> [f32; 8] {
+pub(crate) fn loss_row(schedule: &Schedule, t: usize, row: &LossCoefs) -> [f32; 8] {
     let (mean_x0, mean_xt) = schedule.posterior_mean_coefs(t);
     let alpha_bar = schedule.alpha_bar(t);
     [

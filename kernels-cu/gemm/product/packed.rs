@@ -38,9 +38,9 @@ pub fn run(kernel: Kernel, product: &Product<'_>, out: Output<'_>, parallel: boo
     let plan = Plan { kernel, product, words, stretch, narrow: words <= stretch && stretch * n <= NARROW };
     let threads = if parallel { rayon::current_num_threads() } else { 1 };
     let (rows, columns) = plan.grid((m * n * k / TASK).clamp(1, if threads == 1 { 1 } else { 4 * threads }));
-    let blocks = rows.len() * columns.len();
+    let blocks = rows.count() * columns.count();
     let block = |index: usize| {
-        let (rows, columns) = (rows[index / columns.len()].clone(), columns[index % columns.len()].clone());
+        let (rows, columns) = (rows.range(index / columns.count()), columns.range(index % columns.count()));
         SCRATCH.with_borrow_mut(|scratch| {
             // SAFETY: the blocks of the grid do not overlap and cover the result, whose size `Output` checked.
             unsafe { plan.block(&out, rows, columns, scratch, finish) }
@@ -53,10 +53,26 @@ pub fn run(kernel: Kernel, product: &Product<'_>, out: Output<'_>, parallel: boo
     }
 }
 
-/// `0..len` in about `parts` ranges whose inner borders are multiples of `unit`.
-fn split(len: usize, parts: usize, unit: usize) -> Vec<Range<usize>> {
-    let size = len.div_ceil(parts).next_multiple_of(unit);
-    (0..len).step_by(size).map(|start| start..len.min(start + size)).collect()
+/// `0..len` in ranges of one size; the last may be shorter. Held as two numbers: a call must not allocate.
+#[derive(Clone, Copy)]
+struct Cuts {
+    len: usize,
+    size: usize,
+}
+
+impl Cuts {
+    /// About `parts` ranges whose inner borders are multiples of `unit`.
+    fn new(len: usize, parts: usize, unit: usize) -> Self {
+        Cuts { len, size: len.div_ceil(parts).next_multiple_of(unit).max(1) }
+    }
+
+    fn count(self) -> usize {
+        self.len.div_ceil(self.size)
+    }
+
+    fn range(self, index: usize) -> Range<usize> {
+        index * self.size..self.len.min((index + 1) * self.size)
+    }
 }
 
 /// What the blocks of a product share.
@@ -73,12 +89,12 @@ struct Plan<'a> {
 
 impl<'a> Plan<'a> {
     /// Row and column ranges of blocks: about `tasks` of them, none larger than the caches hold.
-    fn grid(&self, tasks: usize) -> (Vec<Range<usize>>, Vec<Range<usize>>) {
+    fn grid(&self, tasks: usize) -> (Cuts, Cuts) {
         let [m, _, n] = self.product.size;
         let needed = if self.narrow { 1 } else { m.div_ceil(BLOCK_ROWS) };
         let column_blocks = if self.narrow { 1 } else { tasks.div_ceil(needed).min(n.div_ceil(BLOCK_COLUMNS)) };
         let row_blocks = needed.max(tasks.div_ceil(column_blocks).min(m.div_ceil(4 * ROWS)));
-        (split(m, row_blocks, ROWS), split(n, column_blocks, 2 * LANES))
+        (Cuts::new(m, row_blocks, ROWS), Cuts::new(n, column_blocks, 2 * LANES))
     }
 
     /// Words `first..` of rows of a, as lanes.

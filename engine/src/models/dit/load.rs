@@ -33,6 +33,20 @@ pub fn describe(path: &Path) -> Result<DitConfig> {
     Ok(open(path)?.0)
 }
 
+/// The files that hold the weights of a model folder or file, in order.
+///
+/// # Errors
+/// When there are none, or they cannot be opened.
+pub fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
+    if is_pickle(path) {
+        return Ok(vec![path.to_path_buf()]);
+    }
+    if path.is_dir() && let Some(found) = only_pickle(path)? {
+        return Ok(vec![found]);
+    }
+    Ok(weights::open_weights(path)?.shards().iter().map(|shard| PathBuf::from(shard.place())).collect())
+}
+
 fn open(path: &Path) -> Result<(DitConfig, Box<dyn Source>)> {
     if !path.exists() {
         return Err(Error::failure(path.display().to_string(), "no such file or folder").must("a model folder or checkpoint").fix("check --model"));
@@ -277,7 +291,10 @@ fn fill(model: &mut Dit, source: &dyn Source) -> Result<()> {
             target.copy_from_slice(&read_weight(source, name, &part_shape)?);
         }
         model.params.set(id, value)?;
+        // Else the whole file would stay in memory beside its copy.
+        source.release();
     }
+    model.device().trim();
     Ok(())
 }
 

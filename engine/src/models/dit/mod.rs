@@ -9,7 +9,7 @@ mod names;
 mod save;
 
 pub use config::{BlockSpec, DitConfig};
-pub use load::{describe, load, to_bf16};
+pub use load::{describe, load, to_bf16, weight_files};
 pub use save::{SaveAs, save};
 
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
@@ -20,7 +20,7 @@ use crate::ops::{act, contracts, sinusoid};
 use crate::tensor::{Device, Tensor};
 
 /// Width of the timestep sinusoid.
-const FREQUENCIES: usize = 256;
+pub(crate) const FREQUENCIES: usize = 256;
 
 /// Rows of a block's modulation table, in the order of the checkpoint.
 mod row {
@@ -261,6 +261,18 @@ impl Dit {
         }
         Ok(x)
     }
+}
+
+/// Floating-point operations and parameters of one operator at a site of a model, without building the model.
+///
+/// # Errors
+/// As [`operators::build`].
+pub fn site_cost(config: &DitConfig, spec: &operators::Spec, site: Site) -> Result<(operators::SiteFlops, usize)> {
+    let mut params = ParamStore::default();
+    let device = Device::cpu();
+    let dims = config.block_dims();
+    let operator = operators::build(spec, site, dims, &mut Builder::new(&mut params, &device, 0, Scheme::Torch))?;
+    Ok((operator.flops(dims), params.elements()))
 }
 
 /// Fixed 2-D sine–cosine position table `[N, D]`: the first half of a row encodes the column, the second the row,

@@ -1,0 +1,74 @@
+//! The sampling loop allocates nothing after its warm-up, on any thread.
+//!
+//! A test of its own binary, because it replaces the allocator of the whole process by one that counts.
+#![allow(unsafe_code)]
+
+use graft_engine::autograd::Precision;
+use graft_engine::backend::Device;
+use graft_engine::models::dit::{Dit, DitConfig};
+use graft_engine::nn::operators::Spec;
+use graft_engine::sample::pipeline::{Request, generate};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed on to the system allocator with its arguments unchanged; counting has no influence on
+// the memory that is handed out.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps the contract of `GlobalAlloc::alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: `pointer` came from `System` through the functions here, with this layout.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as `dealloc`.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Steps before the loop must be quiet.
+const WARM_UP: usize = 2;
+const STEPS: usize = 12;
+
+#[test]
+fn no_allocation_after_the_warm_up() {
+    let config = DitConfig { patch: 2, input_size: 16, in_channels: 3, classes: 10, ..DitConfig::plain(3, 64, 4) };
+    let mut grafted = config.clone();
+    grafted.blocks[1].attn = Spec::new("hyena_x").with("taps", 4.0);
+    let models = [("plain", config), ("grafted", grafted)].map(|(n, c)| (n, Dit::new(c, &Device::cpu(), 1).unwrap()));
+    let mut report = String::new();
+    for (name, model) in &models {
+        for (sampler, guidance) in [("ddim", 1.0), ("ddim", 4.0), ("ddpm", 4.0), ("dpm++", 4.0)] {
+            for precision in [Precision::F32, Precision::Bf16] {
+                let request = Request {
+                    sampler: sampler.parse().unwrap(),
+                    steps: STEPS,
+                    guidance,
+                    precision,
+                    ..Request::new(vec![1, 2, 3, 4], 5)
+                };
+                let mut counts = [0usize; STEPS];
+                generate(model, &request, &mut |p| counts[p.step - 1] = ALLOCATIONS.load(Ordering::Relaxed)).unwrap();
+                let per_step: Vec<usize> = counts.windows(2).map(|w| w[1] - w[0]).collect();
+                // Element i counts step i + 2.
+                if per_step[WARM_UP - 1..].iter().any(|&n| n > 0) {
+                    report.push_str(&format!("{name} {sampler} guidance {guidance} {precision:?}: {per_step:?}\n"));
+                }
+            }
+        }
+    }
+    assert!(report.is_empty(), "allocations in steps 2, 3, …:\n{report}");
+}

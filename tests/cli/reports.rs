@@ -1,0 +1,81 @@
+//! `graft verify`, `inspect`, `op` and `doctor`: tables, JSON, verdicts.
+
+use crate::support::{folder, golden, model, refuse, run, succeed};
+use serde_json::Value;
+
+fn parsed(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+#[test]
+fn verify_counts_and_decides() {
+    let here = folder("verify");
+    let good = golden("operators");
+    let table = succeed(&here, &["verify", &good]).text();
+    assert_eq!(table.lines().last(), Some("2 passed, 0 failed, 0 skipped"), "{table}");
+    assert!(table.contains("operators/mha") && table.contains("grad.qkv.weight"));
+    let json = parsed(&succeed(&here, &["verify", "--json", &good, "--dtype", "bf16"]).text());
+    assert_eq!((&json["passed"], &json["failed"]), (&2.into(), &0.into()));
+    refuse(&here, &["verify", "."], 1, &["no recorded case"]);
+    refuse(&here, &["verify", "none"], 1, &["none", "no such folder"]);
+    std::fs::create_dir_all(here.join("cases/new")).unwrap();
+    std::fs::write(here.join("cases/new/case.json"), r#"{"family": "weather", "case": "rain"}"#).unwrap();
+    let ran = run(&here, &["verify", &good, "cases"]);
+    assert_eq!(ran.code, 1);
+    assert!(ran.text().contains("unknown family"), "{}", ran.text());
+    assert_eq!(ran.text().lines().last(), Some("2 passed, 1 failed, 0 skipped"));
+}
+
+#[test]
+fn inspect_shows_models_and_files() {
+    let here = folder("inspect");
+    model(&here, 1);
+    let text = succeed(&here, &["inspect", "model"]).text();
+    for word in ["2 blocks", "width 32", "4 heads", "3 classes", "mha(heads=4)", "mlp(ratio=4)", "F32"] {
+        assert!(text.contains(word), "{word} is not in {text}");
+    }
+    let json = parsed(&succeed(&here, &["inspect", "--json", "model"]).text());
+    assert_eq!((&json["depth"], &json["tokens"]), (&2.into(), &16.into()));
+    // Attention over 16 tokens of width 32 by 4 heads: products, and two operations per score.
+    assert_eq!(json["sites"][0]["flops_operator"], 4.0 * 16.0 * 16.0 * 32.0 + 2.0 * 4.0 * 16.0 * 16.0);
+    let tensors = succeed(&here, &["inspect", "model/diffusion_pytorch_model.safetensors"]).text();
+    assert!(tensors.contains("transformer_blocks.1.attn1.to_q.weight") && tensors.contains("[32, 32]"), "{tensors}");
+    let torch = succeed(&here, &["inspect", &golden("dit_original/pickle_checkpoint/model/flat.pt")]).text();
+    assert!(torch.contains("blocks.0.attn.qkv.weight"), "{torch}");
+    refuse(&here, &["inspect", "none"], 1, &["none", "no such file"]);
+    std::fs::write(here.join("a.png"), b"no").unwrap();
+    refuse(&here, &["inspect", "a.png"], 1, &["a.png", "damaged png"]);
+    std::fs::write(here.join("a.txt"), b"no").unwrap();
+    refuse(&here, &["inspect", "a.txt"], 1, &["unknown kind of file"]);
+}
+
+#[test]
+fn operators_are_listed_and_checked() {
+    let here = folder("op");
+    let list = succeed(&here, &["op", "list"]).text();
+    for name in ["attention", "gated_conv", "solver_step", "hyena_x", "mha"] {
+        assert!(list.contains(name), "{name} is not in {list}");
+    }
+    let table = succeed(&here, &["op", "check", "--filter", "axpy"]).text();
+    let last = table.lines().last().unwrap().to_string();
+    assert!(last.contains(" passed, 0 failed, ") && !last.starts_with("0 passed"), "{table}");
+    let json = parsed(&succeed(&here, &["op", "run", "patchify", "--json"]).text());
+    assert!(json["rows"].as_array().unwrap().iter().all(|r| r["op"] == "patchify" && r["verdict"] == "ok"));
+    refuse(&here, &["op", "check", "--filter", "telepathy"], 2, &["--filter", "telepathy"]);
+    refuse(&here, &["op", "run", "telepathy"], 2, &["telepathy", "axpy"]);
+    refuse(&here, &["op", "check", "--filter", "axpy", "--require", "tpu"], 2, &["--require", "tpu"]);
+    let ran = run(&here, &["op", "check", "--filter", "axpy", "--require", "cuda"]);
+    assert_eq!(ran.code, 1);
+    assert!(ran.text().contains("required, but skipped"), "{}", ran.text());
+}
+
+#[test]
+fn doctor_reports() {
+    let here = folder("doctor");
+    let text = succeed(&here, &["doctor"]).text();
+    for word in ["version", "processor", "threads", "memory", "this folder", "cuda", "data"] {
+        assert!(text.lines().any(|l| l.starts_with(word)), "{word} is not in {text}");
+    }
+    let json = parsed(&succeed(&here, &["doctor", "--json"]).text());
+    assert_eq!(json["findings"].as_array().unwrap().len(), 7);
+}
