@@ -30,7 +30,12 @@ pub fn forward(a: Forward<'_, f32>) {
 #[inline(always)]
 fn log_sum_exp(row: &[f32]) -> f32 {
     let top = row.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
-    top + sum_by(row.len(), #[inline(always)] |i| exp(row[i] - top)).ln()
+    top + sum_by(
+        row.len(),
+        #[inline(always)]
+        |i| exp(row[i] - top),
+    )
+    .ln()
 }
 
 /// Backward pass.

@@ -47,7 +47,15 @@ mod tests {
         let (mut loss, mut lse, mut dlogits) = (vec![0.0], vec![0.0; dims.b], vec![0.0; logits.len()]);
         forward(Forward { dims, params: Params {}, logits, labels, loss: &mut loss, lse: &mut lse });
         let dlogits_out = Some(&mut dlogits[..]);
-        backward(Backward { dims, params: Params {}, dloss: &[dloss], logits, labels, lse: &lse, dlogits: dlogits_out });
+        backward(Backward {
+            dims,
+            params: Params {},
+            dloss: &[dloss],
+            logits,
+            labels,
+            lse: &lse,
+            dlogits: dlogits_out,
+        });
         [loss, lse, dlogits]
     }
 
@@ -83,7 +91,8 @@ mod tests {
             let logits = draw_f32(case.name, "logits", b * k, Fill::Normal);
             let labels = draw_i32(case.name, "labels", b, Fill::Index(k));
             let dloss = draw_f32(case.name, "dloss", 1, Fill::Normal)[0];
-            let (got, want) = (run(CPU, case.dims, &logits, &labels, dloss), run(ORACLE, case.dims, &logits, &labels, dloss));
+            let (got, want) =
+                (run(CPU, case.dims, &logits, &labels, dloss), run(ORACLE, case.dims, &logits, &labels, dloss));
             for (i, what) in ["loss", "lse", "dlogits"].into_iter().enumerate() {
                 assert_close(&format!("{}: {what}", case.name), &got[i], &want[i], Tolerance::F32);
             }

@@ -1,6 +1,6 @@
 //! `graft classifier train --data DIR --output DIR`: makes the network that `graft eval` looks through.
 
-use super::{Dtype, progress};
+use super::{Dtype, out, progress};
 use crate::backend::Device;
 use crate::error::Result;
 use crate::eval::classifier::{self, Classifier, Settings};
@@ -53,9 +53,16 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn train(args: &TrainArgs) -> Result<()> {
-    let (data, test) = (datasets::fashion_mnist(&args.data, Split::Train)?, datasets::fashion_mnist(&args.data, Split::Test)?);
+    let (data, test) =
+        (datasets::fashion_mnist(&args.data, Split::Train)?, datasets::fashion_mnist(&args.data, Split::Test)?);
     crate::io::atomic::ensure_writable_dir(&args.output)?;
-    let settings = Settings { epochs: args.epochs, seed: args.seed, lr: args.lr, precision: args.dtype.into(), ..Settings::default() };
+    let settings = Settings {
+        epochs: args.epochs,
+        seed: args.seed,
+        lr: args.lr,
+        precision: args.dtype.into(),
+        ..Settings::default()
+    };
     let device = Device::cpu();
     let bar = progress::bar(0, "classifier");
     let mut smoothed = None;
@@ -70,12 +77,15 @@ fn train(args: &TrainArgs) -> Result<()> {
     bar.finish();
     let metadata = BTreeMap::from([(
         "graft.classifier".to_string(),
-        format!("{} training images, {} epochs, seed {}, lr {}, {:?} products", data.n, args.epochs, args.seed, args.lr, args.dtype),
+        format!(
+            "{} training images, {} epochs, seed {}, lr {}, {:?} products",
+            data.n, args.epochs, args.seed, args.lr, args.dtype
+        ),
     )]);
     trained.save(&args.output, &metadata)?;
     let accuracy = accuracy(&args.output, &test, &device)?;
-    println!("{:.2} % of {} test images; classifier in {}", 100.0 * accuracy, test.n, args.output.display());
-    Ok(())
+    let folder = args.output.display();
+    out::line(format_args!("{:.2} % of {} test images; classifier in {folder}", 100.0 * accuracy, test.n))
 }
 
 /// Accuracy of what was written, not of what was trained: the file is rounded.

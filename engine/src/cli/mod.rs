@@ -4,6 +4,7 @@ mod graft_run;
 mod plan;
 mod classifier;
 mod doctor;
+mod eval;
 mod forward;
 mod inspect;
 mod model_args;
@@ -69,6 +70,11 @@ enum Command {
     /// Train the small network that scores look through; the trained one ships with the program.
     #[command(hide = true)]
     Classifier(classifier::Args),
+    /// Train the small network that scores look through; the trained one ships with the program.
+    #[command(hide = true)]
+    Classifier(classifier::Args),
+    /// Score samples of a model against real images.
+    Eval(eval::Args),
     /// Draw pictures, or latents, from class labels.
     Sample(sample::Args),
     /// One forward pass on tensors from a file.
@@ -116,6 +122,8 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Distill(args) => graft_run::distill(&args),
         Command::Finetune(args) => graft_run::finetune(&args),
         Command::Classifier(args) => classifier::run(&args),
+        Command::Classifier(args) => classifier::run(&args),
+        Command::Eval(args) => eval::run(&args, cli.json),
         Command::Sample(args) => sample::run(&args),
         Command::Forward(args) => forward::run(&args),
         Command::Inspect(args) => inspect::run(&args, cli.json),

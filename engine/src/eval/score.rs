@@ -105,9 +105,11 @@ impl Reference {
     pub fn score(&self, samples: &Reading, labels: &[i32]) -> Result<Score> {
         let n = samples.len();
         if !(NEIGHBOURS + 2..=self.len()).contains(&n) {
-            return Err(Error::usage("--n", "number of images out of range")
-                .is(n)
-                .must(format!("{} to {}, as many as the reference has", NEIGHBOURS + 2, self.len())));
+            return Err(Error::usage("--n", "number of images out of range").is(n).must(format!(
+                "{} to {}, as many as the reference has",
+                NEIGHBOURS + 2,
+                self.len()
+            )));
         }
         let (generated, reference) = (samples.features("samples")?, self.reading.features("reference")?);
         let subsets = Subsets { count: KID_SUBSETS, size: n.min(KID_SIZE), seed: self.seed };
@@ -136,7 +138,9 @@ impl Reference {
         let (reading, labels) = read_set(classifier, held_out)?;
         let disjoint = n.saturating_mul(SPLITS) <= reading.len();
         if n > reading.len() {
-            return Err(Error::usage("--n", "more images than held-out real ones").is(n).must(format!("at most {}", reading.len())));
+            return Err(Error::usage("--n", "more images than held-out real ones")
+                .is(n)
+                .must(format!("at most {}", reading.len())));
         }
         let scores = (0..SPLITS).map(|split| {
             let (stream, start) = if disjoint { (0, split * n) } else { (split as u64, 0) };
@@ -147,7 +151,9 @@ impl Reference {
         let scores = scores.collect::<Result<Vec<_>>>()?;
         Ok(Baseline {
             mean: combine(&scores, |v| mean(v)),
-            sd: combine(&scores, |v| (v.iter().map(|x| (x - mean(v)).powi(2)).sum::<f64>() / (SPLITS - 1) as f64).sqrt()),
+            sd: combine(&scores, |v| {
+                (v.iter().map(|x| (x - mean(v)).powi(2)).sum::<f64>() / (SPLITS - 1) as f64).sqrt()
+            }),
             splits: SPLITS,
             disjoint,
         })
@@ -241,7 +247,10 @@ mod tests {
         };
         let (same, flat) = (draw(1.0).unwrap(), draw(0.2).unwrap());
         assert!(same.frechet < 2.0 * baseline.mean.frechet, "{same:?} {baseline:?}");
-        assert!(flat.frechet > 1.5 * same.frechet && flat.kid > same.kid && flat.precision < same.precision, "{flat:?} {same:?}");
+        assert!(
+            flat.frechet > 1.5 * same.frechet && flat.kid > same.kid && flat.precision < same.precision,
+            "{flat:?} {same:?}"
+        );
         assert!(baseline.accepts(same.frechet, same.frechet) && !baseline.accepts(same.frechet, flat.frechet));
         // The whole of the larger set allows no disjoint splits any more.
         assert!(!reference.baseline(&classifier, &held_out, 60).unwrap().disjoint);

@@ -7,11 +7,13 @@ use super::html::Html;
 
 /// Size of a line chart in SVG units; the page scales it.
 const WIDTH: f64 = 560.0;
-const HEIGHT: f64 = 280.0;
+const HEIGHT: f64 = 300.0;
 /// Margins around the plot: left, right, top, bottom.
-const MARGIN: [f64; 4] = [58.0, 14.0, 10.0, 42.0];
+const MARGIN: [f64; 4] = [58.0, 14.0, 28.0, 42.0];
 /// Points that a curve keeps; longer ones are averaged in equal runs, with a band from the least to the largest.
 const POINTS: usize = 240;
+/// Most curves of a chart that have their bands drawn; more would hide each other.
+const BANDS: usize = 2;
 /// Colours of the style sheet.
 const COLOURS: usize = 6;
 
@@ -93,7 +95,8 @@ impl LineChart {
             legend(h, self.series.iter().map(|s| s.name.as_str()));
         }
         let all = || series.iter().flatten();
-        let Some((x_range, y_range)) = range(all().map(|r| (r.x, r.x))).zip(range(all().map(|r| (r.low, r.high)))) else {
+        let Some((x_range, y_range)) = range(all().map(|r| (r.x, r.x))).zip(range(all().map(|r| (r.low, r.high))))
+        else {
             return h.leaf("p", &[("class", "note")], "Nothing was recorded.");
         };
         let (y_ticks, y_from) = if self.log_y { log_ticks(y_range) } else { linear_ticks(padded(y_range)) };
@@ -110,9 +113,9 @@ impl LineChart {
                 label(h, "", "middle", (x.at(tick), y.to.0 + 18.0), &tick_text(tick));
             }
             label(h, "", "end", (x.to.1, HEIGHT - 4.0), &self.x_label);
-            label(h, "", "start", (x.to.0 + 6.0, MARGIN[2] + 8.0), &self.y_label);
+            label(h, "", "start", (x.to.0 - 50.0, 12.0), &self.y_label);
             for (index, runs) in series.iter().enumerate() {
-                draw_runs(h, index, runs, x, y);
+                draw_runs(h, index, runs, series.len() <= BANDS, x, y);
             }
         });
     }
@@ -135,11 +138,12 @@ impl LineChart {
 impl BarChart {
     /// Draws legend and bars.
     pub fn draw(&self, h: &mut Html) {
-        const LEFT: f64 = 190.0;
-        const RIGHT: f64 = 74.0;
-        const BAR: f64 = 14.0;
+        const LEFT: f64 = 180.0;
+        const RIGHT: f64 = 80.0;
+        const BAR: f64 = 15.0;
         const GAP: f64 = 12.0;
-        let values = self.groups.iter().flat_map(|g| g.values.iter().flatten()).chain(self.mark.as_ref().map(|(v, _)| v));
+        let values =
+            self.groups.iter().flat_map(|g| g.values.iter().flatten()).chain(self.mark.as_ref().map(|(v, _)| v));
         let largest = values.copied().filter(|v| v.is_finite()).fold(0.0, f64::max);
         if largest == 0.0 {
             return h.leaf("p", &[("class", "note")], "Nothing was recorded.");
@@ -149,7 +153,7 @@ impl BarChart {
         }
         let top = if self.mark.is_some() { 22.0 } else { 4.0 };
         let rows = self.groups.iter().map(|g| g.values.len() as f64 * BAR + GAP);
-        let (width, height) = (720.0, top + rows.sum::<f64>());
+        let (width, height) = (960.0, top + rows.sum::<f64>());
         let x = Scale { log: false, from: (0.0, largest), to: (LEFT, width - RIGHT) };
         svg(h, width, height, &self.title, |h| {
             let mut y = top;
@@ -176,14 +180,14 @@ impl BarChart {
     }
 }
 
-fn draw_runs(h: &mut Html, index: usize, runs: &[Run], x: Scale, y: Scale) {
+fn draw_runs(h: &mut Html, index: usize, runs: &[Run], band: bool, x: Scale, y: Scale) {
     let class = |kind: &str| format!("{kind} s{}", index % COLOURS);
     if let [only] = runs {
         let (cx, cy) = (number(x.at(only.x)), number(y.at(only.mean)));
         return h.empty("circle", &[("class", &class("dot")), ("cx", &cx), ("cy", &cy), ("r", "4")]);
     }
     let point = |at: f64, value: f64| format!("{},{}", number(x.at(at)), number(y.at(value)));
-    if runs.iter().any(|r| r.low < r.high) {
+    if band && runs.iter().any(|r| r.low < r.high) {
         let upper = runs.iter().map(|r| point(r.x, r.high));
         let lower = runs.iter().rev().map(|r| point(r.x, r.low));
         let outline = upper.chain(lower).collect::<Vec<_>>().join(" ");
@@ -258,12 +262,16 @@ fn linear_ticks(range: (f64, f64)) -> (Vec<f64>, (f64, f64)) {
 }
 
 /// Ticks of a logarithmic axis, and its range in decimal logarithms: whole decades where there are several, else
-/// 1, 2 and 5 of each.
+/// some multiples of each.
 fn log_ticks((low, high): (f64, f64)) -> (Vec<f64>, (f64, f64)) {
     let (low, high) = (low.log10(), high.log10());
     let (low, high) = if high - low > 0.2 { (low - 0.05, high + 0.05) } else { (low - 0.1, high + 0.1) };
     let every = ((high - low) / 6.0).ceil().max(1.0) as i32;
-    let multiples: &[f64] = if high - low < 2.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+    let multiples: &[f64] = match high - low {
+        extent if extent < 1.5 => &[1.0, 2.0, 5.0],
+        extent if extent < 3.0 => &[1.0, 3.0],
+        _ => &[1.0],
+    };
     let decades = (low.floor() as i32..=high.ceil() as i32).filter(|d| d.rem_euclid(every) == 0);
     let ticks = decades.flat_map(|d| multiples.iter().map(move |m| m * 10f64.powi(d)));
     (ticks.filter(|t| t.log10() >= low && t.log10() <= high).collect(), (low, high))
@@ -307,15 +315,20 @@ mod tests {
         assert_eq!(linear_ticks((7.0, 7.0)).0, [4.0, 6.0, 8.0, 10.0]);
         assert_eq!(log_ticks((0.001, 10.0)).0, [0.001, 0.01, 0.1, 1.0, 10.0]);
         assert_eq!(log_ticks((0.3, 4.0)).0, [0.5, 1.0, 2.0]);
-        assert_eq!([0.6000000000000001, 0.0, 1500.0, 2.5e6, 2e-5].map(tick_text), ["0.6", "0", "1500", "2.5 M", "2e-5"]);
+        assert_eq!(
+            [0.6000000000000001, 0.0, 1500.0, 2.5e6, 2e-5].map(tick_text),
+            ["0.6", "0", "1500", "2.5 M", "2e-5"]
+        );
     }
 
     #[test]
     fn a_line_is_where_its_values_are() {
         let page = drawn(&chart(false, &[(0.0, 0.0), (10.0, 1.0)]));
-        // Linear from 0 to 1.05 over the plot's 228 units of height, from 0 to 10 over its 488 of width.
-        assert!(page.contains("<polyline class=\"line s0\" points=\"58.0,238.0 546.0,20.9\"/>"), "{page}");
-        assert!(page.contains("a&amp;b") && page.contains("aria-label=\"loss &lt; 1\"") && page.contains(">0.6</text>"));
+        // Linear from 0 to 1.05 over the plot's 230 units of height, from 0 to 10 over its 488 of width.
+        assert!(page.contains("<polyline class=\"line s0\" points=\"58.0,258.0 546.0,39.0\"/>"), "{page}");
+        assert!(
+            page.contains("a&amp;b") && page.contains("aria-label=\"loss &lt; 1\"") && page.contains(">0.75</text>")
+        );
         assert!(!page.contains("polygon"));
     }
 
@@ -350,8 +363,8 @@ mod tests {
         };
         let page = page("t", |h| chart.draw(h));
         assert!(well_formed(&page).contains("limit 2.00"));
-        // 4 spans the 456 units between the margins, 1 a quarter of them.
-        assert!(page.contains("width=\"456.0\"") && page.contains("width=\"114.0\""), "{page}");
+        // 4 spans the 700 units between the margins, 1 a quarter of them.
+        assert!(page.contains("width=\"700.0\"") && page.contains("width=\"175.0\""), "{page}");
         assert_eq!(page.matches("<rect").count(), 2);
         let empty = BarChart { groups: vec![], mark: None, ..chart };
         assert!(super::super::html::page("t", |h| empty.draw(h)).contains("Nothing was recorded."));

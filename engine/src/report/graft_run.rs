@@ -183,7 +183,8 @@ impl GraftRun {
             });
             h.element("div", &[("class", "cards")], |h| {
                 if let Some((before, after, real)) = self.ends() {
-                    let real = format!("real images {} ± {}", significant(real.mean.frechet), significant(real.sd.frechet));
+                    let real =
+                        format!("real images {} ± {}", significant(real.mean.frechet), significant(real.sd.frechet));
                     card(h, "Fréchet distance", &arrow(before.frechet, after.frechet, significant), &real);
                 }
                 for cost in self.costs.iter().take(3) {
@@ -199,15 +200,15 @@ impl GraftRun {
         let Some((before, after, real)) = self.ends() else {
             return format!("{} Samples were not compared with real images.", self.summary);
         };
-        let (excess, allowed) = (after.frechet - real.mean.frechet, real.allowed(before.frechet));
-        let relation = if self.verdict() == Verdict::Holds { "within" } else { "beyond" };
+        let limit = real.mean.frechet + real.allowed(before.frechet);
         format!(
-            "{} Its samples are {} away from real images beyond what real images are from each other, {relation} the {} \
-             that the original’s {} allows.",
+            "{} Fréchet distance of its samples to real images: {}, {} for the original. Other real images score {}, so up to \
+             {} counts as equally good.",
             self.summary,
-            significant(excess),
-            significant(allowed),
-            significant(before.frechet - real.mean.frechet),
+            significant(after.frechet),
+            significant(before.frechet),
+            significant(real.mean.frechet),
+            significant(limit),
         )
     }
 
@@ -235,7 +236,8 @@ impl GraftRun {
         if scored.is_empty() {
             return;
         }
-        let header = ["", "images", "Fréchet ↓", "kernel ↓", "precision ↑", "recall ↑", "right class ↑"].map(str::to_owned);
+        let header =
+            ["", "images", "Fréchet ↓", "kernel ↓", "precision ↑", "recall ↑", "right class ↑"].map(str::to_owned);
         let row = |name: &str, s: &Score| {
             let fractions = [s.precision, s.recall, s.agreement].map(percent);
             let numbers = [s.n.to_string(), significant(s.frechet), significant(s.kid)];
@@ -245,7 +247,9 @@ impl GraftRun {
         if let Some(real) = &self.real {
             rows.push(row("real images", &real.mean));
             let s = &real.sd;
-            let spread = [significant(s.frechet), significant(s.kid)].into_iter().chain([s.precision, s.recall, s.agreement].map(percent));
+            let spread = [significant(s.frechet), significant(s.kid)]
+                .into_iter()
+                .chain([s.precision, s.recall, s.agreement].map(percent));
             let name = format!("spread over {} splits", real.splits);
             rows.push([name, String::new()].into_iter().chain(spread.map(|v| format!("± {v}"))).collect());
         }
@@ -263,7 +267,7 @@ impl GraftRun {
             let mark = self.ends().map(|(before, _, real)| {
                 (real.mean.frechet + real.allowed(before.frechet), "allowed up to".to_owned())
             });
-            h.element("figure", &[("class", "wide")], |h| {
+            h.element("figure", &[], |h| {
                 h.leaf("h3", &[], "Fréchet distance");
                 BarChart { title: "Fréchet distance of every stage".into(), series: vec![], groups, mark }.draw(h);
             });
@@ -275,7 +279,8 @@ impl GraftRun {
             return;
         }
         let header = ["", "original", "result", "change"].map(str::to_owned);
-        let row = |c: &Cost| vec![c.name.clone(), c.unit.write(c.before), c.unit.write(c.after), change(c.before, c.after)];
+        let row =
+            |c: &Cost| vec![c.name.clone(), c.unit.write(c.before), c.unit.write(c.after), change(c.before, c.after)];
         let rows: Vec<Vec<String>> = self.costs.iter().map(row).collect();
         section(h, "Cost", "What the model takes before and after.", |h| table(h, &header, &rows));
     }
@@ -300,7 +305,8 @@ impl GraftRun {
         if self.curves.is_empty() {
             return;
         }
-        let note = "Lines are means over short runs of updates; the band spans the least and the largest value of each run.";
+        let note =
+            "Lines are means over short runs of updates; the band spans the least and the largest value of each run.";
         section(h, "Course of the run", note, |h| {
             h.element("div", &[("class", "charts")], |h| {
                 for figure in &self.curves {
@@ -386,7 +392,8 @@ mod tests {
 
     fn run(after: f64) -> GraftRun {
         let sheet = |grey: u8| {
-            let images: Vec<_> = (0..40).map(|i| png::Image::filled(28, 28, &[grey.wrapping_add(6 * i)]).unwrap()).collect();
+            let images: Vec<_> =
+                (0..40).map(|i| png::Image::filled(28, 28, &[grey.wrapping_add(6 * i)]).unwrap()).collect();
             let layout = crate::io::grid::Layout { upscale: 2, ..crate::io::grid::Layout::new(8) };
             png::encode(&crate::io::grid::grid(&images, &layout).unwrap(), &BTreeMap::new()).unwrap()
         };
@@ -396,13 +403,19 @@ mod tests {
             samples: Some(sheet(grey)),
             score: Some(score(frechet)),
         };
-        let noisy = |scale: f64| (0..2000).map(move |i| (f64::from(i), scale * (1.0 / (1.0 + f64::from(i) / 60.0) + 0.02 * f64::from(i % 7))));
+        let noisy = |scale: f64| {
+            (0..2000)
+                .map(move |i| (f64::from(i), scale * (1.0 / (1.0 + f64::from(i) / 60.0) + 0.02 * f64::from(i % 7))))
+        };
         let curve = |names: &[&str], log_y| LineChart {
             title: "Loss".into(),
             x_label: "update".into(),
             y_label: "loss".into(),
             log_y,
-            series: (1..).zip(names).map(|(k, n)| Series { name: (*n).into(), points: noisy(f64::from(k)).collect() }).collect(),
+            series: (1..)
+                .zip(names)
+                .map(|(k, n)| Series { name: (*n).into(), points: noisy(f64::from(k)).collect() })
+                .collect(),
         };
         GraftRun {
             title: "fashion-dit with hyena_x".into(),
@@ -412,20 +425,45 @@ mod tests {
                 stage("Stage 1", "Each new operator learnt the output of the old one.", 9.87, 40),
                 stage("Stage 2", "The whole model was trained for 400 updates more.", after, 10),
             ],
-            real: Some(Baseline { mean: score(1.93), sd: Score { n: 500, frechet: 0.21, kid: 0.001, precision: 0.01, recall: 0.02, agreement: 0.01 }, splits: 5, disjoint: false }),
+            real: Some(Baseline {
+                mean: score(1.93),
+                sd: Score { n: 500, frechet: 0.21, kid: 0.001, precision: 0.01, recall: 0.02, agreement: 0.01 },
+                splits: 5,
+                disjoint: false,
+            }),
             costs: vec![
                 Cost { name: "Parameters".into(), unit: Unit::Count, before: 3_312_000.0, after: 3_021_000.0 },
                 Cost { name: "Operations per evaluation".into(), unit: Unit::Count, before: 2.41e8, after: 2.02e8 },
                 Cost { name: "Time per image, 20 steps".into(), unit: Unit::Seconds, before: 0.124, after: 0.101 },
                 Cost { name: "Memory of the weights".into(), unit: Unit::Bytes, before: 6.6e6, after: 6.0e6 },
             ],
-            sites: (0..6).map(|i| SiteResidual { site: format!("block {}, attn: hyena_x", 2 * i), before: Some(1.02), after: Some(0.05 * f64::from(i + 1)) }).collect(),
+            sites: (0..6)
+                .map(|i| SiteResidual {
+                    site: format!("block {}, attn: hyena_x", 2 * i),
+                    before: Some(1.02),
+                    after: Some(0.05 * f64::from(i + 1)),
+                })
+                .collect(),
             curves: vec![
-                Figure { title: "Distillation".into(), caption: "Regression loss of every new operator.".into(), chart: curve(&["block 0", "block 2", "block 4", "block 6", "block 8", "block 10"], true) },
-                Figure { title: "Fine-tuning".into(), caption: "Loss of the whole model.".into(), chart: curve(&["loss"], false) },
+                Figure {
+                    title: "Distillation".into(),
+                    caption: "Regression loss of every new operator.".into(),
+                    chart: curve(&["block 0", "block 2", "block 4", "block 6", "block 8", "block 10"], true),
+                },
+                Figure {
+                    title: "Fine-tuning".into(),
+                    caption: "Loss of the whole model.".into(),
+                    chart: curve(&["loss"], false),
+                },
             ],
-            tables: vec![Table { title: "Schedule".into(), caption: "Time by stage.".into(), header: vec!["stage".into(), "updates".into(), "time".into()], rows: vec![vec!["distillation".into(), "6 × 400".into(), "3 min 20 s".into()]] }],
-            plan: "[graft]\nblocks = \"even\" # 0 <= i < 12 & i % 2 == 0\nname = \"</pre><script>alert(1)</script>\"\n".into(),
+            tables: vec![Table {
+                title: "Schedule".into(),
+                caption: "Time by stage.".into(),
+                header: vec!["stage".into(), "updates".into(), "time".into()],
+                rows: vec![vec!["distillation".into(), "6 × 400".into(), "3 min 20 s".into()]],
+            }],
+            plan: "[graft]\nblocks = \"even\" # 0 <= i < 12 & i % 2 == 0\nname = \"</pre><script>alert(1)</script>\"\n"
+                .into(),
             facts: vec![("seed".into(), "0".into()), ("data".into(), "assets/fashion-mnist".into())],
         }
     }
@@ -434,11 +472,26 @@ mod tests {
     fn the_report_is_well_formed_and_has_its_numbers() {
         let page = run(5.62).render();
         let text = well_formed(&page);
-        for wanted in ["5.31 → 5.62", "1.93 ± 0.210", "−8.8 %", "3.31 M → 3.02 M", "124 ms", "6.60 MB", "91.0 %", "0.0123", "block 10", "3 min 20 s", "assets/fashion-mnist"] {
+        for wanted in [
+            "5.31 → 5.62",
+            "1.93 ± 0.210",
+            "−8.8 %",
+            "3.31 M → 3.02 M",
+            "124 ms",
+            "6.60 MB",
+            "91.0 %",
+            "0.0123",
+            "block 10",
+            "3 min 20 s",
+            "assets/fashion-mnist",
+        ] {
             assert!(text.contains(wanted), "{wanted}");
         }
-        // 1.25 · (5.31 − 1.93) + 2 · 0.21 = 4.645 beyond real images.
-        assert!(text.contains("3.69 away") && text.contains("within the 4.6"), "{text}");
+        // 1.93 + 1.25 · (5.31 − 1.93) + 2 · 0.21 = 6.575.
+        assert!(
+            text.contains("images: 5.62, 5.31 for the original. Other real images score 1.93, so up to 6.5"),
+            "{text}"
+        );
         assert!(text.contains("allowed up to 6.5"));
         assert!(text.contains("0 &lt;= i &lt; 12 &amp; i") && !page.contains("<script"));
         assert_eq!(page.matches("data:image/png;base64,").count(), 3);
@@ -451,14 +504,14 @@ mod tests {
         assert!(run(5.62).render().contains("The graft holds."));
         let bad = run(6.6);
         assert_eq!(bad.verdict(), Verdict::FallsShort);
-        assert!(bad.render().contains("The graft falls short.") && bad.render().contains("beyond the"));
+        assert!(bad.render().contains("The graft falls short."));
         let mut open = run(5.62);
         open.real = None;
         assert_eq!(open.verdict(), Verdict::NotScored);
         assert!(well_formed(&open.render()).contains("were not compared"));
         let nothing = GraftRun { title: "t".into(), ..GraftRun::default() };
         let text = well_formed(&nothing.render());
-        assert!(text.contains("Not scored.") && !text.contains("Quality") && !text.contains("Samples"));
+        assert!(text.contains("Not scored.") && !text.contains("Quality") && !text.contains("Cost"));
     }
 
     #[test]

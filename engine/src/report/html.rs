@@ -107,7 +107,6 @@ fn base64(bytes: &[u8]) -> String {
     out
 }
 
-
 /// Checks for tests what browsers would forgive.
 #[cfg(test)]
 pub(super) mod check {

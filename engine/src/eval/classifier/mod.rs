@@ -272,7 +272,8 @@ mod tests {
         let reading = classifier.read(&batch.images).unwrap();
         let accuracy = reading.agreement(&batch.labels).unwrap();
         assert!(accuracy > 0.9, "{accuracy}");
-        let upside_down: Vec<f32> = batch.images.f32s().unwrap().chunks(784).flat_map(|i| i.iter().rev()).copied().collect();
+        let upside_down: Vec<f32> =
+            batch.images.f32s().unwrap().chunks(784).flat_map(|i| i.iter().rev()).copied().collect();
         let flipped = Tensor::from_f32(&device, &[test.n, 1, 28, 28], &upside_down).unwrap();
         assert!(classifier.read(&flipped).unwrap().agreement(&batch.labels).unwrap() < 0.6);
     }

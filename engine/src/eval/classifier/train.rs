@@ -149,7 +149,8 @@ mod tests {
 
     /// Three classes that differ in where the light is.
     fn toy(n: usize) -> ImageSet {
-        let image = |i: usize| (0..784).map(move |p| if p / 28 / 10 == i % 3 { 200 } else { (p * 7 + i * 31) as u8 % 64 });
+        let image =
+            |i: usize| (0..784).map(move |p| if p / 28 / 10 == i % 3 { 200 } else { (p * 7 + i * 31) as u8 % 64 });
         ImageSet {
             n,
             channels: 1,
@@ -178,13 +179,16 @@ mod tests {
         assert!(losses[0] > 0.8 && losses[29] < 0.3, "{losses:?}");
         let (second, same) = run();
         assert_eq!(losses, same);
-        let values = |c: &Classifier| -> Vec<f32> { c.params.iter().flat_map(|(_, p)| p.value.to_vec().unwrap()).collect() };
+        let values =
+            |c: &Classifier| -> Vec<f32> { c.params.iter().flat_map(|(_, p)| p.value.to_vec().unwrap()).collect() };
         assert_eq!(values(&first), values(&second));
     }
 
     #[test]
     fn a_caller_may_stop_it() {
-        let stopped = train(&toy(6), &Device::cpu(), Settings { batch: 6, ..Settings::default() }, &mut |_| ControlFlow::Break(()));
+        let stopped = train(&toy(6), &Device::cpu(), Settings { batch: 6, ..Settings::default() }, &mut |_| {
+            ControlFlow::Break(())
+        });
         assert_eq!(stopped.unwrap_err().problem(), "stopped");
     }
 }
