@@ -66,17 +66,17 @@ fn with_strips<const COUNT: usize>(tokens: [&Range<usize>; COUNT], len: usize, b
 }
 
 /// The filters of one call.
-struct Filters<'w> {
+struct Filters {
     dims: Dims,
     lead: usize,
-    short: Option<[Filter<'w>; 3]>,
-    inner: Option<Filter<'w>>,
+    short: Option<[Filter; 3]>,
+    inner: Option<Filter>,
 }
 
-impl<'w> Filters<'w> {
-    fn new(dims: Dims, lead: usize, short: [Option<&'w [f32]>; 2], inner: [Option<&'w [f32]>; 2]) -> Self {
+impl Filters {
+    fn new(dims: Dims, lead: usize, short: [Option<&[f32]>; 2], inner: [Option<&[f32]>; 2]) -> Self {
         let Dims { c, k, .. } = dims;
-        let filter = |w: &'w [f32], bias: &'w [f32], i: usize| Filter::new(&w[i * c * k..][..c * k], &bias[i * c..][..c], k);
+        let filter = |w: &[f32], bias: &[f32], i: usize| Filter::new(&w[i * c * k..][..c * k], &bias[i * c..][..c], k);
         let short = short[0].zip(short[1]).map(|(w, bias)| [0, 1, 2].map(|part| filter(w, bias, part)));
         Filters { dims, lead, short, inner: inner[0].zip(inner[1]).map(|(w, bias)| filter(w, bias, 0)) }
     }
@@ -169,8 +169,7 @@ fn product(x: &[f32], y: &[f32], out: &mut [f32]) {
 pub fn forward(a: Forward<'_, f32>) {
     let dims @ Dims { n, c, .. } = a.dims;
     let filters = Filters::new(dims, a.params.lead, [a.short_weight, a.short_bias], [a.inner_weight, a.inner_bias]);
-    let block = block_len(dims);
-    a.y.par_chunks_mut(n * c).enumerate().for_each(|(sample, y)| {
+    blocks(dims).into_par_iter().zip(split(dims, c, a.y)).for_each(|((sample, tokens), y)| {
         let p = &a.p[sample * n * 3 * c..][..n * 3 * c];
         for first in (0..c).step_by(CHANNELS) {
             let len = CHANNELS.min(c - first);
@@ -182,16 +181,6 @@ pub fn forward(a: Forward<'_, f32>) {
                 );
             });
         }
-        y.par_chunks_mut(block * c).enumerate().for_each(|(index, y)| {
-            let tokens = index * block..n.min((index + 1) * block);
-            for first in (0..c).step_by(CHANNELS) {
-                let len = CHANNELS.min(c - first);
-                vectorised(
-                    #[inline(always)]
-                    || forward_strip(&filters, p, &tokens, first, len, y),
-                );
-            }
-        });
     });
 }
 
@@ -216,22 +205,6 @@ fn forward_strip(
         filters.inner(&gated, t, first, extra.row_mut(0));
         multiply(y, extra.row(0));
     }
-fn forward_strip(filters: &Filters<'_>, p: &[f32], tokens: &Range<usize>, first: usize, len: usize, y: &mut [f32]) {
-    let c = filters.dims.c;
-    let gated_tokens = if filters.inner.is_some() { filters.sources(tokens) } else { tokens.clone() };
-    with_strips([&gated_tokens, &(0..1)], len, |[mut gated, mut extra]| {
-        for t in gated_tokens.clone() {
-            filters.short(1, p, t, first, gated.row_mut(t));
-            filters.short(2, p, t, first, extra.row_mut(0));
-            multiply(gated.row_mut(t), extra.row(0));
-        }
-        for t in tokens.clone() {
-            let y = &mut y[(t - tokens.start) * c + first..][..len];
-            filters.short(0, p, t, first, y);
-            filters.inner(&gated, t, first, extra.row_mut(0));
-            multiply(y, extra.row(0));
-        }
-    });
 }
 
 /// Backward pass.
@@ -289,7 +262,7 @@ pub fn backward(a: Backward<'_, f32>) {
 
 #[inline(always)]
 fn backward_strip(
-    filters: &Filters<'_>,
+    filters: &Filters,
     p: &[f32],
     dy: &[f32],
     tokens: &Range<usize>,
