@@ -6,7 +6,7 @@ use super::tiles::{Rows, Sum, TILE, WIDTH, copy, pack, pack_transposed, padded, 
 use crate::generated::attention::{Backward, Dims, Forward};
 use crate::simd::{exp_decay, reduce, sum_by, vectorised};
 use rayon::prelude::*;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 /// Most keys of a block: keys, values and scores of a block stay in the second-level cache.
 const KEYS: usize = 256;
@@ -17,6 +17,8 @@ const TASK: usize = 192;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// Results by head, kept from call to call.
+    static BY_HEAD: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// Cuts this thread's scratch into pieces of the given lengths; contents are arbitrary.
@@ -52,22 +54,34 @@ pub fn forward(a: Forward<'_, f32>) {
     let dims @ Dims { b, n, h, e } = a.dims;
     let (qkv, scale) = (a.qkv, a.params.scale);
     let task = if b * h >= 2 * rayon::current_num_threads() { n } else { TASK };
-    a.y.par_chunks_mut(n * h * e).zip(a.lse.par_chunks_mut(h * n)).enumerate().for_each(|(sample, (y, lse))| {
+    // [B, H, N, E]: every task writes one piece, and the rows are laid out as [B, N, H, E] afterwards. Taken out of its
+    // cell, so that a call that this thread picks up while it waits finds an empty one.
+    let mut by_head = BY_HEAD.take();
+    if by_head.len() < a.y.len() {
+        by_head.resize(a.y.len(), 0.0);
+    }
+    let results = &mut by_head[..b * h * n * e];
+    results.par_chunks_mut(n * e).zip(a.lse.par_chunks_mut(n)).enumerate().for_each(|(index, (y, lse))| {
+        let (sample, head) = (index / h, index % h);
         let qkv = &qkv[sample * n * 3 * h * e..][..n * 3 * h * e];
-        let mut heads: Vec<Vec<&mut [f32]>> = (0..h).map(|_| Vec::with_capacity(n)).collect();
-        y.chunks_mut(e).enumerate().for_each(|(i, row)| heads[i % h].push(row));
-        heads.par_iter_mut().zip(lse.par_chunks_mut(n)).enumerate().for_each(|(head, (rows, lse))| {
-            rows.par_chunks_mut(task).zip(lse.par_chunks_mut(task)).enumerate().for_each(|(i, (y, lse))| {
-                let [q, k, v] = [0, 1, 2].map(|p| part(qkv, dims, p, head));
-                head_forward(q.from(i * task), k, v, n, scale, y, lse);
-            });
+        y.par_chunks_mut(task * e).zip(lse.par_chunks_mut(task)).enumerate().for_each(|(i, (y, lse))| {
+            let [q, k, v] = [0, 1, 2].map(|p| part(qkv, dims, p, head));
+            head_forward(q.from(i * task), k, v, n, scale, y, lse);
         });
     });
+    let results = &*results;
+    a.y.par_chunks_mut(h * e).with_min_len(TASK).enumerate().for_each(|(row, y)| {
+        let (sample, token) = (row / n, row % n);
+        for (head, y) in y.chunks_exact_mut(e).enumerate() {
+            y.copy_from_slice(&results[((sample * h + head) * n + token) * e..][..e]);
+        }
+    });
+    BY_HEAD.set(by_head);
 }
 
-/// Queries `q` (as many as rows of `y`) over all `n` keys of one head.
-fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: &mut [&mut [f32]], lse: &mut [f32]) {
-    let (queries, e) = (y.len(), q.width);
+/// Queries `q` (as many as `lse`) over all `n` keys of one head; `y` has their rows one after the other.
+fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: &mut [f32], lse: &mut [f32]) {
+    let (queries, e) = (lse.len(), q.width);
     let (wide_e, wide_keys) = (padded(e), padded(n.min(KEYS)));
     let lengths = [e * wide_keys, wide_keys * wide_e, QUERIES * wide_keys, queries * wide_e, queries, queries];
     with_scratch(lengths, |[keys, values, scores, sums, max, total]| {
@@ -106,8 +120,8 @@ fn head_forward(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, n: usize, scale: f32, y: 
         vectorised(
             #[inline(always)]
             || {
-                for i in 0..y.len() {
-                    let (row, sum, inverse) = (&mut *y[i], &sums[i * wide_e..][..e], 1.0 / total[i]);
+                for (i, row) in y.chunks_exact_mut(e).enumerate() {
+                    let (sum, inverse) = (&sums[i * wide_e..][..e], 1.0 / total[i]);
                     for j in 0..e {
                         row[j] = sum[j] * inverse;
                     }

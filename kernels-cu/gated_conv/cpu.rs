@@ -66,17 +66,17 @@ fn with_strips<const COUNT: usize>(tokens: [&Range<usize>; COUNT], len: usize, b
 }
 
 /// The filters of one call.
-struct Filters {
+struct Filters<'w> {
     dims: Dims,
     lead: usize,
-    short: Option<[Filter; 3]>,
-    inner: Option<Filter>,
+    short: Option<[Filter<'w>; 3]>,
+    inner: Option<Filter<'w>>,
 }
 
-impl Filters {
-    fn new(dims: Dims, lead: usize, short: [Option<&[f32]>; 2], inner: [Option<&[f32]>; 2]) -> Self {
+impl<'w> Filters<'w> {
+    fn new(dims: Dims, lead: usize, short: [Option<&'w [f32]>; 2], inner: [Option<&'w [f32]>; 2]) -> Self {
         let Dims { c, k, .. } = dims;
-        let filter = |w: &[f32], bias: &[f32], i: usize| Filter::new(&w[i * c * k..][..c * k], &bias[i * c..][..c], k);
+        let filter = |w: &'w [f32], bias: &'w [f32], i: usize| Filter::new(&w[i * c * k..][..c * k], &bias[i * c..][..c], k);
         let short = short[0].zip(short[1]).map(|(w, bias)| [0, 1, 2].map(|part| filter(w, bias, part)));
         Filters { dims, lead, short, inner: inner[0].zip(inner[1]).map(|(w, bias)| filter(w, bias, 0)) }
     }
@@ -169,24 +169,28 @@ fn product(x: &[f32], y: &[f32], out: &mut [f32]) {
 pub fn forward(a: Forward<'_, f32>) {
     let dims @ Dims { n, c, .. } = a.dims;
     let filters = Filters::new(dims, a.params.lead, [a.short_weight, a.short_bias], [a.inner_weight, a.inner_bias]);
-    blocks(dims).into_par_iter().zip(split(dims, c, a.y)).for_each(|((sample, tokens), y)| {
+    let block = block_len(dims);
+    a.y.par_chunks_mut(n * c).enumerate().for_each(|(sample, y)| {
         let p = &a.p[sample * n * 3 * c..][..n * 3 * c];
-        for first in (0..c).step_by(CHANNELS) {
-            let len = CHANNELS.min(c - first);
-            let gated = if filters.inner.is_some() { filters.sources(&tokens) } else { tokens.clone() };
-            with_strips([&gated, &(0..1)], len, |strips| {
-                vectorised(
-                    #[inline(always)]
-                    || forward_strip(&filters, p, &tokens, first, strips, y),
-                );
-            });
-        }
+        y.par_chunks_mut(block * c).enumerate().for_each(|(index, y)| {
+            let tokens = index * block..n.min((index + 1) * block);
+            for first in (0..c).step_by(CHANNELS) {
+                let len = CHANNELS.min(c - first);
+                let gated = if filters.inner.is_some() { filters.sources(&tokens) } else { tokens.clone() };
+                with_strips([&gated, &(0..1)], len, |strips| {
+                    vectorised(
+                        #[inline(always)]
+                        || forward_strip(&filters, p, &tokens, first, strips, y),
+                    );
+                });
+            }
+        });
     });
 }
 
 #[inline(always)]
 fn forward_strip(
-    filters: &Filters,
+    filters: &Filters<'_>,
     p: &[f32],
     tokens: &Range<usize>,
     first: usize,
@@ -262,7 +266,7 @@ pub fn backward(a: Backward<'_, f32>) {
 
 #[inline(always)]
 fn backward_strip(
-    filters: &Filters,
+    filters: &Filters<'_>,
     p: &[f32],
     dy: &[f32],
     tokens: &Range<usize>,

@@ -1,5 +1,6 @@
 //! Depthwise convolution along the tokens for one row of channels, four taps at a time.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Taps applied in one pass over a row; filters are padded with zero taps to a multiple of it.
@@ -10,39 +11,53 @@ pub const CHANNELS: usize = 128;
 pub const ZEROS: [f32; CHANNELS] = [0.0; CHANNELS];
 
 /// A filter, transposed so that channels are contiguous: `[taps, C]`, with its bias `[C]`.
-pub struct Filter {
+pub struct Filter<'a> {
     taps: Vec<f32>,
-    bias: Vec<f32>,
+    bias: &'a [f32],
     channels: usize,
 }
 
-impl Filter {
+thread_local! {
+    /// Memory of transposed filters, kept from call to call.
+    static SPARE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Drop for Filter<'_> {
+    fn drop(&mut self) {
+        let taps = std::mem::take(&mut self.taps);
+        SPARE.with_borrow_mut(|spare| spare.push(taps));
+    }
+}
+
+impl<'a> Filter<'a> {
     /// From the weights `[C, K]` and the bias `[C]`.
-    pub fn new(weight: &[f32], bias: &[f32], k: usize) -> Self {
+    pub fn new(weight: &[f32], bias: &'a [f32], k: usize) -> Self {
         let channels = bias.len();
-        let mut taps = vec![0.0; k.next_multiple_of(GROUP) * channels];
+        let mut taps = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
+        taps.clear();
+        taps.resize(k.next_multiple_of(GROUP) * channels, 0.0);
         for (channel, weight) in weight.chunks_exact(k).enumerate() {
             weight.iter().enumerate().for_each(|(j, w)| taps[j * channels + channel] = *w);
         }
-        Filter { taps, bias: bias.to_vec(), channels }
+        Filter { taps, bias, channels }
     }
 
     /// `out = bias + Σ_j w[j]·x(j)` for the channels from `first` on; `x(j)` is the row that tap `j` reads.
     #[inline(always)]
-    pub fn apply<'a>(&self, first: usize, x: impl Fn(usize) -> &'a [f32], out: &mut [f32]) {
+    pub fn apply<'x>(&self, first: usize, x: impl Fn(usize) -> &'x [f32], out: &mut [f32]) {
         out.copy_from_slice(&self.bias[first..][..out.len()]);
         self.accumulate(first, x, out);
     }
 
     /// `out = Σ_j w[j]·dy(j)`: the gradient of the input; `dy(j)` is the gradient of the row that read it by tap `j`.
     #[inline(always)]
-    pub fn apply_transposed<'a>(&self, first: usize, dy: impl Fn(usize) -> &'a [f32], out: &mut [f32]) {
+    pub fn apply_transposed<'x>(&self, first: usize, dy: impl Fn(usize) -> &'x [f32], out: &mut [f32]) {
         out.fill(0.0);
         self.accumulate(first, dy, out);
     }
 
     #[inline(always)]
-    fn accumulate<'a>(&self, first: usize, x: impl Fn(usize) -> &'a [f32], out: &mut [f32]) {
+    fn accumulate<'x>(&self, first: usize, x: impl Fn(usize) -> &'x [f32], out: &mut [f32]) {
         let len = out.len();
         for (group, taps) in self.taps.chunks_exact(GROUP * self.channels).enumerate() {
             let w = |j: usize| &taps[j * self.channels + first..][..len];

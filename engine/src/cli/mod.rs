@@ -70,9 +70,6 @@ enum Command {
     /// Train the small network that scores look through; the trained one ships with the program.
     #[command(hide = true)]
     Classifier(classifier::Args),
-    /// Train the small network that scores look through; the trained one ships with the program.
-    #[command(hide = true)]
-    Classifier(classifier::Args),
     /// Score samples of a model against real images.
     Eval(eval::Args),
     /// Draw pictures, or latents, from class labels.
@@ -121,7 +118,6 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Run(args) => graft_run::run(&args),
         Command::Distill(args) => graft_run::distill(&args),
         Command::Finetune(args) => graft_run::finetune(&args),
-        Command::Classifier(args) => classifier::run(&args),
         Command::Classifier(args) => classifier::run(&args),
         Command::Eval(args) => eval::run(&args, cli.json),
         Command::Sample(args) => sample::run(&args),

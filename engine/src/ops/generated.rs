@@ -6,7 +6,7 @@
 #![allow(clippy::all, unused)]
 #![cfg_attr(rustfmt, rustfmt::skip)]
 
-use super::check::{Conform, DimCheck, check_index, no_path, require, want_dtype};
+use super::check::{CaseRow, Conform, DimCheck, check_index, no_path, require, want_dtype};
 use crate::autograd::{Graph, Var};
 use crate::backend::{Device, DeviceKind};
 use crate::error::{Error, Result};
@@ -85,9 +85,10 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
 }
 
 fn adamw_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::adamw::{CASES, Dims, INFO, Params};
+    use kernels::generated::adamw::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
@@ -96,7 +97,7 @@ fn adamw_conform(run: &mut Conform<'_>) -> Result<()> {
             let mut m = io.draw(case.name, "m", &[l], Fill::Normal)?;
             let mut v = io.draw(case.name, "v", &[l], Fill::Positive)?;
             let mut ema = if absent("ema") { None } else { Some(io.draw(case.name, "ema", &[l], Fill::Normal)?) };
-            let out = adamw(&grad, &mut param, &mut m, &mut v, ema.as_mut(), params)?;
+            let out = io.call("forward", || adamw(&grad, &mut param, &mut m, &mut v, ema.as_mut(), params))?;
             io.result("param", &param)?;
             io.result("m", &m)?;
             io.result("v", &v)?;
@@ -147,16 +148,17 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
 }
 
 fn add_noise_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::add_noise::{CASES, Dims, INFO, Params};
+    use kernels::generated::add_noise::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, l, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let x0 = io.draw(case.name, "x0", &[b, l], Fill::Normal)?;
             let noise = io.draw(case.name, "noise", &[b, l], Fill::Normal)?;
             let coefs = io.draw(case.name, "coefs", &[b, 2], Fill::Uniform(0f64, 1f64))?;
-            let out = add_noise(&x0, &noise, &coefs, params)?;
+            let out = io.call("forward", || add_noise(&x0, &noise, &coefs, params))?;
             io.result("x_t", &out)?;
             Ok(())
         })?;
@@ -265,18 +267,19 @@ impl Graph<'_> {
 }
 
 fn attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::attention::{CASES, Dims, INFO, Params};
+    use kernels::generated::attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
-            let out = attention(&qkv, params)?;
+            let out = io.call("forward", || attention(&qkv, params))?;
             io.result("y", &out.y)?;
             io.result("lse", &out.lse)?;
             let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
-            let grads = attention_backward(&dy, &qkv, &out.y, &out.lse, true, params)?;
+            let grads = io.call("backward", || attention_backward(&dy, &qkv, &out.y, &out.lse, true, params))?;
             if let Some(t) = &grads { io.result("dqkv", t)?; }
             Ok(())
         })?;
@@ -316,15 +319,16 @@ pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params
 }
 
 fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::axpy::{CASES, Dims, INFO, Params};
+    use kernels::generated::axpy::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let x = io.draw(case.name, "x", &[l], Fill::Normal)?;
             let mut y = io.draw(case.name, "y", &[l], Fill::Normal)?;
-            let out = axpy(&x, &mut y, params)?;
+            let out = io.call("forward", || axpy(&x, &mut y, params))?;
             io.result("y", &y)?;
             Ok(())
         })?;
@@ -449,19 +453,20 @@ impl Graph<'_> {
 }
 
 fn cross_entropy_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::cross_entropy::{CASES, Dims, INFO, Params};
+    use kernels::generated::cross_entropy::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, k, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let logits = io.draw(case.name, "logits", &[b, k], Fill::Normal)?;
             let labels = io.draw_i32(case.name, "labels", &[b], Fill::Index(k))?;
-            let out = cross_entropy(&logits, &labels, params)?;
+            let out = io.call("forward", || cross_entropy(&logits, &labels, params))?;
             io.result("loss", &out.loss)?;
             io.result("lse", &out.lse)?;
             let dloss = io.draw(case.name, "dloss", &[1], Fill::Normal)?;
-            let grads = cross_entropy_backward(&dloss, &logits, &labels, &out.lse, true, params)?;
+            let grads = io.call("backward", || cross_entropy_backward(&dloss, &logits, &labels, &out.lse, true, params))?;
             if let Some(t) = &grads { io.result("dlogits", t)?; }
             Ok(())
         })?;
@@ -598,20 +603,21 @@ impl Graph<'_> {
 }
 
 fn embed_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::embed::{CASES, Dims, INFO, Params};
+    use kernels::generated::embed::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, v, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let table = io.draw(case.name, "table", &[v, d], Fill::Normal)?;
             let index = io.draw_i32(case.name, "index", &[b], Fill::Index(v))?;
             let addend = if absent("addend") { None } else { Some(io.draw(case.name, "addend", &[b, d], Fill::Normal)?) };
-            let out = embed(&table, &index, addend.as_ref(), params)?;
+            let out = io.call("forward", || embed(&table, &index, addend.as_ref(), params))?;
             io.result("y", &out.y)?;
             io.result("pre", &out.pre)?;
             let dy = io.draw(case.name, "dy", &[b, d], Fill::Normal)?;
-            let grads = embed_backward(&dy, &index, &out.pre, v, true, !absent("addend"), params)?;
+            let grads = io.call("backward", || embed_backward(&dy, &index, &out.pre, v, true, !absent("addend"), params))?;
             if let Some(t) = &grads.table { io.result("dtable", t)?; }
             if let Some(t) = &grads.addend { io.result("daddend", t)?; }
             Ok(())
@@ -729,19 +735,20 @@ impl Graph<'_> {
 }
 
 fn gate_residual_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gate_residual::{CASES, Dims, INFO, Params};
+    use kernels::generated::gate_residual::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let residual = io.draw(case.name, "residual", &[b, n, d], Fill::Normal)?;
             let modulation = io.draw(case.name, "modulation", &[b, c, d], Fill::Normal)?;
             let branch = io.draw(case.name, "branch", &[b, n, d], Fill::Normal)?;
-            let out = gate_residual(&residual, &modulation, &branch, params)?;
+            let out = io.call("forward", || gate_residual(&residual, &modulation, &branch, params))?;
             io.result("y", &out)?;
             let dy = io.draw(case.name, "dy", &[b, n, d], Fill::Normal)?;
-            let grads = gate_residual_backward(&dy, &modulation, &branch, true, true, params)?;
+            let grads = io.call("backward", || gate_residual_backward(&dy, &modulation, &branch, true, true, params))?;
             if let Some(t) = &grads.modulation { io.result("dmodulation", t)?; }
             if let Some(t) = &grads.branch { io.result("dbranch", t)?; }
             Ok(())
@@ -897,9 +904,10 @@ impl Graph<'_> {
 }
 
 fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gated_conv::{CASES, Dims, INFO, Params};
+    use kernels::generated::gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, k, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
@@ -908,10 +916,10 @@ fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
             let short_bias = if absent("short_bias") { None } else { Some(io.draw(case.name, "short_bias", &[3, c], Fill::Uniform(-0.3f64, 0.3f64))?) };
             let inner_weight = if absent("inner_weight") { None } else { Some(io.draw(case.name, "inner_weight", &[c, k], Fill::Uniform(-0.3f64, 0.3f64))?) };
             let inner_bias = if absent("inner_bias") { None } else { Some(io.draw(case.name, "inner_bias", &[c], Fill::Uniform(-0.3f64, 0.3f64))?) };
-            let out = gated_conv(&p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), params)?;
+            let out = io.call("forward", || gated_conv(&p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), params))?;
             io.result("y", &out)?;
             let dy = io.draw(case.name, "dy", &[b, n, c], Fill::Normal)?;
-            let grads = gated_conv_backward(&dy, &p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), k, true, !absent("short_weight"), !absent("short_bias"), !absent("inner_weight"), !absent("inner_bias"), params)?;
+            let grads = io.call("backward", || gated_conv_backward(&dy, &p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), k, true, !absent("short_weight"), !absent("short_bias"), !absent("inner_weight"), !absent("inner_bias"), params))?;
             if let Some(t) = &grads.p { io.result("dp", t)?; }
             if let Some(t) = &grads.short_weight { io.result("dshort_weight", t)?; }
             if let Some(t) = &grads.short_bias { io.result("dshort_bias", t)?; }
@@ -1082,9 +1090,10 @@ impl Graph<'_> {
 }
 
 fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gemm::{CASES, Dims, INFO, Params};
+    use kernels::generated::gemm::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, k, f, c, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
@@ -1094,11 +1103,11 @@ fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
             let pos = if absent("pos") { None } else { Some(io.draw(case.name, "pos", &[n, f], Fill::Normal)?) };
             let gate = if absent("gate") { None } else { Some(io.draw(case.name, "gate", &[b, c, f], Fill::Normal)?) };
             let residual = if absent("residual") { None } else { Some(io.draw(case.name, "residual", &[b, n, f], Fill::Normal)?) };
-            let out = gemm(&x, &w, bias.as_ref(), pos.as_ref(), gate.as_ref(), residual.as_ref(), !absent("pre"), params)?;
+            let out = io.call("forward", || gemm(&x, &w, bias.as_ref(), pos.as_ref(), gate.as_ref(), residual.as_ref(), !absent("pre"), params))?;
             io.result("y", &out.y)?;
             if let Some(t) = &out.pre { io.result("pre", t)?; }
             let dy = io.draw(case.name, "dy", &[b, n, f], Fill::Normal)?;
-            let grads = gemm_backward(&dy, &x, &w, gate.as_ref(), out.pre.as_ref(), c, true, true, !absent("bias"), !absent("pos"), !absent("gate"), params)?;
+            let grads = io.call("backward", || gemm_backward(&dy, &x, &w, gate.as_ref(), out.pre.as_ref(), c, true, true, !absent("bias"), !absent("pos"), !absent("gate"), params))?;
             if let Some(t) = &grads.x { io.result("dx", t)?; }
             if let Some(t) = &grads.w { io.result("dw", t)?; }
             if let Some(t) = &grads.bias { io.result("dbias", t)?; }
@@ -1237,20 +1246,21 @@ impl Graph<'_> {
 }
 
 fn ln_modulate_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::ln_modulate::{CASES, Dims, INFO, Params};
+    use kernels::generated::ln_modulate::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let x = io.draw(case.name, "x", &[b, n, d], Fill::Normal)?;
             let modulation = io.draw(case.name, "modulation", &[b, c, d], Fill::Normal)?;
-            let out = ln_modulate(&x, &modulation, params)?;
+            let out = io.call("forward", || ln_modulate(&x, &modulation, params))?;
             io.result("y", &out.y)?;
             io.result("mean", &out.mean)?;
             io.result("rstd", &out.rstd)?;
             let dy = io.draw(case.name, "dy", &[b, n, d], Fill::Normal)?;
-            let grads = ln_modulate_backward(&dy, &x, &modulation, &out.mean, &out.rstd, true, true, params)?;
+            let grads = io.call("backward", || ln_modulate_backward(&dy, &x, &modulation, &out.mean, &out.rstd, true, true, params))?;
             if let Some(t) = &grads.x { io.result("dx", t)?; }
             if let Some(t) = &grads.modulation { io.result("dmodulation", t)?; }
             Ok(())
@@ -1390,9 +1400,10 @@ impl Graph<'_> {
 }
 
 fn loss_diffusion_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::loss_diffusion::{CASES, Dims, INFO, Params};
+    use kernels::generated::loss_diffusion::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, s, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
@@ -1400,12 +1411,12 @@ fn loss_diffusion_conform(run: &mut Conform<'_>) -> Result<()> {
             let x0 = io.draw(case.name, "x0", &[b, c, s], Fill::Normal)?;
             let noise = io.draw(case.name, "noise", &[b, c, s], Fill::Normal)?;
             let coefs = io.draw(case.name, "coefs", &[b, 4], Fill::Uniform(0.1f64, 0.9f64))?;
-            let out = loss_diffusion(&model_output, &x0, &noise, &coefs, params)?;
+            let out = io.call("forward", || loss_diffusion(&model_output, &x0, &noise, &coefs, params))?;
             io.result("loss", &out.loss)?;
             io.result("mse", &out.mse)?;
             io.result("vb", &out.vb)?;
             let dloss = io.draw(case.name, "dloss", &[1], Fill::Normal)?;
-            let grads = loss_diffusion_backward(&dloss, &model_output, &x0, &noise, &coefs, true, params)?;
+            let grads = io.call("backward", || loss_diffusion_backward(&dloss, &model_output, &x0, &noise, &coefs, true, params))?;
             if let Some(t) = &grads { io.result("dmodel_output", t)?; }
             Ok(())
         })?;
@@ -1513,18 +1524,19 @@ impl Graph<'_> {
 }
 
 fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::loss_regression::{CASES, Dims, INFO, Params};
+    use kernels::generated::loss_regression::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let pred = io.draw(case.name, "pred", &[b, n, d], Fill::Normal)?;
             let target = io.draw(case.name, "target", &[b, n, d], Fill::Normal)?;
-            let out = loss_regression(&pred, &target, params)?;
+            let out = io.call("forward", || loss_regression(&pred, &target, params))?;
             io.result("loss", &out)?;
             let dloss = io.draw(case.name, "dloss", &[1], Fill::Normal)?;
-            let grads = loss_regression_backward(&dloss, &pred, &target, true, params)?;
+            let grads = io.call("backward", || loss_regression_backward(&dloss, &pred, &target, true, params))?;
             if let Some(t) = &grads { io.result("dpred", t)?; }
             Ok(())
         })?;
@@ -1623,17 +1635,18 @@ impl Graph<'_> {
 }
 
 fn patchify_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::patchify::{CASES, Dims, INFO, Params};
+    use kernels::generated::patchify::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, p, gh, gw, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let x = io.draw(case.name, "x", &[b, c, gh*p, gw*p], Fill::Normal)?;
-            let out = patchify(&x, p, gh, gw, params)?;
+            let out = io.call("forward", || patchify(&x, p, gh, gw, params))?;
             io.result("tokens", &out)?;
             let dtokens = io.draw(case.name, "dtokens", &[b, gh*gw, c*p*p], Fill::Normal)?;
-            let grads = patchify_backward(&dtokens, p, gh, gw, c, true, params)?;
+            let grads = io.call("backward", || patchify_backward(&dtokens, p, gh, gw, c, true, params))?;
             if let Some(t) = &grads { io.result("dx", t)?; }
             Ok(())
         })?;
@@ -1672,13 +1685,15 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
 }
 
 fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::philox::{CASES, Dims, INFO, Params};
+    use kernels::generated::philox::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
-            let out = philox(io.device(), l, params)?;
+            let device = io.device().clone();
+            let out = io.call("forward", || philox(&device, l, params))?;
             io.result("z", &out)?;
             Ok(())
         })?;
@@ -1723,14 +1738,15 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
 }
 
 fn sinusoid_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::sinusoid::{CASES, Dims, INFO, Params};
+    use kernels::generated::sinusoid::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let t = io.draw(case.name, "t", &[b], Fill::Uniform(0f64, 1000f64))?;
-            let out = sinusoid(&t, d, params)?;
+            let out = io.call("forward", || sinusoid(&t, d, params))?;
             io.result("y", &out)?;
             Ok(())
         })?;
@@ -1804,9 +1820,10 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
 }
 
 fn solver_step_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::solver_step::{CASES, Dims, INFO, Params};
+    use kernels::generated::solver_step::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, co, s, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
@@ -1815,7 +1832,7 @@ fn solver_step_conform(run: &mut Conform<'_>) -> Result<()> {
             let uncond = if absent("uncond") { None } else { Some(io.draw(case.name, "uncond", &[b, co, s], Fill::Normal)?) };
             let noise = if absent("noise") { None } else { Some(io.draw(case.name, "noise", &[b, c, s], Fill::Normal)?) };
             let x0_prev = if absent("x0_prev") { None } else { Some(io.draw(case.name, "x0_prev", &[b, c, s], Fill::Normal)?) };
-            let out = solver_step(&x, &cond, uncond.as_ref(), noise.as_ref(), x0_prev.as_ref(), params)?;
+            let out = io.call("forward", || solver_step(&x, &cond, uncond.as_ref(), noise.as_ref(), x0_prev.as_ref(), params))?;
             io.result("x_next", &out.x_next)?;
             io.result("x0", &out.x0)?;
             Ok(())
@@ -1856,14 +1873,15 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
 }
 
 fn sum_squares_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::sum_squares::{CASES, Dims, INFO, Params};
+    use kernels::generated::sum_squares::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let x = io.draw(case.name, "x", &[l], Fill::Normal)?;
-            let out = sum_squares(&x, params)?;
+            let out = io.call("forward", || sum_squares(&x, params))?;
             io.result("out", &out)?;
             Ok(())
         })?;
@@ -1962,17 +1980,18 @@ impl Graph<'_> {
 }
 
 fn unpatchify_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::unpatchify::{CASES, Dims, INFO, Params};
+    use kernels::generated::unpatchify::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        run.case(&INFO, case.name, case.tier, !case.bf16.is_empty(), &mut |io| {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, p, gh, gw, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let tokens = io.draw(case.name, "tokens", &[b, gh*gw, p*p*c], Fill::Normal)?;
-            let out = unpatchify(&tokens, c, p, gh, gw, params)?;
+            let out = io.call("forward", || unpatchify(&tokens, c, p, gh, gw, params))?;
             io.result("x", &out)?;
             let dx = io.draw(case.name, "dx", &[b, c, gh*p, gw*p], Fill::Normal)?;
-            let grads = unpatchify_backward(&dx, c, p, gh, gw, true, params)?;
+            let grads = io.call("backward", || unpatchify_backward(&dx, c, p, gh, gw, true, params))?;
             if let Some(t) = &grads { io.result("dtokens", t)?; }
             Ok(())
         })?;

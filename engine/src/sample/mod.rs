@@ -1,9 +1,6 @@
 //! Noise schedules, samplers and the coefficients of the training loss.
 //!
-//! [`pipeline`] is the sampling loop over a model, [`cfg`](mod@cfg) its guidance. The rest is plain mathematics on
-//! numbers and slices: [`schedule`] owns the betas, [`solver`] turns a sampler and a step count into the coefficients of
-//! every step, [`update`] is the reference of the fused update that consumes them, [`vlb`] the reference of the fused
-//! loss. Coefficients are always derived in f64.
+//! [`pipeline`] is the sampling loop over a model, [`cfg`](mod@cfg) its guidance. The rest is plain mathematics:
 //! [`schedule`] owns the betas; [`solver`] turns a sampler and a step count into the coefficients of every step, which
 //! the operator `solver_step` consumes; [`vlb`] the coefficients of a timestep for the operator `loss_diffusion`.
 //! Coefficients are always derived in f64 and rounded where they enter an operator.
@@ -13,7 +10,6 @@ pub mod cfg;
 pub mod config;
 pub mod dpm;
 pub mod pipeline;
-pub mod real;
 pub mod respacing;
 pub mod schedule;
 pub mod solver;

@@ -6,12 +6,12 @@
 
 use super::cfg;
 use super::schedule::Schedule;
-use super::solver::{Coefs, NoiseScale, Plan, Sampler, Variance};
+use super::solver::{NoiseScale, Plan, Sampler, Variance};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::cpu::on_workers;
 use crate::error::{Error, Result};
 use crate::models::dit::{Dit, Run, Semantics};
-use crate::ops::{contracts, solver_step};
+use crate::ops::solver_step;
 use crate::tensor::{Device, Tensor};
 use graft_kernels::rng::{LATENT_STREAM, Philox, image_seed, step_stream};
 
@@ -67,29 +67,6 @@ pub struct Progress {
     pub batch: usize,
     /// Steps of the current batch that are done.
     pub step: usize,
-}
-
-/// Coefficients of a step as the fused operator takes them.
-pub fn solver_params(coefs: &Coefs, guidance: f64, guided_channels: usize) -> contracts::solver_step::Params {
-    let (cn, learned, log_lo, log_hi) = match coefs.noise {
-        NoiseScale::None => (0.0, false, 0.0, 0.0),
-        NoiseScale::Fixed(scale) => (scale, false, 0.0, 0.0),
-        NoiseScale::Learned { log_lo, log_hi } => (1.0, true, log_lo, log_hi),
-    };
-    contracts::solver_step::Params {
-        guidance: guidance as f32,
-        guided_channels,
-        inv_alpha: coefs.inv_alpha as f32,
-        sigma: coefs.sigma as f32,
-        cx: coefs.cx as f32,
-        ce: coefs.ce as f32,
-        c0: coefs.c0 as f32,
-        c1: coefs.c1 as f32,
-        cn: cn as f32,
-        learned,
-        log_hi: log_hi as f32,
-        log_lo: log_lo as f32,
-    }
 }
 
 /// Samples all images of a request: `[n, C, S, S]`. `report` is called after every step.
@@ -238,7 +215,7 @@ impl<'a> Batch<'a> {
             _ => None,
         };
         let guided = self.request.guided.unwrap_or_else(|| cfg::default_channels(c));
-        let params = solver_params(coefs, self.request.guidance, guided);
+        let params = coefs.params(self.request.guidance, guided);
         let previous = self.x0.as_ref().filter(|_| coefs.c1 != 0.0);
         let next = solver_step(&self.x, cond, null, noise, previous, params)?;
         (self.x, self.x0) = (next.x_next, Some(next.x0));

@@ -64,22 +64,6 @@ pub fn noise_batch(device: &Device, schedule: &Schedule, batch: &Batch, null: i3
     })
 }
 
-/// Row of coefficients of `loss_diffusion` for one timestep.
-pub(crate) fn loss_row(schedule: &Schedule, t: usize, row: &LossCoefs) -> [f32; 8] {
-    let (mean_x0, mean_xt) = schedule.posterior_mean_coefs(t);
-    let alpha_bar = schedule.alpha_bar(t);
-    [
-        mean_x0 as f32,
-        mean_xt as f32,
-        row.log_hi as f32,
-        row.log_lo as f32,
-        (1.0 / alpha_bar).sqrt() as f32,
-        (1.0 / alpha_bar - 1.0).sqrt() as f32,
-        if row.first { 1.0 } else { 0.0 },
-        0.0,
-    ]
-}
-
 /// The loss of a model on a noised batch, a scalar on the graph.
 ///
 /// # Errors

@@ -6,13 +6,11 @@ use crate::error::{Error, Result};
 use crate::ops::{add_noise, contracts, loss_diffusion, loss_diffusion_backward, solver_step};
 use crate::sample::config::SolverConfig;
 use crate::sample::dpm::DpmEndPoint;
-use crate::sample::pipeline::solver_params;
 use crate::sample::respacing::Respacing;
 use crate::sample::schedule::Schedule;
 use crate::sample::solver::{Plan, Sampler, Variance};
 use crate::sample::vlb::LossCoefs;
 use crate::tensor::{Device, Tensor};
-use crate::train::objective::loss_row;
 use serde_json::Value;
 
 const KINDS: [&str; 5] = ["dpm_solver_pp", "ddim", "ddpm", "respacing_tables", "training_loss"];
@@ -81,7 +79,7 @@ fn trajectory(case: &Case, checks: &mut Checks<'_>, plan: &Plan) -> Result<()> {
             Some(noise) => Some(Tensor::from_f32(&device, &shape, slice(noise, i, x.len())?)?),
             None => None,
         };
-        let next = solver_step(&x, &output, None, z.as_ref(), x0.as_ref(), solver_params(&step.coefs, 1.0, 0))?;
+        let next = solver_step(&x, &output, None, z.as_ref(), x0.as_ref(), step.coefs.params(1.0, 0))?;
         latents.extend(next.x_next.f32s()?.iter().map(|&v| f64::from(v)));
         estimates.extend(next.x0.f32s()?.iter().map(|&v| f64::from(v)));
         (x, x0) = (next.x_next, Some(next.x0));
@@ -145,8 +143,8 @@ fn training_loss(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
     let (mut weights, mut rows) = (Vec::new(), Vec::new());
     for t in case.input("t")?.data {
         let row = LossCoefs::new(&schedule, t as usize)?;
-        weights.extend([row.signal as f32, row.sigma as f32]);
-        rows.extend(loss_row(&schedule, t as usize, &row));
+        weights.extend(row.noise_row());
+        rows.extend(row.row());
     }
     let coefs = Tensor::from_f32(&device, &[b, rows.len() / b.max(1)], &rows)?;
     let weights = Tensor::from_f32(&device, &[b, 2], &weights)?;
@@ -154,15 +152,14 @@ fn training_loss(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
     let wide = [b, c * pixels];
     let x_t = add_noise(&clean.reshape(&wide)?, &z.reshape(&wide)?, &weights, contracts::add_noise::Params {})?;
     checks.tensor("x_t", &x_t.reshape(&x0.shape)?)?;
-    let x_t = x_t.into_shape(&[b, c, pixels])?;
     let settings = contracts::loss_diffusion::Params { vlb_weight: 1.0 };
-    let terms = loss_diffusion(&prediction, &clean, &x_t, &z, &coefs, settings)?;
+    let terms = loss_diffusion(&prediction, &clean, &z, &coefs, settings)?;
     checks.tensor("mse", &terms.mse)?;
     checks.tensor("vb", &terms.vb)?;
     let sums: Vec<f64> = terms.mse.f32s()?.iter().zip(terms.vb.f32s()?).map(|(m, v)| f64::from(m + v)).collect();
     checks.values("loss", &[b], &sums)?;
     let one = Tensor::from_f32(&device, &[1], &[1.0])?;
-    if let Some(grad) = loss_diffusion_backward(&one, &prediction, &clean, &x_t, &z, &coefs, true, settings)? {
+    if let Some(grad) = loss_diffusion_backward(&one, &prediction, &clean, &z, &coefs, true, settings)? {
         checks.tensor("grad.model_output", &grad.reshape(&output.shape)?)?;
     }
     Ok(())
