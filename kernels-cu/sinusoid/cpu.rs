@@ -3,12 +3,20 @@
 use super::frequency;
 use crate::generated::sinusoid::{Dims, Forward};
 use rayon::prelude::*;
+use std::cell::Cell;
+
+thread_local! {
+    /// Kept from call to call.
+    static FREQUENCIES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 
 /// Forward pass.
 pub fn forward(a: Forward<'_, f32>) {
     let Dims { d, .. } = a.dims;
     let half = d / 2;
-    let frequencies: Vec<f32> = (0..half).map(|i| frequency(i, a.params.denominator)).collect();
+    let mut frequencies = FREQUENCIES.take();
+    frequencies.clear();
+    frequencies.extend((0..half).map(|i| frequency(i, a.params.denominator)));
     a.y.par_chunks_mut(d.max(1)).zip(a.t).with_min_len(8).for_each(|(y, t)| {
         let (cos, sin) = y.split_at_mut(half);
         for ((cos, sin), f) in cos.iter_mut().zip(sin).zip(&frequencies) {
@@ -17,4 +25,5 @@ pub fn forward(a: Forward<'_, f32>) {
             (*cos, *sin) = (c as f32, s as f32);
         }
     });
+    FREQUENCIES.set(frequencies);
 }

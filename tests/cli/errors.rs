@@ -119,7 +119,8 @@ fn a_latent_model_has_no_pictures() {
     sample(&here, &["-o", "x.png"], 2, &["--output", "decoder", "--output-latents"]);
     sample(&here, &["--output-latents", "a.safetensors", "--latents", "none.safetensors"], 1, &["none.safetensors"]);
     let values = [0.0f32; 4];
-    write(&here.join("bad.safetensors"), [TensorRecord::f32("latents", &[1, 4, 1, 1], &values)], &BTreeMap::new()).unwrap();
+    write(&here.join("bad.safetensors"), [TensorRecord::f32("latents", &[1, 4, 1, 1], &values)], &BTreeMap::new())
+        .unwrap();
     let args = ["--output-latents", "a.safetensors", "--latents", "bad.safetensors"];
     sample(&here, &args, 2, &["--latents", "wrong shape", "[1, 4, 1, 1]", "[1, 4, 8, 8]"]);
 }

@@ -10,7 +10,8 @@ fn a_seed_gives_the_same_bytes_whatever_the_batch_and_threads() {
     model(&here, 1);
     for sampler in ["ddim", "ddpm", "dpm-solver++"] {
         let draw = |file: &str, more: &[&str]| {
-            let base = ["sample", "--model", "model", "--grid", "rows", "--n", "2", "--steps", "4", "-s", "3", "-o", file];
+            let base =
+                ["sample", "--model", "model", "--grid", "rows", "--n", "2", "--steps", "4", "-s", "3", "-o", file];
             succeed(&here, &[&base[..], &["--sampler", sampler], more].concat());
             std::fs::read(here.join(file)).unwrap()
         };
@@ -27,7 +28,10 @@ fn a_seed_gives_the_same_bytes_whatever_the_batch_and_threads() {
 fn the_picture_says_how_it_was_made() {
     let here = folder("record");
     model(&here, 1);
-    succeed(&here, &["sample", "--model", "model", "--class-labels", "Bag,0", "--cfg-scale", "3", "--steps", "2", "-o", "x.png"]);
+    succeed(
+        &here,
+        &["sample", "--model", "model", "--class-labels", "Bag,0", "--cfg-scale", "3", "--steps", "2", "-o", "x.png"],
+    );
     let (image, metadata) = png::read(&here.join("x.png")).unwrap();
     assert!(image.width() > 112 && image.height() > 2 * 64, "{} x {}", image.width(), image.height());
     let record: serde_json::Value = serde_json::from_str(&metadata["graft"]).unwrap();
@@ -56,7 +60,10 @@ fn one_file_per_image_and_standard_output() {
     let stdout = succeed(&here, &[&base[..], &["-o", "-"]].concat()).stdout;
     assert!(png::decode("stdout", &stdout).is_ok());
     // The second image alone is the second image of the pair.
-    succeed(&here, &["sample", "--model", "model", "--class", "1", "--steps", "2", "--seed", "8", "-o", "alone-%seed%.png"]);
+    succeed(
+        &here,
+        &["sample", "--model", "model", "--class", "1", "--steps", "2", "--seed", "8", "-o", "alone-%seed%.png"],
+    );
     assert_eq!(png::read(&here.join("alone-8.png")).unwrap().0, png::read(&here.join("shot-8.png")).unwrap().0);
 }
 
@@ -64,7 +71,8 @@ fn one_file_per_image_and_standard_output() {
 fn a_random_seed_is_echoed_and_repeats() {
     let here = folder("random");
     model(&here, 1);
-    let ran = succeed(&here, &["sample", "--model", "model", "--class", "0", "--steps", "2", "--seed", "-1", "-o", "a.png"]);
+    let ran =
+        succeed(&here, &["sample", "--model", "model", "--class", "0", "--steps", "2", "--seed", "-1", "-o", "a.png"]);
     let seed = ran.stderr.lines().find_map(|l| l.strip_prefix("seed ")).unwrap().to_string();
     succeed(&here, &["sample", "--model", "model", "--class", "0", "--steps", "2", "--seed", &seed, "-o", "b.png"]);
     assert_eq!(std::fs::read(here.join("a.png")).unwrap(), std::fs::read(here.join("b.png")).unwrap());
@@ -101,7 +109,8 @@ fn forward_gives_the_recorded_output() {
         let (model, inputs) = (golden(&format!("{case}/model")), golden(&format!("{case}/inputs.safetensors")));
         let base = ["forward", "--model", &model, "--inputs", &inputs, "--output", "o.safetensors"];
         succeed(&here, &[&base[..], more].concat());
-        let read = |path: &std::path::Path, name: &str| TensorFile::open(path).unwrap().get(name).unwrap().to_f32().unwrap();
+        let read =
+            |path: &std::path::Path, name: &str| TensorFile::open(path).unwrap().get(name).unwrap().to_f32().unwrap();
         let got = read(&here.join("o.safetensors"), "output");
         let want = read(golden(&format!("{case}/expected.safetensors")).as_ref(), tensor);
         assert_eq!(got.len(), want.len());
@@ -114,7 +123,21 @@ fn forward_gives_the_recorded_output() {
 fn an_interrupted_run_leaves_nothing() {
     let here = folder("interrupted");
     model(&here, 1);
-    let args = ["sample", "--model", "model", "--class", "0", "--n", "500", "--sampler", "ddpm", "--steps", "1000", "-o", "out/never.png"];
+    let args = [
+        "sample",
+        "--model",
+        "model",
+        "--class",
+        "0",
+        "--n",
+        "500",
+        "--sampler",
+        "ddpm",
+        "--steps",
+        "1000",
+        "-o",
+        "out/never.png",
+    ];
     let mut child = crate::support::command(&here, &args).spawn().unwrap();
     std::thread::sleep(std::time::Duration::from_millis(300));
     assert!(child.try_wait().unwrap().is_none(), "it should still be at work");

@@ -60,7 +60,11 @@ fn memory() -> Finding {
             let (total, free) = (total / 1_048_576.0, free / 1_048_576.0);
             // DiT-XL/2 in f32 with its activations.
             let state = if free < 4.0 { "note" } else { "ok" };
-            Finding { what: "memory", state, text: format!("{free:.1} GiB free of {total:.1}; DiT-XL/2 in f32 takes 3.5") }
+            Finding {
+                what: "memory",
+                state,
+                text: format!("{free:.1} GiB free of {total:.1}; DiT-XL/2 in f32 takes 3.5"),
+            }
         }
         _ => Finding { what: "memory", state: "note", text: "the system does not say".to_string() },
     }
@@ -77,7 +81,11 @@ fn driver() -> Finding {
     match cuda::probe() {
         Ok(probe) => {
             let (major, minor) = (probe.driver_version / 1000, probe.driver_version % 1000 / 10);
-            Finding { what: "cuda", state: "ok", text: format!("{} devices, the driver supports CUDA {major}.{minor}", probe.devices) }
+            Finding {
+                what: "cuda",
+                state: "ok",
+                text: format!("{} devices, the driver supports CUDA {major}.{minor}", probe.devices),
+            }
         }
         Err(e) => Finding { what: "cuda", state: "note", text: e.to_string() },
     }
@@ -88,7 +96,8 @@ fn data() -> Finding {
     let found = if root.is_dir() { files::list(root).unwrap_or_default() } else { Vec::new() };
     let names: Vec<String> = found.iter().filter(|p| p.is_dir()).map(|p| files::file_name(p)).collect();
     if names.is_empty() {
-        let text = "no data-cache folder here: training and evaluation need one; fix: run tools/setup/fetch_data.py".to_string();
+        let text = "no data-cache folder here: training and evaluation need one; fix: run tools/setup/fetch_data.py"
+            .to_string();
         return Finding { what: "data", state: "note", text };
     }
     Finding { what: "data", state: "ok", text: names.join(", ") }

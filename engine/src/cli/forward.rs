@@ -46,7 +46,9 @@ pub fn run(args: &Args) -> Result<()> {
     let (x, t) = (floats("x")?, floats("t")?);
     let view = tensor(&file, "y")?;
     let out_of_range = |label: i64| {
-        Error::failure(view.place(), "class out of range").is(label).must(format!("0 to {} (null)", model.config.classes))
+        Error::failure(view.place(), "class out of range")
+            .is(label)
+            .must(format!("0 to {} (null)", model.config.classes))
     };
     let convert = |label: i64| match i32::try_from(label) {
         Ok(small) if small >= 0 && small as usize <= model.config.classes => Ok(small),
@@ -59,7 +61,9 @@ pub fn run(args: &Args) -> Result<()> {
     let result = match args.cfg_scale {
         None => model.forward(&g, &Var::constant(x), &t, &y, run)?.into_tensor(),
         Some(scale) => {
-            let channels = args.cfg_channels.map_or_else(|| cfg::default_channels(&model.config), |c| c.count(model.config.in_channels));
+            let channels = args
+                .cfg_channels
+                .map_or_else(|| cfg::default_channels(&model.config), |c| c.count(model.config.in_channels));
             cfg::forward(&model, &g, &x, &t, &y, run, scale, channels)?
         }
     };

@@ -107,17 +107,34 @@ fn model(path: &Path) -> Result<(Value, String)> {
     for site in grouped(&sites) {
         let (layers, first) = (site.0, site.1);
         let giga = |v: f64| format!("{:.4}", v / 1e9);
-        table.row([first.site.to_string(), layers, first.operator.clone(), giga(first.flops.operator), giga(first.flops.projections)]);
+        table.row([
+            first.site.to_string(),
+            layers,
+            first.operator.clone(),
+            giga(first.flops.operator),
+            giga(first.flops.projections),
+        ]);
     }
     let c = &config;
     let text = format!(
         "{}: DiT, {} blocks, width {}, {} heads, patch {}, input {}x{}x{}, {} tokens, {} classes{}\n\
          {} parameters in {} ({elements} stored elements, {})\n\
          {:.3} GFLOP per image and step in its sites (per layer below)\n{table}{}",
-        path.display(), c.depth(), c.width, c.heads, c.patch, c.in_channels, c.input_size, c.input_size, c.tokens(),
-        c.classes, if c.learn_sigma { ", learned variance" } else { "" }, parameters(&config)?,
+        path.display(),
+        c.depth(),
+        c.width,
+        c.heads,
+        c.patch,
+        c.in_channels,
+        c.input_size,
+        c.input_size,
+        c.tokens(),
+        c.classes,
+        if c.learn_sigma { ", learned variance" } else { "" },
+        parameters(&config)?,
         weights.iter().map(|f| files::file_name(f)).collect::<Vec<_>>().join(", "),
-        dtypes.iter().map(|(d, n)| format!("{n} {d}")).collect::<Vec<_>>().join(", "), total / 1e9,
+        dtypes.iter().map(|(d, n)| format!("{n} {d}")).collect::<Vec<_>>().join(", "),
+        total / 1e9,
         metadata.iter().map(|(k, v)| format!("{k} = {v}\n")).collect::<String>(),
     );
     let layers: Vec<Value> = sites

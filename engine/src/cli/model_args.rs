@@ -149,7 +149,9 @@ pub fn parse_labels(text: &str, names: &[String], classes: usize) -> Result<Vec<
         names.iter().position(matches).map(|i| i as i32).ok_or_else(|| {
             let shown: Vec<&str> = names.iter().take(20).map(String::as_str).collect();
             let must = match shown.is_empty() {
-                true => format!("a number from 0 to {}: this model does not name its classes", classes.saturating_sub(1)),
+                true => {
+                    format!("a number from 0 to {}: this model does not name its classes", classes.saturating_sub(1))
+                }
                 false => format!("a number, or one of {}", shown.join(", ")),
             };
             Error::usage("--class-labels", "unknown class").is(format!("{word:?}")).must(must)

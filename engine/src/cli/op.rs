@@ -58,7 +58,9 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
                 rows.extend(absent(kind, filter));
             }
             if rows.is_empty() {
-                return Err(Error::usage("--filter", "no such operator").is(format!("{filter:?}")).must("part of an operator's name"));
+                return Err(Error::usage("--filter", "no such operator")
+                    .is(format!("{filter:?}"))
+                    .must("part of an operator's name"));
             }
             if let Some(name) = require {
                 require_backend(&mut rows, name)?;
@@ -87,15 +89,17 @@ fn require_backend(rows: &mut [Row], name: &str) -> Result<()> {
             row.verdict = Verdict::Fail(format!("required, but skipped: {why}"));
         }
     }
-    if found { Ok(()) } else { Err(Error::usage("--require", "unknown backend").is(format!("{name:?}")).must("cpu, emu or cuda")) }
+    if found {
+        Ok(())
+    } else {
+        Err(Error::usage("--require", "unknown backend").is(format!("{name:?}")).must("cpu, emu or cuda"))
+    }
 }
 
 fn list(json: bool) -> Result<()> {
     if json {
         let op = |o: &OpInfo| json!({ "name": o.name, "summary": o.summary, "backward": o.backward, "cases": o.cases });
-        let site = |k: &crate::nn::operators::Kind| {
-            json!({ "name": k.name, "site": k.site, "summary": k.summary, "options": k.options })
-        };
+        let site = |k: &crate::nn::operators::Kind| json!({ "name": k.name, "site": k.site, "summary": k.summary, "options": k.options });
         let ops: Vec<Value> = contracts::OPS.iter().map(op).collect();
         let sites: Vec<Value> = REGISTRY.iter().map(site).collect();
         return out::line(format!("{:#}", json!({ "operators": ops, "site_operators": sites })));
@@ -121,11 +125,19 @@ fn finish(rows: Vec<Row>, json: bool) -> Result<()> {
             json!({ "op": row.op, "case": row.case, "backend": row.backend.to_string(), "verdict": verdict, "note": note })
         };
         let list: Vec<Value> = rows.iter().map(record).collect();
-        out::line(format!("{:#}", json!({ "rows": list, "passed": summary.passed, "failed": summary.failed, "skipped": summary.skipped })))?;
+        out::line(format!(
+            "{:#}",
+            json!({ "rows": list, "passed": summary.passed, "failed": summary.failed, "skipped": summary.skipped })
+        ))?;
     } else {
         out::bytes(report(&rows).as_bytes())?;
     }
-    if summary.good() { Ok(()) } else { Err(Error::failure("op check", format!("{} rows failed", summary.failed)).is(format!("{} passed", summary.passed))) }
+    if summary.good() {
+        Ok(())
+    } else {
+        Err(Error::failure("op check", format!("{} rows failed", summary.failed))
+            .is(format!("{} passed", summary.passed)))
+    }
 }
 
 /// How many rows passed, failed and were skipped.

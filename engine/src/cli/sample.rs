@@ -104,7 +104,8 @@ pub fn run(args: &Args) -> Result<()> {
         latents: args.latents.as_deref().map(|path| read_latents(path, &model)).transpose()?,
     };
     let bar = progress::bar((request.labels.len() * request.steps) as u64, "sample");
-    let result = generate(&model, &request, &mut |p| bar.set_position((p.images * args.steps + p.batch * p.step) as u64));
+    let result =
+        generate(&model, &request, &mut |p| bar.set_position((p.images * args.steps + p.batch * p.step) as u64));
     bar.finish_and_clear();
     let images = result?;
     let record = record(args, &request, &config)?;

@@ -48,7 +48,14 @@ fn rows(table: &mut table::Table, outcome: &Outcome) {
             Verdict::Fail(why) => format!("FAIL {why}"),
         };
         let tensor = row.tensor.clone();
-        table.row([outcome.name.clone(), tensor, number(row.worst), number(row.relative), row.tolerance.clone(), verdict]);
+        table.row([
+            outcome.name.clone(),
+            tensor,
+            number(row.worst),
+            number(row.relative),
+            row.tolerance.clone(),
+            verdict,
+        ]);
     }
 }
 

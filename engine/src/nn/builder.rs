@@ -41,6 +41,8 @@ pub enum Scheme {
     Torch,
     /// Xavier-uniform weights and zero biases: what the blocks of a new DiT start from.
     Xavier,
+    /// Every parameter zero, whatever it asks for: a model whose weights are about to be read.
+    Unset,
 }
 
 /// Adds parameters to a store under a name prefix.
@@ -71,6 +73,7 @@ impl<'a> Builder<'a> {
     pub fn param(&mut self, name: &str, shape: &[usize], init: Init) -> Result<ParamId> {
         let full = format!("{}{name}", self.prefix);
         let mut value = self.device.empty(shape)?;
+        let init = if self.scheme == Scheme::Unset { Init::Zeros } else { init };
         fill(value.f32s_mut()?, init, Philox::new(self.seed, stream_of(&full)));
         Ok(self.store.add(full, value, true))
     }
@@ -91,6 +94,7 @@ impl<'a> Builder<'a> {
     pub fn linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear> {
         let (weight, bias) = match self.scheme {
             Scheme::Torch => (Init::torch(inputs), Init::torch(inputs)),
+            Scheme::Unset => (Init::Zeros, Init::Zeros),
             Scheme::Xavier => (Init::xavier(inputs, outputs), Init::Zeros),
         };
         self.linear_from(name, &[outputs, inputs], weight, bias)

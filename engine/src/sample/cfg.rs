@@ -24,7 +24,16 @@ pub fn default_channels(config: &DitConfig) -> usize {
 ///
 /// # Errors
 /// An odd batch, or as [`Dit::forward`].
-pub fn forward(model: &Dit, g: &Graph<'_>, x: &Tensor, t: &Tensor, y: &Tensor, run: Run, scale: f64, channels: usize) -> Result<Tensor> {
+pub fn forward(
+    model: &Dit,
+    g: &Graph<'_>,
+    x: &Tensor,
+    t: &Tensor,
+    y: &Tensor,
+    run: Run,
+    scale: f64,
+    channels: usize,
+) -> Result<Tensor> {
     let batch = x.dim(0);
     if !batch.is_multiple_of(2) {
         return Err(Error::failure("guidance: x", "odd batch").is(batch).must("labelled and null halves of one size"));

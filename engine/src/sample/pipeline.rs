@@ -107,7 +107,9 @@ fn check(model: &Dit, request: &Request) -> Result<Plan> {
         return Err(Error::usage("labels", "no images").is(0).must("at least 1"));
     }
     if let Some(label) = request.labels.iter().find(|&&l| l < 0 || l as usize >= c.classes) {
-        return Err(Error::usage("class", "class out of range").is(label).must(format!("0 to {}", c.classes.saturating_sub(1))));
+        return Err(Error::usage("class", "class out of range")
+            .is(label)
+            .must(format!("0 to {}", c.classes.saturating_sub(1))));
     }
     if request.batch == 0 {
         return Err(Error::usage("--batch", "no images in a batch").is(0).must("at least 1"));
@@ -115,11 +117,17 @@ fn check(model: &Dit, request: &Request) -> Result<Plan> {
     if !request.guidance.is_finite() {
         return Err(Error::usage("--guidance-scale", "not a number").is(request.guidance).must("finite; 1 is none"));
     }
-    if let Some(channels) = request.guided && (channels == 0 || channels > c.in_channels) {
-        return Err(Error::usage("--cfg-channels", "out of range").is(channels).must(format!("1 to {}, or all", c.in_channels)));
+    if let Some(channels) = request.guided
+        && (channels == 0 || channels > c.in_channels)
+    {
+        return Err(Error::usage("--cfg-channels", "out of range")
+            .is(channels)
+            .must(format!("1 to {}, or all", c.in_channels)));
     }
     let want = [request.labels.len(), c.in_channels, c.input_size, c.input_size];
-    if let Some(latents) = &request.latents && latents.shape().dims() != want {
+    if let Some(latents) = &request.latents
+        && latents.shape().dims() != want
+    {
         return Err(Error::usage("--latents", "wrong shape").is(latents.shape()).must(format!("{want:?}")));
     }
     let variance = if c.learn_sigma { Variance::Learned } else { Variance::FixedSmall };
@@ -248,7 +256,8 @@ pub fn to_pixels(images: &Tensor) -> Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(images.len());
     for image in images.f32s()?.chunks((c * plane).max(1)) {
         for pixel in 0..plane {
-            bytes.extend((0..c).map(|channel| (127.5 * image[channel * plane + pixel] + 128.0).clamp(0.0, 255.0) as u8));
+            bytes
+                .extend((0..c).map(|channel| (127.5 * image[channel * plane + pixel] + 128.0).clamp(0.0, 255.0) as u8));
         }
     }
     Ok(bytes)
@@ -344,7 +353,10 @@ mod tests {
         refuse(Request { guidance: f64::NAN, ..base.clone() }, "--guidance-scale");
         refuse(Request { guided: Some(2), ..base.clone() }, "--cfg-channels");
         let latents = Tensor::zeros(&Device::cpu(), &[1, 1, 4, 4]).unwrap();
-        refuse(Request { latents: Some(latents), ..base }, "--latents: wrong shape; is [1, 1, 4, 4]; must be [1, 1, 8, 8]");
+        refuse(
+            Request { latents: Some(latents), ..base },
+            "--latents: wrong shape; is [1, 1, 4, 4]; must be [1, 1, 8, 8]",
+        );
     }
 
     #[test]

@@ -90,7 +90,9 @@ impl Case {
         if value >= 0.0 && value.fract() == 0.0 && value < 1e9 {
             return Ok(value as usize);
         }
-        Err(Error::failure(self.place(&format!("config.{key}")), "not a whole number").is(value).must("a non-negative integer"))
+        Err(Error::failure(self.place(&format!("config.{key}")), "not a whole number")
+            .is(value)
+            .must("a non-negative integer"))
     }
 
     /// A text of the configuration.

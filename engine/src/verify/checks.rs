@@ -40,7 +40,13 @@ pub struct Row {
 impl Row {
     /// A row for something that could not be compared.
     pub fn failure(tensor: &str, why: String) -> Row {
-        Row { tensor: tensor.into(), worst: f64::NAN, relative: f64::NAN, tolerance: String::new(), verdict: Verdict::Fail(why) }
+        Row {
+            tensor: tensor.into(),
+            worst: f64::NAN,
+            relative: f64::NAN,
+            tolerance: String::new(),
+            verdict: Verdict::Fail(why),
+        }
     }
 }
 
@@ -76,7 +82,11 @@ impl Bounds {
             relative: tightest(a.relative, b.relative),
             floor: 0.0,
         })?;
-        Some(Bounds { max_abs: found.max_abs.map(|v| 10.0 * v), relative: found.relative.map(|v| 10.0 * v), floor: 0.0 })
+        Some(Bounds {
+            max_abs: found.max_abs.map(|v| 10.0 * v),
+            relative: found.relative.map(|v| 10.0 * v),
+            floor: 0.0,
+        })
     }
 }
 
@@ -128,7 +138,9 @@ impl<'c> Checks<'c> {
         let all = || self.case.tolerance.as_object().into_iter().flatten();
         // The rule of gradients is of another kind and says nothing about other tensors.
         let comparable = |key: &str| key.ends_with("(f32)") && !key.starts_with("gradients");
-        let loose = |keep: &dyn Fn(&str) -> bool| Bounds::loose(all().filter(|(k, _)| keep(k)).filter_map(|(_, v)| Bounds::read(v)));
+        let loose = |keep: &dyn Fn(&str) -> bool| {
+            Bounds::loose(all().filter(|(k, _)| keep(k)).filter_map(|(_, v)| Bounds::read(v)))
+        };
         dtypes
             .iter()
             .find_map(|dtype| self.entry(tensor, dtype))
@@ -297,7 +309,10 @@ mod tests {
     fn ten_times_the_tightest() {
         let a = Bounds { max_abs: Some(1.0), relative: None, floor: 0.5 };
         let b = Bounds { max_abs: Some(0.5), relative: Some(2.0), floor: 0.0 };
-        assert_eq!(Bounds::loose([a, b].into_iter()), Some(Bounds { max_abs: Some(5.0), relative: Some(20.0), floor: 0.0 }));
+        assert_eq!(
+            Bounds::loose([a, b].into_iter()),
+            Some(Bounds { max_abs: Some(5.0), relative: Some(20.0), floor: 0.0 })
+        );
         assert_eq!(Bounds::loose(std::iter::empty()), None);
     }
 }

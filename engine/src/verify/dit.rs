@@ -67,7 +67,10 @@ fn results(case: &Case, checks: &mut Checks<'_>, model: &Dit) -> Result<()> {
         let scale = case.number("cfg_scale")?;
         let g = Graph::inference(checks.precision("output_guided"));
         let guided = GUIDED.min(model.config.in_channels);
-        checks.tensor("output_guided", &cfg::forward(model, &g, &inputs.x, &inputs.t, &inputs.y, Run::default(), scale, guided)?)?;
+        checks.tensor(
+            "output_guided",
+            &cfg::forward(model, &g, &inputs.x, &inputs.t, &inputs.y, Run::default(), scale, guided)?,
+        )?;
     }
     if case.has_input("target") {
         gradients(case, checks, model, &inputs)?;
@@ -116,7 +119,8 @@ pub fn diffusers(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
 /// Outputs of a folder in original and in diffusers' semantics.
 pub(super) fn folder(case: &Case, checks: &mut Checks<'_>, model: &Dit) -> Result<()> {
     let inputs = Inputs::read(case, model.device())?;
-    let semantics = [("output_original", Semantics::ORIGINAL), ("output_diffusers", Semantics::diffusers(model.config.norm_eps))];
+    let semantics =
+        [("output_original", Semantics::ORIGINAL), ("output_diffusers", Semantics::diffusers(model.config.norm_eps))];
     for (name, semantics) in semantics {
         checks.tensor(name, &forward(model, &inputs, semantics, checks.precision(name))?)?;
     }

@@ -85,7 +85,9 @@ fn support(case: &Case, checks: &mut Checks<'_>) -> Result<Vec<(&'static str, Ve
     let (real_data, generated_data) = (real.f32s(), generated.f32s());
     let real = features("real", &real, &real_data)?;
     let generated = features("generated", &generated, &generated_data)?;
-    for (name, centres, others, other) in [("real", real, generated, "generated"), ("generated", generated, real, "real")] {
+    for (name, centres, others, other) in
+        [("real", real, generated, "generated"), ("generated", generated, real, "real")]
+    {
         let support = precision_recall::Support::new(centres, k)?;
         let radii = support.radii();
         checks.values(&format!("radii_{name}"), &[radii.len()], &radii)?;

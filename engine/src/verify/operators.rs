@@ -32,7 +32,9 @@ pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
     let longest = known.filter(|(prefix, _)| case.name.starts_with(prefix)).max_by_key(|(prefix, _)| prefix.len());
     let kind = longest.and_then(|(_, name)| REGISTRY.iter().find(|k| k.name == name)).ok_or_else(|| {
         let names: Vec<&str> = REGISTRY.iter().map(|k| k.name).collect();
-        Error::failure("operator", "unknown operator").is(&case.name).must(format!("a name that begins with one of {}", names.join(", ")))
+        Error::failure("operator", "unknown operator")
+            .is(&case.name)
+            .must(format!("a name that begins with one of {}", names.join(", ")))
     })?;
     let mut spec = Spec::new(kind.name);
     for (option, _) in kind.options {
@@ -77,7 +79,8 @@ pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
 /// Replaces every parameter by the tensor of its name; the file must have just these.
 fn fill(params: &mut ParamStore, device: &Device, file: &TensorFile) -> Result<()> {
     if let Some(extra) = file.names().find(|name| params.find(name).is_none()) {
-        return Err(Error::failure(format!("{}: {extra}", file.place()), "unexpected tensor").must("a parameter of the operator"));
+        return Err(Error::failure(format!("{}: {extra}", file.place()), "unexpected tensor")
+            .must("a parameter of the operator"));
     }
     let names: Vec<(String, Vec<usize>)> =
         params.iter().map(|(_, p)| (p.name.clone(), p.value.shape().dims().to_vec())).collect();

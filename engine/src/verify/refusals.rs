@@ -27,7 +27,11 @@ pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
                 }
                 Ok(())
             };
-            if refuse { refused(case, checks, read) } else { checks.verdict("accepted", read().err().map(|e| e.to_string())) }
+            if refuse {
+                refused(case, checks, read)
+            } else {
+                checks.verdict("accepted", read().err().map(|e| e.to_string()))
+            }
         }
         Some("model") => {
             let load = || models::dit::load(&case.model(), &Device::cpu());
@@ -65,5 +69,6 @@ pub(super) fn refused(case: &Case, checks: &mut Checks<'_>, read: impl FnOnce() 
     let words = kind.chain(mentions.into_iter().flatten().filter_map(Value::as_str));
     let missing: Vec<&str> = words.filter(|word| !message.contains(word)).collect();
     let problem = (!missing.is_empty()).then(|| format!("the message lacks {missing:?}: {message}"));
-    checks.verdict("refused", problem.or_else(|| appeared().map(|p| format!("{} appeared: code was run", p.display()))));
+    checks
+        .verdict("refused", problem.or_else(|| appeared().map(|p| format!("{} appeared: code was run", p.display()))));
 }

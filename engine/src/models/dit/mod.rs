@@ -104,11 +104,15 @@ impl Dit {
     /// # Errors
     /// A configuration that cannot be, or too little memory.
     pub fn new(config: DitConfig, device: &Device, seed: u64) -> Result<Dit> {
+        Dit::build(config, device, seed, Scheme::Xavier)
+    }
+
+    fn build(config: DitConfig, device: &Device, seed: u64, scheme: Scheme) -> Result<Dit> {
         config.check()?;
         let d = config.width;
         let dims = config.block_dims();
         let mut params = ParamStore::default();
-        let mut b = Builder::new(&mut params, device, seed, Scheme::Xavier);
+        let mut b = Builder::new(&mut params, device, seed, scheme);
         let patch_values = config.in_channels * config.patch * config.patch;
         let pos_embed = b.frozen("pos_embed", &[1, dims.tokens, d], &position_table(config.grid(), d))?;
         let patch_shape = [d, config.in_channels, config.patch, config.patch];
@@ -271,7 +275,7 @@ pub fn site_cost(config: &DitConfig, spec: &operators::Spec, site: Site) -> Resu
     let mut params = ParamStore::default();
     let device = Device::cpu();
     let dims = config.block_dims();
-    let operator = operators::build(spec, site, dims, &mut Builder::new(&mut params, &device, 0, Scheme::Torch))?;
+    let operator = operators::build(spec, site, dims, &mut Builder::new(&mut params, &device, 0, Scheme::Unset))?;
     Ok((operator.flops(dims), params.elements()))
 }
 
