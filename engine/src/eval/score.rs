@@ -3,9 +3,12 @@
 //! A Fréchet distance from n samples is biased upwards by an amount that depends on n, so it means nothing alone:
 //! beside it stands the same distance for n real images that the reference does not contain, over [`SPLITS`] splits.
 //! Whether an edited model is still good is judged from both: see [`Baseline::accepts`].
+//!
+//! Each feature is divided by its standard deviation over the reference first. Otherwise a few features that vary
+//! most would make up the distance, and their rare large values its noise.
 
 use crate::error::{Error, Result};
-use crate::eval::classifier::{Classifier, Reading};
+use crate::eval::classifier::{Classifier, FEATURES, Reading};
 use crate::eval::frechet::{Moments, frechet_distance};
 use crate::eval::kid::{Subsets, kid};
 use crate::eval::precision_recall::precision_recall;
@@ -22,6 +25,9 @@ const NEIGHBOURS: usize = 3;
 /// Subsets of the kernel distance, each of at most this many images of either set.
 const KID_SUBSETS: usize = 50;
 const KID_SIZE: usize = 200;
+/// Least deviation of a feature that it is divided by, relative to the largest: a unit that hardly ever responds to
+/// real images must not outweigh all others.
+const LEAST_DEVIATION: f64 = 0.01;
 /// Random streams: which reference images stand against the samples in precision and recall, and the splits.
 const REFERENCE_STREAM: u64 = 5 << 40;
 const SPLIT_STREAMS: u64 = 6 << 40;
@@ -72,8 +78,11 @@ impl Baseline {
 /// Real images that samples are compared with, as the classifier sees them.
 #[derive(Debug)]
 pub struct Reference {
+    /// In units of the deviations, as `moments`.
     reading: Reading,
     moments: Moments,
+    /// What each feature is multiplied by.
+    scale: Vec<f32>,
     seed: u64,
 }
 
@@ -85,7 +94,16 @@ impl Reference {
     pub fn new(classifier: &Classifier, data: &ImageSet, seed: u64) -> Result<Reference> {
         let (reading, _) = read_set(classifier, data)?;
         let moments = Moments::from_features(&reading.features("reference")?);
-        Ok(Reference { reading, moments, seed })
+        let deviations: Vec<f64> = (0..FEATURES).map(|i| moments.covariance()[i * (FEATURES + 1)].sqrt()).collect();
+        let least = LEAST_DEVIATION * deviations.iter().fold(0.0f64, |m, &d| m.max(d));
+        // Equal images give equal features up to the rounding of their mean.
+        if least < 1e-9 {
+            return Err(Error::failure("reference", "all images look the same").must("images that differ"));
+        }
+        let scale: Vec<f32> = deviations.iter().map(|d| (1.0 / d.max(least)) as f32).collect();
+        let reading = scaled(&reading, &scale);
+        let moments = Moments::from_features(&reading.features("reference")?);
+        Ok(Reference { reading, moments, scale, seed })
     }
 
     /// Number of images.
@@ -111,7 +129,8 @@ impl Reference {
                 self.len()
             )));
         }
-        let (generated, reference) = (samples.features("samples")?, self.reading.features("reference")?);
+        let own = scaled(samples, &self.scale);
+        let (generated, reference) = (own.features("samples")?, self.reading.features("reference")?);
         let subsets = Subsets { count: KID_SUBSETS, size: n.min(KID_SIZE), seed: self.seed };
         // Supports of equal numbers of points, so that neither precision nor recall is favoured.
         let chosen = &order(self.len(), self.seed, REFERENCE_STREAM)[..n];
@@ -150,7 +169,7 @@ impl Reference {
         });
         let scores = scores.collect::<Result<Vec<_>>>()?;
         Ok(Baseline {
-            mean: combine(&scores, |v| mean(v)),
+            mean: combine(&scores, mean),
             sd: combine(&scores, |v| {
                 (v.iter().map(|x| (x - mean(v)).powi(2)).sum::<f64>() / (SPLITS - 1) as f64).sqrt()
             }),
@@ -174,6 +193,13 @@ impl Reference {
         let images = rounded(&draw(&labels, self.seed)?)?;
         self.score(&classifier.read(&images)?, &labels)
     }
+}
+
+/// A reading with each feature multiplied by its factor.
+fn scaled(reading: &Reading, scale: &[f32]) -> Reading {
+    let rows = reading.features.chunks_exact(scale.len());
+    let features = rows.flat_map(|row| row.iter().zip(scale).map(|(x, factor)| x * factor)).collect();
+    Reading { features, classes: reading.classes.clone() }
 }
 
 /// Reads every image of a set, with its labels.
@@ -256,6 +282,18 @@ mod tests {
         assert!(!reference.baseline(&classifier, &held_out, 60).unwrap().disjoint);
         assert_eq!(reference.baseline(&classifier, &held_out, 121).unwrap_err().exit_code(), 2);
         assert_eq!(reference.baseline(&classifier, &held_out, 4).unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
+    fn features_count_in_units_of_their_deviation() {
+        let reference = Reference::new(&classifier(), &data(200, 1), 0).unwrap();
+        let variances: Vec<f64> = (0..FEATURES).map(|i| reference.moments.covariance()[i * (FEATURES + 1)]).collect();
+        assert!(variances.iter().all(|&v| v <= 1.0 + 1e-5), "{variances:?}");
+        assert!(variances.iter().filter(|&&v| (v - 1.0).abs() < 1e-5).count() > FEATURES / 2, "{variances:?}");
+        let reading = Reading { features: vec![3.0; 2 * FEATURES], classes: vec![0, 1] };
+        assert_eq!(scaled(&reading, &[2.0; FEATURES]).features, [6.0; 2 * FEATURES]);
+        let flat = ImageSet { pixels: vec![7; 3 * 784], ..data(3, 1) };
+        assert_eq!(Reference::new(&classifier(), &flat, 0).unwrap_err().problem(), "all images look the same");
     }
 
     #[test]
