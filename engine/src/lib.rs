@@ -1,8 +1,8 @@
 //! graft: edit pretrained diffusion transformers by grafting, and run them at full speed.
 //!
 //! Rooms, from the ground up (an arrow may only point down; `tidy` checks it):
-//! `tensor` ◀ `backend` ◀ `autograd` ◀ `ops` ◀ `nn` ◀ `models` ◀ `sample`, `train`, `eval`, `graft` ◀ `report`, `verify` ◀ `cli`.
-//! `tensor` ◀ `backend` ◀ `autograd` ◀ `ops` ◀ `nn` ◀ `models` ◀ `sample`, `train`, `eval`, `graft` ◀ `report`, `verify` ◀ `cli`.
+//! `tensor` ◀ `backend` ◀ `autograd` ◀ `ops` ◀ `nn` ◀ `models` ◀ `sample`, `train`, `eval` ◀ `report` ◀ `graft`, `verify` ◀ `cli`.
+//! `tensor` ◀ `backend` ◀ `autograd` ◀ `ops` ◀ `nn` ◀ `models` ◀ `sample`, `train`, `eval` ◀ `report` ◀ `graft`, `verify` ◀ `cli`.
 //! `io` alone touches files; `cli` alone prints and exits; `error` is used by all.
 
 pub mod autograd;

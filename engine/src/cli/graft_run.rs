@@ -66,7 +66,7 @@ fn stage(folder: &RunFolder, device: &Device, args: &RunArgs, stage: StageFn) ->
     let data = RunData::load(&folder.plan.data)?;
     let finished = stage(folder, &data, device, &mut |e| bars.report(e))?;
     bars.finish();
-    let summary = if finished { Some(run::finish(folder)?) } else { None };
+    let summary = if finished { Some(run::finish(folder, None)?) } else { None };
     conclude(folder, summary.as_ref(), args)
 }
 
@@ -134,6 +134,10 @@ impl<'d> Bars<'d> {
         let (stage, step, loss, rate) = match event {
             Event::Distill(p) => (0, p.step, p.mean_loss(), p.images_per_second),
             Event::Finetune(p) => (1, p.step, p.loss, p.images_per_second),
+            Event::Evaluate(done, total) => {
+                self.sampling(done, total);
+                return ControlFlow::Continue(());
+            }
         };
         if self.bar.as_ref().is_none_or(|(shown, _)| *shown != stage) {
             self.finish();
@@ -149,6 +153,16 @@ impl<'d> Bars<'d> {
         }
         self.left = self.left.map(|n| n.saturating_sub(1));
         if self.left == Some(0) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    fn sampling(&mut self, done: u64, total: u64) {
+        if self.bar.as_ref().is_none_or(|(shown, _)| *shown != 2) {
+            self.finish();
+            self.bar = Some((2, progress::bar(total, "compare")));
+        }
+        if let Some((_, bar)) = &self.bar {
+            bar.set_position(done);
+        }
     }
 
     fn finish(&mut self) {

@@ -15,6 +15,7 @@
 pub mod assemble;
 pub mod cost;
 pub mod distill;
+pub mod evaluate;
 pub mod finetune;
 pub mod plan;
 pub mod run;

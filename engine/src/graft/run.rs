@@ -5,13 +5,15 @@
 //! | `plan.toml` | the plan as it was when the run began |
 //! | `distill/`, `finetune/` | checkpoint, loss log and held-out residuals of the two stages |
 //! | `random/`, `stage1/`, `stage2/` | models: sites as initialised (the control), distilled, finetuned |
-//! | `summary.json` | costs, residuals, losses, times |
+//! | `samples-*.png`, `report.html` | pictures of every stage, and the page that compares them |
+//! | `summary.json` | costs, residuals, losses, scores, times |
 //!
 //! A model folder is complete once it has its `config.json`, which is written last. A run that is stopped at any
 //! moment, kill included, goes on from its last checkpoint when it is started again.
 
 use super::assemble::{self, Stage};
 use super::distill::{self, Distiller};
+use super::evaluate::{self, Evaluation};
 use super::finetune::Finetuner;
 use super::plan::Plan;
 use super::summary::Summary;
@@ -28,6 +30,8 @@ use std::path::{Path, PathBuf};
 
 const PLAN: &str = "plan.toml";
 const SUMMARY: &str = "summary.json";
+/// The page that people look at.
+pub const REPORT: &str = "report.html";
 
 /// A folder that belongs to one plan, held by this process.
 pub struct RunFolder {
@@ -54,6 +58,11 @@ impl RunData {
     pub fn load(config: &DataConfig) -> Result<RunData> {
         Ok(RunData { train: config.load(Split::Train)?, held_out: config.load(Split::Test)? })
     }
+
+    /// Number of classes.
+    pub fn class_count(&self) -> usize {
+        self.train.class_names.len()
+    }
 }
 
 /// A word from a stage in progress.
@@ -63,10 +72,12 @@ pub enum Event<'e> {
     Distill(&'e distill::Progress),
     /// An update of stage 2.
     Finetune(&'e trainer::Progress),
+    /// Sampling steps of the comparison: done, and in all.
+    Evaluate(u64, u64),
 }
 
 /// Receives events; breaking stops the stage after a checkpoint.
-pub type Report<'r> = dyn FnMut(Event<'_>) -> ControlFlow<()> + 'r;
+pub type Report<'r> = dyn FnMut(Event<'_>) -> ControlFlow<()> + Send + 'r;
 
 impl RunFolder {
     /// The folder for a plan, created where it is missing.
@@ -174,7 +185,7 @@ pub fn finetune(run: &RunFolder, data: &RunData, device: &Device, report: &mut R
     Ok(finished)
 }
 
-/// Everything: stage 1, stage 2, summary. Returns the summary, or nothing where `report` broke off.
+/// Everything: stage 1, stage 2, comparison, report. Returns the summary, or nothing where `report` broke off.
 ///
 /// # Errors
 /// Those of [`distill`] and [`finetune`].
@@ -190,15 +201,27 @@ pub fn run(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report
     if !distilled || stopped || !finetune(run, data, device, report)? {
         return Ok(None);
     }
-    finish(run).map(Some)
+    let evaluation = evaluate::evaluate(run, data, device, &mut |done, total| {
+        // The comparison is short and writes nothing before its end: it cannot be broken off in between.
+        let _ = report(Event::Evaluate(done, total));
+    })?;
+    finish(run, Some(evaluation)).map(Some)
 }
 
-/// What follows the last stage: gathers the numbers of the run and writes them to its folder.
+/// What follows the last stage: gathers the numbers of the run and writes them to its folder, and the report where
+/// the stages were compared.
 ///
 /// # Errors
 /// A damaged log, or a full disk.
-pub fn finish(run: &RunFolder) -> Result<Summary> {
-    let summary = Summary::gather(run)?;
+pub fn finish(run: &RunFolder, evaluation: Option<Evaluation>) -> Result<Summary> {
+    let mut summary = Summary::gather(run)?;
+    if let Some(evaluation) = &evaluation {
+        for stage in &evaluation.stages {
+            atomic::write_bytes(&run.dir.join(format!("samples-{}.png", stage.name)), &stage.sheet)?;
+        }
+        evaluate::page(run, &summary, evaluation)?.write(&run.dir.join(REPORT))?;
+    }
+    summary.evaluation = evaluation;
     json::write(&run.dir.join(SUMMARY), &summary.json()?)?;
     Ok(summary)
 }

@@ -8,6 +8,7 @@ use crate::train::config::Dtype;
 use crate::train::optimizer::AdamWSettings;
 use crate::train::trainer::LoopSettings;
 use serde::{Deserialize, Deserializer, Serialize, de};
+use std::path::PathBuf;
 
 /// Stage 1: activation distillation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -156,15 +157,20 @@ pub struct EvalConfig {
     pub steps: usize,
     /// `ddpm`, `ddim` or `dpm++`.
     pub sampler: String,
-    /// Classifier-free guidance scale.
+    /// Classifier-free guidance scale of the scored images; 1 is none.
     pub guidance: f64,
+    /// Classifier-free guidance scale of the pictures in the report.
+    pub picture_guidance: f64,
+    /// Folder of the classifier in whose feature space images are compared; without one nothing is scored.
+    pub classifier: Option<PathBuf>,
     /// Seed of the noise.
     pub seed: u64,
 }
 
 impl Default for EvalConfig {
     fn default() -> Self {
-        EvalConfig { samples: 50_000, steps: 250, sampler: "ddpm".into(), guidance: 1.5, seed: 0 }
+        let sampler = "ddpm".into();
+        EvalConfig { samples: 50_000, steps: 250, sampler, guidance: 1.5, picture_guidance: 4.0, classifier: None, seed: 0 }
     }
 }
 
@@ -246,9 +252,9 @@ impl EvalConfig {
     pub fn check(&self) -> Result<()> {
         at_least_one("eval", &[("samples", self.samples as u64), ("steps", self.steps as u64)])?;
         self.sampler.parse::<Sampler>().map_err(|e| e.context("eval"))?;
-        if !self.guidance.is_finite() {
+        if !self.guidance.is_finite() || !self.picture_guidance.is_finite() {
             return Err(Error::usage("eval: guidance", "not a finite number")
-                .is(self.guidance)
+                .is(format!("{}, {}", self.guidance, self.picture_guidance))
                 .must("a finite number, 1 for no guidance"));
         }
         Ok(())

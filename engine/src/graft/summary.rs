@@ -4,6 +4,7 @@
 
 use super::cost::{Counter, ModelCost};
 use super::distill::{HELD_OUT_LOG, Residual};
+use super::evaluate::Evaluation;
 use super::plan::Assignment;
 use super::run::RunFolder;
 use crate::error::{Error, Result};
@@ -30,6 +31,8 @@ pub struct Summary {
     pub distill: StageSummary,
     /// Stage 2, where it has begun.
     pub finetune: Option<StageSummary>,
+    /// Samples of every stage, where they were compared.
+    pub evaluation: Option<Evaluation>,
 }
 
 /// A grafted site.
@@ -81,6 +84,7 @@ impl Summary {
             cost_after: Counter::new(&after).model()?,
             distill: stage(&run.distill_folder().join(LOSS_LOG), plan.distill.batch, mean_site_loss)?,
             finetune: (finetune.steps > 0).then_some(finetune),
+            evaluation: None,
         })
     }
 
@@ -93,7 +97,7 @@ impl Summary {
     }
 }
 
-fn read_log(path: &Path) -> Result<Vec<Value>> {
+pub(super) fn read_log(path: &Path) -> Result<Vec<Value>> {
     if path.exists() { jsonl::read(path) } else { Ok(Vec::new()) }
 }
 
