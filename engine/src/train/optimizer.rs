@@ -26,7 +26,8 @@ pub struct AdamWSettings {
     pub schedule: LrSchedule,
     /// Largest global gradient norm; longer gradients are scaled down to it.
     pub clip: f64,
-    /// Decay of the moving average; 0 keeps none.
+    /// Decay of the moving average; 0 keeps none. Early on it is at most (1 + step)/(10 + step), so that the average
+    /// of a short run does not consist of its start.
     pub ema: f64,
 }
 
@@ -69,6 +70,11 @@ impl AdamWSettings {
                 self.lr * 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos())
             }
         }
+    }
+
+    /// Decay of the moving average at an update (1-based).
+    pub fn ema_at(&self, update: u64) -> f64 {
+        self.ema.min((1 + update) as f64 / (10 + update) as f64)
     }
 
     /// Checks the ranges.
@@ -167,7 +173,7 @@ impl AdamW {
             bias1: (1.0 - s.beta1.powi(steps)) as f32,
             bias2: (1.0 - s.beta2.powi(steps)) as f32,
             grad_scale: if norm > s.clip { (s.clip / norm) as f32 } else { 1.0 },
-            ema_rate: (1.0 - s.ema) as f32,
+            ema_rate: (1.0 - s.ema_at(self.step)) as f32,
         };
         for slot in &mut self.slots {
             let Some(grad) = grads.param(store, slot.id) else { continue };
@@ -225,7 +231,9 @@ mod tests {
         assert!((norms[0] - 6.0).abs() < 1e-5 && (norms[1] - 5.8).abs() < 1e-4);
         assert!((w - 0.2).abs() < 1e-3, "two steps of about 0.1 each: {w}");
         let ema = optimiser.slots()[0].ema.as_ref().unwrap().to_vec().unwrap()[0];
-        assert!((ema - 0.5 * (0.5 * 0.1 + w)).abs() < 1e-4);
+        // Decays min(0.5, 2/11) and min(0.5, 3/12): the average starts short.
+        assert!((ema - (0.25 * (9.0 / 11.0 * 0.1) + 0.75 * w)).abs() < 1e-4);
+        assert_eq!((settings.ema_at(2), settings.ema_at(1000)), (0.25, 0.5));
     }
 
     #[test]
