@@ -3,8 +3,10 @@
 //! Networks trained on photographs say little about 28 x 28 grey clothes, so the bundled data has its own: a
 //! transformer of a few pre-norm blocks over square patches, made of the same operators as the diffusion models.
 //! Its blocks are DiT blocks without a condition: a constant modulation table with shift 0, scale 0 and gate 1. The
-//! last tokens, side by side, pass a layer of [`FEATURES`] GELU units, the features, and a layer of one logit per
-//! class. [`train`] makes one; `assets/fashion-classifier` holds the trained one.
+//! last tokens, side by side, pass a layer of [`FEATURES`] GELU units and a layer of one logit per class. The features
+//! are the inputs of those units, which are spread like a Gaussian; their outputs are mostly zero with rare large
+//! values, from which no distance of a few hundred samples can be told well. [`train`] makes a classifier;
+//! `assets/fashion-classifier` holds the trained one.
 
 mod train;
 
@@ -110,12 +112,6 @@ impl Reading {
     }
 }
 
-/// Results of a forward pass.
-struct Outputs {
-    features: Var,
-    logits: Var,
-}
-
 impl Classifier {
     /// A new, untrained classifier.
     ///
@@ -153,8 +149,8 @@ impl Classifier {
         self.params.get(self.positions).value.device()
     }
 
-    /// Features `[B, 1, FEATURES]` and logits `[B, 1, classes]` of images `[B, 1, 28, 28]` in [−1, 1].
-    fn forward(&self, g: &Graph<'_>, images: &Tensor) -> Result<Outputs> {
+    /// The last tokens of images `[B, 1, 28, 28]` in [−1, 1], normalised and side by side: `[B, 1, N·D]`.
+    fn tokens(&self, g: &Graph<'_>, images: &Tensor) -> Result<Var> {
         let b = images.dim(0);
         if images.shape().dims() != [b, 1, SIDE, SIDE] {
             return Err(Error::failure("classifier: images", "wrong shape")
@@ -173,10 +169,19 @@ impl Classifier {
             x = operator.forward(g, &self.params, &h, Some(epilogue))?;
         }
         let x = g.ln_modulate(&x, &modulation, norm)?;
-        let x = g.reshape(&x, &[b, 1, DIMS.tokens * DIMS.width])?;
-        let features = self.features.forward(g, &self.params, &x, act::GELU)?;
-        let logits = self.head.forward(g, &self.params, &features, act::NONE)?;
-        Ok(Outputs { features, logits })
+        g.reshape(&x, &[b, 1, DIMS.tokens * DIMS.width])
+    }
+
+    /// Features `[B, 1, FEATURES]` of tokens.
+    fn features(&self, g: &Graph<'_>, tokens: &Var) -> Result<Var> {
+        self.features.forward(g, &self.params, tokens, act::NONE)
+    }
+
+    /// Logits `[B, classes]` of tokens.
+    fn logits(&self, g: &Graph<'_>, tokens: &Var) -> Result<Var> {
+        let hidden = self.features.forward(g, &self.params, tokens, act::GELU)?;
+        let logits = self.head.forward(g, &self.params, &hidden, act::NONE)?;
+        g.reshape(&logits, &[tokens.dim(0), self.classes])
     }
 
     /// Features and classes of images `[n, 1, 28, 28]` in [−1, 1].
@@ -190,9 +195,9 @@ impl Classifier {
         let values = images.f32s()?;
         for chunk in values.chunks((READ_BATCH * channels * height * width).max(1)) {
             let n = chunk.len() / (channels * height * width);
-            let out = self.forward(&g, &Tensor::from_f32(self.device(), &[n, channels, height, width], chunk)?)?;
-            reading.features.extend_from_slice(out.features.tensor().f32s()?);
-            reading.classes.extend(out.logits.tensor().f32s()?.chunks_exact(self.classes).map(largest));
+            let tokens = self.tokens(&g, &Tensor::from_f32(self.device(), &[n, channels, height, width], chunk)?)?;
+            reading.features.extend_from_slice(self.features(&g, &tokens)?.tensor().f32s()?);
+            reading.classes.extend(self.logits(&g, &tokens)?.tensor().f32s()?.chunks_exact(self.classes).map(largest));
         }
         Ok(reading)
     }

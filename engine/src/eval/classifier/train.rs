@@ -78,8 +78,8 @@ pub fn train(
         let labels = Tensor::from_i32(device, &[batch.labels.len()], &batch.labels)?;
         let (loss, grads) = {
             let g = Graph::training(settings.precision);
-            let logits = classifier.forward(&g, &images)?.logits;
-            let logits = g.reshape(&logits, &[logits.dim(0), logits.dim(2)])?;
+            let tokens = classifier.tokens(&g, &images)?;
+            let logits = classifier.logits(&g, &tokens)?;
             let loss = g.cross_entropy(&logits, &labels, contracts::cross_entropy::Params {})?;
             (f64::from(loss.tensor().f32s()?[0]), g.backward(&loss)?)
         };
