@@ -39,7 +39,13 @@ pub struct ModelCase {
 /// Cases in the order in which they run; the last is small, so that it shows in seconds whether a set-up works.
 pub const CASES: [ModelCase; 3] = [
     ModelCase { name: "dit_xl_2_256_forward", size: "DiT-XL/2", batch: 1, work: Work::Forward, target: Some(0.9) },
-    ModelCase { name: "dit_s_2_256_training_step", size: "DiT-S/2", batch: 8, work: Work::TrainingStep, target: Some(0.8) },
+    ModelCase {
+        name: "dit_s_2_256_training_step",
+        size: "DiT-S/2",
+        batch: 8,
+        work: Work::TrainingStep,
+        target: Some(0.8),
+    },
     ModelCase { name: "dit_s_8_256_training_step", size: "DiT-S/8", batch: 2, work: Work::TrainingStep, target: None },
 ];
 
@@ -141,13 +147,17 @@ impl Prepared {
         dit::save(&self.model, &folder.join("model"), SaveAs::F32, &BTreeMap::new())?;
         let y: Vec<f32> = self.y.i32s()?.iter().map(|&y| y as f32).collect();
         let y = Tensor::from_f32(self.y.device(), &[self.case.batch], &y)?;
-        write_tensors(&folder.join("inputs.safetensors"), &[("x", &self.x), ("t", &self.t), ("y", &y), ("target", &self.target)])
+        write_tensors(
+            &folder.join("inputs.safetensors"),
+            &[("x", &self.x), ("t", &self.t), ("y", &y), ("target", &self.target)],
+        )
     }
 }
 
 /// Gives every parameter small random values: a fresh DiT starts as the identity and would compare nothing.
 fn randomise(model: &mut Dit) -> Result<()> {
-    let trainable: Vec<_> = model.params.iter().filter(|(_, p)| p.trainable).map(|(id, p)| (id, p.name.clone())).collect();
+    let trainable: Vec<_> =
+        model.params.iter().filter(|(_, p)| p.trainable).map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in trainable {
         let param = &model.params.get(id).value;
         let (device, shape) = (param.device().clone(), param.shape());

@@ -50,7 +50,11 @@ fn operators(criterion: &mut Criterion, limit: f64) -> Result<()> {
         let mut group = criterion.benchmark_group(row.info.name);
         group.sampling_mode(SamplingMode::Flat);
         if pass == "forward" {
-            group.throughput(if row.flops > 0 { Throughput::Elements(row.flops as u64) } else { Throughput::Bytes(row.bytes as u64) });
+            group.throughput(if row.flops > 0 {
+                Throughput::Elements(row.flops as u64)
+            } else {
+                Throughput::Bytes(row.bytes as u64)
+            });
         }
         let mut outcome = Ok(());
         group.bench_function(BenchmarkId::new(pass, row.name), |b| b.iter(|| outcome = call()));
@@ -68,7 +72,10 @@ fn models(criterion: &mut Criterion, limit: f64) -> Result<()> {
         for (name, precision) in [("f32", Precision::F32), ("bf16", Precision::Bf16)] {
             let (mut prepared, mut outcome) = (None, Ok(()));
             group.bench_function(BenchmarkId::new(case.name, name), |b| {
-                b.iter(|| outcome = prepare_once(&mut prepared, || Prepared::new(case, precision)).and_then(|p| p.run().map(drop)));
+                b.iter(|| {
+                    outcome =
+                        prepare_once(&mut prepared, || Prepared::new(case, precision)).and_then(|p| p.run().map(drop))
+                });
             });
             outcome?;
         }

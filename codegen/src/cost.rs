@@ -46,7 +46,9 @@ fn product(rest: &mut &str, dims: &BTreeMap<String, usize>) -> Result<f64, Strin
 fn atom(rest: &mut &str, dims: &BTreeMap<String, usize>) -> Result<f64, String> {
     if accept(rest, ['(', '(']).is_some() {
         let value = sum(rest, dims)?;
-        return accept(rest, [')', ')']).map(|_| value).ok_or_else(|| format!("no closing parenthesis before {rest:?}"));
+        return accept(rest, [')', ')'])
+            .map(|_| value)
+            .ok_or_else(|| format!("no closing parenthesis before {rest:?}"));
     }
     let trimmed = rest.trim_start();
     let end = trimmed.find(|c: char| !c.is_alphanumeric()).unwrap_or(trimmed.len());
@@ -66,7 +68,8 @@ fn table(c: &Contract) -> Result<String, String> {
         let place = |e: String| format!("{}: case {}: {e}", c.name, case.name);
         let flops = evaluate(&c.cost.flops, &case.dims).map_err(place)?;
         let bytes = evaluate(&c.cost.bytes, &case.dims).map_err(place)?;
-        let dims: Vec<String> = c.dims.iter().map(|d| format!("{d} {}", case.dims.get(d).copied().unwrap_or(0))).collect();
+        let dims: Vec<String> =
+            c.dims.iter().map(|d| format!("{d} {}", case.dims.get(d).copied().unwrap_or(0))).collect();
         let _ = writeln!(
             out,
             "| `{}` | {} | {:.3} | {:.3} | {:.2} |",
@@ -89,7 +92,10 @@ pub fn refresh_readme(c: &Contract, text: &str) -> Result<String, String> {
     let marked = text.split_once(BEGIN).and_then(|(head, rest)| Some((head, rest.split_once(END)?.1)));
     Ok(match marked {
         Some((head, tail)) => format!("{head}{BEGIN}\n{table}{END}{tail}"),
-        None => format!("{}\n\n## Costs of one forward call, all tensors in f32\n\n{BEGIN}\n{table}{END}\n", text.trim_end()),
+        None => format!(
+            "{}\n\n## Costs of one forward call, all tensors in f32\n\n{BEGIN}\n{table}{END}\n",
+            text.trim_end()
+        ),
     })
 }
 

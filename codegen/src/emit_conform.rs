@@ -76,7 +76,11 @@ pub fn conform(out: &mut String, c: &Contract) {
         args.extend(
             c.computed_grads().map(|t| if t.optional { format!("!absent({:?})", t.name) } else { "true".into() }),
         );
-        let _ = writeln!(body, "            let grads = io.call(\"backward\", || {name}_backward({}, params))?;", args.join(", "));
+        let _ = writeln!(
+            body,
+            "            let grads = io.call(\"backward\", || {name}_backward({}, params))?;",
+            args.join(", ")
+        );
         let single = c.computed_grads().count() == 1;
         for t in c.computed_grads() {
             let value = if single { "grads".to_string() } else { format!("grads.{}", t.name) };

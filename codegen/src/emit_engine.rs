@@ -167,7 +167,11 @@ fn requires(c: &Contract, in_scope: impl Fn(&str) -> bool) -> String {
     let mut conditions = String::new();
     for r in c.require.iter().filter(|r| named_by_has(&r.that).all(&in_scope)) {
         let that = condition(c, &r.that);
-        let _ = writeln!(conditions, "    require({:?}, {that}, {:?}, {:?}, || format!(\"{{dims:?}}, {{params:?}}\"))?;", c.name, r.that, r.must);
+        let _ = writeln!(
+            conditions,
+            "    require({:?}, {that}, {:?}, {:?}, || format!(\"{{dims:?}}, {{params:?}}\"))?;",
+            c.name, r.that, r.must
+        );
     }
     if !conditions.is_empty() {
         let _ = writeln!(s, "    {}", dim_locals(c, &conditions));
@@ -384,9 +388,15 @@ fn backward(out: &mut String, c: &Contract, gradient: &Gradient) {
             t.name
         );
     }
-    let others: Vec<String> =
-        needs.iter().map(|t| if t.optional { format!("({0:?}, {0})", t.name) } else { format!("({0:?}, Some({0}))", t.name) }).collect();
-    let _ = writeln!(out, "    let device = {dy}.device().clone();\n    check.same_device(&device, &[{}])?;", others.join(", "));
+    let others: Vec<String> = needs
+        .iter()
+        .map(|t| if t.optional { format!("({0:?}, {0})", t.name) } else { format!("({0:?}, Some({0}))", t.name) })
+        .collect();
+    let _ = writeln!(
+        out,
+        "    let device = {dy}.device().clone();\n    check.same_device(&device, &[{}])?;",
+        others.join(", ")
+    );
     let mut body = String::new();
     for t in c.computed_grads() {
         let _ = writeln!(

@@ -20,8 +20,7 @@ pub fn rust_expr(expr: &str) -> String {
 
 /// `let Dims { b, n, d } = dims;` with only the letters that `text` uses, so that no variable is unused.
 pub fn dim_locals(contract: &Contract, text: &str) -> String {
-    let used: Vec<String> =
-        contract.dims.iter().map(|d| d.to_lowercase()).filter(|d| mentions(text, d)).collect();
+    let used: Vec<String> = contract.dims.iter().map(|d| d.to_lowercase()).filter(|d| mentions(text, d)).collect();
     if used.is_empty() { String::new() } else { format!("let Dims {{ {}, .. }} = dims;", used.join(", ")) }
 }
 

@@ -76,7 +76,8 @@ struct Filters<'w> {
 impl<'w> Filters<'w> {
     fn new(dims: Dims, lead: usize, short: [Option<&'w [f32]>; 2], inner: [Option<&'w [f32]>; 2]) -> Self {
         let Dims { c, k, .. } = dims;
-        let filter = |w: &'w [f32], bias: &'w [f32], i: usize| Filter::new(&w[i * c * k..][..c * k], &bias[i * c..][..c], k);
+        let filter =
+            |w: &'w [f32], bias: &'w [f32], i: usize| Filter::new(&w[i * c * k..][..c * k], &bias[i * c..][..c], k);
         let short = short[0].zip(short[1]).map(|(w, bias)| [0, 1, 2].map(|part| filter(w, bias, part)));
         Filters { dims, lead, short, inner: inner[0].zip(inner[1]).map(|(w, bias)| filter(w, bias, 0)) }
     }

@@ -61,7 +61,8 @@ fn data() -> RunData {
 fn plan(base: &Path, grafts: &str, distill: &str, finetune: &str) -> Plan {
     let text = format!(
         "[base]\nmodel = {:?}\n[data]\nkind = \"mnist\"\ndir = \"none\"\n{grafts}\n\
-         [distill]\nbatch = 8\nheld_out = 2\n{distill}\n[finetune]\nbatch = 8\n{finetune}\n",
+         [distill]\nbatch = 8\nheld_out = 2\n{distill}\n[finetune]\nbatch = 8\n{finetune}\n\
+         [eval]\nsteps = 2\nsampler = \"ddim\"\npicture_guidance = 1.0\n",
         base.display().to_string()
     );
     Plan::parse("plan.toml", text).unwrap()
@@ -190,6 +191,7 @@ fn a_run_stopped_or_killed_anywhere_ends_in_the_same_bytes() {
             first.get_or_insert(match e {
                 Event::Distill(p) => ("distill", p.step),
                 Event::Finetune(p) => ("finetune", p.step),
+                Event::Evaluate(..) => ("evaluate", 0),
             });
             ControlFlow::Continue(())
         });

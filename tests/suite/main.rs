@@ -1,8 +1,9 @@
 //! The test suites.
 
+mod demo;
 mod fuzz;
 mod golden_io;
-mod properties;
-mod graft;
 mod golden_verify;
+mod graft;
+mod properties;
 mod tidy;

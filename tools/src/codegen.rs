@@ -47,10 +47,7 @@ pub fn stale(root: &Path) -> Result<Vec<(PathBuf, String)>, String> {
         }
     }
     files.extend(graft_codegen::render(contracts).into_iter().map(|file| (root.join(file.path), file.text)));
-    Ok(files
-        .into_iter()
-        .filter(|(path, text)| std::fs::read_to_string(path).ok().as_ref() != Some(text))
-        .collect())
+    Ok(files.into_iter().filter(|(path, text)| std::fs::read_to_string(path).ok().as_ref() != Some(text)).collect())
 }
 
 /// Writes every stale generated file; returns their paths.
@@ -60,6 +57,8 @@ pub fn stale(root: &Path) -> Result<Vec<(PathBuf, String)>, String> {
 pub fn write(root: &Path) -> Result<Vec<PathBuf>, String> {
     stale(root)?
         .into_iter()
-        .map(|(path, text)| std::fs::write(&path, text).map(|()| path.clone()).map_err(|e| format!("{}: {e}", path.display())))
+        .map(|(path, text)| {
+            std::fs::write(&path, text).map(|()| path.clone()).map_err(|e| format!("{}: {e}", path.display()))
+        })
         .collect()
 }

@@ -26,7 +26,8 @@ fn rows(root: &Path) -> Result<Vec<Value>, String> {
         return Ok(Vec::new());
     }
     let entries = std::fs::read_dir(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    let mut files: Vec<PathBuf> = entries.filter_map(Result::ok).map(|e| e.path().join("models.jsonl")).filter(|p| p.is_file()).collect();
+    let mut files: Vec<PathBuf> =
+        entries.filter_map(Result::ok).map(|e| e.path().join("models.jsonl")).filter(|p| p.is_file()).collect();
     files.sort();
     let mut rows = Vec::new();
     for file in files {

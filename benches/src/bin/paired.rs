@@ -68,7 +68,11 @@ fn run(args: &Args) -> Result<()> {
         return Err(Error::usage("--pairs, --threads", "nothing to run").must("at least 1"));
     }
     cpu::set_threads(args.threads)?;
-    let chosen = if args.cases.is_empty() { CASES.to_vec() } else { args.cases.iter().map(|n| case(n)).collect::<Result<_>>()? };
+    let chosen = if args.cases.is_empty() {
+        CASES.to_vec()
+    } else {
+        args.cases.iter().map(|n| case(n)).collect::<Result<_>>()?
+    };
     for case in chosen {
         for dtype in &args.dtype {
             let row = measure(args, root, case, dtype)?;
@@ -84,7 +88,8 @@ fn run(args: &Args) -> Result<()> {
 fn append(path: &Path, row: &Value) -> Result<()> {
     let folder = path.parent().unwrap_or(path);
     create_dir_all(folder).map_err(|e| Error::io(folder, "make the folder", &e))?;
-    let mut file = OpenOptions::new().create(true).append(true).open(path).map_err(|e| Error::io(path, "open the rows", &e))?;
+    let mut file =
+        OpenOptions::new().create(true).append(true).open(path).map_err(|e| Error::io(path, "open the rows", &e))?;
     writeln!(file, "{row}").map_err(|e| Error::io(path, "append a row", &e))
 }
 
@@ -201,8 +206,9 @@ impl Peer {
     fn answer(&mut self) -> Result<Value> {
         let mut line = String::new();
         self.output.read_line(&mut line).map_err(|e| Error::failure("peer", format!("cannot be read: {e}")))?;
-        serde_json::from_str(&line)
-            .map_err(|_| Error::failure("peer", "ended or gave no answer; its own message is above").is(format!("{line:?}")))
+        serde_json::from_str(&line).map_err(|_| {
+            Error::failure("peer", "ended or gave no answer; its own message is above").is(format!("{line:?}"))
+        })
     }
 }
 

@@ -168,7 +168,8 @@ impl<'m> Graph<'m> {
         let tensor = x.tensor.reshape(shape)?;
         let Some(source) = self.source(x) else { return Ok(Var::constant(tensor)) };
         let original = x.tensor.shape();
-        Ok(self.record("reshape", tensor, 0, move |dy, grads| grads.add(Some(source), Some(dy.reshape(original.dims())?))))
+        Ok(self
+            .record("reshape", tensor, 0, move |dy, grads| grads.add(Some(source), Some(dy.reshape(original.dims())?))))
     }
 
     /// Elementwise a + b of equal shapes.

@@ -1,16 +1,16 @@
 //! The command line: the only room that prints and exits.
 
-mod graft_run;
-mod plan;
 mod classifier;
 mod doctor;
 mod eval;
 mod forward;
+mod graft_run;
 mod inspect;
 mod model_args;
 pub mod op;
 mod out;
 mod pictures;
+mod plan;
 mod pretrain;
 mod progress;
 mod sample;

@@ -32,7 +32,8 @@ pub fn run(args: &Args) -> Result<()> {
     let config = PretrainConfig::read(&args.config)?;
     let data = config.data.load(Split::Train)?;
     let device = Device::cpu();
-    let model = Dit::new(config.model_for(data.channels, data.height, data.class_names.len())?, &device, config.train.seed)?;
+    let model =
+        Dit::new(config.model_for(data.channels, data.height, data.class_names.len())?, &device, config.train.seed)?;
     let t = &config.train;
     let settings = LoopSettings {
         steps: t.steps,

@@ -142,8 +142,10 @@ fn fits(model: &Dit, data: &RunData) -> Result<()> {
 fn sheet(images: &Tensor, data: &RunData) -> Result<Vec<u8>> {
     let (side, channels) = (images.dim(2), images.dim(1));
     let pixels = to_pixels(images)?;
-    let pictures: Vec<Image> =
-        pixels.chunks(side * side * channels).map(|p| Image::new(side, side, channels, p.to_vec())).collect::<Result<_>>()?;
+    let pictures: Vec<Image> = pixels
+        .chunks(side * side * channels)
+        .map(|p| Image::new(side, side, channels, p.to_vec()))
+        .collect::<Result<_>>()?;
     let names = &data.train.class_names;
     let row_captions = names.iter().take(CLASSES).map(|name| name.to_string()).collect();
     let upscale = (COMFORTABLE / side).clamp(1, 8);
@@ -158,7 +160,8 @@ fn sheet(images: &Tensor, data: &RunData) -> Result<Vec<u8>> {
 pub fn page(run: &RunFolder, summary: &Summary, evaluation: &Evaluation) -> Result<GraftRun> {
     let count = summary.sites.len();
     let operators: Vec<&str> = {
-        let mut kinds: Vec<&str> = summary.sites.iter().map(|s| s.after.split('(').next().unwrap_or(&s.after)).collect();
+        let mut kinds: Vec<&str> =
+            summary.sites.iter().map(|s| s.after.split('(').next().unwrap_or(&s.after)).collect();
         kinds.sort_unstable();
         kinds.dedup();
         kinds
@@ -166,7 +169,12 @@ pub fn page(run: &RunFolder, summary: &Summary, evaluation: &Evaluation) -> Resu
     Ok(GraftRun {
         title: "Graft report".into(),
         summary: format!("{count} sites of {} now hold {}.", summary.base, operators.join(", ")),
-        stages: evaluation.stages.iter().filter(|s| s.name != ModelStage::Random.name()).map(|s| stage(s, summary)).collect(),
+        stages: evaluation
+            .stages
+            .iter()
+            .filter(|s| s.name != ModelStage::Random.name())
+            .map(|s| stage(s, summary))
+            .collect(),
         real: evaluation.real.clone(),
         costs: costs(summary, evaluation),
         sites: summary
@@ -188,10 +196,7 @@ pub fn page(run: &RunFolder, summary: &Summary, evaluation: &Evaluation) -> Resu
 fn stage(s: &Evaluated, summary: &Summary) -> Stage {
     let note = match s.name.as_str() {
         "distilled" => format!("each new operator imitates the one it replaced: {} updates", summary.distill.steps),
-        "finetuned" => format!(
-            "the whole model is trained on: {} updates",
-            summary.finetune.map_or(0, |f| f.steps)
-        ),
+        "finetuned" => format!("the whole model is trained on: {} updates", summary.finetune.map_or(0, |f| f.steps)),
         _ => "as it was pretrained".to_string(),
     };
     Stage { name: s.name.clone(), note, samples: Some(s.sheet.clone()), score: s.score }
@@ -246,7 +251,12 @@ fn curves(run: &RunFolder) -> Result<Vec<Figure<LineChart>>> {
         figures.push(Figure {
             title: "Stage 2: the model grows together".into(),
             caption: "Diffusion loss of the whole model while all parameters are trained.".into(),
-            chart: chart("loss of stage 2", "loss", true, vec![Series { name: "diffusion loss".into(), points: finetune }]),
+            chart: chart(
+                "loss of stage 2",
+                "loss",
+                true,
+                vec![Series { name: "diffusion loss".into(), points: finetune }],
+            ),
         });
     }
     Ok(figures)
@@ -257,9 +267,18 @@ fn facts(run: &RunFolder, summary: &Summary, evaluation: &Evaluation) -> Vec<(St
     let mut rows = vec![
         ("program".to_string(), format!("graft {}", env!("CARGO_PKG_VERSION"))),
         ("base model".to_string(), summary.base.clone()),
-        ("scored samples".to_string(), format!("{} a stage, {} with {} steps, guidance {}, seed {}", e.samples, e.sampler, e.steps, e.guidance, e.seed)),
+        (
+            "scored samples".to_string(),
+            format!(
+                "{} a stage, {} with {} steps, guidance {}, seed {}",
+                e.samples, e.sampler, e.steps, e.guidance, e.seed
+            ),
+        ),
         ("pictures".to_string(), format!("guidance {}, the same seeds and labels at every stage", e.picture_guidance)),
-        ("time of stage 1".to_string(), format!("{:.0} s for {} images", summary.distill.seconds, summary.distill.images)),
+        (
+            "time of stage 1".to_string(),
+            format!("{:.0} s for {} images", summary.distill.seconds, summary.distill.images),
+        ),
     ];
     if let Some(f) = &summary.finetune {
         rows.push(("time of stage 2".to_string(), format!("{:.0} s for {} images", f.seconds, f.images)));

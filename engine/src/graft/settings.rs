@@ -170,7 +170,15 @@ pub struct EvalConfig {
 impl Default for EvalConfig {
     fn default() -> Self {
         let sampler = "ddpm".into();
-        EvalConfig { samples: 50_000, steps: 250, sampler, guidance: 1.5, picture_guidance: 4.0, classifier: None, seed: 0 }
+        EvalConfig {
+            samples: 50_000,
+            steps: 250,
+            sampler,
+            guidance: 1.5,
+            picture_guidance: 4.0,
+            classifier: None,
+            seed: 0,
+        }
     }
 }
 

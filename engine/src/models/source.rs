@@ -129,13 +129,19 @@ impl Source for TorchWeights {
 pub(crate) fn read_weight(source: &dyn Source, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
     let place = || format!("{}: {name}", source.place());
     let tensor = source.tensor(name).ok_or_else(|| {
-        Error::failure(place(), "missing tensor").must(format!("present with shape {shape:?}")).fix("use the complete checkpoint of this model")
+        Error::failure(place(), "missing tensor")
+            .must(format!("present with shape {shape:?}"))
+            .fix("use the complete checkpoint of this model")
     })?;
     if !tensor.is_weight() {
-        return Err(Error::failure(place(), "unsupported dtype for a weight").is(tensor.dtype_name()).must("F32, F16, BF16 or F64"));
+        return Err(Error::failure(place(), "unsupported dtype for a weight")
+            .is(tensor.dtype_name())
+            .must("F32, F16, BF16 or F64"));
     }
     if tensor.shape() != shape {
-        return Err(Error::failure(place(), "wrong shape").is(format!("{:?}", tensor.shape())).must(format!("{shape:?}")));
+        return Err(Error::failure(place(), "wrong shape")
+            .is(format!("{:?}", tensor.shape()))
+            .must(format!("{shape:?}")));
     }
     let values = tensor.values()?;
     match values.iter().position(|v| !v.is_finite()) {

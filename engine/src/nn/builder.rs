@@ -127,7 +127,8 @@ fn fill(out: &mut [f32], init: Init, mut rng: Philox) {
 
 /// FNV-1a of the name, in the upper half of the stream space so that it meets no sampler stream.
 fn stream_of(name: &str) -> u64 {
-    let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
+    let hash =
+        name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
     hash | 1 << 63
 }
 

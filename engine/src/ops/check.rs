@@ -38,10 +38,14 @@ impl DimCheck {
     pub(super) fn bind(&mut self, name: &'static str, t: &Tensor, shape: &[&str]) -> Result<()> {
         let dims = t.shape();
         if dims.dims().len() != shape.len() {
-            return Err(Error::failure(format!("{}: {name}", self.op), "wrong rank").is(dims).must(format!("[{}]", shape.join(", "))));
+            return Err(Error::failure(format!("{}: {name}", self.op), "wrong rank")
+                .is(dims)
+                .must(format!("[{}]", shape.join(", "))));
         }
         for (expr, &size) in shape.iter().zip(dims.dims()) {
-            if let Some(i) = self.index(expr) && self.values[i].is_none() {
+            if let Some(i) = self.index(expr)
+                && self.values[i].is_none()
+            {
                 (self.values[i], self.bound_by[i]) = (Some(size), name);
             }
         }
@@ -59,7 +63,9 @@ impl DimCheck {
                     .must(format!("[{}] with {expr} = {want}{origin}", shape.join(", "))));
             }
             if size == 0 {
-                return Err(Error::failure(format!("{}: {name}", self.op), "empty tensor").is(t.shape()).must("every dim at least 1"));
+                return Err(Error::failure(format!("{}: {name}", self.op), "empty tensor")
+                    .is(t.shape())
+                    .must("every dim at least 1"));
             }
         }
         Ok(())
@@ -88,7 +94,9 @@ impl DimCheck {
     /// Every argument on one device.
     pub(super) fn same_device(&self, device: &Device, others: &[(&str, Option<&Tensor>)]) -> Result<()> {
         for (name, t) in others {
-            if let Some(t) = t && t.device() != device {
+            if let Some(t) = t
+                && t.device() != device
+            {
                 return Err(Error::failure(format!("{}: {name}", self.op), "on another device")
                     .is(t.device().kind())
                     .must(device.kind())
@@ -323,7 +331,10 @@ mod tests {
         let x = Tensor::zeros(&device, &[2, 3, 4]).unwrap();
         let m = Tensor::zeros(&device, &[4, 6, 4]).unwrap();
         let message = ln_modulate(&x, &m, params()).err().unwrap().to_string();
-        assert_eq!(message, "ln_modulate: modulation: axis 0 does not fit; is [4, 6, 4]; must be [B, C, D] with B = 2 as in x");
+        assert_eq!(
+            message,
+            "ln_modulate: modulation: axis 0 does not fit; is [4, 6, 4]; must be [B, C, D] with B = 2 as in x"
+        );
         let m = Tensor::zeros(&device, &[2, 6]).unwrap();
         assert!(ln_modulate(&x, &m, params()).err().unwrap().to_string().contains("modulation: wrong rank"));
         let m = Tensor::from_i32(&device, &[2, 6, 4], &[0; 48]).unwrap();

@@ -150,7 +150,9 @@ impl FromStr for Sampler {
             "ddpm" => Ok(Sampler::Ddpm),
             "ddim" => Ok(Sampler::Ddim { eta: 0.0 }),
             "dpm++" | "dpm-solver++" => Ok(Sampler::DpmPlusPlus { end: DpmEndPoint::Zero }),
-            _ => Err(Error::usage("sampler", "unknown name").is(format!("{name:?}")).must("ddpm, ddim or dpm++ (dpm-solver++)")),
+            _ => Err(Error::usage("sampler", "unknown name")
+                .is(format!("{name:?}"))
+                .must("ddpm, ddim or dpm++ (dpm-solver++)")),
         }
     }
 }

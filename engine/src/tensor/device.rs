@@ -181,7 +181,9 @@ impl Device {
             Some(Recycled(buffer)) => buffer,
             None => self.allocate(lines)?,
         };
-        if self.0.poison.load(Ordering::Relaxed) && let Some(buffer) = Arc::get_mut(&mut buffer) {
+        if self.0.poison.load(Ordering::Relaxed)
+            && let Some(buffer) = Arc::get_mut(&mut buffer)
+        {
             buffer.floats_mut().fill(f32::NAN);
         }
         let live = self.0.live.fetch_add(lines * 64, Ordering::Relaxed) + lines * 64;

@@ -155,7 +155,9 @@ impl Tensor {
     pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
         let shape = Shape::new(shape)?;
         if shape.len() != self.len() {
-            return Err(Error::failure("reshape", "element counts differ").is(self.shape).must(format!("the size of {shape}")));
+            return Err(Error::failure("reshape", "element counts differ")
+                .is(self.shape)
+                .must(format!("the size of {shape}")));
         }
         Ok(Tensor { shape, dtype: self.dtype, buffer: self.buffer.clone() })
     }

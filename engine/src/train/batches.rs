@@ -82,7 +82,15 @@ mod tests {
 
     fn data(n: usize) -> ImageSet {
         let pixels = (0..n).flat_map(|i| [i as u8, 255, 0, 128]).collect();
-        ImageSet { n, channels: 1, height: 2, width: 2, pixels, labels: (0..n).map(|i| i as u8).collect(), class_names: vec![] }
+        ImageSet {
+            n,
+            channels: 1,
+            height: 2,
+            width: 2,
+            pixels,
+            labels: (0..n).map(|i| i as u8).collect(),
+            class_names: vec![],
+        }
     }
 
     #[test]

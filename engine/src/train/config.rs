@@ -43,7 +43,9 @@ impl DataConfig {
             "fashion-mnist" => datasets::fashion_mnist(dir, split),
             "mnist" => datasets::mnist(dir, split),
             "cifar10" => datasets::cifar10(dir, split),
-            other => Err(Error::usage("data: kind", "unknown data set").is(other).must("fashion-mnist, mnist or cifar10")),
+            other => {
+                Err(Error::usage("data: kind", "unknown data set").is(other).must("fashion-mnist, mnist or cifar10"))
+            }
         }
     }
 }
@@ -134,7 +136,10 @@ impl PretrainConfig {
     pub fn read(path: &Path) -> Result<PretrainConfig> {
         let text = crate::io::files::read_text(path)?;
         let config: PretrainConfig = toml::from_str(&text).map_err(|e| {
-            Error::usage(path.display().to_string(), format!("not a pretraining configuration: {}", e.to_string().trim_end().replace('\n', " ")))
+            Error::usage(
+                path.display().to_string(),
+                format!("not a pretraining configuration: {}", e.to_string().trim_end().replace('\n', " ")),
+            )
         })?;
         config.check().map_err(|e| e.context(path.display()))?;
         Ok(config)

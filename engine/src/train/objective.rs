@@ -34,7 +34,15 @@ pub struct Noised {
 ///
 /// # Errors
 /// When memory runs out.
-pub fn noise_batch(device: &Device, schedule: &Schedule, batch: &Batch, null: i32, dropout: f64, seed: u64, step: u64) -> Result<Noised> {
+pub fn noise_batch(
+    device: &Device,
+    schedule: &Schedule,
+    batch: &Batch,
+    null: i32,
+    dropout: f64,
+    seed: u64,
+    step: u64,
+) -> Result<Noised> {
     let shape = batch.images.shape();
     let &[b, c, h, w] = shape.dims() else {
         return Err(crate::error::Error::failure("batch", "wrong rank").is(shape).must("[B, C, H, W]"));
@@ -50,10 +58,12 @@ pub fn noise_batch(device: &Device, schedule: &Schedule, batch: &Batch, null: i3
         weights.extend(row.noise_row());
         coefs.extend(row.row());
     }
-    let noise = philox(device, b * c * h * w, contracts::philox::Params { seed, stream: NOISE_STREAMS + step, offset: 0 })?;
+    let noise =
+        philox(device, b * c * h * w, contracts::philox::Params { seed, stream: NOISE_STREAMS + step, offset: 0 })?;
     let weights = Tensor::from_f32(device, &[b, 2], &weights)?;
     let flat = [b, c * h * w];
-    let x_t = add_noise(&batch.images.reshape(&flat)?, &noise.reshape(&flat)?, &weights, contracts::add_noise::Params {})?;
+    let x_t =
+        add_noise(&batch.images.reshape(&flat)?, &noise.reshape(&flat)?, &weights, contracts::add_noise::Params {})?;
     Ok(Noised {
         x_t: x_t.into_shape(&[b, c, h, w])?,
         t: Tensor::from_f32(device, &[b], &times)?,

@@ -222,7 +222,13 @@ mod tests {
         for _ in 0..2 {
             let g = Graph::training(Precision::F32);
             let w = g.param(&store, id);
-            let loss = g.loss_regression(&w, &crate::autograd::Var::constant(target.clone()), loss_regression::Params { kind: 1, delta: 1.0 }).unwrap();
+            let loss = g
+                .loss_regression(
+                    &w,
+                    &crate::autograd::Var::constant(target.clone()),
+                    loss_regression::Params { kind: 1, delta: 1.0 },
+                )
+                .unwrap();
             drop(w);
             let grads = g.backward(&loss).unwrap();
             norms.push(optimiser.update(&mut store, &grads, 0.1).unwrap());

@@ -70,12 +70,26 @@ impl Trainer {
     ///
     /// # Errors
     /// A folder that cannot be written or that another process uses, or a checkpoint of another run.
-    pub fn open(mut model: Dit, optimiser: AdamWSettings, settings: LoopSettings, folder: &Path, fingerprint: String) -> Result<Trainer> {
+    pub fn open(
+        mut model: Dit,
+        optimiser: AdamWSettings,
+        settings: LoopSettings,
+        folder: &Path,
+        fingerprint: String,
+    ) -> Result<Trainer> {
         ensure_writable_dir(folder)?;
         let lock = RunLock::acquire(folder)?;
         let mut optimiser = AdamW::new(optimiser, &model.params)?;
         checkpoint::restore(&folder.join(CHECKPOINT), &mut [(&mut model.params, &mut optimiser)], &fingerprint)?;
-        Ok(Trainer { model, optimiser, settings, schedule: Schedule::default(), folder: folder.to_path_buf(), fingerprint, _lock: lock })
+        Ok(Trainer {
+            model,
+            optimiser,
+            settings,
+            schedule: Schedule::default(),
+            folder: folder.to_path_buf(),
+            fingerprint,
+            _lock: lock,
+        })
     }
 
     /// Updates done so far.
@@ -95,7 +109,11 @@ impl Trainer {
             log.append(&progress)?;
             let stop = report(&progress).is_break();
             if stop || progress.step % self.settings.checkpoint_every == 0 || progress.step == self.settings.steps {
-                checkpoint::save(&self.folder.join(CHECKPOINT), [(&self.model.params, &self.optimiser)], &self.fingerprint)?;
+                checkpoint::save(
+                    &self.folder.join(CHECKPOINT),
+                    [(&self.model.params, &self.optimiser)],
+                    &self.fingerprint,
+                )?;
             }
             if stop {
                 break;
@@ -126,7 +144,14 @@ impl Trainer {
         let lr = self.optimiser.settings.lr_at(step, s.steps);
         let grad_norm = self.optimiser.update(&mut self.model.params, &grads, lr)?;
         let seconds = start.elapsed().as_secs_f64();
-        Ok(Progress { step: step + 1, steps: s.steps, loss, grad_norm, lr, images_per_second: s.batch as f64 / seconds })
+        Ok(Progress {
+            step: step + 1,
+            steps: s.steps,
+            loss,
+            grad_norm,
+            lr,
+            images_per_second: s.batch as f64 / seconds,
+        })
     }
 
     /// The model with the averaged parameters (the raw ones where no average is kept).

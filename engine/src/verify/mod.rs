@@ -62,7 +62,9 @@ pub fn run(folders: &[PathBuf], precision: Precision, report: &mut dyn FnMut(&Ou
     let mut found = Vec::new();
     for folder in folders {
         if !folder.is_dir() {
-            return Err(Error::failure(folder.display().to_string(), "no such folder").must("a folder with recorded cases"));
+            return Err(
+                Error::failure(folder.display().to_string(), "no such folder").must("a folder with recorded cases")
+            );
         }
         find(folder, 0, &mut found)?;
     }

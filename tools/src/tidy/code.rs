@@ -24,9 +24,8 @@ const PANICS: [(&str, &str); 0] = [];
 fn has_word(code: &str, word: &str) -> bool {
     let in_name = |c: char| c.is_alphanumeric() || c == '_';
     let open_end = !word.ends_with(in_name);
-    code.match_indices(word).any(|(i, _)| {
-        !code[..i].ends_with(in_name) && (open_end || !code[i + word.len()..].starts_with(in_name))
-    })
+    code.match_indices(word)
+        .any(|(i, _)| !code[..i].ends_with(in_name) && (open_end || !code[i + word.len()..].starts_with(in_name)))
 }
 
 fn lines_with<'s>(source: &'s Source, patterns: &'s [&str]) -> impl Iterator<Item = (usize, &'s str)> {
@@ -49,14 +48,18 @@ pub(super) fn files_only_in_io(tree: &Tree) -> Vec<Finding> {
 /// Only `engine/src/cli` prints, and nobody ends the process: `main` returns an exit code.
 pub(super) fn output_only_in_cli(tree: &Tree) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for (path, source) in ["engine/src/", "kernels-cu/", "codegen/src/"].into_iter().flat_map(|folder| tree.rust(folder)) {
+    for (path, source) in
+        ["engine/src/", "kernels-cu/", "codegen/src/"].into_iter().flat_map(|folder| tree.rust(folder))
+    {
         let printing = ["println!", "print!", "eprintln!", "eprint!", "dbg!", "io::stdout", "io::stderr"];
         // Examples and benches of the kernels are programs of their own.
         let speaks = path.starts_with("engine/src/cli/") || path.contains("/examples/");
         let printed = lines_with(source, &printing).filter(|_| !speaks);
         findings.extend(printed.map(|(line, p)| Finding::new(path, line, format!("{p}: only engine/src/cli prints"))));
         let exits = lines_with(source, &["process::exit", "process::abort"]);
-        findings.extend(exits.map(|(line, p)| Finding::new(path, line, format!("{p}: return an ExitCode from main instead"))));
+        findings.extend(
+            exits.map(|(line, p)| Finding::new(path, line, format!("{p}: return an ExitCode from main instead"))),
+        );
     }
     findings
 }
@@ -65,11 +68,17 @@ pub(super) fn output_only_in_cli(tree: &Tree) -> Vec<Finding> {
 pub(super) fn unsafe_only_where_listed(tree: &Tree) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (path, source) in tree.all_rust() {
-        let place = UNSAFE.iter().find(|(place, _)| if place.ends_with('/') { path.starts_with(place) } else { path == *place });
+        let place = UNSAFE
+            .iter()
+            .find(|(place, _)| if place.ends_with('/') { path.starts_with(place) } else { path == *place });
         let mut uses = source.all_code().filter(|(_, code)| has_word(code, "unsafe") || has_word(code, "unsafe_code"));
         match (place, uses.next()) {
             (None, Some((line, _))) => {
-                findings.push(Finding::new(path, line, "unsafe: not in the list of tidy, which gives each place and its reason"));
+                findings.push(Finding::new(
+                    path,
+                    line,
+                    "unsafe: not in the list of tidy, which gives each place and its reason",
+                ));
             }
             (Some((place, _)), None) if !place.ends_with('/') => {
                 findings.push(Finding::new(path, 0, "has no unsafe any more; take it off the list of tidy"));
@@ -84,13 +93,19 @@ pub(super) fn unsafe_only_where_listed(tree: &Tree) -> Vec<Finding> {
 pub(super) fn no_panics(tree: &Tree) -> Vec<Finding> {
     let panics = [".unwrap()", ".expect(", "panic!(", "todo!(", "unimplemented!("];
     let mut findings = Vec::new();
-    for (path, source) in ["engine/src/", "kernels-cu/", "codegen/src/", "tools/src/"].into_iter().flat_map(|folder| tree.rust(folder)) {
+    for (path, source) in
+        ["engine/src/", "kernels-cu/", "codegen/src/", "tools/src/"].into_iter().flat_map(|folder| tree.rust(folder))
+    {
         if path.contains("/examples/") || PANICS.iter().any(|(allowed, _)| *allowed == path) {
             continue;
         }
         for (line, code) in source.code() {
             for p in panics.iter().filter(|p| code.contains(**p)) {
-                findings.push(Finding::new(path, line, format!("{p}: return an error, or restructure so that it cannot happen")));
+                findings.push(Finding::new(
+                    path,
+                    line,
+                    format!("{p}: return an error, or restructure so that it cannot happen"),
+                ));
             }
         }
     }
@@ -112,7 +127,10 @@ mod tests {
         assert_eq!(of(files_only_in_io, "engine/src/train/a.rs", "LossCoefs::new(p)?;"), 0);
         assert_eq!(of(files_only_in_io, "engine/src/train/a.rs", "TensorFile::open(p)?; // std::fs"), 0);
         assert_eq!(of(files_only_in_io, "engine/src/io/a.rs", "std::fs::read(p)?;"), 0);
-        assert_eq!(of(files_only_in_io, "engine/src/train/a.rs", "#[cfg(test)]\nmod tests { fn f() { std::fs::read(p); } }"), 0);
+        assert_eq!(
+            of(files_only_in_io, "engine/src/train/a.rs", "#[cfg(test)]\nmod tests { fn f() { std::fs::read(p); } }"),
+            0
+        );
     }
 
     #[test]

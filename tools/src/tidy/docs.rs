@@ -27,15 +27,21 @@ pub(super) fn operator_directories(tree: &Tree) -> Vec<Finding> {
 pub(super) fn changelog(tree: &Tree) -> Vec<Finding> {
     const FILE: &str = "CHANGELOG.md";
     let Some(text) = tree.text(FILE) else { return vec![Finding::new(FILE, 0, "missing")] };
-    let mut headings = text.lines().filter_map(|line| line.strip_prefix("## [")).filter_map(|rest| rest.split(']').next());
+    let mut headings =
+        text.lines().filter_map(|line| line.strip_prefix("## [")).filter_map(|rest| rest.split(']').next());
     let mut findings = Vec::new();
     if headings.next() != Some("Unreleased") {
         findings.push(Finding::new(FILE, 0, "the first section must be `## [Unreleased]`"));
     }
     let manifest = tree.text("Cargo.toml").and_then(|t| t.parse::<Table>().ok());
-    let version = manifest.as_ref().and_then(|m| m.get("workspace")?.get("package")?.get("version")).and_then(Value::as_str);
+    let version =
+        manifest.as_ref().and_then(|m| m.get("workspace")?.get("package")?.get("version")).and_then(Value::as_str);
     if headings.next() != version {
-        findings.push(Finding::new(FILE, 0, format!("the newest version must be {}, as in Cargo.toml", version.unwrap_or("stated"))));
+        findings.push(Finding::new(
+            FILE,
+            0,
+            format!("the newest version must be {}, as in Cargo.toml", version.unwrap_or("stated")),
+        ));
     }
     findings
 }
@@ -51,11 +57,17 @@ pub(super) fn architecture(tree: &Tree) -> Vec<Finding> {
     }
     for folder in ["", "engine/src"] {
         let names = tree.children(folder);
-        let rooms = names.iter().filter(|n| n.ends_with('/') || folder == "engine/src" && n.as_str() != "main.rs" && n.as_str() != "lib.rs");
+        let rooms = names.iter().filter(|n| {
+            n.ends_with('/') || folder == "engine/src" && n.as_str() != "main.rs" && n.as_str() != "lib.rs"
+        });
         for room in rooms {
             let name = room.trim_end_matches(['/']).trim_end_matches(".rs");
             if !text.contains(&format!("`{name}`")) && !text.contains(&format!("`{name}/`")) {
-                findings.push(Finding::new(FILE, 0, format!("does not name `{name}/` of {}", if folder.is_empty() { "the top level" } else { folder })));
+                findings.push(Finding::new(
+                    FILE,
+                    0,
+                    format!("does not name `{name}/` of {}", if folder.is_empty() { "the top level" } else { folder }),
+                ));
             }
         }
     }
@@ -91,7 +103,12 @@ mod tests {
 
     #[test]
     fn an_overview_that_is_too_long_or_silent_is_found() {
-        let rooms = [("engine/src/tensor/mod.rs", ""), ("engine/src/error.rs", ""), ("engine/src/lib.rs", ""), ("docs/a.md", "")];
+        let rooms = [
+            ("engine/src/tensor/mod.rs", ""),
+            ("engine/src/error.rs", ""),
+            ("engine/src/lib.rs", ""),
+            ("docs/a.md", ""),
+        ];
         let of = |text: &str| {
             let mut files = rooms.to_vec();
             files.push(("ARCHITECTURE.md", text));

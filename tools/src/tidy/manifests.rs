@@ -103,19 +103,31 @@ pub(super) fn approved_dependencies(tree: &Tree) -> Vec<Finding> {
         for section in SECTIONS {
             for (name, value) in table(manifest, section).into_iter().flatten() {
                 if value.get("workspace").and_then(Value::as_bool) != Some(true) {
-                    findings.push(Finding::new(path, 0, format!("{name}: state the version in the root Cargo.toml and write `{name}.workspace = true`")));
+                    findings.push(Finding::new(
+                        path,
+                        0,
+                        format!("{name}: state the version in the root Cargo.toml and write `{name}.workspace = true`"),
+                    ));
                 }
             }
         }
     }
     for name in &declared {
         if !APPROVED.contains(&name.as_str()) {
-            findings.push(Finding::new("Cargo.toml", 0, format!("dependency {name} is not in the approved list of tidy")));
+            findings.push(Finding::new(
+                "Cargo.toml",
+                0,
+                format!("dependency {name} is not in the approved list of tidy"),
+            ));
         }
     }
     for name in APPROVED.iter().filter(|n| !n.contains('*')) {
         if !declared.is_empty() && !declared.contains(*name) {
-            findings.push(Finding::new("Cargo.toml", 0, format!("approved dependency {name} is not declared any more; take it off the list of tidy")));
+            findings.push(Finding::new(
+                "Cargo.toml",
+                0,
+                format!("approved dependency {name} is not declared any more; take it off the list of tidy"),
+            ));
         }
     }
     findings
@@ -146,7 +158,10 @@ mod tests {
     fn unapproved_unused_and_private_versions_are_found() {
         let mut root = String::from("[workspace.dependencies]\nleftpad = \"1\"\n");
         root.extend(APPROVED.iter().filter(|n| !n.contains('*') && **n != "zip").map(|n| format!("{n} = \"1\"\n")));
-        let findings = approved_dependencies(&Tree::of(&[("Cargo.toml", &root), ("engine/Cargo.toml", "[dependencies]\nclap = \"4\"\n")]));
+        let findings = approved_dependencies(&Tree::of(&[
+            ("Cargo.toml", &root),
+            ("engine/Cargo.toml", "[dependencies]\nclap = \"4\"\n"),
+        ]));
         let text: Vec<String> = findings.iter().map(Finding::to_string).collect();
         assert_eq!(text.len(), 3, "{text:?}");
         assert!(text.iter().any(|t| t.contains("leftpad is not in the approved list")));

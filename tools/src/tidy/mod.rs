@@ -81,7 +81,11 @@ pub fn check(root: &Path) -> Result<Vec<Finding>, String> {
     let mut findings: Vec<Finding> = RULES.iter().flat_map(|rule| rule(&tree)).collect();
     findings.extend(stale_files(root)?);
     if crate::results::stale(root)?.is_some() {
-        findings.push(Finding::new("README.md", 0, "the table of results is stale; run `cargo xtask results` and commit it"));
+        findings.push(Finding::new(
+            "README.md",
+            0,
+            "the table of results is stale; run `cargo xtask results` and commit it",
+        ));
     }
     findings.sort_by(|a, b| (&a.path, a.line, &a.message).cmp(&(&b.path, b.line, &b.message)));
     Ok(findings)

@@ -3,8 +3,10 @@
 use super::{Finding, Tree};
 
 /// Rooms from the ground up; a room may name only those before it. `error` and `io` have rules of their own.
-const LADDER: [&str; 13] =
-    ["tensor", "backend", "autograd", "ops", "nn", "models", "sample", "train", "eval", "report", "graft", "verify", "serve"];
+const LADDER: [&str; 13] = [
+    "tensor", "backend", "autograd", "ops", "nn", "models", "sample", "train", "eval", "report", "graft", "verify",
+    "serve",
+];
 
 /// The lowest room that may use files, through `io`.
 const FIRST_WITH_FILES: &str = "models";

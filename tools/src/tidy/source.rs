@@ -158,7 +158,8 @@ mod tests {
 
     #[test]
     fn literals_and_comments_are_no_code() {
-        let (code, comments) = split("let a = \"unsafe // \\\" x\"; // really unsafe\nlet b = '\"'; /* in */ let c = r#\"panic!\"#;");
+        let (code, comments) =
+            split("let a = \"unsafe // \\\" x\"; // really unsafe\nlet b = '\"'; /* in */ let c = r#\"panic!\"#;");
         assert!(!code.contains("unsafe") && !code.contains("panic") && !code.contains("in "), "{code}");
         assert!(code.contains("let b =") && code.contains("let c ="));
         assert!(comments.contains("really unsafe") && !comments.contains("panic"));
@@ -173,7 +174,9 @@ mod tests {
 
     #[test]
     fn test_items_end_at_their_brace() {
-        let source = Source::new("fn a() {}\n#[cfg(test)]\nmod tests {\n    fn b() { c() }\n}\nfn d() {}\n#[cfg(test)]\npub(crate) mod golden;\n");
+        let source = Source::new(
+            "fn a() {}\n#[cfg(test)]\nmod tests {\n    fn b() { c() }\n}\nfn d() {}\n#[cfg(test)]\npub(crate) mod golden;\n",
+        );
         let kept: Vec<usize> = source.code().map(|(line, _)| line).collect();
         assert_eq!(kept, [1, 6]);
         assert_eq!(source.test_modules(), ["golden"]);

@@ -28,7 +28,8 @@ impl Tree {
     /// When a folder or file cannot be read.
     pub fn read(root: &Path) -> Result<Tree, String> {
         let ignore = std::fs::read_to_string(root.join(".gitignore")).map_err(|e| format!(".gitignore: {e}"))?;
-        let mut patterns: Vec<&str> = ignore.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')).collect();
+        let mut patterns: Vec<&str> =
+            ignore.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')).collect();
         // A worktree has a `.git` file, a clone a `.git` folder.
         patterns.push("/.git");
         let mut tree = Tree::default();
@@ -48,7 +49,11 @@ impl Tree {
                     folders.push(path);
                 } else if metadata.is_file() {
                     let small = metadata.len() <= LARGEST_TEXT;
-                    let bytes = if small { std::fs::read(entry.path()).map_err(|e| format!("{path}: {e}"))? } else { Vec::new() };
+                    let bytes = if small {
+                        std::fs::read(entry.path()).map_err(|e| format!("{path}: {e}"))?
+                    } else {
+                        Vec::new()
+                    };
                     tree.add(&path, metadata.len(), if small { String::from_utf8(bytes).ok() } else { None });
                 }
             }
@@ -121,7 +126,9 @@ impl Tree {
 
     fn is_test_only(&self, path: &str) -> bool {
         let module = path.trim_end_matches(".rs");
-        self.test_only.iter().any(|t| module == t || module.strip_prefix(t.as_str()).is_some_and(|rest| rest.starts_with('/')))
+        self.test_only
+            .iter()
+            .any(|t| module == t || module.strip_prefix(t.as_str()).is_some_and(|rest| rest.starts_with('/')))
     }
 
     /// Names of the entries directly below a folder; folders end in `/`.
@@ -151,13 +158,16 @@ mod tests {
     #[test]
     fn ignore_patterns() {
         assert!(ignored("/target", "target") && !ignored("/target", "tools/target"));
-        assert!(ignored("/.venv*", ".venv-cpu") && ignored("*.tmp", "a/b.tmp") && ignored("__pycache__/", "a/__pycache__"));
+        assert!(
+            ignored("/.venv*", ".venv-cpu") && ignored("*.tmp", "a/b.tmp") && ignored("__pycache__/", "a/__pycache__")
+        );
         assert!(!ignored("*.tmp", "a/b.rs"));
     }
 
     #[test]
     fn files_of_test_modules_are_test_only() {
-        let tree = Tree::of(&[("a/mod.rs", "#[cfg(test)]\nmod golden;\nmod real;"), ("a/golden.rs", ""), ("a/real.rs", "")]);
+        let tree =
+            Tree::of(&[("a/mod.rs", "#[cfg(test)]\nmod golden;\nmod real;"), ("a/golden.rs", ""), ("a/real.rs", "")]);
         let paths: Vec<&str> = tree.rust("a/").map(|(path, _)| path).collect();
         assert_eq!(paths, ["a/mod.rs", "a/real.rs"]);
     }

@@ -28,7 +28,9 @@ pub fn probe() -> Result<Probe> {
             .must("an installed NVIDIA driver")
             .fix("install the driver (in a container: run it with GPU access), or use --backend cpu"));
     }
-    let driver = |e: result::DriverError| Error::failure("cuda", format!("the driver refused: {e}")).fix("run nvidia-smi to see why");
+    let driver = |e: result::DriverError| {
+        Error::failure("cuda", format!("the driver refused: {e}")).fix("run nvidia-smi to see why")
+    };
     result::init().map_err(driver)?;
     let mut driver_version = 0;
     // SAFETY: the pointer is to a live i32, as the call asks.
@@ -36,7 +38,10 @@ pub fn probe() -> Result<Probe> {
     unsafe { sys::cuDriverGetVersion(&mut driver_version) }.result().map_err(driver)?;
     let devices = result::device::get_count().map_err(driver)?;
     if devices == 0 {
-        return Err(Error::failure("cuda", "no device").is("0 devices").must("at least 1").fix("check nvidia-smi and CUDA_VISIBLE_DEVICES"));
+        return Err(Error::failure("cuda", "no device")
+            .is("0 devices")
+            .must("at least 1")
+            .fix("check nvidia-smi and CUDA_VISIBLE_DEVICES"));
     }
     Ok(Probe { driver_version, devices })
 }

@@ -36,7 +36,8 @@ pub struct DitConfig {
 }
 
 /// Published sizes: name, depth, width, heads.
-const SIZES: [(&str, usize, usize, usize); 4] = [("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16)];
+const SIZES: [(&str, usize, usize, usize); 4] =
+    [("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16)];
 
 impl DitConfig {
     /// A model with softmax attention and MLPs of ratio 4 in every block.
@@ -65,7 +66,9 @@ impl DitConfig {
     /// An unknown name.
     pub fn named(name: &str) -> Result<DitConfig> {
         let unknown = || {
-            Error::usage("model", "unknown size").is(format!("{name:?}")).must("DiT-{S,B,L,XL}/{2,4,8}, for instance DiT-XL/2")
+            Error::usage("model", "unknown size")
+                .is(format!("{name:?}"))
+                .must("DiT-{S,B,L,XL}/{2,4,8}, for instance DiT-XL/2")
         };
         let (size, patch) = name.strip_prefix("DiT-").and_then(|n| n.split_once('/')).ok_or_else(unknown)?;
         let (_, depth, width, heads) = SIZES.iter().find(|s| s.0 == size).copied().ok_or_else(unknown)?;
@@ -116,7 +119,9 @@ impl DitConfig {
     /// # Errors
     /// Names the field, its value and what it must be.
     pub fn check(&self) -> Result<()> {
-        let wrong = |field: &str, is: String, must: &str| Err(Error::failure(format!("dit: {field}"), "impossible size").is(is).must(must));
+        let wrong = |field: &str, is: String, must: &str| {
+            Err(Error::failure(format!("dit: {field}"), "impossible size").is(is).must(must))
+        };
         if self.blocks.is_empty() || self.depth() > 1000 {
             return wrong("depth", self.depth().to_string(), "1 to 1000 blocks");
         }
@@ -127,13 +132,21 @@ impl DitConfig {
             return wrong("heads", self.heads.to_string(), "a divisor of the width");
         }
         if self.patch == 0 || !self.input_size.is_multiple_of(self.patch) || self.input_size == 0 {
-            return wrong("patch", format!("{} for an input of {}", self.patch, self.input_size), "a divisor of the input size");
+            return wrong(
+                "patch",
+                format!("{} for an input of {}", self.patch, self.input_size),
+                "a divisor of the input size",
+            );
         }
         if self.input_size > 4096 || self.tokens() > 1 << 20 {
             return wrong("input size", self.input_size.to_string(), "at most 4096 and 2^20 tokens");
         }
         if self.in_channels == 0 || self.in_channels > 1024 || self.classes > 1 << 24 {
-            return wrong("channels or classes", format!("{}, {}", self.in_channels, self.classes), "1 to 1024 channels, at most 2^24 classes");
+            return wrong(
+                "channels or classes",
+                format!("{}, {}", self.in_channels, self.classes),
+                "1 to 1024 channels, at most 2^24 classes",
+            );
         }
         Ok(())
     }

@@ -42,7 +42,9 @@ pub fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
     if is_pickle(path) {
         return Ok(vec![path.to_path_buf()]);
     }
-    if path.is_dir() && let Some(found) = only_pickle(path)? {
+    if path.is_dir()
+        && let Some(found) = only_pickle(path)?
+    {
         return Ok(vec![found]);
     }
     Ok(weights::open_weights(path)?.shards().iter().map(|shard| PathBuf::from(shard.place())).collect())
@@ -50,7 +52,9 @@ pub fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
 
 fn open(path: &Path) -> Result<(DitConfig, Box<dyn Source>)> {
     if !path.exists() {
-        return Err(Error::failure(path.display().to_string(), "no such file or folder").must("a model folder or checkpoint").fix("check --model"));
+        return Err(Error::failure(path.display().to_string(), "no such file or folder")
+            .must("a model folder or checkpoint")
+            .fix("check --model"));
     }
     if is_pickle(path) {
         let source: Box<dyn Source> = Box::new(TorchWeights::open(path)?);
@@ -63,7 +67,9 @@ fn open(path: &Path) -> Result<(DitConfig, Box<dyn Source>)> {
     }
     let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
     let config_path = folder.join("config.json");
-    if path.is_dir() && let Some(found) = only_pickle(path)? {
+    if path.is_dir()
+        && let Some(found) = only_pickle(path)?
+    {
         return open(&found);
     }
     let config_json = json::read(&config_path)?;
@@ -100,7 +106,9 @@ fn configure(config: &Value, path: &Path, metadata: &BTreeMap<String, String>) -
     let mut found = match class {
         Some("DiTTransformer2DModel") => reader.diffusers()?,
         None => reader.original()?,
-        Some("Transformer2DModel") if config.get("norm_type").and_then(Value::as_str) == Some("ada_norm_zero") => reader.diffusers()?,
+        Some("Transformer2DModel") if config.get("norm_type").and_then(Value::as_str) == Some("ada_norm_zero") => {
+            reader.diffusers()?
+        }
         Some(other) => {
             return Err(Error::failure(place, "unsupported model class")
                 .is(other)
@@ -110,7 +118,8 @@ fn configure(config: &Value, path: &Path, metadata: &BTreeMap<String, String>) -
     };
     if let Some(text) = metadata.get(OPERATORS_KEY) {
         let specs: Vec<BTreeMap<String, crate::nn::operators::Spec>> = serde_json::from_str(text).map_err(|e| {
-            Error::failure(&place, format!("metadata {OPERATORS_KEY} cannot be read: {e}")).must("the text that this program wrote")
+            Error::failure(&place, format!("metadata {OPERATORS_KEY} cannot be read: {e}"))
+                .must("the text that this program wrote")
         })?;
         if specs.len() != found.depth() {
             return Err(Error::failure(&place, format!("metadata {OPERATORS_KEY} does not fit the depth"))
@@ -139,13 +148,16 @@ impl Reader<'_> {
         match self.config.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(value) => value.as_u64().and_then(|v| usize::try_from(v).ok()).map(Some).ok_or_else(|| {
-                Error::failure(format!("{}: {key}", self.place), "not a whole number").is(value).must("a non-negative integer")
+                Error::failure(format!("{}: {key}", self.place), "not a whole number")
+                    .is(value)
+                    .must("a non-negative integer")
             }),
         }
     }
 
     fn needed(&self, key: &str) -> Result<usize> {
-        self.whole(key)?.ok_or_else(|| Error::failure(format!("{}: {key}", self.place), "missing field").must("a whole number"))
+        self.whole(key)?
+            .ok_or_else(|| Error::failure(format!("{}: {key}", self.place), "missing field").must("a whole number"))
     }
 
     fn number(&self, key: &str, default: f64) -> f64 {
@@ -189,7 +201,9 @@ impl Reader<'_> {
     fn depth(&self, key: &str) -> Result<usize> {
         let depth = self.needed(key)?;
         if depth == 0 || depth > 1000 {
-            return Err(Error::failure(format!("{}: {key}", self.place), "impossible depth").is(depth).must("1 to 1000"));
+            return Err(Error::failure(format!("{}: {key}", self.place), "impossible depth")
+                .is(depth)
+                .must("1 to 1000"));
         }
         Ok(depth)
     }
@@ -219,9 +233,13 @@ fn infer(source: &dyn Source) -> Result<DitConfig> {
             .is(format!("{} tensors, none named blocks.*", names.len()))
             .must("an original DiT checkpoint, or a folder with config.json"));
     }
-    let unexpected = |name: &str, found: &[usize]| Error::failure(format!("{place}: {name}"), "wrong shape").is(format!("{found:?}"));
+    let unexpected = |name: &str, found: &[usize]| {
+        Error::failure(format!("{place}: {name}"), "wrong shape").is(format!("{found:?}"))
+    };
     let patch_shape = shape("x_embedder.proj.weight")?;
-    let &[width, in_channels, patch, _] = patch_shape.as_slice() else { return Err(unexpected("x_embedder.proj.weight", &patch_shape)) };
+    let &[width, in_channels, patch, _] = patch_shape.as_slice() else {
+        return Err(unexpected("x_embedder.proj.weight", &patch_shape));
+    };
     let pos = shape("pos_embed")?;
     let &[1, tokens, _] = pos.as_slice() else { return Err(unexpected("pos_embed", &pos)) };
     let outputs = shape("final_layer.linear.bias")?;
@@ -250,7 +268,9 @@ fn infer(source: &dyn Source) -> Result<DitConfig> {
 fn fill(model: &mut Dit, source: &dyn Source) -> Result<()> {
     let names = source.names();
     let layout = Layout::of(names.iter().map(String::as_str)).ok_or_else(|| {
-        Error::failure(source.place(), "unknown layout").is(format!("{} tensors", names.len())).must("tensors named blocks.* or transformer_blocks.*")
+        Error::failure(source.place(), "unknown layout")
+            .is(format!("{} tensors", names.len()))
+            .must("tensors named blocks.* or transformer_blocks.*")
     })?;
     let wanted: Vec<(ParamId, Vec<String>)> = model
         .params
@@ -305,7 +325,8 @@ fn fill(model: &mut Dit, source: &dyn Source) -> Result<()> {
 /// When memory runs out.
 pub fn to_bf16(model: &mut Dit) -> Result<()> {
     // Matrices of linear layers; tables that are looked up and convolution taps stay in f32.
-    let is_product = |name: &str, rank: usize| rank == 2 && name.ends_with("weight") && !name.contains("embedding_table");
+    let is_product =
+        |name: &str, rank: usize| rank == 2 && name.ends_with("weight") && !name.contains("embedding_table");
     let chosen = model.params.iter().filter(|(_, p)| is_product(&p.name, p.value.shape().dims().len()));
     let ids: Vec<ParamId> = chosen.map(|(id, _)| id).collect();
     for id in ids {

@@ -191,9 +191,9 @@ impl Dit {
         for index in 0..self.blocks.len() {
             h = match &mut observer {
                 Some(observer) => self.block(g, index, &h, &condition, run, Some(observer))?,
-                None if run.checkpoint && g.is_recording() => {
-                    g.checkpoint(&[&h, &condition], move |g, inputs| self.block(g, index, &inputs[0], &inputs[1], run, None))?
-                }
+                None if run.checkpoint && g.is_recording() => g.checkpoint(&[&h, &condition], move |g, inputs| {
+                    self.block(g, index, &inputs[0], &inputs[1], run, None)
+                })?,
                 None => self.block(g, index, &h, &condition, run, None)?,
             };
         }
@@ -243,10 +243,8 @@ impl Dit {
     ) -> Result<Var> {
         let block = &self.blocks[index];
         let modulation = self.modulation(g, &block.modulation, condition, 6)?;
-        let sites = [
-            (Site::Attn, &block.attn, row::ATTN, EPS),
-            (Site::Mlp, &block.mlp, row::MLP, run.semantics.mlp_norm_eps),
-        ];
+        let sites =
+            [(Site::Attn, &block.attn, row::ATTN, EPS), (Site::Mlp, &block.mlp, row::MLP, run.semantics.mlp_norm_eps)];
         let mut x = x.clone();
         for (site, operator, rows, eps) in sites {
             let settings = contracts::ln_modulate::Params { shift: rows.shift, scale: rows.scale, eps };
@@ -302,7 +300,8 @@ mod tests {
     fn position_table_of_xl() {
         let table = position_table(16, 1152);
         let row = &table[(5 * 16 + 3) * 1152..][..1152];
-        let want = [(0, 0.141_120_01), (1, 0.233_830_75), (288, -0.989_992_5), (576, -0.958_924_27), (864, 0.283_662_19)];
+        let want =
+            [(0, 0.141_120_01), (1, 0.233_830_75), (288, -0.989_992_5), (576, -0.958_924_27), (864, 0.283_662_19)];
         for (i, value) in want {
             assert!((row[i] - value).abs() < 1e-6, "element {i}: {} against {value}", row[i]);
         }
@@ -311,7 +310,8 @@ mod tests {
     /// Output and every gradient of the recorded case agree within its tolerances.
     #[test]
     fn recorded_gradients() {
-        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/dit_original/forward_and_gradients");
+        let root =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/dit_original/forward_and_gradients");
         let device = Device::cpu();
         let model = load(&root.join("model"), &device).unwrap();
         let inputs = crate::io::safetensors::TensorFile::open(&root.join("inputs.safetensors")).unwrap();

@@ -85,9 +85,15 @@ mod tests {
 
     #[test]
     fn known_names() {
-        assert_eq!(diffusers_parts("blocks.3.attn.qkv.bias").join(" "), "transformer_blocks.3.attn1.to_q.bias transformer_blocks.3.attn1.to_k.bias transformer_blocks.3.attn1.to_v.bias");
+        assert_eq!(
+            diffusers_parts("blocks.3.attn.qkv.bias").join(" "),
+            "transformer_blocks.3.attn1.to_q.bias transformer_blocks.3.attn1.to_k.bias transformer_blocks.3.attn1.to_v.bias"
+        );
         assert_eq!(diffusers_parts("blocks.3.mlp.fc1.weight"), ["transformer_blocks.3.ff.net.0.proj.weight"]);
-        assert_eq!(diffusers_parts("blocks.3.attn.short_filter.weight"), ["transformer_blocks.3.attn1.short_filter.weight"]);
+        assert_eq!(
+            diffusers_parts("blocks.3.attn.short_filter.weight"),
+            ["transformer_blocks.3.attn1.short_filter.weight"]
+        );
         assert_eq!(diffusers_parts("final_layer.adaLN_modulation.1.bias"), ["proj_out_1.bias"]);
         assert!(diffusers_parts("pos_embed").is_empty());
     }

@@ -73,23 +73,26 @@ pub fn save(model: &Dit, folder: &Path, dtype: SaveAs, extra: &BTreeMap<String, 
     });
     safetensors::write(&folder.join("diffusion_pytorch_model.safetensors"), records, &metadata)?;
     // Last, so that a folder with a configuration is a complete one.
-    json::write(&folder.join("config.json"), &json!({
-        "_class_name": "DiTTransformer2DModel",
-        "activation_fn": "gelu-approximate",
-        "attention_bias": true,
-        "attention_head_dim": c.width / c.heads,
-        "dropout": 0.0,
-        "in_channels": c.in_channels,
-        "norm_elementwise_affine": false,
-        "norm_eps": c.norm_eps,
-        "norm_num_groups": 32,
-        "norm_type": "ada_norm_zero",
-        "num_attention_heads": c.heads,
-        "num_embeds_ada_norm": c.classes,
-        "num_layers": c.depth(),
-        "out_channels": c.out_channels(),
-        "patch_size": c.patch,
-        "sample_size": c.input_size,
-        "upcast_attention": false,
-    }))
+    json::write(
+        &folder.join("config.json"),
+        &json!({
+            "_class_name": "DiTTransformer2DModel",
+            "activation_fn": "gelu-approximate",
+            "attention_bias": true,
+            "attention_head_dim": c.width / c.heads,
+            "dropout": 0.0,
+            "in_channels": c.in_channels,
+            "norm_elementwise_affine": false,
+            "norm_eps": c.norm_eps,
+            "norm_num_groups": 32,
+            "norm_type": "ada_norm_zero",
+            "num_attention_heads": c.heads,
+            "num_embeds_ada_norm": c.classes,
+            "num_layers": c.depth(),
+            "out_channels": c.out_channels(),
+            "patch_size": c.patch,
+            "sample_size": c.input_size,
+            "upcast_attention": false,
+        }),
+    )
 }

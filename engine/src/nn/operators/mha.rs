@@ -24,14 +24,12 @@ struct Mha {
 fn build(spec: &Spec, dims: BlockDims, builder: &mut Builder<'_>) -> Result<Box<dyn Operator>> {
     let heads = spec.whole("heads", dims.heads)?;
     if !dims.width.is_multiple_of(heads) {
-        return Err(Error::usage("mha: heads", "does not divide the width").is(heads).must(format!("a divisor of {}", dims.width)));
+        return Err(Error::usage("mha: heads", "does not divide the width")
+            .is(heads)
+            .must(format!("a divisor of {}", dims.width)));
     }
     let d = dims.width;
-    Ok(Box::new(Mha {
-        heads,
-        qkv: builder.linear("qkv", d, 3 * d)?,
-        proj: builder.linear("proj", d, d)?,
-    }))
+    Ok(Box::new(Mha { heads, qkv: builder.linear("qkv", d, 3 * d)?, proj: builder.linear("proj", d, d)? }))
 }
 
 impl Operator for Mha {

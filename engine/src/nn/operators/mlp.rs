@@ -26,14 +26,11 @@ fn build(spec: &Spec, dims: BlockDims, builder: &mut Builder<'_>) -> Result<Box<
     let ratio = spec.value("ratio").unwrap_or(4.0);
     let (d, hidden) = (dims.width, (dims.width as f64 * ratio) as usize);
     if hidden == 0 || !ratio.is_finite() || ratio > 1024.0 {
-        return Err(Error::usage("mlp: ratio", "gives no usable width").is(ratio).must("a positive ratio of at most 1024"));
+        return Err(Error::usage("mlp: ratio", "gives no usable width")
+            .is(ratio)
+            .must("a positive ratio of at most 1024"));
     }
-    Ok(Box::new(Mlp {
-        ratio,
-        hidden,
-        fc1: builder.linear("fc1", d, hidden)?,
-        fc2: builder.linear("fc2", hidden, d)?,
-    }))
+    Ok(Box::new(Mlp { ratio, hidden, fc1: builder.linear("fc1", d, hidden)?, fc2: builder.linear("fc2", hidden, d)? }))
 }
 
 impl Operator for Mlp {
