@@ -1,6 +1,6 @@
 //! `graft sample` and `graft forward`: results, reproducibility, files.
 
-use crate::support::{entries, folder, golden, model, run, succeed};
+use crate::support::{command, entries, folder, golden, model, run, succeed};
 use graft_engine::io::png;
 use graft_engine::io::safetensors::TensorFile;
 
@@ -145,4 +145,25 @@ fn an_interrupted_run_leaves_nothing() {
     child.wait().unwrap();
     assert!(entries(&here.join("out")).is_empty());
     assert_eq!(run(&here, &["sample", "--model", "model", "--class", "0", "--steps", "1", "-o", "out/b.png"]).code, 0);
+}
+
+/// The process stays within the printed plan and 64 MiB for the program itself.
+#[test]
+fn memory_stays_within_the_plan() {
+    let here = folder("memory");
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-dit/model");
+    let request = ["sample", "--model", model, "--grid", "rows", "--n", "4", "--batch", "20", "--steps", "3"];
+    let planned = succeed(&here, &[&request[..], &["--plan-memory"]].concat()).text();
+    let mib: f64 = planned.split(' ').next().unwrap().parse().unwrap();
+    let mut child = command(&here, &[&request[..], &["-o", "out.png"]].concat()).spawn().unwrap();
+    let mut peak = 0.0f64;
+    while child.try_wait().unwrap().is_none() {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<f64>().ok());
+        peak = peak.max(kib.unwrap_or(0.0) / 1024.0);
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    assert!(here.join("out.png").exists());
+    assert!(peak > 10.0 && peak <= mib + 64.0, "peak {peak:.1} MiB, planned {mib:.1} MiB");
 }

@@ -100,7 +100,7 @@ proptest! {
             let leaf = g.leaf(x.clone());
             let weight = Var::constant(w.clone());
             let block = move |g: &Graph<'_>, v: &[Var]| g.gemm(&v[0], &weight, None, None, None, Some(&v[0]), product(1));
-            let out = if checkpoint { g.checkpoint(&[&leaf], block) } else { block(&g, &[leaf.clone()]) }.unwrap();
+            let out = if checkpoint { g.checkpoint(&[&leaf], block) } else { block(&g, std::slice::from_ref(&leaf)) }.unwrap();
             let mut grads = g.backward_from(&out, tensor(&device, "dy", &[b, n, d])).unwrap();
             grads.take(&leaf).unwrap().to_vec().unwrap()
         };

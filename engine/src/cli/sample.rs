@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::io::safetensors::{self, TensorFile, TensorRecord};
 use crate::io::{atomic, png};
 use crate::models::dit::{self, Dit, DitConfig};
-use crate::sample::pipeline::{Request, generate, to_pixels};
+use crate::sample::pipeline::{Request, generate, plan_memory, to_pixels};
 use crate::sample::{cfg, solver::Sampler};
 use crate::tensor::Tensor;
 use graft_kernels::rng::image_seed;
@@ -62,6 +62,9 @@ pub struct Args {
     /// Also write the result as safetensors: `latents [n, C, H, W]`.
     #[arg(long, value_name = "FILE")]
     output_latents: Option<PathBuf>,
+    /// Only print how much memory the request needs.
+    #[arg(long)]
+    plan_memory: bool,
 }
 
 /// Runs the command.
@@ -103,6 +106,12 @@ pub fn run(args: &Args) -> Result<()> {
         semantics: args.model.semantics(&model),
         latents: args.latents.as_deref().map(|path| read_latents(path, &model)).transpose()?,
     };
+    if args.plan_memory {
+        let plan = plan_memory(&model, &request);
+        let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+        let (weights, working, all) = (mib(plan.weights), mib(plan.working), mib(plan.total()));
+        return super::out::line(format_args!("{all:.1} MiB: {weights:.1} of weights, {working:.1} to work in"));
+    }
     let bar = progress::bar((request.labels.len() * request.steps) as u64, "sample");
     let result =
         generate(&model, &request, &mut |p| bar.set_position((p.images * args.steps + p.batch * p.step) as u64));

@@ -69,7 +69,8 @@ mod tests {
         assert_eq!(Mapped::open(&dir.join("a")).unwrap().as_ref(), b"abc");
         assert_eq!(Mapped::open(&dir.join("b")).unwrap().as_ref(), b"");
         let (a, b) = (Mapped::open(&dir.join("a")).unwrap(), Mapped::open(&dir.join("b")).unwrap());
-        (a.release(), b.release());
+        a.release();
+        b.release();
         assert_eq!((a.as_ref(), b.as_ref()), (&b"abc"[..], &b""[..]));
     }
 

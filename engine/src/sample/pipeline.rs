@@ -10,7 +10,7 @@ use super::solver::{NoiseScale, Plan, Sampler, Variance};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::cpu::on_workers;
 use crate::error::{Error, Result};
-use crate::models::dit::{Dit, Run, Semantics};
+use crate::models::dit::{BlockSpec, Dit, Run, Semantics};
 use crate::ops::solver_step;
 use crate::tensor::{Device, Tensor};
 use graft_kernels::rng::{LATENT_STREAM, Philox, image_seed, step_stream};
@@ -99,6 +99,40 @@ pub fn generate(model: &Dit, request: &Request, report: &mut (dyn FnMut(Progress
             .must("finite numbers")
             .fix("lower the guidance scale, or use more steps")),
     }
+}
+
+/// Memory that a request needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Bytes of the parameters.
+    pub weights: usize,
+    /// Bytes of the tensors of a step, at most, and of the images of the request.
+    pub working: usize,
+}
+
+impl MemoryPlan {
+    /// Everything.
+    pub fn total(&self) -> usize {
+        self.weights + self.working
+    }
+}
+
+/// Plans the memory of a request before it runs.
+///
+/// The pool keeps a buffer for every size that is in use at once: in the widest block these are the residual stream,
+/// the modulated stream, what the operator makes of it (twice, for what it is packed from) and its hidden layer.
+pub fn plan_memory(model: &Dit, request: &Request) -> MemoryPlan {
+    let c = &model.config;
+    let n = request.labels.len();
+    let rows = request.batch.min(n) * if request.guidance == 1.0 { 1 } else { 2 };
+    let hidden = |b: &BlockSpec| (c.width as f64 * b.mlp.options.get("ratio").copied().unwrap_or(4.0)) as usize;
+    let widest = c.blocks.iter().map(hidden).max().unwrap_or(0);
+    // Stream, modulated stream, branch, its copy by heads; q, k and v; the hidden layer; mean, rstd and log-sum-exp.
+    let per_token = 4 * c.width + 3 * c.width + widest + 2 + c.heads;
+    let patch = c.patch * c.patch * (c.in_channels + c.out_channels());
+    let image = c.in_channels * c.input_size * c.input_size;
+    let per_sample = c.tokens() * (per_token + patch) + 16 * c.width + 8 * image;
+    MemoryPlan { weights: model.params.bytes(), working: 4 * (rows * per_sample + n * image) }
 }
 
 fn check(model: &Dit, request: &Request) -> Result<Plan> {
