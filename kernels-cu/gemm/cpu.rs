@@ -13,7 +13,7 @@ use std::borrow::Cow;
 pub fn forward(a: Forward<'_, f32>) {
     let Dims { b, n, k, f, .. } = a.dims;
     let (w, bf16) = weight(a.w, k, a.params);
-    let product = Product::new([b * n, k, f], Matrix::f32(a.x, [k, 1]), w.transposed(), bf16);
+    let product = Product::new([b * n, k, f], Matrix::f32(a.x, [k, 1]), w.transposed(), bf16).of_vectors(n == 1);
     let epilogue =
         Epilogue { dims: a.dims, params: a.params, bias: a.bias, pos: a.pos, gate: a.gate, residual: a.residual };
     run(&product, Output::new(a.y, a.pre, f, [b * n, f]), &|row, from, y, pre| epilogue.row(row, from, y, pre));

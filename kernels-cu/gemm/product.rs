@@ -1,6 +1,6 @@
 //! Matrix products on the CPU: one entry point over the processor's kernels.
 //!
-//! With AVX-512 the product runs in packed panels of our own (`packed`, `pack`, `micro`), f32 or bf16, and few rows
+//! With AVX-512 the product runs in packed panels of our own (`packed`, `pack`, `micro`), f32 or bf16, and vectors
 //! stream the weight (`few_rows`); elsewhere the gemm crate multiplies in f32, with operands rounded first where bf16
 //! products are asked for: the same numbers up to the order of the sums.
 
@@ -84,12 +84,20 @@ pub struct Product<'a> {
     pub beta: f32,
     /// Multiply operands rounded to bf16, and accumulate in f32.
     pub bf16: bool,
+    /// Every row is a sample of its own, so there may be few of them. The caller says so, because choosing the path by
+    /// the number of rows would let a result depend on the batch that it is in.
+    pub vectors: bool,
 }
 
 impl<'a> Product<'a> {
     /// a·b.
     pub fn new(size: [usize; 3], a: Matrix<'a>, b: Matrix<'a>, bf16: bool) -> Self {
-        Product { a, b, size, alpha: 1.0, beta: 0.0, bf16 }
+        Product { a, b, size, alpha: 1.0, beta: 0.0, bf16, vectors: false }
+    }
+
+    /// The same with [`Product::vectors`] set.
+    pub fn of_vectors(self, vectors: bool) -> Self {
+        Product { vectors, ..self }
     }
 }
 
@@ -175,8 +183,15 @@ pub fn matmul(
     beta: f32,
     bf16: bool,
 ) {
-    let product =
-        Product { a: Matrix::f32(a, a_strides), b: Matrix::f32(b, b_strides), size: [m, k, n], alpha, beta, bf16 };
+    let product = Product {
+        a: Matrix::f32(a, a_strides),
+        b: Matrix::f32(b, b_strides),
+        size: [m, k, n],
+        alpha,
+        beta,
+        bf16,
+        vectors: false,
+    };
     dispatch(&product, Output::new(c, None, c_stride, [m, n]), false, &|_, _, _, _| {});
 }
 
@@ -288,9 +303,9 @@ mod tests {
             for (a_strides, b_strides) in layouts(m, k).into_iter().flat_map(|a| layouts(k, n).map(|b| (a, b))) {
                 for (values, bf16) in [(Values::F32(&b), false), (Values::F32(&b), true), (Values::Bf16(&stored), true)]
                 {
-                    for (alpha, beta) in [(1.0, 0.0), (0.5, 1.5)] {
+                    for (alpha, beta, vectors) in [(1.0, 0.0, false), (1.0, 0.0, true), (0.5, 1.5, false)] {
                         let (a, b) = (Matrix::f32(&a, a_strides), Matrix { values, strides: b_strides });
-                        let product = Product { a, b, size, alpha, beta, bf16 };
+                        let product = Product { a, b, size, alpha, beta, bf16, vectors };
                         let want = plain(&product, &c, stride);
                         let paths: [fn(&Product<'_>, Output<'_>); 2] = [
                             |p, out| run(p, out, &|_, _, _, _| {}),

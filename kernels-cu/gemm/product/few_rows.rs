@@ -1,4 +1,4 @@
-//! Products with few rows: every column of b is read once and multiplied with all rows while it passes.
+//! Products of vectors: every column of b is read once and multiplied with up to [`ROWS`] rows while it passes.
 //!
 //! A conditioning vector times a weight is bound by reading the weight; packing it would read and write it once more.
 
@@ -9,53 +9,70 @@ use super::pack::{Nearest, Plain, Widened, Words};
 use super::{Finish, Output, Product, Values};
 use rayon::prelude::*;
 use std::arch::x86_64::*;
+use std::cell::RefCell;
+use std::ops::Range;
 
-/// Most rows: above, the weight is worth packing.
+/// Rows that are multiplied with a column together; more rows take several turns, so that every row is summed in the
+/// same order however many there are.
 const ROWS: usize = 8;
 /// Elements of b that are worth a task of their own.
 const TASK: usize = 1 << 17;
 
-/// Whether the product has this form: few rows, rows of a and columns of b that are contiguous, and AVX-512.
+thread_local! {
+    /// Sums of a block, by column, kept from call to call.
+    static SUMS: RefCell<Vec<[f32; ROWS]>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Whether the product has this form: vectors, rows of a and columns of b that are contiguous, and AVX-512.
 pub fn fits(product: &Product<'_>) -> bool {
-    let Product { a, b, size: [m, k, _], alpha, beta, .. } = *product;
+    let Product { a, b, size: [_, k, _], alpha, beta, vectors, .. } = *product;
     let plain = b.strides[0] == 1 && a.strides[1] == 1 && alpha == 1.0 && beta == 0.0;
-    m <= ROWS && k > 0 && plain && Kernel::F32.available()
+    vectors && k > 0 && plain && Kernel::F32.available()
 }
 
 /// Computes the product, blocks of columns over threads.
 pub fn run(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Finish<'_>) {
     let [m, k, n] = product.size;
     let a = product.a.to_f32(product.bf16);
-    let row = |r: usize| a[r.min(m - 1) * product.a.strides[0]..][..k].as_ptr();
+    let row = |r: usize| a[r * product.a.strides[0]..][..k].as_ptr();
     let width = (TASK / k).max(LANES);
-    let block = |index: usize| {
-        let columns = index * width..n.min((index + 1) * width);
-        let mut sums = vec![[0.0; ROWS]; columns.len()];
-        for (column, sums) in columns.clone().zip(&mut sums) {
+    // Products of `count` rows from `turn` on with all columns.
+    let multiply = |turn: usize, count: usize, columns: &Range<usize>, sums: &mut [[f32; ROWS]]| {
+        for (column, sums) in columns.clone().zip(sums) {
             let start = column * product.b.strides[1];
             let mut first = 0;
-            while first < m {
-                let rows = std::array::from_fn(|r| row(first + r));
+            while first < count {
+                let left = count - first;
+                let rows = std::array::from_fn(|r| row(turn + (first + r).min(count - 1)));
                 let sums = &mut sums[first..];
                 // SAFETY: AVX-512 is there (`fits`); rows and the column hold k elements.
-                let step = unsafe {
+                first += unsafe {
                     match product.b.values {
-                        Values::F32(b) if product.bf16 => group::<Nearest>(m - first, rows, &b[start..][..k], sums),
-                        Values::F32(b) => group::<Plain>(m - first, rows, &b[start..][..k], sums),
-                        Values::Bf16(b) => group::<Widened>(m - first, rows, &b[start..][..k], sums),
+                        Values::F32(b) if product.bf16 => group::<Nearest>(left, rows, &b[start..][..k], sums),
+                        Values::F32(b) => group::<Plain>(left, rows, &b[start..][..k], sums),
+                        Values::Bf16(b) => group::<Widened>(left, rows, &b[start..][..k], sums),
                     }
                 };
-                first += step;
             }
         }
-        for row in 0..m {
-            let write = |row: usize, from: usize, piece: &mut [f32], twin: Option<&mut [f32]>| {
-                piece.iter_mut().zip(&sums).for_each(|(value, sums)| *value = sums[row]);
-                finish(row, from, piece, twin);
-            };
-            // SAFETY: the columns lie inside the result, and every block has its own.
-            unsafe { out.finish(row, columns.clone(), &write) };
-        }
+    };
+    let block = |index: usize| {
+        let columns = index * width..n.min((index + 1) * width);
+        SUMS.with_borrow_mut(|sums| {
+            sums.resize(columns.len(), [0.0; ROWS]);
+            for turn in (0..m).step_by(ROWS) {
+                let count = ROWS.min(m - turn);
+                multiply(turn, count, &columns, sums);
+                for index in 0..count {
+                    let write = |row: usize, from: usize, piece: &mut [f32], twin: Option<&mut [f32]>| {
+                        piece.iter_mut().zip(sums.iter()).for_each(|(value, sums)| *value = sums[index]);
+                        finish(row, from, piece, twin);
+                    };
+                    // SAFETY: the columns lie inside the result, and every block has its own.
+                    unsafe { out.finish(turn + index, columns.clone(), &write) };
+                }
+            }
+        });
     };
     let blocks = n.div_ceil(width);
     if parallel && blocks > 1 {
