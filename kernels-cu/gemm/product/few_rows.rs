@@ -7,9 +7,10 @@
 use super::micro::{Kernel, LANES};
 use super::pack::{Nearest, Plain, Widened, Words};
 use super::{Finish, Output, Product, Values};
+use half::bf16;
 use rayon::prelude::*;
 use std::arch::x86_64::*;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 
 /// Rows that are multiplied with a column together; more rows take several turns, so that every row is summed in the
@@ -21,6 +22,8 @@ const TASK: usize = 1 << 17;
 thread_local! {
     /// Sums of a block, by column, kept from call to call.
     static SUMS: RefCell<Vec<[f32; ROWS]>> = const { RefCell::new(Vec::new()) };
+    /// Rows rounded to bf16, kept from call to call.
+    static ROUNDED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// Whether the product has this form: vectors, rows of a and columns of b that are contiguous, and AVX-512.
@@ -33,7 +36,19 @@ pub fn fits(product: &Product<'_>) -> bool {
 /// Computes the product, blocks of columns over threads.
 pub fn run(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Finish<'_>) {
     let [m, k, n] = product.size;
-    let a = product.a.to_f32(product.bf16);
+    // Taken out of its cell, so that a product that this thread picks up while it waits finds an empty one.
+    let mut rounded = ROUNDED.take();
+    let a = match product.a.values {
+        Values::F32(values) if !product.bf16 => values,
+        values => {
+            rounded.clear();
+            match values {
+                Values::F32(values) => rounded.extend(values.iter().map(|v| bf16::from_f32(*v).to_f32())),
+                Values::Bf16(values) => rounded.extend(values.iter().map(|v| v.to_f32())),
+            }
+            &rounded[..]
+        }
+    };
     let row = |r: usize| a[r * product.a.strides[0]..][..k].as_ptr();
     let width = (TASK / k).max(LANES);
     // Products of `count` rows from `turn` on with all columns.
@@ -80,6 +95,7 @@ pub fn run(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Fini
     } else {
         (0..blocks).for_each(block);
     }
+    ROUNDED.set(rounded);
 }
 
 /// Multiplies the next 4, 2 or 1 of `left` rows with a column, and returns how many.
