@@ -1,28 +1,10 @@
 //! Seeded mutation of file contents: fuzzing on stable Rust, and every failure repeatable from its seed.
 
-/// The splitmix64 generator (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
-#[derive(Clone, Debug)]
-pub struct SplitMix64(u64);
+use graft_kernels::check::SplitMix64;
 
-impl SplitMix64 {
-    /// A generator that starts at `seed`.
-    pub fn new(seed: u64) -> Self {
-        SplitMix64(seed)
-    }
-
-    /// The next 64 bits.
-    pub fn next_u64(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `bound`, which must not be zero. The bias of the remainder does not matter here.
-    pub fn below(&mut self, bound: usize) -> usize {
-        (self.next_u64() % bound as u64) as usize
-    }
+/// A number below `bound`, which must not be zero. The bias of the remainder does not matter here.
+fn below(rng: &mut SplitMix64, bound: usize) -> usize {
+    (rng.next_u64() % bound as u64) as usize
 }
 
 /// Integers at which size computations break.
@@ -64,10 +46,10 @@ const MAX_LEN: usize = 1 << 20;
 
 /// A mutated copy of one of the `corpus` entries, which must not be empty. Equal seeds give equal results.
 pub fn mutate(corpus: &[Vec<u8>], seed: u64) -> Vec<u8> {
-    let mut rng = SplitMix64::new(seed);
-    let mut bytes = corpus[rng.below(corpus.len())].clone();
-    for _ in 0..1 + rng.below(4) {
-        mutate_once(&mut bytes, corpus, &mut rng);
+    let rng = &mut SplitMix64(seed);
+    let mut bytes = corpus[below(rng, corpus.len())].clone();
+    for _ in 0..1 + below(rng, 4) {
+        mutate_once(&mut bytes, corpus, rng);
         bytes.truncate(MAX_LEN);
     }
     bytes
@@ -79,48 +61,48 @@ fn mutate_once(bytes: &mut Vec<u8>, corpus: &[Vec<u8>], rng: &mut SplitMix64) {
         return;
     }
     // Half of the positions lie in the first 512 bytes, where formats keep their structure.
-    let reach = if rng.below(2) == 0 { bytes.len().min(512) } else { bytes.len() };
-    let at = rng.below(reach);
-    match rng.below(9) {
-        0 => bytes[at] ^= 1 << rng.below(8),
+    let reach = if below(rng, 2) == 0 { bytes.len().min(512) } else { bytes.len() };
+    let at = below(rng, reach);
+    match below(rng, 9) {
+        0 => bytes[at] ^= 1 << below(rng, 8),
         1 => bytes[at] = rng.next_u64() as u8,
         2 => bytes.truncate(at),
         3 => {
-            let end = at + rng.below(bytes.len() - at) + 1;
+            let end = at + below(rng, bytes.len() - at) + 1;
             bytes.drain(at..end.min(at + 64));
         }
         4 => {
             // A little- or big-endian extreme of 1, 2, 4 or 8 bytes, perhaps off by one.
-            let value = EXTREMES[rng.below(EXTREMES.len())].wrapping_add(rng.below(3) as u64).wrapping_sub(1);
-            let width = 1 << rng.below(4);
+            let value = EXTREMES[below(rng, EXTREMES.len())].wrapping_add(below(rng, 3) as u64).wrapping_sub(1);
+            let width = 1 << below(rng, 4);
             let little = value.to_le_bytes();
             let mut piece = little[..width].to_vec();
-            if rng.below(4) == 0 {
+            if below(rng, 4) == 0 {
                 piece.reverse();
             }
             overwrite(bytes, at, &piece);
         }
         5 => {
-            let end = (at + 1 + rng.below(64)).min(bytes.len());
+            let end = (at + 1 + below(rng, 64)).min(bytes.len());
             let chunk = bytes[at..end].to_vec();
             insert(bytes, at, &chunk);
         }
         6 => {
-            let donor = &corpus[rng.below(corpus.len())];
+            let donor = &corpus[below(rng, corpus.len())];
             if !donor.is_empty() {
-                let start = rng.below(donor.len());
-                let end = (start + 1 + rng.below(128)).min(donor.len());
+                let start = below(rng, donor.len());
+                let end = (start + 1 + below(rng, 128)).min(donor.len());
                 overwrite(bytes, at, &donor[start..end]);
             }
         }
         7 => {
             // The head of one input with the tail of another.
-            let donor = &corpus[rng.below(corpus.len())];
-            let start = rng.below(donor.len() + 1);
+            let donor = &corpus[below(rng, corpus.len())];
+            let start = below(rng, donor.len() + 1);
             bytes.truncate(at);
             bytes.extend_from_slice(&donor[start..]);
         }
-        _ => insert(bytes, at, WORDS[rng.below(WORDS.len())].as_bytes()),
+        _ => insert(bytes, at, WORDS[below(rng, WORDS.len())].as_bytes()),
     }
 }
 
