@@ -4,12 +4,12 @@ use super::progress;
 use crate::backend::Device;
 use crate::error::{Error, Result};
 use crate::io::datasets::Split;
-use crate::models::dit::{self, Dit, SaveAs};
+use crate::models::dit::{self, Dit, DitConfig, SaveAs};
 use crate::train::config::PretrainConfig;
 use crate::train::trainer::{LoopSettings, Trainer};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Arguments.
 #[derive(clap::Args)]
@@ -32,8 +32,11 @@ pub fn run(args: &Args) -> Result<()> {
     let config = PretrainConfig::read(&args.config)?;
     let data = config.data.load(Split::Train)?;
     let device = Device::cpu();
-    let model =
-        Dit::new(config.model_for(data.channels, data.height, data.class_names.len())?, &device, config.train.seed)?;
+    let sizes = config.model_for(data.channels, data.height, data.class_names.len())?;
+    let model = match &config.init {
+        None => Dit::new(sizes, &device, config.train.seed)?,
+        Some(folder) => start_from(folder, &sizes, &device)?,
+    };
     let t = &config.train;
     let settings = LoopSettings {
         steps: t.steps,
@@ -75,4 +78,14 @@ pub fn run(args: &Args) -> Result<()> {
     dit::save(&trainer.averaged()?, &folder, SaveAs::Bf16, &metadata)?;
     println!("{} updates; averaged weights in {}", trainer.step(), folder.display());
     Ok(())
+}
+
+/// The model in `folder`, which must have the sizes of the configuration.
+fn start_from(folder: &Path, sizes: &DitConfig, device: &Device) -> Result<Dit> {
+    let model = dit::load(folder, device)?;
+    let same = DitConfig { norm_eps: sizes.norm_eps, ..model.config.clone() } == *sizes;
+    same.then_some(model).ok_or_else(|| {
+        Error::usage(format!("init: {}", folder.display()), "not a model of the configured sizes")
+            .fix("name a model that the same [model] section made, or leave `init` out")
+    })
 }

@@ -24,7 +24,7 @@ use crate::autograd::ParamStore;
 use crate::error::{Error, Result};
 use crate::io::files;
 use crate::models::dit::DitConfig;
-use crate::nn::operators::{self, BlockDims, REGISTRY, Site, Spec};
+use crate::nn::operators::{self, BlockDims, OptionValue, REGISTRY, Site, Spec};
 use crate::nn::{Builder, Scheme};
 use crate::tensor::Device;
 use crate::train::config::DataConfig;
@@ -237,15 +237,17 @@ fn read_operator(source: &SourceText, site: Site, operator: Spanned<OperatorText
                 },
             ));
         }
-        let number =
-            number(value.get_ref()).ok_or_else(|| source.error(&value.span(), "not a number").must("a number"))?;
-        spec = spec.with(option.get_ref(), number);
+        let given = option_value(value.get_ref());
+        let given =
+            given.ok_or_else(|| source.error(&value.span(), "not an option's value").must("a number or a word"))?;
+        spec = spec.with(option.get_ref(), given);
     }
     Ok(Spanned::new(span, spec))
 }
 
-fn number(value: &toml::Value) -> Option<f64> {
-    value.as_float().or_else(|| value.as_integer().map(|i| i as f64))
+fn option_value(value: &toml::Value) -> Option<OptionValue> {
+    let number = value.as_float().or_else(|| value.as_integer().map(|i| i as f64));
+    number.map(OptionValue::Number).or_else(|| value.as_str().map(OptionValue::from))
 }
 
 /// The specification with every option filled in; building the operator once shows whether it can be.
@@ -309,7 +311,11 @@ pub(super) mod tests {
             ),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = \"3\" }"),
-                "plan.toml:9:39: not a number; is \"3\"",
+                "plan.toml:9:12: hyena_x: taps: not a number; is 3",
+            ),
+            (
+                graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = [3] }"),
+                "plan.toml:9:39: not an option's value; is [3]; must be a number or a word",
             ),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = 0 }"),

@@ -117,7 +117,7 @@ mod tests {
         let assignment = Assignment { block: 0, site: Site::Attn, spec: Spec::new(kind) };
         let optimizer = AdamWSettings { lr, ema: 0.0, ..AdamWSettings::default() };
         let config = DistillConfig { optimizer, ..DistillConfig::default() };
-        Student::new(assignment, BlockDims { width: 8, heads: 2, tokens: 4 }, device, &config).unwrap()
+        Student::new(assignment, BlockDims { width: 8, heads: 2, grid: [2, 2] }, device, &config).unwrap()
     }
 
     fn tensor(device: &Device, values: &[f32]) -> Tensor {

@@ -125,7 +125,7 @@ pub fn plan_memory(model: &Dit, request: &Request) -> MemoryPlan {
     let c = &model.config;
     let n = request.labels.len();
     let rows = request.batch.min(n) * if request.guidance == 1.0 { 1 } else { 2 };
-    let hidden = |b: &BlockSpec| (c.width as f64 * b.mlp.options.get("ratio").copied().unwrap_or(4.0)) as usize;
+    let hidden = |b: &BlockSpec| (c.width as f64 * b.mlp.number("ratio", 4.0).unwrap_or(4.0)) as usize;
     let widest = c.blocks.iter().map(hidden).max().unwrap_or(0);
     // Stream, modulated stream, branch, its copy by heads; q, k and v; the hidden layer; mean, rstd and log-sum-exp.
     let per_token = 4 * c.width + 3 * c.width + widest + 2 + c.heads;

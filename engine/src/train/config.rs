@@ -5,12 +5,15 @@ use crate::error::{Error, Result};
 use crate::io::datasets::{self, ImageSet, Split};
 use crate::models::dit::DitConfig;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A pretraining run: data, model, optimiser.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PretrainConfig {
+    /// Folder of a model whose weights the run starts from; new weights where not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<PathBuf>,
     /// Data set.
     pub data: DataConfig,
     /// Model.

@@ -40,15 +40,21 @@ pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
     for (option, _) in kind.options {
         let field = FIELDS.iter().find(|(o, _)| o == option).map_or(*option, |(_, field)| field);
         for key in [*option, field] {
-            if case.config.get(key).is_some() {
-                spec = spec.with(option, case.number(key)?);
+            match case.config.get(key) {
+                None => {}
+                Some(serde_json::Value::String(word)) => spec = spec.with(option, word.as_str()),
+                Some(_) => spec = spec.with(option, case.number(key)?),
             }
         }
     }
     let device = Device::cpu();
     let x = case.input_f32(&device, "x")?;
     let heads = if case.config.get("num_heads").is_some() { case.whole("num_heads")? } else { 1 };
-    let dims = BlockDims { width: x.dim(2), heads, tokens: x.dim(1) };
+    let grid = match case.config.get("grid").and_then(serde_json::Value::as_array).map(Vec::as_slice) {
+        Some([rows, columns]) => [rows, columns].map(|side| side.as_u64().unwrap_or(0) as usize),
+        _ => [1, x.dim(1)],
+    };
+    let dims = BlockDims { width: x.dim(2), heads, grid };
     let mut params = ParamStore::default();
     let operator = operators::build(&spec, kind.site, dims, &mut Builder::new(&mut params, &device, 0, Scheme::Torch))?;
     fill(&mut params, &device, &TensorFile::open(&case.model().join("operator.safetensors"))?)?;

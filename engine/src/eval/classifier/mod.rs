@@ -36,7 +36,7 @@ const SIDE: usize = 28;
 const PATCH: usize = 4;
 const GRID: usize = SIDE / PATCH;
 const DEPTH: usize = 3;
-const DIMS: BlockDims = BlockDims { width: 64, heads: 4, tokens: GRID * GRID };
+const DIMS: BlockDims = BlockDims { width: 64, heads: 4, grid: [GRID, GRID] };
 const MLP_RATIO: f64 = 2.0;
 const EPS: f32 = 1e-6;
 /// Images of one forward pass when reading many: bounds memory.
@@ -125,7 +125,7 @@ impl Classifier {
         let mut params = ParamStore::default();
         let mut b = Builder::new(&mut params, device, seed, Scheme::Xavier);
         let embed = b.linear("embed", PATCH * PATCH, d)?;
-        let positions = b.param("positions", &[DIMS.tokens, d], Init::Normal(0.02))?;
+        let positions = b.param("positions", &[DIMS.tokens(), d], Init::Normal(0.02))?;
         let mut blocks = Vec::with_capacity(DEPTH);
         for i in 0..DEPTH {
             let mut block = b.below(&format!("blocks.{i}"));
@@ -134,7 +134,7 @@ impl Classifier {
                 operators::build(&Spec::new("mlp").with("ratio", MLP_RATIO), Site::Mlp, DIMS, &mut block.below("mlp"))?,
             ]);
         }
-        let features = b.linear("features", DIMS.tokens * d, FEATURES)?;
+        let features = b.linear("features", DIMS.tokens() * d, FEATURES)?;
         let head = b.linear("head", FEATURES, classes)?;
         Ok(Classifier { params, classes, embed, positions, blocks, features, head })
     }
@@ -169,7 +169,7 @@ impl Classifier {
             x = operator.forward(g, &self.params, &h, Some(epilogue))?;
         }
         let x = g.ln_modulate(&x, &modulation, norm)?;
-        g.reshape(&x, &[b, 1, DIMS.tokens * DIMS.width])
+        g.reshape(&x, &[b, 1, DIMS.tokens() * DIMS.width])
     }
 
     /// Features `[B, 1, FEATURES]` of tokens.

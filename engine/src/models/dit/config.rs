@@ -103,7 +103,7 @@ impl DitConfig {
 
     /// Sizes that operators are built from.
     pub fn block_dims(&self) -> BlockDims {
-        BlockDims { width: self.width, heads: self.heads, tokens: self.tokens() }
+        BlockDims { width: self.width, heads: self.heads, grid: [self.grid(), self.grid()] }
     }
 
     /// Mutable specification of a site.
@@ -156,8 +156,7 @@ impl DitConfig {
         let d = self.width;
         let linear = |inputs: usize, outputs: usize| inputs * outputs + outputs;
         let block = |b: &BlockSpec| {
-            let ratio = b.mlp.options.get("ratio").copied().unwrap_or(4.0);
-            let hidden = (d as f64 * ratio) as usize;
+            let hidden = (d as f64 * b.mlp.number("ratio", 4.0).unwrap_or(4.0)) as usize;
             linear(d, 3 * d) + linear(d, d) + linear(d, hidden) + linear(hidden, d) + linear(d, 6 * d)
         };
         let patch_values = self.patch * self.patch;

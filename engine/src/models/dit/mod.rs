@@ -114,7 +114,7 @@ impl Dit {
         let mut params = ParamStore::default();
         let mut b = Builder::new(&mut params, device, seed, scheme);
         let patch_values = config.in_channels * config.patch * config.patch;
-        let pos_embed = b.frozen("pos_embed", &[1, dims.tokens, d], &position_table(config.grid(), d))?;
+        let pos_embed = b.frozen("pos_embed", &[1, dims.tokens(), d], &position_table(config.grid(), d))?;
         let patch_shape = [d, config.in_channels, config.patch, config.patch];
         let x_embedder = b.linear_from("x_embedder.proj", &patch_shape, Init::xavier(patch_values, d), Init::Zeros)?;
         let mut t = b.below("t_embedder");

@@ -52,7 +52,16 @@ impl Operator for HyenaX {
     }
 
     fn flops(&self, dims: BlockDims) -> SiteFlops {
-        let (n, d, k) = (dims.tokens as f64, dims.width as f64, self.taps as f64);
+        let (n, d, k) = (dims.tokens() as f64, dims.width as f64, self.taps as f64);
         SiteFlops { operator: 2.0 * n * d, projections: 8.0 * n * d * d + 6.0 * k * n * d }
+    }
+
+    fn teacher_names(&self) -> &'static [(&'static str, &'static str)] {
+        &[
+            ("in_proj.weight", "qkv.weight"),
+            ("in_proj.bias", "qkv.bias"),
+            ("out_proj.weight", "proj.weight"),
+            ("out_proj.bias", "proj.bias"),
+        ]
     }
 }

@@ -49,7 +49,16 @@ impl Operator for Mha {
     }
 
     fn flops(&self, dims: BlockDims) -> SiteFlops {
-        let (n, d, h) = (dims.tokens as f64, dims.width as f64, self.heads as f64);
+        let (n, d, h) = (dims.tokens() as f64, dims.width as f64, self.heads as f64);
         SiteFlops { operator: 4.0 * n * n * d + 2.0 * h * n * n, projections: 8.0 * n * d * d }
+    }
+
+    fn teacher_names(&self) -> &'static [(&'static str, &'static str)] {
+        &[
+            ("qkv.weight", "qkv.weight"),
+            ("qkv.bias", "qkv.bias"),
+            ("proj.weight", "proj.weight"),
+            ("proj.bias", "proj.bias"),
+        ]
     }
 }

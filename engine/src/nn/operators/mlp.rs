@@ -23,7 +23,7 @@ struct Mlp {
 }
 
 fn build(spec: &Spec, dims: BlockDims, builder: &mut Builder<'_>) -> Result<Box<dyn Operator>> {
-    let ratio = spec.value("ratio").unwrap_or(4.0);
+    let ratio = spec.number("ratio", 4.0)?;
     let (d, hidden) = (dims.width, (dims.width as f64 * ratio) as usize);
     if hidden == 0 || !ratio.is_finite() || ratio > 1024.0 {
         return Err(Error::usage("mlp: ratio", "gives no usable width")
@@ -44,7 +44,11 @@ impl Operator for Mlp {
     }
 
     fn flops(&self, dims: BlockDims) -> SiteFlops {
-        let (n, d) = (dims.tokens as f64, dims.width as f64);
+        let (n, d) = (dims.tokens() as f64, dims.width as f64);
         SiteFlops { operator: 4.0 * n * d * self.hidden as f64, projections: 0.0 }
+    }
+
+    fn teacher_names(&self) -> &'static [(&'static str, &'static str)] {
+        &[("fc1.weight", "fc1.weight"), ("fc1.bias", "fc1.bias"), ("fc2.weight", "fc2.weight"), ("fc2.bias", "fc2.bias")]
     }
 }

@@ -40,8 +40,46 @@ pub struct BlockDims {
     pub width: usize,
     /// Attention heads H.
     pub heads: usize,
+    /// Rows and columns of tokens, Gh and Gw; tokens are numbered row by row.
+    pub grid: [usize; 2],
+}
+
+impl BlockDims {
     /// Tokens N.
-    pub tokens: usize,
+    pub fn tokens(&self) -> usize {
+        self.grid[0] * self.grid[1]
+    }
+}
+
+/// The value of an option: a number, or a word where the operator offers a choice.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum OptionValue {
+    /// `taps = 4`.
+    Number(f64),
+    /// `direction = "centred"`.
+    Word(String),
+}
+
+impl From<f64> for OptionValue {
+    fn from(value: f64) -> Self {
+        OptionValue::Number(value)
+    }
+}
+
+impl From<&str> for OptionValue {
+    fn from(value: &str) -> Self {
+        OptionValue::Word(value.to_string())
+    }
+}
+
+impl fmt::Display for OptionValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            OptionValue::Number(number) => write!(f, "{number}"),
+            OptionValue::Word(word) => f.write_str(word),
+        }
+    }
 }
 
 /// Which operator, with its options: `{ kind = "hyena_x", taps = 4 }` in a plan.
@@ -51,7 +89,7 @@ pub struct Spec {
     pub kind: String,
     /// Options by name; those not given take the operator's defaults.
     #[serde(flatten)]
-    pub options: BTreeMap<String, f64>,
+    pub options: BTreeMap<String, OptionValue>,
 }
 
 impl Spec {
@@ -61,22 +99,43 @@ impl Spec {
     }
 
     /// With one option set.
-    pub fn with(mut self, option: &str, value: f64) -> Spec {
-        self.options.insert(option.to_string(), value);
+    pub fn with(mut self, option: &str, value: impl Into<OptionValue>) -> Spec {
+        self.options.insert(option.to_string(), value.into());
         self
     }
 
-    fn value(&self, option: &str) -> Option<f64> {
-        self.options.get(option).copied()
+    /// An option that is a number.
+    ///
+    /// # Errors
+    /// An option that is a word.
+    pub fn number(&self, option: &str, default: f64) -> Result<f64> {
+        match self.options.get(option) {
+            None => Ok(default),
+            Some(OptionValue::Number(v)) => Ok(*v),
+            Some(word) => Err(Error::usage(format!("{}: {option}", self.kind), "not a number").is(word)),
+        }
     }
 
     /// An option that is a positive whole number.
     fn whole(&self, option: &str, default: usize) -> Result<usize> {
-        match self.value(option) {
-            None => Ok(default),
-            Some(v) if v >= 1.0 && v.fract() == 0.0 && v <= 1e9 => Ok(v as usize),
-            Some(v) => Err(Error::usage(format!("{}: {option}", self.kind), "not a positive whole number").is(v)),
+        match self.number(option, default as f64)? {
+            v if v >= 1.0 && v.fract() == 0.0 && v <= 1e9 => Ok(v as usize),
+            v => Err(Error::usage(format!("{}: {option}", self.kind), "not a positive whole number").is(v)),
         }
+    }
+
+    /// An option that is one of `words`; the first is the default.
+    #[allow(dead_code)]
+    fn choice(&self, option: &str, words: &[&'static str]) -> Result<&'static str> {
+        let given = match self.options.get(option) {
+            None => return Ok(words[0]),
+            Some(given) => given.to_string(),
+        };
+        words.iter().find(|word| **word == given).copied().ok_or_else(|| {
+            Error::usage(format!("{}: {option}", self.kind), "unknown choice")
+                .is(format!("{given:?}"))
+                .must(format!("one of {}", words.join(", ")))
+        })
     }
 }
 
@@ -117,8 +176,14 @@ pub trait Operator: Send + Sync + fmt::Debug {
     /// When the shapes do not fit.
     fn forward(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, epilogue: Option<Epilogue<'_>>) -> Result<Var>;
 
-    /// Cost for one sample of `dims.tokens` tokens.
+    /// Cost for one sample.
     fn flops(&self, dims: BlockDims) -> SiteFlops;
+
+    /// Own parameters that may start as the teacher's, as (own name, name in the site's plain operator: `mha` or
+    /// `mlp`): those of the same shape and meaning. A parameter that the teacher does not have in that shape is left.
+    fn teacher_names(&self) -> &'static [(&'static str, &'static str)] {
+        &[]
+    }
 }
 
 /// An entry of the registry.
