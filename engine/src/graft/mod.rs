@@ -17,6 +17,7 @@ pub mod cost;
 pub mod distill;
 pub mod evaluate;
 pub mod finetune;
+mod page;
 pub mod plan;
 pub mod run;
 pub mod select;
