@@ -3,6 +3,7 @@
 use super::graft_run::Bars;
 use super::out;
 use crate::error::{Error, Result};
+use crate::graft::run::RunData;
 use crate::graft::science::{self, Job, Runner, Study, Tier};
 use crate::io::atomic::{self, RunLock};
 use crate::report::format::significant;
@@ -79,7 +80,7 @@ pub fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     let device = Device::cpu();
-    let runner = Runner::open(&study, &args.run, &device)?;
+    let runner = Runner::open(&study, &args.run, RunData::load(&study.settings()?.data)?, &device)?;
     for (index, job) in jobs.iter().enumerate() {
         if job.result(&args.run)?.is_some() {
             continue;

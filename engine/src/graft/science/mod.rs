@@ -79,14 +79,13 @@ pub struct Runner<'s> {
 }
 
 impl<'s> Runner<'s> {
-    /// Reads data, base model and classifier.
+    /// Reads base model and classifier; `data` is what the study's `[data]` names.
     ///
     /// # Errors
     /// When one of them cannot be read, or they do not fit each other.
-    pub fn open(study: &'s Study, folder: &'s Path, device: &'s Device) -> Result<Runner<'s>> {
+    pub fn open(study: &'s Study, folder: &'s Path, data: RunData, device: &'s Device) -> Result<Runner<'s>> {
         ensure_writable_dir(folder)?;
-        let plan = study.plan(&study.rows[0], 0)?;
-        let data = RunData::load(&plan.data)?;
+        let plan = study.settings()?;
         let scorer = Scorer::new(&plan.eval, &data, device)?;
         let base = dit::load(&plan.base, device)?;
         let base_digest = assemble::digest(&base)?;

@@ -44,7 +44,7 @@ pub fn report(study: &Study, run: &Path) -> Result<Science> {
     }
     let real = run.join(REAL);
     let real: Option<Baseline> = if real.exists() { serde_json::from_value(json::read(&real)?).ok() } else { None };
-    let first = study.plan(&study.rows[0], 0)?;
+    let first = study.settings()?;
     let (d, f, e) = (&first.distill, &first.finetune, &first.eval);
     let mut science = Science {
         title: study.title.clone(),

@@ -150,13 +150,26 @@ impl Study {
         Ok(study)
     }
 
+    /// A plan that carries what all rows share: base, data, settings of the stages and of the scores.
+    ///
+    /// # Errors
+    /// As [`Study::plan`].
+    pub fn settings(&self) -> Result<Plan> {
+        self.compose(None, 0)
+    }
+
     /// The plan of a row with a seed. That of a control grafts nothing that is used: its settings are.
     ///
     /// # Errors
     /// What is wrong with the plan, by line of the composed text.
     pub fn plan(&self, row: &Row, seed: u64) -> Result<Plan> {
+        self.compose(Some(row), seed)
+    }
+
+    fn compose(&self, row: Option<&Row>, seed: u64) -> Result<Plan> {
         let mut plan = self.shared.clone();
-        for (key, over) in [("distill", &row.distill), ("finetune", &row.finetune)] {
+        let over = row.map_or([None, None], |row| [row.distill.as_ref(), row.finetune.as_ref()]);
+        for (key, over) in ["distill", "finetune"].into_iter().zip(over) {
             if let (Some(Value::Table(section)), Some(over)) = (plan.get_mut(key), over) {
                 overlay(section, over);
             }
@@ -168,10 +181,11 @@ impl Study {
                 section.insert("seed".into(), Value::Integer(seed));
             }
         }
-        let grafts = row.graft.clone().unwrap_or_else(|| vec![placeholder()]);
+        let grafts = row.and_then(|row| row.graft.clone()).unwrap_or_else(|| vec![placeholder()]);
         plan.insert("graft".into(), Value::Array(grafts.into_iter().map(Value::Table).collect()));
-        let text = toml::to_string(&plan).map_err(|e| Error::failure(&row.name, e.to_string()))?;
-        Plan::parse(&row.name, text)
+        let name = row.map_or("study", |row| row.name.as_str());
+        let text = toml::to_string(&plan).map_err(|e| Error::failure(name, e.to_string()))?;
+        Plan::parse(name, text)
     }
 }
 
