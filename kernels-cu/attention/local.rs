@@ -218,7 +218,21 @@ fn backward(
             let (sum_k, sum_v) = (&mut sum_k[seen.clone()], &mut sum_v[seen]);
             let (dy, lse, delta) = (saved.dy.from(block.start), &saved.lse[block.clone()], &delta[block.clone()]);
             arch().dispatch(Backward {
-                task, block, keys, dy, lse, delta, qs, dys, ks, vs, p, ds, sum_q, sum_k, sum_v,
+                task,
+                block,
+                keys,
+                dy,
+                lse,
+                delta,
+                qs,
+                dys,
+                ks,
+                vs,
+                p,
+                ds,
+                sum_q,
+                sum_k,
+                sum_v,
             });
             write(sum_q, wide, dq);
         }

@@ -43,11 +43,7 @@ fn add(sum: &mut [f64], factor: f64, x: &[f64]) {
 }
 
 /// y and lse of every query over `keys(query)`; without keys, y is zero and lse −∞.
-pub(crate) fn forward(
-    [q, k, v]: &[Vectors; 3],
-    scale: f64,
-    keys: impl Fn(usize) -> Vec<usize>,
-) -> (Vectors, Vec<f64>) {
+pub(crate) fn forward([q, k, v]: &[Vectors; 3], scale: f64, keys: impl Fn(usize) -> Vec<usize>) -> (Vectors, Vec<f64>) {
     let one = |(query, q): (usize, &Vec<f64>)| {
         let scores: Vec<(usize, f64)> = keys(query).iter().map(|&key| (key, scale * dot(q, &k[key]))).collect();
         let max = scores.iter().fold(f64::NEG_INFINITY, |max, (_, s)| max.max(*s));

@@ -36,7 +36,14 @@ struct Squares<'a> {
 
 impl<'a> Squares<'a> {
     /// Row of squares `row` of a sample.
-    fn new(dims: Dims, first: usize, x: &'a [f32], [sample, row]: [usize; 2], taps: &'a [f32], bias: &'a [f32]) -> Self {
+    fn new(
+        dims: Dims,
+        first: usize,
+        x: &'a [f32],
+        [sample, row]: [usize; 2],
+        taps: &'a [f32],
+        bias: &'a [f32],
+    ) -> Self {
         let Dims { gh, gw, r, d, k, .. } = dims;
         Squares { dims, first, rows: &x[(sample * gh + row * k) * gw * r * d..][..k * gw * r * d], taps, bias }
     }
