@@ -38,7 +38,7 @@ pub struct RunArgs {
 pub fn run(args: &PlanArgs) -> Result<()> {
     let device = Device::cpu();
     let folder = RunFolder::create(Plan::read(&args.plan)?, &args.common.run)?;
-    let mut bars = Bars::new(&folder, &device, args.common.stop_after);
+    let mut bars = Bars::new(steps(&folder), &device, args.common.stop_after);
     let data = RunData::load(&folder.plan.data)?;
     let summary = run::run(&folder, &data, &device, &mut |e| bars.report(e))?;
     bars.finish();
@@ -62,7 +62,7 @@ pub fn finetune(args: &RunArgs) -> Result<()> {
 type StageFn = fn(&RunFolder, &RunData, &Device, &mut run::Report<'_>) -> Result<bool>;
 
 fn stage(folder: &RunFolder, device: &Device, args: &RunArgs, stage: StageFn) -> Result<()> {
-    let mut bars = Bars::new(folder, device, args.stop_after);
+    let mut bars = Bars::new(steps(folder), device, args.stop_after);
     let data = RunData::load(&folder.plan.data)?;
     let finished = stage(folder, &data, device, &mut |e| bars.report(e))?;
     bars.finish();
@@ -83,6 +83,9 @@ fn conclude(folder: &RunFolder, summary: Option<&Summary>, args: &RunArgs) -> Re
     if args.json {
         println!("{:#}", summary.json()?);
         return Ok(());
+    }
+    for line in super::layers::chosen(&folder.decided()?) {
+        println!("{line}");
     }
     println!("{:<16} {:<20} {:<20} {:>10} {:>10}", "site", "before", "after", "initial", "distilled");
     for s in &summary.sites {
@@ -115,8 +118,13 @@ fn print_stage(name: &str, s: &StageSummary) {
     );
 }
 
+/// Updates of the two stages.
+fn steps(folder: &RunFolder) -> [u64; 2] {
+    [folder.plan.distill.steps, folder.plan.finetune.steps]
+}
+
 /// A bar for each stage, shown when its first word comes.
-struct Bars<'d> {
+pub struct Bars<'d> {
     device: &'d Device,
     steps: [u64; 2],
     bar: Option<(usize, ProgressBar)>,
@@ -125,17 +133,23 @@ struct Bars<'d> {
 }
 
 impl<'d> Bars<'d> {
-    fn new(folder: &RunFolder, device: &'d Device, stop_after: Option<u64>) -> Bars<'d> {
-        let steps = [folder.plan.distill.steps, folder.plan.finetune.steps];
+    /// Bars for stages of `steps` updates; stops after so many of them.
+    pub fn new(steps: [u64; 2], device: &'d Device, stop_after: Option<u64>) -> Bars<'d> {
         Bars { device, steps, bar: None, smoothed: None, left: stop_after }
     }
 
-    fn report(&mut self, event: Event<'_>) -> ControlFlow<()> {
+    /// Shows an event.
+    pub fn report(&mut self, event: Event<'_>) -> ControlFlow<()> {
         let (stage, step, loss, rate) = match event {
             Event::Distill(p) => (0, p.step, p.mean_loss(), p.images_per_second),
             Event::Finetune(p) => (1, p.step, p.loss, p.images_per_second),
             Event::Evaluate(done, total) => {
-                self.sampling(done, total);
+                self.counted(2, "compare", done, total);
+                return ControlFlow::Continue(());
+            }
+            Event::Choose(p) => {
+                // Two bars: one for the sampling, one for each short stage 1.
+                self.counted(if p.what == "locality" { 3 } else { 4 }, p.what, p.done, p.total);
                 return ControlFlow::Continue(());
             }
         };
@@ -155,17 +169,18 @@ impl<'d> Bars<'d> {
         if self.left == Some(0) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
-    fn sampling(&mut self, done: u64, total: u64) {
-        if self.bar.as_ref().is_none_or(|(shown, _)| *shown != 2) {
+    fn counted(&mut self, stage: usize, what: &'static str, done: u64, total: u64) {
+        if self.bar.as_ref().is_none_or(|(shown, _)| *shown != stage) {
             self.finish();
-            self.bar = Some((2, progress::bar(total, "compare")));
+            self.bar = Some((stage, progress::bar(total, what)));
         }
         if let Some((_, bar)) = &self.bar {
             bar.set_position(done);
         }
     }
 
-    fn finish(&mut self) {
+    /// Ends the bar that is shown.
+    pub fn finish(&mut self) {
         if let Some((_, bar)) = self.bar.take() {
             bar.finish();
         }
