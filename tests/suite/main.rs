@@ -5,5 +5,6 @@ mod fuzz;
 mod golden_io;
 mod golden_verify;
 mod graft;
+mod plans;
 mod properties;
 mod tidy;
