@@ -276,3 +276,62 @@ fn a_diverging_site_is_named_and_the_last_good_checkpoint_stays() {
     assert!(file.iter().all(|t| t.to_f32().unwrap().iter().all(|v| v.is_finite())));
     assert!(!dir.join("run/stage1/config.json").exists());
 }
+
+const PAIRS: &str = "[[graft]]\nsite = \"block-pair\"\nlayers = \"all\"\n\
+                     [[graft]]\nsite = \"attn\"\nlayers = [3]\noperator = { kind = \"hyena_x\" }\n";
+
+#[test]
+fn blocks_learn_to_run_in_parallel() {
+    let dir = folder("pairs");
+    let base = base(&dir);
+    let text = plan(
+        &base,
+        PAIRS,
+        "steps = 40\ncheckpoint_every = 15\noptimizer = { lr = 3e-3 }",
+        "steps = 20\noptimizer = { lr = 1e-3, warmup = 2 }",
+    );
+    let mut killed = false;
+    let whole = dir.join("whole");
+    let summary = run_all(&text, &whole, &mut |e| {
+        if let Event::Distill(p) = e
+            && p.step == 22
+        {
+            copy_tree(&whole, &dir.join("killed"));
+            killed = true;
+        }
+        ControlFlow::Continue(())
+    });
+    let summary = summary.unwrap().unwrap();
+    let names: Vec<&str> = summary.sites.iter().map(|s| s.site.as_str()).collect();
+    assert_eq!(names, ["pairs.0", "blocks.3.attn", "pairs.1"]);
+    for site in summary.sites.iter().filter(|s| s.site.starts_with("pairs")) {
+        let (before, after) = (site.residual_initial.unwrap(), site.residual_distilled.unwrap());
+        assert!(after.loss < 0.8 * before.loss && after.relative < before.relative, "{site:?}");
+    }
+    // The operator inside a pair learns through the pair.
+    assert!(summary.sites[1].residual_initial.is_none());
+    assert_eq!((summary.cost_before.serial_depth, summary.cost_after.serial_depth), (4, 2));
+    let merges = 2 * (2 * 16 * 16 + 16);
+    let hyena = 3 * 16 * 5;
+    assert_eq!(summary.cost_after.params, summary.cost_before.params + merges + hyena);
+    // The control starts from the base's blocks; both stages change blocks and merge.
+    let device = Device::cpu();
+    let load = |stage: &str| dit::load(&whole.join(stage), &device).unwrap();
+    let (start, distilled, tuned) = (load("random"), load("stage1"), load("stage2"));
+    let base = dit::load(&base, &device).unwrap();
+    assert_eq!((&tuned.config.pairs, tuned.config.blocks[3].attn.kind.as_str()), (&vec![0, 1], "hyena_x"));
+    for name in
+        ["blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.bias", "pairs.1.merge.weight", "blocks.3.attn.in_proj.bias"]
+    {
+        let value = |model: &Dit| model.params.get(model.params.find(name).unwrap()).value.to_vec().unwrap();
+        assert!(base.params.find(name).is_none() || value(&base) == value(&start), "{name}");
+        assert!(value(&start) != value(&distilled) && value(&distilled) != value(&tuned), "{name}");
+    }
+    assert_eq!(tuned.params.elements() - start.params.elements(), 0);
+    // Killed and resumed, the run ends in the same bytes.
+    assert!(killed);
+    run_all(&text, &dir.join("killed"), &mut go_on).unwrap().unwrap();
+    for stage in ["stage1", "stage2"] {
+        assert!(bytes(&whole, stage) == bytes(&dir.join("killed"), stage), "{stage} differs");
+    }
+}

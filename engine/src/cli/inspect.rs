@@ -117,11 +117,12 @@ fn model(path: &Path) -> Result<(Value, String)> {
     }
     let c = &config;
     let text = format!(
-        "{}: DiT, {} blocks, width {}, {} heads, patch {}, input {}x{}x{}, {} tokens, {} classes{}\n\
+        "{}: DiT, {} blocks{}, width {}, {} heads, patch {}, input {}x{}x{}, {} tokens, {} classes{}\n\
          {} parameters in {} ({elements} stored elements, {})\n\
          {:.3} GFLOP per image and step in its sites (per layer below)\n{table}{}",
         path.display(),
         c.depth(),
+        parallel(c),
         c.width,
         c.heads,
         c.patch,
@@ -142,12 +143,20 @@ fn model(path: &Path) -> Result<(Value, String)> {
         .map(|s| json!({ "layer": s.layer, "site": s.site, "operator": s.operator, "flops_operator": s.flops.operator, "flops_projections": s.flops.projections }))
         .collect();
     let record = json!({
-        "model": path.display().to_string(), "class": "DiT", "depth": c.depth(), "width": c.width, "heads": c.heads,
+        "model": path.display().to_string(), "class": "DiT", "depth": c.depth(), "serial_depth": c.serial_depth(), "pairs": c.pairs, "width": c.width, "heads": c.heads,
         "patch": c.patch, "input_size": c.input_size, "in_channels": c.in_channels, "out_channels": c.out_channels(),
         "tokens": c.tokens(), "classes": c.classes, "learn_sigma": c.learn_sigma, "parameters": parameters(&config)?,
         "dtypes": dtypes, "metadata": metadata, "sites": layers, "site_flops": total,
     });
     Ok((record, text))
+}
+
+/// ` (pairs 0-3 in parallel, serial depth 4)`, or nothing.
+fn parallel(config: &DitConfig) -> String {
+    match config.pairs.as_slice() {
+        [] => String::new(),
+        pairs => format!(" (pairs {} in parallel, serial depth {})", ranges(pairs), config.serial_depth()),
+    }
 }
 
 /// One site of one layer.

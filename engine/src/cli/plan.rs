@@ -45,7 +45,12 @@ pub fn run(args: &Args) -> Result<()> {
     let (before, after) = (Counter::new(&base).model()?, Counter::new(&grafted).model()?);
     match args.action {
         Action::Check { .. } => {
-            println!("{}: good; {} of {} sites change", path.display(), assignments.len(), 2 * base.depth());
+            let depth = match (before.serial_depth, after.serial_depth) {
+                (b, a) if a == b => String::new(),
+                (b, a) => format!("; serial depth {b} -> {a}"),
+            };
+            let operators = assignments.iter().filter(|a| a.site != Site::BlockPair).count();
+            println!("{}: good; {operators} of {} sites change{depth}", path.display(), 2 * base.depth());
         }
         Action::Show { json: true, .. } => println!("{:#}", as_json(&assignments, &grafted, &before, &after)?),
         Action::Show { json: false, .. } => {
@@ -67,20 +72,25 @@ fn as_json(
     let changed: Vec<String> = assignments.iter().map(ToString::to_string).collect();
     let layers: Vec<_> = grafted.blocks.iter().map(|b| json!({ "attn": b.attn, "mlp": b.mlp })).collect();
     let costs = serde_json::to_value([before, after]).map_err(|e| Error::failure("plan", e.to_string()))?;
-    Ok(json!({ "grafted": changed, "layers": layers, "before": costs[0], "after": costs[1] }))
+    Ok(json!({ "grafted": changed, "layers": layers, "pairs": grafted.pairs, "before": costs[0], "after": costs[1] }))
 }
 
 fn print_layers(assignments: &[Assignment], grafted: &DitConfig) -> Result<()> {
     let mut counter = Counter::new(grafted);
-    println!("{:>5}  {:<24} {:<24} {:>12} {:>10}   (* grafted)", "layer", "attn", "mlp", "parameters", "MFLOP");
+    let parallel = if grafted.pairs.is_empty() { "" } else { ", = in parallel with its neighbour" };
+    println!(
+        "{:>5}  {:<24} {:<24} {:>12} {:>10}   (* grafted{})",
+        "layer", "attn", "mlp", "parameters", "MFLOP", parallel
+    );
     for (i, block) in grafted.blocks.iter().enumerate() {
         let mark = |site, spec: &dyn std::fmt::Display| {
             let grafted = assignments.iter().any(|a| a.block == i && a.site == site);
             format!("{spec}{}", if grafted { " *" } else { "" })
         };
         let (attn, mlp) = (counter.site(Site::Attn, &block.attn)?, counter.site(Site::Mlp, &block.mlp)?);
+        let layer = format!("{i}{}", if grafted.pairs.contains(&(i / 2)) { "=" } else { "" });
         println!(
-            "{i:>5}  {:<24} {:<24} {:>12} {:>10.3}",
+            "{layer:>5}  {:<24} {:<24} {:>12} {:>10.3}",
             mark(Site::Attn, &block.attn),
             mark(Site::Mlp, &block.mlp),
             attn.params + mlp.params,
@@ -96,13 +106,18 @@ fn print_costs(before: &ModelCost, after: &ModelCost) {
     let row = |what: &str, text: [String; 2], values: [f64; 2]| {
         println!("{what:<28} {:>16} {:>16} {:>+8.2}%", text[0], text[1], percent(values[0], values[1]));
     };
-    for (name, b, a) in [("attn", &before.attn, &after.attn), ("mlp", &before.mlp, &after.mlp)] {
+    for (name, b, a) in
+        [("attn", &before.attn, &after.attn), ("mlp", &before.mlp, &after.mlp), ("merge", &before.merge, &after.merge)]
+    {
         let pairs = [
             ("operator FLOP", b.flops_operator, a.flops_operator),
             ("projection FLOP", b.flops_projections, a.flops_projections),
         ];
         for (what, b, a) in pairs.into_iter().filter(|(_, b, a)| *b > 0.0 || *a > 0.0) {
             row(&format!("{name}: {what}"), [million(b), million(a)], [b, a]);
+        }
+        if b.params == 0 && a.params == 0 {
+            continue;
         }
         row(
             &format!("{name}: parameters"),
@@ -117,4 +132,5 @@ fn print_costs(before: &ModelCost, after: &ModelCost) {
         [before.params as f64, after.params as f64],
     );
     println!("{:<28} {:>16} {:>16}", "tokens", before.tokens, after.tokens);
+    println!("{:<28} {:>16} {:>16}", "serial depth", before.serial_depth, after.serial_depth);
 }

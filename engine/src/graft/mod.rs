@@ -10,6 +10,7 @@
 //! | [`distill`] | stage 1: every site learns to imitate the operator it replaces |
 //! | [`finetune`] | stage 2: the grafted model is trained on the diffusion loss |
 //! | [`run`] | the run folder: stages in order, each resumed where it was left |
+//! | `pair` | stage 1 of restructuring: two blocks in parallel learn to give what they gave in sequence |
 //! | [`summary`] | what a run has reached, as one JSON file |
 
 pub mod assemble;
@@ -17,6 +18,7 @@ pub mod cost;
 pub mod distill;
 pub mod evaluate;
 pub mod finetune;
+mod pair;
 pub mod plan;
 pub mod run;
 pub mod select;

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 
 /// Metadata key under which a folder carries the operators of its blocks.
 pub(super) const OPERATORS_KEY: &str = "graft.operators";
+/// Metadata key under which a folder carries the pairs of blocks that run in parallel; absent where none do.
+pub(super) const PAIRS_KEY: &str = "graft.pairs";
 
 /// Loads a DiT from a diffusers folder, a folder with an original `.pt`, or a `.pt` or safetensors file.
 ///
@@ -134,6 +136,12 @@ fn configure(config: &Value, path: &Path, metadata: &BTreeMap<String, String>) -
             }
         }
     }
+    if let Some(text) = metadata.get(PAIRS_KEY) {
+        found.pairs = serde_json::from_str(text).map_err(|e| {
+            Error::failure(&place, format!("metadata {PAIRS_KEY} cannot be read: {e}"))
+                .must("the text that this program wrote")
+        })?;
+    }
     found.check().map_err(|e| e.context(&place))?;
     Ok(found)
 }
@@ -252,7 +260,9 @@ fn infer(source: &dyn Source) -> Result<DitConfig> {
             .fix("put a config.json with num_heads beside the checkpoint")
     })?;
     let depth = (0..1000).take_while(|i| names.contains(&format!("blocks.{i}.adaLN_modulation.1.weight"))).count();
+    let pairs = (0..depth / 2).filter(|j| names.contains(&format!("pairs.{j}.merge.weight"))).collect();
     let config = DitConfig {
+        pairs,
         patch,
         input_size: tokens.isqrt().saturating_mul(patch),
         in_channels,

@@ -1,7 +1,7 @@
 //! Saving in the diffusers folder layout.
 
 use super::Dit;
-use super::load::OPERATORS_KEY;
+use super::load::{OPERATORS_KEY, PAIRS_KEY};
 use super::names::{diffusers_copies, diffusers_parts};
 use crate::error::Result;
 use crate::io::dtype::FileDtype;
@@ -59,6 +59,9 @@ pub fn save(model: &Dit, folder: &Path, dtype: SaveAs, extra: &BTreeMap<String, 
     let mut metadata = extra.clone();
     metadata.insert("format".into(), "pt".into());
     metadata.insert(OPERATORS_KEY.into(), json!(specs).to_string());
+    if !c.pairs.is_empty() {
+        metadata.insert(PAIRS_KEY.into(), json!(c.pairs).to_string());
+    }
     let records = tensors.iter().map(|(name, shape, values)| match dtype {
         SaveAs::F32 => TensorRecord::f32(name.clone(), shape, values),
         SaveAs::Bf16 => {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// A place in a block that holds an operator.
+/// A place in a model that grafting can change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Site {
@@ -22,6 +22,19 @@ pub enum Site {
     Attn,
     /// Channel mixing.
     Mlp,
+    /// Two consecutive blocks (2j, 2j + 1), counted in pairs. It holds no operator: the blocks run in parallel.
+    #[serde(rename = "block-pair")]
+    BlockPair,
+}
+
+impl Site {
+    /// Places of this kind in a model with `depth` blocks.
+    pub fn count(self, depth: usize) -> usize {
+        match self {
+            Site::BlockPair => depth / 2,
+            _ => depth,
+        }
+    }
 }
 
 impl fmt::Display for Site {
@@ -29,6 +42,7 @@ impl fmt::Display for Site {
         f.write_str(match self {
             Site::Attn => "attn",
             Site::Mlp => "mlp",
+            Site::BlockPair => "block-pair",
         })
     }
 }
