@@ -25,6 +25,11 @@ fn folder(name: &str) -> PathBuf {
 
 /// A base with four blocks in which every branch matters: nothing is zero as in a fresh model.
 fn base(dir: &Path) -> PathBuf {
+    base_with(dir, 0.05)
+}
+
+/// As [`base`], with the standard deviation of what is added to every weight.
+fn base_with(dir: &Path, deviation: f32) -> PathBuf {
     let sizes = DitConfig { patch: 2, input_size: 8, in_channels: 1, classes: 3, ..DitConfig::plain(4, 16, 2) };
     let mut model = Dit::new(sizes, &Device::cpu(), 1).unwrap();
     let ids: Vec<_> = model.params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
@@ -32,7 +37,7 @@ fn base(dir: &Path) -> PathBuf {
         let mut value = model.params.get(id).value.copy().unwrap();
         let mut noise = vec![0.0; value.len()];
         Philox::new(2, i as u64).fill_normal(&mut noise);
-        value.f32s_mut().unwrap().iter_mut().zip(&noise).for_each(|(v, n)| *v += 0.05 * n);
+        value.f32s_mut().unwrap().iter_mut().zip(&noise).for_each(|(v, n)| *v += deviation * n);
         model.params.set(id, value).unwrap();
     }
     let path = dir.join("base");
@@ -260,6 +265,22 @@ fn what_cannot_be_run_is_refused_before_anything_changes() {
     assert!(
         message(run_all(&deep, &dir.join("deep"), &mut go_on)).contains("layer out of range; is 4; must be 0 to 3")
     );
+    // Another base at the same place, after stage 1 has begun; and a distilled model of another plan.
+    let begun = dir.join("begun");
+    run_all(&text, &begun, &mut |_| ControlFlow::Break(())).unwrap();
+    let kept = dir.join("kept");
+    std::fs::rename(&base, &kept).unwrap();
+    base_with(&dir, 0.06);
+    assert!(message(run_all(&text, &begun, &mut go_on)).contains("checkpoint of another run (another base)"));
+    std::fs::remove_dir_all(&base).unwrap();
+    std::fs::rename(&kept, &base).unwrap();
+    let foreign = dir.join("foreign");
+    run_all(&plan(&base, HYENA, "steps = 1", "steps = 2"), &foreign, &mut go_on).unwrap().unwrap();
+    let mixed = dir.join("mixed");
+    copy_tree(&foreign.join("stage1"), &mixed.join("stage1"));
+    let folder = RunFolder::create(text.clone(), &mixed).unwrap();
+    let other = run::finetune(&folder, &data(), &Device::cpu(), &mut go_on).unwrap_err().to_string();
+    assert!(other.contains("the model comes from another plan; is other grafts or settings of stage 1"), "{other}");
     assert!(RunFolder::open(&dir.join("nothing")).map(|_| ()).unwrap_err().to_string().contains("not a run folder"));
     assert!(before == bytes(&run_dir, "stage2"));
 }
@@ -283,11 +304,12 @@ const PAIRS: &str = "[[graft]]\nsite = \"block-pair\"\nlayers = \"all\"\n\
 #[test]
 fn blocks_learn_to_run_in_parallel() {
     let dir = folder("pairs");
-    let base = base(&dir);
+    // Branches so strong that running blocks side by side changes the result.
+    let base = base_with(&dir, 0.2);
     let text = plan(
         &base,
         PAIRS,
-        "steps = 40\ncheckpoint_every = 15\noptimizer = { lr = 3e-3 }",
+        "steps = 80\ncheckpoint_every = 15\noptimizer = { lr = 2e-3, schedule = \"cosine\" }",
         "steps = 20\noptimizer = { lr = 1e-3, warmup = 2 }",
     );
     let mut killed = false;
@@ -306,7 +328,7 @@ fn blocks_learn_to_run_in_parallel() {
     assert_eq!(names, ["pairs.0", "blocks.3.attn", "pairs.1"]);
     for site in summary.sites.iter().filter(|s| s.site.starts_with("pairs")) {
         let (before, after) = (site.residual_initial.unwrap(), site.residual_distilled.unwrap());
-        assert!(after.loss < 0.8 * before.loss && after.relative < before.relative, "{site:?}");
+        assert!(after.loss < 0.9 * before.loss && after.relative < before.relative, "{site:?}");
     }
     // The operator inside a pair learns through the pair.
     assert!(summary.sites[1].residual_initial.is_none());

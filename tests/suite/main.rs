@@ -5,5 +5,6 @@ mod fuzz;
 mod golden_io;
 mod golden_verify;
 mod graft;
+mod malicious;
 mod properties;
 mod tidy;

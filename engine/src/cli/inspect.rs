@@ -6,7 +6,7 @@ use crate::io::safetensors::TensorFile;
 use crate::io::torch_zip::TorchFile;
 use crate::io::{files, png};
 use crate::models::dit::{self, DitConfig};
-use crate::nn::operators::{Site, SiteFlops};
+use crate::nn::operators::{self, Site, SiteFlops};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
         match extension.as_str() {
             "png" => picture(path)?,
             "safetensors" => tensors(path, &safetensors(path)?),
-            "pt" | "pth" | "bin" => tensors(path, &torch(path)?),
+            "pt" | "pth" | "bin" => checkpoint(path)?,
             other => {
                 return Err(Error::failure(path.display().to_string(), "unknown kind of file")
                     .is(format!("{other:?}"))
@@ -59,6 +59,43 @@ fn torch(path: &Path) -> Result<Listing> {
     let tensors = file.state_dict()?;
     let entries = tensors.iter().map(|(name, t)| ((*name).to_string(), t.dtype().to_string(), t.shape().to_vec()));
     Ok((entries.collect(), BTreeMap::new()))
+}
+
+/// A `torch.save` file: the model or the operator that it holds, and its tensors.
+fn checkpoint(path: &Path) -> Result<(Value, String)> {
+    let listing = torch(path)?;
+    let (mut record, text) = tensors(path, &listing);
+    let head = if listing.0.iter().any(|(name, ..)| name.starts_with("blocks.")) {
+        match model(path) {
+            Ok((model, text)) => {
+                record["describes"] = model;
+                text
+            }
+            // Its tensors are worth showing nevertheless.
+            Err(e) => format!("not readable as a model: {e}\n"),
+        }
+    } else {
+        let shapes = listing.0.iter().map(|(name, _, shape)| (name.clone(), shape.clone())).collect();
+        match operators::recognise_alone(&shapes, DitConfig::heads_of_width) {
+            Some((site, dims, known)) => {
+                record["operator"] = json!({ "site": site, "width": dims.width, "operator": known.spec.to_string() });
+                format!("operator {} for site {site} of width {}{}\n", known.spec, dims.width, assumed(known.assumed))
+            }
+            None => String::new(),
+        }
+    };
+    Ok((record, head + &text))
+}
+
+/// Says which options a checkpoint leaves open.
+fn assumed(options: &[&str]) -> String {
+    match options {
+        [] => String::new(),
+        open => format!(
+            "; {} as published, since the file does not say (`graft convert` can state another)",
+            open.join(", ")
+        ),
+    }
 }
 
 fn tensors(path: &Path, (entries, metadata): &Listing) -> (Value, String) {
@@ -115,11 +152,13 @@ fn model(path: &Path) -> Result<(Value, String)> {
             giga(first.flops.projections),
         ]);
     }
+    let mut open: Vec<&str> = dit::assumptions(path)?.iter().map(|a| a.option).collect();
+    open.dedup();
     let c = &config;
     let text = format!(
         "{}: DiT, {} blocks{}, width {}, {} heads, patch {}, input {}x{}x{}, {} tokens, {} classes{}\n\
          {} parameters in {} ({elements} stored elements, {})\n\
-         {:.3} GFLOP per image and step in its sites (per layer below)\n{table}{}",
+         {:.3} GFLOP per image and step in its sites (per layer below){}\n{table}{}",
         path.display(),
         c.depth(),
         parallel(c),
@@ -136,6 +175,7 @@ fn model(path: &Path) -> Result<(Value, String)> {
         weights.iter().map(|f| files::file_name(f)).collect::<Vec<_>>().join(", "),
         dtypes.iter().map(|(d, n)| format!("{n} {d}")).collect::<Vec<_>>().join(", "),
         total / 1e9,
+        assumed(&open),
         metadata.iter().map(|(k, v)| format!("{k} = {v}\n")).collect::<String>(),
     );
     let layers: Vec<Value> = sites
@@ -146,7 +186,7 @@ fn model(path: &Path) -> Result<(Value, String)> {
         "model": path.display().to_string(), "class": "DiT", "depth": c.depth(), "serial_depth": c.serial_depth(), "pairs": c.pairs, "width": c.width, "heads": c.heads,
         "patch": c.patch, "input_size": c.input_size, "in_channels": c.in_channels, "out_channels": c.out_channels(),
         "tokens": c.tokens(), "classes": c.classes, "learn_sigma": c.learn_sigma, "parameters": parameters(&config)?,
-        "dtypes": dtypes, "metadata": metadata, "sites": layers, "site_flops": total,
+        "dtypes": dtypes, "metadata": metadata, "sites": layers, "site_flops": total, "assumed": open,
     });
     Ok((record, text))
 }

@@ -1,6 +1,7 @@
 //! The command line: the only room that prints and exits.
 
 mod classifier;
+mod convert;
 mod doctor;
 mod eval;
 mod forward;
@@ -76,6 +77,8 @@ enum Command {
     Sample(sample::Args),
     /// One forward pass on tensors from a file.
     Forward(forward::Args),
+    /// Write a model under the names of another layout, bit for bit.
+    Convert(convert::Args),
     /// Show what a model, a tensor file or a picture is.
     Inspect(inspect::Args),
     /// Operators: list them, run one, check all against the oracle.
@@ -122,6 +125,7 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Eval(args) => eval::run(&args, cli.json),
         Command::Sample(args) => sample::run(&args),
         Command::Forward(args) => forward::run(&args),
+        Command::Convert(args) => convert::run(&args, cli.json),
         Command::Inspect(args) => inspect::run(&args, cli.json),
         Command::Op(args) => op::run(&args, cli.json),
         Command::Doctor => doctor::run(cli.json),

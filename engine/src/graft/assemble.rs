@@ -4,6 +4,7 @@ use super::plan::{Assignment, Plan};
 use crate::autograd::ParamStore;
 use crate::error::{Error, Result};
 use crate::io::hash;
+use crate::io::safetensors::TensorFile;
 use crate::models::dit::{self, Dit, DitConfig, SaveAs};
 use crate::nn::operators::Site;
 use std::collections::BTreeMap;
@@ -93,6 +94,29 @@ pub fn save(model: &Dit, folder: &Path, plan: &Plan, stage: Stage) -> Result<()>
         (STAGE_KEY.to_string(), stage.name().to_string()),
     ]);
     dit::save(model, folder, SaveAs::F32, &metadata)
+}
+
+/// Refuses a distilled model that comes from stage 1 of another plan, as its metadata says.
+///
+/// # Errors
+/// "the model comes from another plan", or a folder that cannot be read.
+pub fn check_origin(folder: &Path, plan: &Plan) -> Result<()> {
+    for file in dit::weight_files(folder)? {
+        let file = TensorFile::open(&file)?;
+        let stated = file
+            .metadata()
+            .get(PLAN_KEY)
+            .map(|text| Plan::parse(&format!("{}: {PLAN_KEY}", file.place()), text.clone()));
+        let same =
+            stated.map(|stated| Ok::<_, Error>(stated?.stage1_identity() == plan.stage1_identity())).transpose()?;
+        if same != Some(true) {
+            return Err(Error::usage(folder.display().to_string(), "the model comes from another plan")
+                .is(if same.is_none() { "a model without a plan" } else { "other grafts or settings of stage 1" })
+                .must("distilled by the plan of this run folder")
+                .fix("use another --run folder, or remove this model and distil again"));
+        }
+    }
+    Ok(())
 }
 
 /// A digest of all parameters, names and shapes: tells whether two models are the same to the bit.

@@ -199,6 +199,12 @@ impl Plan {
         Ok(sites.into_values().collect())
     }
 
+    /// What makes two results of stage 1 on the same base the same: as [`Plan::identity`], stage 2 left out.
+    pub fn stage1_identity(&self) -> String {
+        let plan = Plan { finetune: FinetuneConfig::default(), ..self.clone() };
+        plan.identity()
+    }
+
     /// What makes two runs of this plan on the same base the same: everything but places, the frequency of checkpoints
     /// and how the result is compared.
     pub fn identity(&self) -> String {

@@ -5,13 +5,18 @@
 
 mod block;
 mod config;
+mod convert;
+mod infer;
 mod load;
 mod names;
 mod save;
 
 pub(crate) use block::Pair;
 pub use config::{BlockSpec, DitConfig};
-pub use load::{describe, load, to_bf16, weight_files};
+pub use convert::{Conversion, convert};
+pub use infer::Assumed;
+pub use load::{assumptions, describe, load, to_bf16, weight_files};
+pub use names::Layout;
 pub use save::{SaveAs, save};
 
 use crate::autograd::{Graph, ParamId, ParamStore, Var};

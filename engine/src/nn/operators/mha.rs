@@ -1,6 +1,6 @@
 //! Softmax multi-head attention: the operator that pretrained models come with, and the self-graft control.
 
-use super::{BlockDims, Kind, Operator, Site, SiteFlops, Spec};
+use super::{BlockDims, Kind, Operator, Shapes, Site, SiteFlops, Spec};
 use crate::autograd::{Graph, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::nn::{Builder, Epilogue, Linear};
@@ -60,5 +60,9 @@ impl Operator for Mha {
             ("proj.weight", "proj.weight"),
             ("proj.bias", "proj.bias"),
         ]
+    }
+
+    fn told_by(&self, _shapes: &Shapes, _dims: BlockDims) -> Option<Spec> {
+        Some(self.spec())
     }
 }

@@ -6,6 +6,9 @@
 mod hyena;
 mod mha;
 mod mlp;
+mod recognise;
+
+pub use recognise::{Recognised, Shapes, recognisable, recognise, recognise_alone};
 
 use super::{Builder, Epilogue};
 use crate::autograd::{Graph, ParamStore, Var};
@@ -196,6 +199,17 @@ pub trait Operator: Send + Sync + fmt::Debug {
     /// Own parameters that may start as the teacher's, as (own name, name in the site's plain operator: `mha` or
     /// `mlp`): those of the same shape and meaning. A parameter that the teacher does not have in that shape is left.
     fn teacher_names(&self) -> &'static [(&'static str, &'static str)] {
+        &[]
+    }
+
+    /// The operator of this kind whose parameters have these shapes, for checkpoints that do not name their
+    /// operators; asked of one with default options. Kinds that no such checkpoint holds leave it out.
+    fn told_by(&self, _shapes: &Shapes, _dims: BlockDims) -> Option<Spec> {
+        None
+    }
+
+    /// Options that the shapes of the parameters do not tell, so that [`Operator::told_by`] takes the published ones.
+    fn untold(&self) -> &'static [&'static str] {
         &[]
     }
 }
