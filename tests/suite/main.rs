@@ -1,5 +1,6 @@
 //! The test suites.
 
+mod checkpoints;
 mod demo;
 mod fuzz;
 mod golden_io;
@@ -7,4 +8,6 @@ mod golden_verify;
 mod graft;
 mod malicious;
 mod properties;
+mod science;
 mod tidy;
+mod torch_file;

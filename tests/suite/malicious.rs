@@ -1,72 +1,13 @@
 //! Checkpoints that mean harm, written byte by byte: each is refused with the right message, and none is executed.
 
+use crate::torch_file::{Entry, entry, text, zip};
 use graft_engine::io::torch_zip::TorchFile;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// An entry of a hand-made zip archive; what is not given is as it should be.
-#[derive(Clone, Default)]
-struct Entry<'a> {
-    name: &'a str,
-    data: Vec<u8>,
-    size: Option<u32>,
-    crc: Option<u32>,
-    method: u16,
-    flags: u16,
-    /// Offset of another entry's local header, for two entries that share bytes.
-    at: Option<u32>,
-}
-
-fn entry<'a>(name: &'a str, data: &[u8]) -> Entry<'a> {
-    Entry { name, data: data.to_vec(), ..Entry::default() }
-}
-
-/// CRC-32 (IEEE 802.3), bit by bit.
-fn crc32(data: &[u8]) -> u32 {
-    !data.iter().fold(!0u32, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |c, _| if c & 1 == 1 { c >> 1 ^ 0xedb8_8320 } else { c >> 1 })
-    })
-}
-
-/// The fields that the local and the central header of an entry share.
-fn header(e: &Entry<'_>) -> Vec<u8> {
-    let size = e.size.unwrap_or(e.data.len() as u32);
-    let mut out = Vec::new();
-    for value in [20, e.flags, e.method, 0, 0x21] {
-        out.extend(value.to_le_bytes());
-    }
-    for value in [e.crc.unwrap_or_else(|| crc32(&e.data)), size, size] {
-        out.extend(value.to_le_bytes());
-    }
-    out.extend((e.name.len() as u16).to_le_bytes());
-    out.extend(0u16.to_le_bytes());
-    out
-}
-
-fn zip(entries: &[Entry<'_>]) -> Vec<u8> {
-    let (mut out, mut central) = (Vec::new(), Vec::new());
-    for e in entries {
-        let at = e.at.unwrap_or(out.len() as u32);
-        if e.at.is_none() {
-            out.extend([&b"PK\x03\x04"[..], &header(e), e.name.as_bytes(), &e.data].concat());
-        }
-        central.extend([&b"PK\x01\x02\x14\0"[..], &header(e), &[0; 10], &at.to_le_bytes(), e.name.as_bytes()].concat());
-    }
-    let start = out.len() as u32;
-    out.extend(&central);
-    let count = (entries.len() as u16).to_le_bytes();
-    let sizes = [(central.len() as u32).to_le_bytes(), start.to_le_bytes()].concat();
-    out.extend([&b"PK\x05\x06\0\0\0\0"[..], &count, &count, &sizes, b"\0\0"].concat());
-    out
-}
-
 /// A checkpoint of this pickle with one storage of four floats.
 fn with_pickle(pickle: &[u8]) -> Vec<u8> {
     zip(&[entry("a/data.pkl", pickle), entry("a/byteorder", b"little"), entry("a/data/0", &[0; 16])])
-}
-
-fn text(value: &str) -> Vec<u8> {
-    [&b"X"[..], &(value.len() as u32).to_le_bytes(), value.as_bytes()].concat()
 }
 
 /// `{"w": tensor}` with these opcodes for persistent id and for offset, shape and strides.
@@ -105,7 +46,7 @@ fn refused(bytes: &[u8], words: &str) {
     });
     let error = result.expect_err("must be refused").to_string();
     assert!(error.contains(words), "{error}\n  must hold: {words}");
-    assert!(error.starts_with("file.pt"), "{error}");
+    assert!(error.contains("file.pt"), "{error}");
     assert!(start.elapsed() < Duration::from_secs(5), "{words}: {:?}", start.elapsed());
 }
 
@@ -261,17 +202,17 @@ fn bombs_cost_neither_memory_nor_time() {
         refused(&with_pickle(&[b"\x80\x04", opcode, &[0xff; 8], b"."].concat()), "cut off");
     }
     refused(&with_pickle(b"\x80\x02j\xff\xff\xff\xff."), "an empty memo slot");
-    refused(&with_pickle(&good()[..20]), "cut off");
+    let whole = good();
+    (0..whole.len()).for_each(|length| refused(&with_pickle(&whole[..length]), "damaged pickle"));
 }
 
 #[test]
 fn archives_that_lie() {
-    let (pickle, order, data) =
+    let (pickle, order, data): (Entry<'static>, Entry<'static>, Entry<'static>) =
         (entry("a/data.pkl", &good()), entry("a/byteorder", b"little"), entry("a/data/0", &[0; 16]));
-    let with = |changed: Entry<'_>| {
-        let keep = |e: &Entry<'_>| if e.name == changed.name { changed.clone() } else { e.clone() };
-        let entries = [keep(&pickle), keep(&order), keep(&data)].map(|e| Entry { name: leak(e.name), ..e });
-        zip(&entries)
+    let with = |changed: Entry<'static>| {
+        let entries = [pickle.clone(), order.clone(), data.clone()];
+        zip(&entries.map(|e| if e.name == changed.name { changed.clone() } else { e }))
     };
     // Compressed entries are not unpacked, whatever they would become.
     refused(&with(Entry { method: 8, ..pickle.clone() }), "compressed zip entry");
@@ -304,9 +245,4 @@ fn archives_that_lie() {
     refused(&zip(&[entry("a/data.pkl", &good()), entry("a/byteorder", b"big"), data.clone()]), "big-endian checkpoint");
     refused(&zip(&[entry("../../data.pkl", b"\x80\x02}.")]), "no tensors in the checkpoint");
     assert!(!marker().exists());
-}
-
-/// Names of the few entries of a test, kept to its end.
-fn leak(name: &str) -> &'static str {
-    Box::leak(name.to_owned().into_boxed_str())
 }

@@ -11,6 +11,7 @@
 //! | [`finetune`] | stage 2: the grafted model is trained on the diffusion loss |
 //! | [`run`] | the run folder: stages in order, each resumed where it was left |
 //! | `pair` | stage 1 of restructuring: two blocks in parallel learn to give what they gave in sequence |
+//! | [`science`] | studies: many grafts of one base in one table |
 //! | [`summary`] | what a run has reached, as one JSON file |
 
 pub mod assemble;
@@ -18,9 +19,11 @@ pub mod cost;
 pub mod distill;
 pub mod evaluate;
 pub mod finetune;
+mod page;
 mod pair;
 pub mod plan;
 pub mod run;
+pub mod science;
 pub mod select;
 pub mod settings;
 mod student;

@@ -99,6 +99,14 @@ mod tests {
         let timm: [(&str, &[usize]); 4] =
             [("qkv.weight", &[120, 40]), ("qkv.bias", &[120]), ("proj.weight", &[40, 40]), ("proj.bias", &[40])];
         assert_eq!(found(Site::Attn, &timm).unwrap(), "mha(heads=5)");
+        let flash: [(&str, &[usize]); 4] = [
+            ("Wqkv.weight", &[120, 40]),
+            ("Wqkv.bias", &[120]),
+            ("out_proj.weight", &[40, 40]),
+            ("out_proj.bias", &[40]),
+        ];
+        let window = recognise(Site::Attn, &shapes(&flash), DIMS).unwrap();
+        assert_eq!((window.spec.to_string().as_str(), window.assumed), ("swa(heads=5, window=4)", &["window"][..]));
         let hyena = |taps: usize| {
             let filter = [120, 1, taps];
             let rows: [(&str, &[usize]); 6] = [
