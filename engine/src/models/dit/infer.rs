@@ -100,7 +100,7 @@ pub(super) fn operators(config: &mut DitConfig, source: &dyn Source) -> Result<V
                         "unknown operator",
                     )
                     .is(found.join(", "))
-                    .must(format!("the tensors of {}", operators::recognisable(site, dims).join(", ")))
+                    .must(format!("the tensors of {}", operators::recognisable(site).join(", ")))
                     .fix(
                         "check that the sizes are those of this model; other operators need a folder of this program",
                     ));

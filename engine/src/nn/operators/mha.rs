@@ -1,7 +1,7 @@
 //! Softmax multi-head attention: the operator that pretrained models come with, and the self-graft control.
 
 use super::heads::{Heads, TEACHER_NAMES};
-use super::{BlockDims, Kind, Operator, Shapes, Site, SiteFlops, Spec};
+use super::{BlockDims, Kind, Operator, Site, SiteFlops, Spec};
 use crate::autograd::{Graph, ParamStore, Var};
 use crate::error::Result;
 use crate::nn::{Builder, Epilogue};
@@ -39,9 +39,5 @@ impl Operator for Mha {
 
     fn teacher_names(&self) -> &'static [(&'static str, &'static str)] {
         TEACHER_NAMES
-    }
-
-    fn told_by(&self, _shapes: &Shapes, _dims: BlockDims) -> Option<Spec> {
-        Some(self.spec())
     }
 }

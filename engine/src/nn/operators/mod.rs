@@ -206,13 +206,14 @@ pub trait Operator: Send + Sync + fmt::Debug {
         &[]
     }
 
-    /// The operator of this kind whose parameters have these shapes, for checkpoints that do not name their
-    /// operators; asked of one with default options. Kinds that no such checkpoint holds leave it out.
+    /// The operator of this kind whose parameters may have these shapes, for checkpoints that do not name their
+    /// operators; asked of one with default options. Whoever has options that change shapes reads them off here.
     fn told_by(&self, _shapes: &Shapes, _dims: BlockDims) -> Option<Spec> {
-        None
+        Some(self.spec())
     }
 
-    /// Options that the shapes of the parameters do not tell, so that [`Operator::told_by`] takes the published ones.
+    /// Options that the shapes of the parameters do not tell, so that the published values are taken, which are the
+    /// defaults; named where published checkpoints leave them open.
     fn untold(&self) -> &'static [&'static str] {
         &[]
     }
@@ -231,7 +232,7 @@ pub struct Kind {
     build: fn(&Spec, BlockDims, &mut Builder<'_>) -> Result<Box<dyn Operator>>,
 }
 
-/// Every operator.
+/// Every operator. Of two with the same tensors the published one stands first: [`recognise()`] takes the first.
 pub const REGISTRY: &[Kind] =
     &[mha::KIND, swa::KIND, neighborhood::KIND, linear_attention::KIND, kv_compress::KIND, hyena::X, mlp::KIND];
 

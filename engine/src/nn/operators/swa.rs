@@ -2,7 +2,7 @@
 //! (arXiv 2506.05340, table 3), under the parameter names of the published checkpoints.
 
 use super::heads::Heads;
-use super::{BlockDims, Kind, Operator, Shapes, Site, SiteFlops, Spec};
+use super::{BlockDims, Kind, Operator, Site, SiteFlops, Spec};
 use crate::autograd::{Graph, ParamStore, Var};
 use crate::error::Result;
 use crate::nn::{Builder, Epilogue};
@@ -51,10 +51,6 @@ impl Operator for Swa {
             ("out_proj.weight", "proj.weight"),
             ("out_proj.bias", "proj.bias"),
         ]
-    }
-
-    fn told_by(&self, _shapes: &Shapes, _dims: BlockDims) -> Option<Spec> {
-        Some(self.spec())
     }
 
     fn untold(&self) -> &'static [&'static str] {
