@@ -22,7 +22,7 @@ thread_local! {
 }
 
 /// Cuts this thread's scratch into pieces of the given lengths; contents are arbitrary.
-fn with_scratch<const COUNT: usize>(lengths: [usize; COUNT], body: impl FnOnce([&mut [f32]; COUNT])) {
+pub(crate) fn with_scratch<const COUNT: usize>(lengths: [usize; COUNT], body: impl FnOnce([&mut [f32]; COUNT])) {
     SCRATCH.with_borrow_mut(|scratch| {
         let total = lengths.iter().sum();
         if scratch.len() < total {

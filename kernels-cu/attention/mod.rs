@@ -1,7 +1,7 @@
 //! Softmax self-attention on the packed q, k, v projection: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
-mod tiles;
+pub(crate) mod tiles;
 
 /// The oracle: plain loops, f64 accumulation.
 pub mod reference {

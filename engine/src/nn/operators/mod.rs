@@ -4,6 +4,7 @@
 //! never sees timestep or condition (arXiv 2506.05340, §3). Adding one is a file here and a line in [`REGISTRY`].
 
 mod hyena;
+mod mamba2;
 mod mha;
 mod mlp;
 
@@ -125,7 +126,6 @@ impl Spec {
     }
 
     /// An option that is one of `words`; the first is the default.
-    #[allow(dead_code)]
     fn choice(&self, option: &str, words: &[&'static str]) -> Result<&'static str> {
         let given = match self.options.get(option) {
             None => return Ok(words[0]),
@@ -200,7 +200,7 @@ pub struct Kind {
 }
 
 /// Every operator.
-pub const REGISTRY: &[Kind] = &[mha::KIND, hyena::X, mlp::KIND];
+pub const REGISTRY: &[Kind] = &[mha::KIND, hyena::X, mamba2::KIND, mlp::KIND];
 
 /// Creates an operator with new parameters, named below the builder's prefix.
 ///
