@@ -162,7 +162,8 @@ mod tests {
     }
 
     fn run(operator: &dyn Operator, params: &ParamStore, values: &[f32]) -> Vec<f32> {
-        let x = Tensor::from_f32(&Device::cpu(), &[1, 9, 8], values).unwrap();
+        let device = params.iter().next().unwrap().1.value.device();
+        let x = Tensor::from_f32(device, &[1, 9, 8], values).unwrap();
         let g = Graph::inference(Precision::F32);
         operator.forward(&g, params, &Var::constant(x), None).unwrap().tensor().to_vec().unwrap()
     }
