@@ -5,7 +5,7 @@
 //! are added in the order of the blocks.
 
 use crate::Order;
-use crate::attention::cpu::with_scratch;
+use crate::attention::layout::with_scratch;
 use crate::gated_conv::taps::{CHANNELS, Filter, GROUP, ZEROS, filter_gradients};
 use crate::generated::conv_silu::{Backward, Dims, Forward, Params};
 use crate::simd::{sigmoid, vectorised};

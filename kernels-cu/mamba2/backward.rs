@@ -6,7 +6,7 @@
 //! C·Bᵀ, so that its products are taken once for all heads.
 
 use super::scan::{CHUNK, Scan, Shared, decays, multiply, padded_rows, scale_rows};
-use crate::attention::cpu::with_scratch;
+use crate::attention::layout::with_scratch;
 use crate::attention::tiles::{Rows, Sum, pack, pack_transposed, padded, product, product_transposed};
 use crate::generated::mamba2::{Backward, Dims};
 use crate::simd::{exp_m1, sum_by, vectorised};

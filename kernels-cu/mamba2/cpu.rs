@@ -5,7 +5,7 @@
 
 pub use super::backward::backward;
 use super::scan::{CHUNK, Scan, decays, multiply, padded_rows, scale_rows};
-use crate::attention::cpu::with_scratch;
+use crate::attention::layout::with_scratch;
 use crate::attention::tiles::{Rows, Sum, pack, padded, product, product_transposed};
 use crate::generated::mamba2::{Dims, Forward};
 use crate::simd::vectorised;

@@ -6,7 +6,7 @@
 //! taken as exponentials of differences: nothing can overflow, and no difference of large sums loses digits.
 
 use crate::Order;
-use crate::attention::cpu::with_scratch;
+use crate::attention::layout::with_scratch;
 use crate::attention::tiles::{Rows, Sum, copy, pack_transposed, padded, product};
 use crate::generated::mamba2::{Dims, Params};
 use crate::simd::{exp_decay, softplus, vectorised};

@@ -1,6 +1,6 @@
 //! CPU path: a row at a time in cache, rows over threads; the gate is computed again where it is needed.
 
-use crate::attention::cpu::with_scratch;
+use crate::attention::layout::with_scratch;
 use crate::generated::rms_norm::{Backward, Dims, Forward};
 use crate::simd::{sigmoid, sum_by, vectorised};
 use rayon::prelude::*;

@@ -58,7 +58,7 @@ pub fn run(args: &Args, as_json: bool) -> Result<()> {
     // Before the samples: it finds out quickly whether there are enough images.
     let real = reference.baseline(&classifier, &held_out, args.n)?;
     let bar = progress::bar((args.n * args.steps) as u64, "eval");
-    let samples = reference.score_samples(&classifier, args.n, &mut |labels, seed| {
+    let samples = reference.score_samples(&classifier, args.n, args.seed, &mut |labels, seed| {
         let request = Request {
             sampler,
             steps: args.steps,
