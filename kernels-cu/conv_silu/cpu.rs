@@ -85,7 +85,9 @@ pub fn forward(a: Forward<'_, f32>) {
                         for time in times.clone() {
                             let y = &mut y[sample.place(&times, time) * c + first..][..len];
                             sample.convolve(time, first, y);
-                            y.iter_mut().for_each(|u| *u *= sigmoid(*u));
+                            for i in 0..len {
+                                y[i] *= sigmoid(y[i]);
+                            }
                         }
                     }
                 },

@@ -174,7 +174,7 @@ impl Head<'_> {
                 state_rows,
                 state_columns,
             };
-            self.scan.steps(self.sample, self.head, s.dt, s.decay);
+            self.scan.steps(self.shared, self.sample, self.head, s.dt, s.decay);
             for chunk in 0..chunks - 1 {
                 self.scan_again(chunk, &mut s);
             }
@@ -269,7 +269,10 @@ impl Head<'_> {
                     let (x, part) = (&xs[t * wide..][..wide], &part[t * wide..][..wide]);
                     d_ln[t] += given;
                     given += sum_by(wide, |i| x[i] * part[i]);
-                    dxs[t * wide..][..wide].iter_mut().zip(part).for_each(|(d, p)| *d += p);
+                    let dxs = &mut dxs[t * wide..][..wide];
+                    for i in 0..wide {
+                        dxs[i] += part[i];
+                    }
                 }
                 part.copy_from_slice(xs);
             },
@@ -303,10 +306,15 @@ impl Head<'_> {
                     let (c, dc) = (c.row(t), &dc[t * wide_k..][..k]);
                     taken += sum_by(k, |i| c[i] * dc[i]);
                     d_ln[t] += taken;
-                    dbc[t * 2 * wide_k + wide_k..][..k].iter_mut().zip(dc).for_each(|(sum, x)| *sum += x);
+                    let sum = &mut dbc[t * 2 * wide_k + wide_k..][..k];
+                    for i in 0..k {
+                        sum[i] += dc[i];
+                    }
                 }
                 if !last {
-                    d_state.iter_mut().for_each(|d| *d *= all);
+                    for d in d_state.iter_mut() {
+                        *d *= all;
+                    }
                 }
             },
         );

@@ -42,7 +42,9 @@ pub fn forward(a: Forward<'_, f32>) {
                     }
                 }
                 if let Some(residual) = residual {
-                    y.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
+                    for i in 0..residual.len() {
+                        y[i] += residual[i];
+                    }
                 }
             },
         );
@@ -57,7 +59,7 @@ fn head_forward(scan: &Scan<'_>, sample: usize, head: usize, shared: &[f32], y: 
     let (square, tall) = (CHUNK * CHUNK, CHUNK * wide);
     let lengths = [times, times, square, square, CHUNK, tall, tall, tall, k * wide, k * wide];
     with_scratch(lengths, |[dt, decay, within, weights, since, xs, packed, read, state, packed_state]| {
-        scan.steps(sample, head, dt, decay);
+        scan.steps(shared, sample, head, dt, decay);
         for (chunk, y) in y.chunks_mut(CHUNK * e).enumerate() {
             let common = scan.shared(shared, sample, chunk);
             let (from, last) = (chunk * CHUNK, chunk + 1 == scan.chunks());

@@ -59,22 +59,25 @@ impl<'a> Scan<'a> {
     /// Rows of B and C of a sample's chunk, and their products C·Bᵀ, from what [`Scan::prepare`] made.
     pub fn shared<'s>(&self, shared: &'s [f32], sample: usize, chunk: usize) -> Shared<'s> {
         let len = self.shared_len();
-        let (bc, cb) = shared[(sample * self.chunks() + chunk) * len..][..len].split_at(CHUNK * 2 * self.dims.k);
+        let (bc, rest) = shared[(sample * self.chunks() + chunk) * len..][..len].split_at(CHUNK * 2 * self.dims.k);
+        let (cb, raw) = rest.split_at(CHUNK * CHUNK);
         let rows = |at: usize| Rows { data: &bc[at..], stride: 2 * self.dims.k, width: self.dims.k };
-        Shared { b: rows(0), c: rows(self.dims.k), cb }
+        Shared { b: rows(0), c: rows(self.dims.k), cb, raw }
     }
 
     fn shared_len(&self) -> usize {
-        CHUNK * (2 * self.dims.k + CHUNK)
+        CHUNK * (2 * self.dims.k + CHUNK + self.dims.h)
     }
 
-    /// Gathers B and C of all samples in the order of the scan and multiplies them, once for all heads.
+    /// Gathers B, C and the raw step sizes of all samples in the order of the scan and multiplies C·Bᵀ, once for all
+    /// heads.
     pub fn prepare(&self, shared: &mut Vec<f32>) {
         let (k, len) = (self.dims.k, self.shared_len());
         shared.resize(self.dims.b * self.chunks() * len, 0.0);
         shared.par_chunks_mut(len).enumerate().for_each(|(index, out)| {
             let (sample, chunk) = (index / self.chunks(), index % self.chunks());
-            let (bc, cb) = out.split_at_mut(CHUNK * 2 * k);
+            let (bc, rest) = out.split_at_mut(CHUNK * 2 * k);
+            let (cb, raw) = rest.split_at_mut(CHUNK * CHUNK);
             let live = self.live(chunk);
             for (i, out) in bc.chunks_exact_mut(2 * k).enumerate() {
                 if i < live {
@@ -83,6 +86,10 @@ impl<'a> Scan<'a> {
                 } else {
                     out.fill(0.0);
                 }
+            }
+            for (i, out) in raw.chunks_exact_mut(self.dims.h).enumerate().take(live) {
+                let row = self.row(sample, chunk * CHUNK + i);
+                out.copy_from_slice(&self.p[row * self.dims.w + self.dt_offset..][..self.dims.h]);
             }
             let rows = |at: usize| Rows { data: &bc[at..], stride: 2 * k, width: k };
             with_scratch([k * padded(CHUNK)], |[columns]| {
@@ -93,10 +100,13 @@ impl<'a> Scan<'a> {
     }
 
     /// Step sizes and decays of one head, for all times of all chunks.
-    pub fn steps(&self, sample: usize, head: usize, dt: &mut [f32], decay: &mut [f32]) {
-        let n = self.dims.n;
-        for time in 0..n {
-            dt[time] = self.p[self.row(sample, time) * self.dims.w + self.dt_offset + head];
+    pub fn steps(&self, shared: &[f32], sample: usize, head: usize, dt: &mut [f32], decay: &mut [f32]) {
+        let (n, h) = (self.dims.n, self.dims.h);
+        for (chunk, dt) in dt.chunks_exact_mut(CHUNK).enumerate() {
+            let raw = self.shared(shared, sample, chunk).raw;
+            for (i, dt) in dt.iter_mut().enumerate() {
+                *dt = raw[i * h + head];
+            }
         }
         let (bias, rate) = (self.dt_bias[head], self.rate(head));
         vectorised(
@@ -128,7 +138,9 @@ impl<'a> Scan<'a> {
                     if i < live {
                         let row = self.row(sample, chunk * CHUNK + i);
                         copy(&from[row * width + head * e..][..e], out);
-                        out.iter_mut().for_each(|v| *v *= factor[i]);
+                        for v in out.iter_mut() {
+                            *v *= factor[i];
+                        }
                     } else {
                         out.fill(0.0);
                     }
@@ -147,6 +159,8 @@ pub struct Shared<'a> {
     pub c: Rows<'a>,
     /// `[CHUNK, CHUNK]`: C_i·B_j.
     pub cb: &'a [f32],
+    /// `[CHUNK, H]`: what the step sizes are made of.
+    pub raw: &'a [f32],
 }
 
 /// Rows of `e` values, padded to whole vectors.
@@ -203,7 +217,9 @@ pub fn scale_rows(rows: &mut [f32], width: usize, factor: &[f32]) {
         #[inline(always)]
         || {
             for (row, f) in rows.chunks_exact_mut(width).zip(factor) {
-                row.iter_mut().for_each(|v| *v *= f);
+                for v in row {
+                    *v *= f;
+                }
             }
         },
     );

@@ -18,10 +18,7 @@ pub fn forward(a: Forward<'_, f32>) {
         *rstd = vectorised(
             #[inline(always)]
             || {
-                match z {
-                    Some(z) => (0..d).for_each(|i| y[i] = x[i] * (z[i] * sigmoid(z[i]))),
-                    None => y.copy_from_slice(x),
-                }
+                gated(x, z, y);
                 let rstd = 1.0 / (sum_by(d, |i| y[i] * y[i]) / d as f32 + params.eps).sqrt();
                 for i in 0..d {
                     y[i] *= rstd * weight[i];
@@ -73,6 +70,17 @@ pub fn backward(a: Backward<'_, f32>) {
     }
 }
 
+/// `u = x·silu(z)`, or x without a gate.
+#[inline(always)]
+fn gated(x: &[f32], z: Option<&[f32]>, u: &mut [f32]) {
+    let d = u.len();
+    let Some(z) = z else { return u.copy_from_slice(x) };
+    let (x, z) = (&x[..d], &z[..d]);
+    for i in 0..d {
+        u[i] = x[i] * (z[i] * sigmoid(z[i]));
+    }
+}
+
 /// `count` pieces of a gradient, absent where it is.
 fn pieces(x: Option<&mut [f32]>, len: usize, count: usize) -> Vec<Option<&mut [f32]>> {
     match x {
@@ -102,20 +110,16 @@ impl Row<'_> {
     ) {
         let Row { dy, x, z, weight, rstd } = self;
         let d = x.len();
-        match z {
-            Some(z) => (0..d).for_each(|i| u[i] = x[i] * (z[i] * sigmoid(z[i]))),
-            None => u.copy_from_slice(x),
-        }
+        let (dy, weight) = (&dy[..d], &weight[..d]);
+        gated(x, z, u);
         let mean = sum_by(d, |i| dy[i] * weight[i] * u[i]) / d as f32;
         let back = rstd * rstd * mean;
         for i in 0..d {
             dweight[i] += dy[i] * u[i] * rstd;
             du[i] = rstd * (-u[i]).mul_add(back, dy[i] * weight[i]);
         }
-        match (z, dx) {
-            (Some(z), Some(dx)) => (0..d).for_each(|i| dx[i] = du[i] * (z[i] * sigmoid(z[i]))),
-            (None, Some(dx)) => dx.copy_from_slice(du),
-            (_, None) => {}
+        if let Some(dx) = dx {
+            gated(du, z, dx);
         }
         if let (Some(z), Some(dz)) = (z, dz) {
             for i in 0..d {

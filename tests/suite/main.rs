@@ -7,4 +7,5 @@ mod golden_verify;
 mod graft;
 mod properties;
 mod science;
+mod stage2;
 mod tidy;

@@ -5,6 +5,7 @@
 //! | `plan.toml` | the plan as it was when the run began |
 //! | `distill/`, `finetune/` | checkpoint, loss log and held-out residuals of the two stages |
 //! | `random/`, `stage1/`, `stage2/` | models: sites as initialised (the control), distilled, finetuned |
+//! | `stage2-adapter/` | stage 2's adapters in PEFT's layout, where the plan keeps them |
 //! | `samples-*.png`, `report.html` | pictures of every stage, and the page that compares them |
 //! | `summary.json` | costs, residuals, losses, scores, times |
 //!
@@ -14,7 +15,7 @@
 use super::assemble::{self, Stage};
 use super::distill::{self, Distiller};
 use super::evaluate::{self, Evaluation};
-use super::finetune::Finetuner;
+use super::finetune::{Finetuner, Start};
 use super::page;
 use super::plan::Plan;
 use super::summary::Summary;
@@ -123,6 +124,11 @@ impl RunFolder {
         self.dir.join("finetune")
     }
 
+    /// Folder of stage 2's adapters, where they are kept.
+    pub fn adapter_folder(&self) -> PathBuf {
+        self.dir.join("stage2-adapter")
+    }
+
     /// Folder of the model of a stage.
     pub fn model_folder(&self, stage: Stage) -> PathBuf {
         self.dir.join(match stage {
@@ -177,9 +183,18 @@ pub fn finetune(run: &RunFolder, data: &RunData, device: &Device, report: &mut R
             .fix("run `graft distill PLAN --run DIR` to its end first"));
     }
     let grafted = dit::load(&folder, device)?;
-    let fingerprint = fingerprint(plan, &assemble::digest(&grafted)?);
-    let mut finetuner = Finetuner::open(grafted, &plan.finetune, &run.finetune_folder(), fingerprint)?;
+    let mut fingerprint = fingerprint(plan, &assemble::digest(&grafted)?);
+    let sites = plan.resolve(&dit::describe(&plan.base)?)?;
+    let base = if plan.finetune.needs_base() { Some(dit::load(&plan.base, device)?) } else { None };
+    if let Some(base) = &base {
+        fingerprint += &format!(" teacher:{}", assemble::digest(base)?);
+    }
+    let start = Start { grafted, sites: &sites, base };
+    let mut finetuner = Finetuner::open(start, &plan.finetune, &run.finetune_folder(), fingerprint)?;
     let finished = finetuner.run(&data.train, &mut |p| report(Event::Finetune(p)))?;
+    if finished && plan.finetune.lora().keep_adapters {
+        finetuner.save_adapters(&run.adapter_folder())?;
+    }
     if finished && !run.has(Stage::Finetuned) {
         run.save(&finetuner.model()?, Stage::Finetuned)?;
     }

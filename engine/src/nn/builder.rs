@@ -111,7 +111,14 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// When memory runs out.
     pub fn linear_without_bias(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear> {
-        Ok(Linear { weight: self.below(name).param("weight", &[outputs, inputs], Init::torch(inputs))?, bias: None })
+        Ok(Linear { weight: self.below(name).weight(&[outputs, inputs], Init::torch(inputs))?, bias: None })
+    }
+
+    /// The weight of a linear layer; only as a matrix can it carry an adapter.
+    fn weight(&mut self, shape: &[usize], init: Init) -> Result<ParamId> {
+        let id = self.param("weight", shape, init)?;
+        self.store.get_mut(id).linear = shape.len() == 2;
+        Ok(id)
     }
 
     /// A linear layer with a weight of the given shape (outputs first) and stated initialisations.
@@ -120,10 +127,8 @@ impl<'a> Builder<'a> {
     /// When memory runs out.
     pub fn linear_from(&mut self, name: &str, shape: &[usize], weight: Init, bias: Init) -> Result<Linear> {
         let mut layer = self.below(name);
-        Ok(Linear {
-            weight: layer.param("weight", shape, weight)?,
-            bias: Some(layer.param("bias", &shape[..1], bias)?),
-        })
+        let weight = layer.weight(shape, weight)?;
+        Ok(Linear { weight, bias: Some(layer.param("bias", &shape[..1], bias)?) })
     }
 }
 

@@ -3,11 +3,13 @@
 //! Layer numbering, token order and formulas are those of the original implementation; `Semantics` states the two
 //! places where the diffusers implementation differs.
 
+mod adapter;
 mod config;
 mod load;
 mod names;
 mod save;
 
+pub use adapter::save_adapter;
 pub use config::{BlockSpec, DitConfig};
 pub use load::{describe, load, to_bf16, weight_files};
 pub use save::{SaveAs, save};
@@ -73,6 +75,9 @@ impl Default for Run {
 
 /// Sees input and output (before the gate) of every site: `(block, site, input, output)`, each `[B, N, D]`.
 pub type Observer<'o> = dyn FnMut(usize, Site, &Tensor, &Tensor) -> Result<()> + 'o;
+
+/// An [`Observer`] that sees the tensors in their graph.
+pub type Watcher<'o> = dyn FnMut(usize, Site, &Var, &Var) -> Result<()> + 'o;
 
 /// A diffusion transformer with its parameters.
 #[derive(Debug)]
@@ -175,7 +180,27 @@ impl Dit {
         t: &Tensor,
         y: &Tensor,
         run: Run,
-        mut observer: Option<&mut Observer<'_>>,
+        observer: Option<&mut Observer<'_>>,
+    ) -> Result<Var> {
+        let Some(observer) = observer else { return self.forward_watched(g, x, t, y, run, None) };
+        let mut watcher =
+            |block: usize, site, input: &Var, output: &Var| observer(block, site, input.tensor(), output.tensor());
+        self.forward_watched(g, x, t, y, run, Some(&mut watcher))
+    }
+
+    /// [`Dit::forward`] that shows input and output of every site to `watcher`, as parts of the graph. Blocks then keep
+    /// what they computed: [`Run::checkpoint`] is without effect.
+    ///
+    /// # Errors
+    /// As [`Dit::forward`], and those of the watcher.
+    pub fn forward_watched<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        x: &Var,
+        t: &Tensor,
+        y: &Tensor,
+        run: Run,
+        mut observer: Option<&mut Watcher<'_>>,
     ) -> Result<Var> {
         let c = &self.config;
         let side = c.input_size;
@@ -239,7 +264,7 @@ impl Dit {
         x: &Var,
         condition: &Var,
         run: Run,
-        mut observer: Option<&mut &mut Observer<'_>>,
+        mut observer: Option<&mut &mut Watcher<'_>>,
     ) -> Result<Var> {
         let block = &self.blocks[index];
         let modulation = self.modulation(g, &block.modulation, condition, 6)?;
@@ -256,7 +281,7 @@ impl Dit {
                 }
                 Some(observer) => {
                     let branch = operator.forward(g, &self.params, &h, None)?;
-                    observer(index, site, h.tensor(), branch.tensor())?;
+                    observer(index, site, &h, &branch)?;
                     g.gate_residual(&x, &modulation, &branch, contracts::gate_residual::Params { gate_row: rows.gate })?
                 }
             };
