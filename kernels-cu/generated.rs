@@ -13,6 +13,7 @@ pub const OPS: &[OpInfo] = &[
     attention::INFO,
     axpy::INFO,
     branch_deltas::INFO,
+    conv_silu::INFO,
     cross_attention::INFO,
     cross_entropy::INFO,
     embed::INFO,
@@ -24,9 +25,11 @@ pub const OPS: &[OpInfo] = &[
     ln_modulate::INFO,
     loss_diffusion::INFO,
     loss_regression::INFO,
+    mamba2::INFO,
     neighborhood_attention::INFO,
     patchify::INFO,
     philox::INFO,
+    rms_norm::INFO,
     sinusoid::INFO,
     solver_step::INFO,
     sum_squares::INFO,
@@ -42,6 +45,9 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     }
     for case in branch_deltas::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(branch_deltas::gradcheck(case).into_iter().map(|row| ("branch_deltas", case.name, row)));
+    }
+    for case in conv_silu::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(conv_silu::gradcheck(case).into_iter().map(|row| ("conv_silu", case.name, row)));
     }
     for case in cross_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(cross_attention::gradcheck(case).into_iter().map(|row| ("cross_attention", case.name, row)));
@@ -76,11 +82,17 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     for case in loss_regression::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(loss_regression::gradcheck(case).into_iter().map(|row| ("loss_regression", case.name, row)));
     }
+    for case in mamba2::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(mamba2::gradcheck(case).into_iter().map(|row| ("mamba2", case.name, row)));
+    }
     for case in neighborhood_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(neighborhood_attention::gradcheck(case).into_iter().map(|row| ("neighborhood_attention", case.name, row)));
     }
     for case in patchify::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(patchify::gradcheck(case).into_iter().map(|row| ("patchify", case.name, row)));
+    }
+    for case in rms_norm::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(rms_norm::gradcheck(case).into_iter().map(|row| ("rms_norm", case.name, row)));
     }
     for case in unpatchify::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(unpatchify::gradcheck(case).into_iter().map(|row| ("unpatchify", case.name, row)));
@@ -443,6 +455,114 @@ pub mod branch_deltas {
         { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &first, &second).0, &cotangent))); }
         { rows.push(check::directional("first", case.name, &first, &dfirst, |moved| check::dot(&forward(&x, moved, &second).0, &cotangent))); }
         { rows.push(check::directional("second", case.name, &second, &dsecond, |moved| check::dot(&forward(&x, &first, moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.
+pub mod conv_silu {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub w: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// First column of `p` that is read.
+        pub offset: usize,
+        /// Go through the tokens from the last to the first.
+        pub reverse: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
+        pub p: &'a [T],
+        /// `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
+        pub weight: &'a [T],
+        /// `[C]` f32: Bias.
+        pub bias: &'a [T],
+        /// `[B, N, C]` f32: Convolved and activated columns.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, C]` f32: Convolved and activated columns.
+        pub dy: &'a [T],
+        /// `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
+        pub p: &'a [T],
+        /// `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
+        pub weight: &'a [T],
+        /// `[C]` f32: Bias.
+        pub bias: &'a [T],
+        /// `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
+        pub dp: Option<&'a mut [T]>,
+        /// `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
+        pub dweight: Option<&'a mut [T]>,
+        /// `[C]` f32: Bias.
+        pub dbias: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, c, k, .. } = dims;
+        b*n*c*(2*k + 5)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, c, k, .. } = dims;
+        4*(2*b*n*c + c*k + c)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, w: 53, c: 37, k: 4 }, params: Params { offset: 11, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "reversed", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, w: 53, c: 37, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_row", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, w: 8, c: 8, k: 3 }, params: Params { offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "more_taps_than_tokens", tier: Tier::Tiny, dims: Dims { b: 3, n: 3, w: 6, c: 5, k: 7 }, params: Params { offset: 1, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token_one_tap", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, w: 3, c: 1, k: 1 }, params: Params { offset: 2, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, w: 149, c: 131, k: 4 }, params: Params { offset: 16, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks_reversed", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, w: 149, c: 131, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, w: 656, c: 384, k: 4 }, params: Params { offset: 256, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "conv_silu", summary: "Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.", backward: true, cases: &["odd", "reversed", "whole_row", "more_taps_than_tokens", "one_token_one_tap", "blocks", "blocks_reversed", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 5e-5, rtol: 1e-5, rms: 3e-6 }) };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, w, c, k, .. } = dims;
+        let p = check::draw_f64(case.name, "p", b * n * w, Fill::Normal);
+        let weight = check::draw_f64(case.name, "weight", c * k, Fill::Uniform(-0.5f64, 0.5f64));
+        let bias = check::draw_f64(case.name, "bias", c, Fill::Uniform(-0.5f64, 0.5f64));
+        let cotangent = check::draw_f64(case.name, "dy", b * n * c, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |p: &[f64], weight: &[f64], bias: &[f64]| {
+            let mut y = vec![0.0f64; b * n * c];
+            super::super::conv_silu::reference::forward(Forward { dims, params, p: p, weight: weight, bias: bias, y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&p, &weight, &bias);
+        let mut dp = vec![0.0f64; b * n * w];
+        let mut dweight = vec![0.0f64; c * k];
+        let mut dbias = vec![0.0f64; c];
+        super::super::conv_silu::reference::backward(Backward { dims, params, dy: &cotangent, p: &p[..], weight: &weight[..], bias: &bias[..], dp: Some(&mut dp[..]), dweight: Some(&mut dweight[..]), dbias: Some(&mut dbias[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("p", case.name, &p, &dp, |moved| check::dot(&forward(moved, &weight, &bias).0, &cotangent))); }
+        { rows.push(check::directional("weight", case.name, &weight, &dweight, |moved| check::dot(&forward(&p, moved, &bias).0, &cotangent))); }
+        { rows.push(check::directional("bias", case.name, &bias, &dbias, |moved| check::dot(&forward(&p, &weight, moved).0, &cotangent))); }
         rows
     }
 }
@@ -1654,6 +1774,134 @@ pub mod loss_regression {
     }
 }
 
+/// The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.
+pub mod mamba2 {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// First column of the step sizes in `p`.
+        pub dt_offset: usize,
+        /// Go through the tokens from the last to the first.
+        pub reverse: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
+        pub xbc: &'a [T],
+        /// `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+        pub p: &'a [T],
+        /// `[H]` f32: Added to the step sizes before softplus.
+        pub dt_bias: &'a [T],
+        /// `[H]` f32: Logarithm of the decay rate of each head.
+        pub a_log: &'a [T],
+        /// `[H]` f32: Factor of the direct path of each head (D in the literature).
+        pub skip: &'a [T],
+        /// `[B, N, H*E]` f32: Added to the result: that of the other direction.
+        pub residual: Option<&'a [T]>,
+        /// `[B, N, H*E]` f32: Result, head by head.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, H*E]` f32: Result, head by head.
+        pub dy: &'a [T],
+        /// `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
+        pub xbc: &'a [T],
+        /// `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+        pub p: &'a [T],
+        /// `[H]` f32: Added to the step sizes before softplus.
+        pub dt_bias: &'a [T],
+        /// `[H]` f32: Logarithm of the decay rate of each head.
+        pub a_log: &'a [T],
+        /// `[H]` f32: Factor of the direct path of each head (D in the literature).
+        pub skip: &'a [T],
+        /// `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
+        pub dxbc: Option<&'a mut [T]>,
+        /// `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+        pub dp: Option<&'a mut [T]>,
+        /// `[H]` f32: Added to the step sizes before softplus.
+        pub ddt_bias: Option<&'a mut [T]>,
+        /// `[H]` f32: Logarithm of the decay rate of each head.
+        pub da_log: Option<&'a mut [T]>,
+        /// `[H]` f32: Factor of the direct path of each head (D in the literature).
+        pub dskip: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, h, e, k, .. } = dims;
+        b*n*h*e*(5*k + 3)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, h, e, k, .. } = dims;
+        4*(2*b*n*h*e + 2*b*n*k + b*n*h)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, w: 11, h: 3, e: 5, k: 7 }, params: Params { dt_offset: 6, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "reversed", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, w: 11, h: 3, e: 5, k: 7 }, params: Params { dt_offset: 8, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, w: 1, h: 1, e: 1, k: 1 }, params: Params { dt_offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "published_widths", tier: Tier::Tiny, dims: Dims { b: 1, n: 96, w: 21, h: 9, e: 16, k: 64 }, params: Params { dt_offset: 12, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "wide_heads", tier: Tier::Tiny, dims: Dims { b: 1, n: 49, w: 2, h: 2, e: 70, k: 130 }, params: Params { dt_offset: 0, reverse: true }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, w: 656, h: 16, e: 16, k: 64 }, params: Params { dt_offset: 640, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, w, h, e, k, .. } = dims;
+        let xbc = check::draw_f64(case.name, "xbc", b * n * (h*e + 2*k), Fill::Normal);
+        let p = check::draw_f64(case.name, "p", b * n * w, Fill::Normal);
+        let dt_bias = check::draw_f64(case.name, "dt_bias", h, Fill::Uniform(-4f64, 0f64));
+        let a_log = check::draw_f64(case.name, "a_log", h, Fill::Uniform(0f64, 2.7f64));
+        let skip = check::draw_f64(case.name, "skip", h, Fill::Normal);
+        let residual = check::draw_f64(case.name, "residual", b * n * h*e, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * h*e, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |xbc: &[f64], p: &[f64], dt_bias: &[f64], a_log: &[f64], skip: &[f64]| {
+            let mut y = vec![0.0f64; b * n * h*e];
+            super::super::mamba2::reference::forward(Forward { dims, params, xbc: xbc, p: p, dt_bias: dt_bias, a_log: a_log, skip: skip, residual: (!absent("residual")).then_some(&residual[..]), y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&xbc, &p, &dt_bias, &a_log, &skip);
+        let mut dxbc = vec![0.0f64; b * n * (h*e + 2*k)];
+        let mut dp = vec![0.0f64; b * n * w];
+        let mut ddt_bias = vec![0.0f64; h];
+        let mut da_log = vec![0.0f64; h];
+        let mut dskip = vec![0.0f64; h];
+        super::super::mamba2::reference::backward(Backward { dims, params, dy: &cotangent, xbc: &xbc[..], p: &p[..], dt_bias: &dt_bias[..], a_log: &a_log[..], skip: &skip[..], dxbc: Some(&mut dxbc[..]), dp: Some(&mut dp[..]), ddt_bias: Some(&mut ddt_bias[..]), da_log: Some(&mut da_log[..]), dskip: Some(&mut dskip[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("xbc", case.name, &xbc, &dxbc, |moved| check::dot(&forward(moved, &p, &dt_bias, &a_log, &skip).0, &cotangent))); }
+        { rows.push(check::directional("p", case.name, &p, &dp, |moved| check::dot(&forward(&xbc, moved, &dt_bias, &a_log, &skip).0, &cotangent))); }
+        { rows.push(check::directional("dt_bias", case.name, &dt_bias, &ddt_bias, |moved| check::dot(&forward(&xbc, &p, moved, &a_log, &skip).0, &cotangent))); }
+        { rows.push(check::directional("a_log", case.name, &a_log, &da_log, |moved| check::dot(&forward(&xbc, &p, &dt_bias, moved, &skip).0, &cotangent))); }
+        { rows.push(check::directional("skip", case.name, &skip, &dskip, |moved| check::dot(&forward(&xbc, &p, &dt_bias, &a_log, moved).0, &cotangent))); }
+        rows
+    }
+}
+
 /// Softmax self-attention of every head over the K x K tokens around each token of a grid.
 pub mod neighborhood_attention {
     use super::*;
@@ -1883,6 +2131,116 @@ pub mod philox {
 
     pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }) };
 
+}
+
+/// Root-mean-square norm with a weight, after a SiLU gate where there is one.
+pub mod rms_norm {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub d: usize,
+        pub w: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// First column of the gate in its row; unused without one.
+        pub gate_offset: usize,
+        /// Added to the mean square.
+        pub eps: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, D]` f32: Rows.
+        pub x: &'a [T],
+        /// `[B, N, W]` f32: Packed rows that hold the gate; the gradient is zero outside its columns.
+        pub gate: Option<&'a [T]>,
+        /// `[D]` f32: Factor of each column.
+        pub weight: &'a [T],
+        /// `[B, N, D]` f32: Normalised rows.
+        pub y: &'a mut [T],
+        /// `[B, N]` f32: Reciprocal root mean square of each row.
+        pub rstd: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, D]` f32: Normalised rows.
+        pub dy: &'a [T],
+        /// `[B, N, D]` f32: Rows.
+        pub x: &'a [T],
+        /// `[B, N, W]` f32: Packed rows that hold the gate; the gradient is zero outside its columns.
+        pub gate: Option<&'a [T]>,
+        /// `[D]` f32: Factor of each column.
+        pub weight: &'a [T],
+        /// `[B, N]` f32: Reciprocal root mean square of each row.
+        pub rstd: &'a [T],
+        /// `[B, N, D]` f32: Rows.
+        pub dx: Option<&'a mut [T]>,
+        /// `[B, N, W]` f32: Packed rows that hold the gate; the gradient is zero outside its columns.
+        pub dgate: Option<&'a mut [T]>,
+        /// `[D]` f32: Factor of each column.
+        pub dweight: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        10*b*n*d
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        4*(3*b*n*d + b*n + d)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "plain", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
+        Case { name: "gated", tier: Tier::Tiny, dims: Dims { b: 2, n: 7, d: 40, w: 101 }, params: Params { gate_offset: 13, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "gate_is_the_row", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, d: 8, w: 8 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 2, n: 81, d: 19, w: 24 }, params: Params { gate_offset: 5, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_column", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, d: 1, w: 0 }, params: Params { gate_offset: 0, eps: 0.01 }, absent: &["gate"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, d: 256, w: 656 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, d: 2304, w: 4880 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "t5_xxl_300", tier: Tier::Real, dims: Dims { b: 2, n: 300, d: 4096, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "gated", "gate_is_the_row", "blocks", "one_column", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, d, w, .. } = dims;
+        let x = check::draw_f64(case.name, "x", b * n * d, Fill::Normal);
+        let gate = check::draw_f64(case.name, "gate", b * n * w, Fill::Normal);
+        let weight = check::draw_f64(case.name, "weight", d, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * d, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64], gate: &[f64], weight: &[f64]| {
+            let mut y = vec![0.0f64; b * n * d];
+            let mut rstd = vec![0.0f64; b * n];
+            super::super::rms_norm::reference::forward(Forward { dims, params, x: x, gate: (!absent("gate")).then_some(gate), weight: weight, y: &mut y[..], rstd: &mut rstd[..] });
+            (y, rstd)
+        };
+        let (y, rstd) = forward(&x, &gate, &weight);
+        let mut dx = vec![0.0f64; b * n * d];
+        let mut dgate = vec![0.0f64; b * n * w];
+        let mut dweight = vec![0.0f64; d];
+        super::super::rms_norm::reference::backward(Backward { dims, params, dy: &cotangent, x: &x[..], gate: (!absent("gate")).then_some(&gate[..]), weight: &weight[..], rstd: &rstd[..], dx: Some(&mut dx[..]), dgate: (!absent("gate")).then_some(&mut dgate[..]), dweight: Some(&mut dweight[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &gate, &weight).0, &cotangent))); }
+        if !absent("gate") { rows.push(check::directional("gate", case.name, &gate, &dgate, |moved| check::dot(&forward(&x, moved, &weight).0, &cotangent))); }
+        { rows.push(check::directional("weight", case.name, &weight, &dweight, |moved| check::dot(&forward(&x, &gate, moved).0, &cotangent))); }
+        rows
+    }
 }
 
 /// Sinusoidal features of the timestep, cosines first, every step of the phase rounded to f32 as in DiT.

@@ -1,7 +1,7 @@
 //! Hyena-SE, -X and -Y between their projections: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
-mod taps;
+pub(crate) mod taps;
 
 /// The oracle: plain loops, f64 accumulation.
 pub mod reference {

@@ -276,6 +276,7 @@ impl Plan {
         let mut distill = self.distill.clone();
         let mut finetune = self.finetune.clone();
         (distill.checkpoint_every, finetune.checkpoint_every) = (1, 1);
+        finetune.lora.iter_mut().for_each(|lora| lora.keep_adapters = false);
         let layers = |graft: &Graft| match graft.layers.get_ref() {
             Layers::Pattern(name) => serde_json::json!(name),
             Layers::List(list) => serde_json::json!(list.iter().map(|l| *l.get_ref()).collect::<Vec<_>>()),

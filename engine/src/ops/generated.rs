@@ -22,6 +22,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("attention", attention_conform),
     ("axpy", axpy_conform),
     ("branch_deltas", branch_deltas_conform),
+    ("conv_silu", conv_silu_conform),
     ("cross_attention", cross_attention_conform),
     ("cross_entropy", cross_entropy_conform),
     ("embed", embed_conform),
@@ -33,9 +34,11 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("ln_modulate", ln_modulate_conform),
     ("loss_diffusion", loss_diffusion_conform),
     ("loss_regression", loss_regression_conform),
+    ("mamba2", mamba2_conform),
     ("neighborhood_attention", neighborhood_attention_conform),
     ("patchify", patchify_conform),
     ("philox", philox_conform),
+    ("rms_norm", rms_norm_conform),
     ("sinusoid", sinusoid_conform),
     ("solver_step", solver_step_conform),
     ("sum_squares", sum_squares_conform),
@@ -459,6 +462,146 @@ fn branch_deltas_conform(run: &mut Conform<'_>) -> Result<()> {
             if let Some(t) = &grads.x { io.result("dx", t)?; }
             if let Some(t) = &grads.first { io.result("dfirst", t)?; }
             if let Some(t) = &grads.second { io.result("dsecond", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Gradients of [`conv_silu`]; absent where not asked for.
+pub struct ConvSiluGrads {
+    /// `[B, N, W]` f32
+    pub p: Option<Tensor>,
+    /// `[C, K]` f32
+    pub weight: Option<Tensor>,
+    /// `[C]` f32
+    pub bias: Option<Tensor>,
+}
+
+/// Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.
+///
+/// ```text
+/// u[b,t,c] = bias[c] + sum_j weight[c,j] * p[b, t - (K - 1) + j, offset + c], p zero outside the tokens;  y = u * sigmoid(u)
+/// reverse: p[b, t + (K - 1) - j, offset + c], the same convolution over the tokens from the last to the first
+/// ```
+/// - `p` `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
+/// - `weight` `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
+/// - `bias` `[C]` f32: Bias.
+/// - returns `y` `[B, N, C]` f32: Convolved and activated columns.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn conv_silu(p: &Tensor, weight: &Tensor, bias: &Tensor, params: kernels::generated::conv_silu::Params) -> Result<Tensor> {
+    use kernels::generated::conv_silu::{Dims, Forward};
+    let mut check = DimCheck::new("conv_silu", &["B", "N", "W", "C", "K"]);
+    check.bind("p", p, &["B", "N", "W"])?;
+    check.bind("weight", weight, &["C", "K"])?;
+    check.bind("bias", bias, &["C"])?;
+    check.match_exprs("p", p, &["B", "N", "W"])?;
+    check.match_exprs("weight", weight, &["C", "K"])?;
+    check.match_exprs("bias", bias, &["C"])?;
+    want_dtype("conv_silu", "p", p, &[DType::F32])?;
+    want_dtype("conv_silu", "weight", weight, &[DType::F32])?;
+    want_dtype("conv_silu", "bias", bias, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { w, c, .. } = dims;
+    require("conv_silu", params.offset + c <= w, "offset + C <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    let device = p.device().clone();
+    check.same_device(&device, &[("weight", Some(weight)), ("bias", Some(bias))])?;
+    let Dims { b, n, c, .. } = dims;
+    let mut y = device.empty(&[b, n, c])?;
+
+    let args = Forward { dims, params, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::conv_silu::cpu::forward(args),
+        DeviceKind::Oracle => kernels::conv_silu::reference::forward(args),
+        other => return Err(no_path("conv_silu", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`conv_silu`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn conv_silu_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bias: &Tensor, want_p: bool, want_weight: bool, want_bias: bool, params: kernels::generated::conv_silu::Params) -> Result<ConvSiluGrads> {
+    use kernels::generated::conv_silu::{Backward, Dims};
+    let mut check = DimCheck::new("conv_silu", &["B", "N", "W", "C", "K"]);
+    check.bind("dy", dy, &["B", "N", "C"])?;
+    check.bind("p", p, &["B", "N", "W"])?;
+    check.bind("weight", weight, &["C", "K"])?;
+    check.bind("bias", bias, &["C"])?;
+    check.match_exprs("dy", dy, &["B", "N", "C"])?;
+    check.match_exprs("p", p, &["B", "N", "W"])?;
+    check.match_exprs("weight", weight, &["C", "K"])?;
+    check.match_exprs("bias", bias, &["C"])?;
+    want_dtype("conv_silu", "dy", dy, &[DType::F32])?;
+    want_dtype("conv_silu", "p", p, &[DType::F32])?;
+    want_dtype("conv_silu", "weight", weight, &[DType::F32])?;
+    want_dtype("conv_silu", "bias", bias, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { w, c, .. } = dims;
+    require("conv_silu", params.offset + c <= w, "offset + C <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("p", Some(p)), ("weight", Some(weight)), ("bias", Some(bias))])?;
+    let Dims { b, n, w, c, k, .. } = dims;
+    let mut grad_p = if want_p { Some(device.empty(&[b, n, w])?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty(&[c, k])?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty(&[c])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::conv_silu::cpu::backward(args),
+        DeviceKind::Oracle => kernels::conv_silu::reference::backward(args),
+        other => return Err(no_path("conv_silu", other)),
+    }
+    Ok(ConvSiluGrads { p: grad_p, weight: grad_weight, bias: grad_bias })
+}
+
+impl Graph<'_> {
+    /// [`conv_silu`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn conv_silu(&self, p: &Var, weight: &Var, bias: &Var, params: kernels::generated::conv_silu::Params) -> Result<Var> {
+        let sources = [self.source(p), self.source(weight), self.source(bias)];
+        let record = sources.iter().any(Option::is_some);
+        let out = conv_silu(p.tensor(), weight.tensor(), bias.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_p = p.tensor().clone();
+        let saved_weight = weight.tensor().clone();
+        let saved_bias = bias.tensor().clone();
+        let saved = [Some(&saved_p), Some(&saved_weight), Some(&saved_bias)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("conv_silu", out, saved, move |dy, grads| {
+            let found = conv_silu_backward(dy, &saved_p, &saved_weight, &saved_bias, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), params)?;
+            grads.add(sources[0], found.p)?;
+            grads.add(sources[1], found.weight)?;
+            grads.add(sources[2], found.bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn conv_silu_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::conv_silu::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, w, c, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let p = io.draw(case.name, "p", &[b, n, w], Fill::Normal)?;
+            let weight = io.draw(case.name, "weight", &[c, k], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let bias = io.draw(case.name, "bias", &[c], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let out = io.call("forward", || conv_silu(&p, &weight, &bias, params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, n, c], Fill::Normal)?;
+            let grads = io.call("backward", || conv_silu_backward(&dy, &p, &weight, &bias, true, true, true, params))?;
+            if let Some(t) = &grads.p { io.result("dp", t)?; }
+            if let Some(t) = &grads.weight { io.result("dweight", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
             Ok(())
         })?;
     }
@@ -2170,6 +2313,187 @@ fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Gradients of [`mamba2`]; absent where not asked for.
+pub struct Mamba2Grads {
+    /// `[B, N, H*E + 2*K]` f32
+    pub xbc: Option<Tensor>,
+    /// `[B, N, W]` f32
+    pub p: Option<Tensor>,
+    /// `[H]` f32
+    pub dt_bias: Option<Tensor>,
+    /// `[H]` f32
+    pub a_log: Option<Tensor>,
+    /// `[H]` f32
+    pub skip: Option<Tensor>,
+}
+
+/// The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.
+///
+/// ```text
+/// dt[b,t,h] = softplus(p[b, t, dt_offset + h] + dt_bias[h]);  a = exp(-exp(a_log[h]) * dt)
+/// S_t[e,k] = a * S_{t-1}[e,k] + dt * x[t,h,e] * Bt[t,k];  y[b,t,h,e] = sum_k S_t[e,k] * Ct[t,k] + skip[h] * x[t,h,e] + residual
+/// x, Bt, Ct = xbc[b,t,:]; Bt and Ct are shared by the heads; reverse: tokens from the last to the first
+/// ```
+/// - `xbc` `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
+/// - `p` `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+/// - `dt_bias` `[H]` f32: Added to the step sizes before softplus.
+/// - `a_log` `[H]` f32: Logarithm of the decay rate of each head.
+/// - `skip` `[H]` f32: Factor of the direct path of each head (D in the literature).
+/// - `residual` `[B, N, H*E]` f32, optional: Added to the result: that of the other direction.
+/// - returns `y` `[B, N, H*E]` f32: Result, head by head.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn mamba2(xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, a_log: &Tensor, skip: &Tensor, residual: Option<&Tensor>, e: usize, k: usize, params: kernels::generated::mamba2::Params) -> Result<Tensor> {
+    use kernels::generated::mamba2::{Dims, Forward};
+    let mut check = DimCheck::new("mamba2", &["B", "N", "W", "H", "E", "K"]);
+    check.given("E", e)?;
+    check.given("K", k)?;
+    check.bind("xbc", xbc, &["B", "N", "H*E + 2*K"])?;
+    check.bind("p", p, &["B", "N", "W"])?;
+    check.bind("dt_bias", dt_bias, &["H"])?;
+    check.bind("a_log", a_log, &["H"])?;
+    check.bind("skip", skip, &["H"])?;
+    if let Some(t) = residual { check.bind("residual", t, &["B", "N", "H*E"])?; }
+    check.match_exprs("xbc", xbc, &["B", "N", "H*E + 2*K"])?;
+    check.match_exprs("p", p, &["B", "N", "W"])?;
+    check.match_exprs("dt_bias", dt_bias, &["H"])?;
+    check.match_exprs("a_log", a_log, &["H"])?;
+    check.match_exprs("skip", skip, &["H"])?;
+    if let Some(t) = residual { check.match_exprs("residual", t, &["B", "N", "H*E"])?; }
+    want_dtype("mamba2", "xbc", xbc, &[DType::F32])?;
+    want_dtype("mamba2", "p", p, &[DType::F32])?;
+    want_dtype("mamba2", "dt_bias", dt_bias, &[DType::F32])?;
+    want_dtype("mamba2", "a_log", a_log, &[DType::F32])?;
+    want_dtype("mamba2", "skip", skip, &[DType::F32])?;
+    if let Some(t) = residual { want_dtype("mamba2", "residual", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
+    let Dims { w, h, e, k, .. } = dims;
+    require("mamba2", params.dt_offset + h <= w, "dt_offset + H <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    require("mamba2", e > 0 && k > 0, "E > 0 && K > 0", "a head width and a state of at least one", || format!("{dims:?}, {params:?}"))?;
+    let device = xbc.device().clone();
+    check.same_device(&device, &[("p", Some(p)), ("dt_bias", Some(dt_bias)), ("a_log", Some(a_log)), ("skip", Some(skip)), ("residual", residual)])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty(&[b, n, h*e])?;
+
+    let args = Forward { dims, params, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::mamba2::cpu::forward(args),
+        DeviceKind::Oracle => kernels::mamba2::reference::forward(args),
+        other => return Err(no_path("mamba2", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`mamba2`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn mamba2_backward(dy: &Tensor, xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, a_log: &Tensor, skip: &Tensor, e: usize, k: usize, want_xbc: bool, want_p: bool, want_dt_bias: bool, want_a_log: bool, want_skip: bool, params: kernels::generated::mamba2::Params) -> Result<Mamba2Grads> {
+    use kernels::generated::mamba2::{Backward, Dims};
+    let mut check = DimCheck::new("mamba2", &["B", "N", "W", "H", "E", "K"]);
+    check.given("E", e)?;
+    check.given("K", k)?;
+    check.bind("dy", dy, &["B", "N", "H*E"])?;
+    check.bind("xbc", xbc, &["B", "N", "H*E + 2*K"])?;
+    check.bind("p", p, &["B", "N", "W"])?;
+    check.bind("dt_bias", dt_bias, &["H"])?;
+    check.bind("a_log", a_log, &["H"])?;
+    check.bind("skip", skip, &["H"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H*E"])?;
+    check.match_exprs("xbc", xbc, &["B", "N", "H*E + 2*K"])?;
+    check.match_exprs("p", p, &["B", "N", "W"])?;
+    check.match_exprs("dt_bias", dt_bias, &["H"])?;
+    check.match_exprs("a_log", a_log, &["H"])?;
+    check.match_exprs("skip", skip, &["H"])?;
+    want_dtype("mamba2", "dy", dy, &[DType::F32])?;
+    want_dtype("mamba2", "xbc", xbc, &[DType::F32])?;
+    want_dtype("mamba2", "p", p, &[DType::F32])?;
+    want_dtype("mamba2", "dt_bias", dt_bias, &[DType::F32])?;
+    want_dtype("mamba2", "a_log", a_log, &[DType::F32])?;
+    want_dtype("mamba2", "skip", skip, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
+    let Dims { w, h, e, k, .. } = dims;
+    require("mamba2", params.dt_offset + h <= w, "dt_offset + H <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    require("mamba2", e > 0 && k > 0, "E > 0 && K > 0", "a head width and a state of at least one", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("xbc", Some(xbc)), ("p", Some(p)), ("dt_bias", Some(dt_bias)), ("a_log", Some(a_log)), ("skip", Some(skip))])?;
+    let Dims { b, n, w, h, e, k, .. } = dims;
+    let mut grad_xbc = if want_xbc { Some(device.empty(&[b, n, h*e + 2*k])?) } else { None };
+    let mut grad_p = if want_p { Some(device.empty(&[b, n, w])?) } else { None };
+    let mut grad_dt_bias = if want_dt_bias { Some(device.empty(&[h])?) } else { None };
+    let mut grad_a_log = if want_a_log { Some(device.empty(&[h])?) } else { None };
+    let mut grad_skip = if want_skip { Some(device.empty(&[h])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, dxbc: match &mut grad_xbc { Some(t) => Some(t.f32s_mut()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, ddt_bias: match &mut grad_dt_bias { Some(t) => Some(t.f32s_mut()?), None => None }, da_log: match &mut grad_a_log { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::mamba2::cpu::backward(args),
+        DeviceKind::Oracle => kernels::mamba2::reference::backward(args),
+        other => return Err(no_path("mamba2", other)),
+    }
+    Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip })
+}
+
+impl Graph<'_> {
+    /// [`mamba2`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn mamba2(&self, xbc: &Var, p: &Var, dt_bias: &Var, a_log: &Var, skip: &Var, residual: Option<&Var>, e: usize, k: usize, params: kernels::generated::mamba2::Params) -> Result<Var> {
+        let sources = [self.source(xbc), self.source(p), self.source(dt_bias), self.source(a_log), self.source(skip), residual.and_then(|v| self.source(v))];
+        let record = sources.iter().any(Option::is_some);
+        let out = mamba2(xbc.tensor(), p.tensor(), dt_bias.tensor(), a_log.tensor(), skip.tensor(), residual.map(Var::tensor), e, k, params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_xbc = xbc.tensor().clone();
+        let saved_p = p.tensor().clone();
+        let saved_dt_bias = dt_bias.tensor().clone();
+        let saved_a_log = a_log.tensor().clone();
+        let saved_skip = skip.tensor().clone();
+        let saved = [Some(&saved_xbc), Some(&saved_p), Some(&saved_dt_bias), Some(&saved_a_log), Some(&saved_skip)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("mamba2", out, saved, move |dy, grads| {
+            let found = mamba2_backward(dy, &saved_xbc, &saved_p, &saved_dt_bias, &saved_a_log, &saved_skip, e, k, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.xbc)?;
+            grads.add(sources[1], found.p)?;
+            grads.add(sources[2], found.dt_bias)?;
+            grads.add(sources[3], found.a_log)?;
+            grads.add(sources[4], found.skip)?;
+            grads.add(sources[5], Some(dy.clone()))?;
+            Ok(())
+        }))
+    }
+}
+
+fn mamba2_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::mamba2::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, w, h, e, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let xbc = io.draw(case.name, "xbc", &[b, n, h*e + 2*k], Fill::Normal)?;
+            let p = io.draw(case.name, "p", &[b, n, w], Fill::Normal)?;
+            let dt_bias = io.draw(case.name, "dt_bias", &[h], Fill::Uniform(-4f64, 0f64))?;
+            let a_log = io.draw(case.name, "a_log", &[h], Fill::Uniform(0f64, 2.7f64))?;
+            let skip = io.draw(case.name, "skip", &[h], Fill::Normal)?;
+            let residual = if absent("residual") { None } else { Some(io.draw(case.name, "residual", &[b, n, h*e], Fill::Normal)?) };
+            let out = io.call("forward", || mamba2(&xbc, &p, &dt_bias, &a_log, &skip, residual.as_ref(), e, k, params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h*e], Fill::Normal)?;
+            let grads = io.call("backward", || mamba2_backward(&dy, &xbc, &p, &dt_bias, &a_log, &skip, e, k, true, true, true, true, true, params))?;
+            if let Some(t) = &grads.xbc { io.result("dxbc", t)?; }
+            if let Some(t) = &grads.p { io.result("dp", t)?; }
+            if let Some(t) = &grads.dt_bias { io.result("ddt_bias", t)?; }
+            if let Some(t) = &grads.a_log { io.result("da_log", t)?; }
+            if let Some(t) = &grads.skip { io.result("dskip", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Outputs of [`neighborhood_attention`].
 pub struct NeighborhoodAttentionOut {
     /// `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
@@ -2450,6 +2774,163 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
             let device = io.device().clone();
             let out = io.call("forward", || philox(&device, l, params))?;
             io.result("z", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`rms_norm`].
+pub struct RmsNormOut {
+    /// `[B, N, D]` f32: Normalised rows.
+    pub y: Tensor,
+    /// `[B, N]` f32: Reciprocal root mean square of each row.
+    pub rstd: Tensor,
+}
+
+/// Gradients of [`rms_norm`]; absent where not asked for.
+pub struct RmsNormGrads {
+    /// `[B, N, D]` f32
+    pub x: Option<Tensor>,
+    /// `[B, N, W]` f32
+    pub gate: Option<Tensor>,
+    /// `[D]` f32
+    pub weight: Option<Tensor>,
+}
+
+/// Root-mean-square norm with a weight, after a SiLU gate where there is one.
+///
+/// ```text
+/// u[b,n,d] = x[b,n,d] * silu(gate[b,n,gate_offset + d]), or x where the gate is absent
+/// rstd[b,n] = 1/sqrt(1/D sum_d u[b,n,d]^2 + eps);  y[b,n,d] = u[b,n,d] * rstd[b,n] * weight[d]
+/// ```
+/// - `x` `[B, N, D]` f32: Rows.
+/// - `gate` `[B, N, W]` f32, optional: Packed rows that hold the gate; the gradient is zero outside its columns.
+/// - `weight` `[D]` f32: Factor of each column.
+/// - returns `y` `[B, N, D]` f32: Normalised rows.
+/// - returns `rstd` `[B, N]` f32: Reciprocal root mean square of each row.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn rms_norm(x: &Tensor, gate: Option<&Tensor>, weight: &Tensor, params: kernels::generated::rms_norm::Params) -> Result<RmsNormOut> {
+    use kernels::generated::rms_norm::{Dims, Forward};
+    let mut check = DimCheck::new("rms_norm", &["B", "N", "D", "W"]);
+    check.bind("x", x, &["B", "N", "D"])?;
+    if let Some(t) = gate { check.bind("gate", t, &["B", "N", "W"])?; }
+    check.bind("weight", weight, &["D"])?;
+    check.match_exprs("x", x, &["B", "N", "D"])?;
+    if let Some(t) = gate { check.match_exprs("gate", t, &["B", "N", "W"])?; }
+    check.match_exprs("weight", weight, &["D"])?;
+    want_dtype("rms_norm", "x", x, &[DType::F32])?;
+    if let Some(t) = gate { want_dtype("rms_norm", "gate", t, &[DType::F32])?; }
+    want_dtype("rms_norm", "weight", weight, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")?, w: check.dim("W")? };
+    let Dims { d, w, .. } = dims;
+    require("rms_norm", !gate.is_some() || params.gate_offset + d <= w, "!has(gate) || gate_offset + D <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("gate", gate), ("weight", Some(weight))])?;
+    let Dims { b, n, d, .. } = dims;
+    let mut y = device.empty(&[b, n, d])?;
+    let mut rstd = device.empty(&[b, n])?;
+
+    let args = Forward { dims, params, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, y: y.f32s_mut()?, rstd: rstd.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::rms_norm::cpu::forward(args),
+        DeviceKind::Oracle => kernels::rms_norm::reference::forward(args),
+        other => return Err(no_path("rms_norm", other)),
+    }
+    Ok(RmsNormOut { y, rstd })
+}
+
+/// Backward pass of [`rms_norm`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, gate: Option<&Tensor>, weight: &Tensor, rstd: &Tensor, w: usize, want_x: bool, want_gate: bool, want_weight: bool, params: kernels::generated::rms_norm::Params) -> Result<RmsNormGrads> {
+    use kernels::generated::rms_norm::{Backward, Dims};
+    let mut check = DimCheck::new("rms_norm", &["B", "N", "D", "W"]);
+    check.given("W", w)?;
+    check.bind("dy", dy, &["B", "N", "D"])?;
+    check.bind("x", x, &["B", "N", "D"])?;
+    if let Some(t) = gate { check.bind("gate", t, &["B", "N", "W"])?; }
+    check.bind("weight", weight, &["D"])?;
+    check.bind("rstd", rstd, &["B", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "D"])?;
+    check.match_exprs("x", x, &["B", "N", "D"])?;
+    if let Some(t) = gate { check.match_exprs("gate", t, &["B", "N", "W"])?; }
+    check.match_exprs("weight", weight, &["D"])?;
+    check.match_exprs("rstd", rstd, &["B", "N"])?;
+    want_dtype("rms_norm", "dy", dy, &[DType::F32])?;
+    want_dtype("rms_norm", "x", x, &[DType::F32])?;
+    if let Some(t) = gate { want_dtype("rms_norm", "gate", t, &[DType::F32])?; }
+    want_dtype("rms_norm", "weight", weight, &[DType::F32])?;
+    want_dtype("rms_norm", "rstd", rstd, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")?, w: check.dim("W")? };
+    let Dims { d, w, .. } = dims;
+    require("rms_norm", !gate.is_some() || params.gate_offset + d <= w, "!has(gate) || gate_offset + D <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("gate", gate), ("weight", Some(weight)), ("rstd", Some(rstd))])?;
+    let Dims { b, n, d, w, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty(&[b, n, d])?) } else { None };
+    let mut grad_gate = if want_gate { Some(device.empty(&[b, n, w])?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty(&[d])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::rms_norm::cpu::backward(args),
+        DeviceKind::Oracle => kernels::rms_norm::reference::backward(args),
+        other => return Err(no_path("rms_norm", other)),
+    }
+    Ok(RmsNormGrads { x: grad_x, gate: grad_gate, weight: grad_weight })
+}
+
+impl Graph<'_> {
+    /// [`rms_norm`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn rms_norm(&self, x: &Var, gate: Option<&Var>, weight: &Var, params: kernels::generated::rms_norm::Params) -> Result<Var> {
+        let sources = [self.source(x), gate.and_then(|v| self.source(v)), self.source(weight)];
+        let record = sources.iter().any(Option::is_some);
+        let out = rms_norm(x.tensor(), gate.map(Var::tensor), weight.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_gate = gate.map(|v| v.tensor().clone());
+        let saved_weight = weight.tensor().clone();
+        let saved_rstd = out.rstd.clone();
+        let w = gate.map_or(0, |v| v.tensor().dim(2));
+        let saved = [Some(&saved_x), saved_gate.as_ref(), Some(&saved_weight), Some(&saved_rstd)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("rms_norm", out.y, saved, move |dy, grads| {
+            let found = rms_norm_backward(dy, &saved_x, saved_gate.as_ref(), &saved_weight, &saved_rstd, w, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.gate)?;
+            grads.add(sources[2], found.weight)?;
+            Ok(())
+        }))
+    }
+}
+
+fn rms_norm_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::rms_norm::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, d, w, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, n, d], Fill::Normal)?;
+            let gate = if absent("gate") { None } else { Some(io.draw(case.name, "gate", &[b, n, w], Fill::Normal)?) };
+            let weight = io.draw(case.name, "weight", &[d], Fill::Normal)?;
+            let out = io.call("forward", || rms_norm(&x, gate.as_ref(), &weight, params))?;
+            io.result("y", &out.y)?;
+            io.result("rstd", &out.rstd)?;
+            let dy = io.draw(case.name, "dy", &[b, n, d], Fill::Normal)?;
+            let grads = io.call("backward", || rms_norm_backward(&dy, &x, gate.as_ref(), &weight, &out.rstd, w, true, !absent("gate"), true, params))?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.gate { io.result("dgate", t)?; }
+            if let Some(t) = &grads.weight { io.result("dweight", t)?; }
             Ok(())
         })?;
     }

@@ -7,6 +7,7 @@ mod heads;
 mod hyena;
 mod kv_compress;
 mod linear_attention;
+mod mamba2;
 mod mha;
 mod mlp;
 mod neighborhood;
@@ -248,8 +249,16 @@ pub struct Kind {
 }
 
 /// Every operator. Of two with the same tensors the published one stands first: [`recognise()`] takes the first.
-pub const REGISTRY: &[Kind] =
-    &[mha::KIND, swa::KIND, neighborhood::KIND, linear_attention::KIND, kv_compress::KIND, hyena::X, mlp::KIND];
+pub const REGISTRY: &[Kind] = &[
+    mha::KIND,
+    swa::KIND,
+    neighborhood::KIND,
+    linear_attention::KIND,
+    kv_compress::KIND,
+    hyena::X,
+    mamba2::KIND,
+    mlp::KIND,
+];
 
 /// Creates an operator with new parameters, named below the builder's prefix.
 ///
