@@ -59,6 +59,11 @@ pub fn finetune(args: &RunArgs) -> Result<()> {
     stage(&folder, &device, args, run::finetune)
 }
 
+/// Updates of the two stages.
+fn steps(folder: &RunFolder) -> [u64; 2] {
+    [folder.plan.distill.steps, folder.plan.finetune.steps]
+}
+
 type StageFn = fn(&RunFolder, &RunData, &Device, &mut run::Report<'_>) -> Result<bool>;
 
 fn stage(folder: &RunFolder, device: &Device, args: &RunArgs, stage: StageFn) -> Result<()> {
@@ -118,13 +123,8 @@ fn print_stage(name: &str, s: &StageSummary) {
     );
 }
 
-/// Updates of the two stages.
-fn steps(folder: &RunFolder) -> [u64; 2] {
-    [folder.plan.distill.steps, folder.plan.finetune.steps]
-}
-
 /// A bar for each stage, shown when its first word comes.
-pub struct Bars<'d> {
+pub(super) struct Bars<'d> {
     device: &'d Device,
     steps: [u64; 2],
     bar: Option<(usize, ProgressBar)>,
@@ -133,7 +133,7 @@ pub struct Bars<'d> {
 }
 
 impl<'d> Bars<'d> {
-    /// Bars for stages of `steps` updates; stops after so many of them.
+    /// Bars for `steps` updates of the two stages; the report breaks after `stop_after` of them.
     pub fn new(steps: [u64; 2], device: &'d Device, stop_after: Option<u64>) -> Bars<'d> {
         Bars { device, steps, bar: None, smoothed: None, left: stop_after }
     }
@@ -179,7 +179,7 @@ impl<'d> Bars<'d> {
         }
     }
 
-    /// Ends the bar that is shown.
+    /// Leaves the last bar as it is.
     pub fn finish(&mut self) {
         if let Some((_, bar)) = self.bar.take() {
             bar.finish();

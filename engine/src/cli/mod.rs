@@ -2,6 +2,7 @@
 
 mod ablate;
 mod classifier;
+mod convert;
 mod doctor;
 mod eval;
 mod forward;
@@ -17,6 +18,7 @@ mod plan;
 mod pretrain;
 mod progress;
 mod sample;
+mod science;
 mod table;
 mod verify;
 
@@ -70,6 +72,8 @@ enum Command {
     Distill(graft_run::PlanArgs),
     /// Stage 2 of a graft alone: finetune the distilled model of a run folder.
     Finetune(graft_run::RunArgs),
+    /// Many grafts of one base under the same settings, scored in one table; resumes by itself.
+    Science(science::Args),
     /// What each stage of a graft contributes: none, either, both, and the self-graft beside them.
     Ablate(ablate::Args),
     /// Train the small network that scores look through; the trained one ships with the program.
@@ -83,6 +87,8 @@ enum Command {
     Forward(forward::Args),
     /// Measure how near its own token the attention of each layer stays, as a table and a heat map.
     Locality(locality::Args),
+    /// Write a model under the names of another layout, bit for bit.
+    Convert(convert::Args),
     /// Show what a model, a tensor file or a picture is.
     Inspect(inspect::Args),
     /// Operators: list them, run one, check all against the oracle.
@@ -125,12 +131,14 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Run(args) => graft_run::run(&args),
         Command::Distill(args) => graft_run::distill(&args),
         Command::Finetune(args) => graft_run::finetune(&args),
+        Command::Science(args) => science::run(&args),
         Command::Ablate(args) => ablate::run(&args, cli.json),
         Command::Classifier(args) => classifier::run(&args),
         Command::Eval(args) => eval::run(&args, cli.json),
         Command::Sample(args) => sample::run(&args),
         Command::Forward(args) => forward::run(&args),
         Command::Locality(args) => locality::run(&args, cli.json),
+        Command::Convert(args) => convert::run(&args, cli.json),
         Command::Inspect(args) => inspect::run(&args, cli.json),
         Command::Op(args) => op::run(&args, cli.json),
         Command::Doctor => doctor::run(cli.json),
