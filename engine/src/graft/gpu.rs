@@ -153,7 +153,7 @@ fn parts(config: &DitConfig, site: Site, spec: &Spec, batch: usize) -> Result<Ve
 }
 
 /// What stands around the sites: per block a modulation table and two normalised, modulated streams (gates and
-/// residuals ride on the last products), and the ends of the model.
+/// residuals ride on the last products), the merges of parallel pairs, and the ends of the model.
 fn around(c: &DitConfig, batch: usize) -> Vec<Part> {
     let (b, d) = (batch as f64, c.width as f64);
     let rows = b * c.tokens() as f64;
@@ -162,6 +162,8 @@ fn around(c: &DitConfig, batch: usize) -> Vec<Part> {
     for _ in 0..c.depth() {
         parts.extend([product(b, d, 6.0 * d), stream(2.0 * rows * d), stream(2.0 * rows * d)]);
     }
+    // Blocks of a parallel pair take as long as in sequence: what running them at once saves is not counted.
+    parts.extend(c.pairs.iter().map(|_| product(rows, 2.0 * d, d)));
     parts.extend([
         product(rows, patch * c.in_channels as f64, d),
         product(b, 256.0, d),

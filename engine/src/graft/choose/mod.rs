@@ -177,7 +177,7 @@ impl Chooser<'_> {
         let depth = self.base.config.depth();
         let mut claimed: BTreeSet<(Site, usize)> = BTreeSet::new();
         for graft in self.plan.grafts.iter().filter(|g| g.measured.is_none()) {
-            let layers = self.plan.layers(graft, depth)?;
+            let layers = self.plan.layers(graft, graft.site.count(depth))?;
             claimed.extend(layers.into_iter().map(|(layer, _)| (graft.site, layer)));
         }
         let k = self.plan.select.band(self.base.config.tokens());
