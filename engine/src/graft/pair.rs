@@ -2,13 +2,13 @@
 //!
 //! A pair is one regression unit (arXiv 2506.05340, §6). Its student owns both blocks, which start as they are in the
 //! base, and the merge, which starts as the plain sum of what the blocks add. Operators that the same plan grafts
-//! inside the blocks belong to the pair's student: they start afresh and learn through the pair's loss, so that each
+//! inside the blocks belong to the pair's student: they start as their graft says and learn through the pair's loss, so that each
 //! parameter is trained by one student alone.
 
 use super::assemble::grafted_config;
-use super::plan::Assignment;
-use super::settings::DistillConfig;
-use super::student::{Net, Student};
+use super::plan::{self, Assignment};
+use super::settings::{DistillConfig, Start};
+use super::student::{Net, Student, copy_teacher};
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::models::dit::{Dit, DitConfig, Pair, Run};
@@ -78,6 +78,11 @@ fn pair_student(
     for (id, found) in kept {
         params.set(id, teacher.params.get(found).value.clone())?;
     }
+    let warm = |a: &&Assignment| a.start == Start::Teacher && own.blocks().contains(&a.block);
+    for a in assignments.iter().filter(|a| a.site != Site::BlockPair).filter(warm) {
+        let operator = plan::operator(&a.spec, a.site, after.block_dims())?;
+        copy_teacher(&mut params, operator.as_ref(), a, &teacher.params)?;
+    }
     Student::assemble(own.clone(), params, Net::Pair(Box::new(PairNet { pair, condition: None })), config)
 }
 
@@ -105,6 +110,12 @@ mod tests {
         }
         let random = value("blocks.2.attn.in_proj.weight");
         assert!(random.iter().any(|v| *v != 0.0) && random.iter().all(|v| v.abs() <= 8f32.sqrt().recip()));
+        let warm =
+            plan(&text.replacen("}\n", "}\nstart = \"teacher\"\n", 1)).unwrap().resolve(&teacher.config).unwrap();
+        let warm = &super::students(&teacher, &warm, &DistillConfig::default()).unwrap()[1].params;
+        let taken = warm.get(warm.find("blocks.2.attn.in_proj.weight").unwrap()).value.to_vec().unwrap();
+        let qkv = teacher.params.get(teacher.params.find("blocks.2.attn.qkv.weight").unwrap());
+        assert_eq!(taken, qkv.value.to_vec().unwrap());
         let merge = value("pairs.1.merge.weight");
         assert_eq!(
             (merge.iter().filter(|v| **v == 1.0).count(), merge.iter().filter(|v| **v != 0.0).count()),

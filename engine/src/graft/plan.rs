@@ -333,6 +333,16 @@ fn read_graft(source: &SourceText, graft: GraftText) -> Result<Graft> {
         }
     };
     let measured = graft.layers.get_ref().measured(source, &graft.layers.span())?;
+    if site == Site::BlockPair {
+        if measured.is_some() {
+            return Err(source
+                .error(&graft.layers.span(), "pairs of blocks are not chosen by what the base model does")
+                .must("a list of pairs, or a pattern such as \"all\""));
+        }
+        if let Some(start) = &graft.start {
+            return Err(source.error(&start.span(), "a pair of blocks starts as its blocks are").must("absent"));
+        }
+    }
     let start = graft.start.unwrap_or_else(|| Spanned::new(0..0, Start::Random));
     Ok(Graft { site, layers: graft.layers, measured, chosen: None, operator, start, loss: graft.loss })
 }
@@ -433,7 +443,7 @@ pub(super) mod tests {
             (graft("\"attn\"", "[1, 1]", good), "layer listed twice"),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_z\" }"),
-                "plan.toml:9:21: unknown operator; is \"hyena_z\"; must be for site attn: one of mha, hyena_x",
+                "plan.toml:9:21: unknown operator; is \"hyena_z\"; must be for site attn: one of mha, ",
             ),
             (
                 graft("\"mlp\"", "\"all\"", good),
@@ -472,6 +482,14 @@ pub(super) mod tests {
             (
                 graft("\"attn\"", "\"all\"", good) + "loss = \"l3\"\n",
                 "plan.toml:10:8: unknown variant `l3`; must be one of `l1`, `l2`, `huber`",
+            ),
+            (
+                "[[graft]]\nsite = \"block-pair\"\nlayers = \"auto:0.5\"\n".into(),
+                "plan.toml:8:10: pairs of blocks are not chosen by what the base model does",
+            ),
+            (
+                "[[graft]]\nsite = \"block-pair\"\nlayers = \"all\"\nstart = \"teacher\"\n".into(),
+                "plan.toml:9:9: a pair of blocks starts as its blocks are",
             ),
             (graft("\"attn\"", "\"auto:2\"", good), "plan.toml:8:10: not a number of layers; is \"auto:2\""),
             (

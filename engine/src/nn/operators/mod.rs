@@ -330,8 +330,8 @@ mod tests {
     #[test]
     fn wide_windows_are_full_attention() {
         let dims = BlockDims { width: 8, heads: 2, grid: [3, 3] };
-        let device = Device::cpu();
         let (teacher, mha) = parameters(&Spec::new("mha"), dims);
+        let device = teacher.get(teacher.find("qkv.weight").unwrap()).value.device().clone();
         let wave: Vec<f32> = (0..2 * 9 * 8).map(|i| (i as f32 * 0.37).sin()).collect();
         let x = Var::constant(crate::tensor::Tensor::from_f32(&device, &[2, 9, 8], &wave).unwrap());
         let g = Graph::inference(crate::autograd::Precision::F32);
