@@ -23,8 +23,10 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("axpy", axpy_conform),
     ("cross_entropy", cross_entropy_conform),
     ("embed", embed_conform),
+    ("feature_gated_conv", feature_gated_conv_conform),
     ("gate_residual", gate_residual_conform),
     ("gated_conv", gated_conv_conform),
+    ("gated_conv_2d", gated_conv_2d_conform),
     ("gemm", gemm_conform),
     ("ln_modulate", ln_modulate_conform),
     ("loss_diffusion", loss_diffusion_conform),
@@ -626,6 +628,146 @@ fn embed_conform(run: &mut Conform<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Gradients of [`feature_gated_conv`]; absent where not asked for.
+pub struct FeatureGatedConvGrads {
+    /// `[B, N, 3, F]` f32
+    pub p: Option<Tensor>,
+    /// `[N, K]` f32
+    pub weight: Option<Tensor>,
+    /// `[N]` f32
+    pub bias: Option<Tensor>,
+}
+
+/// MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.
+///
+/// ```text
+/// u[b,n,i] = bias[n] + sum_j weight[n,j] * p[b,n, i - (K - 1) + j], i over the 3F features, p zero before the first
+/// y[b,n,f] = u[b,n,f] * u[b,n,F + f] * u[b,n,2F + f]
+/// ```
+/// - `p` `[B, N, 3, F]` f32: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
+/// - `weight` `[N, K]` f32: Taps of each token, the earliest feature first.
+/// - `bias` `[N]` f32: Bias of each token.
+/// - returns `y` `[B, N, F]` f32: Gated result, before the output projection.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn feature_gated_conv(p: &Tensor, weight: &Tensor, bias: &Tensor, params: kernels::generated::feature_gated_conv::Params) -> Result<Tensor> {
+    use kernels::generated::feature_gated_conv::{Dims, Forward};
+    let mut check = DimCheck::new("feature_gated_conv", &["B", "N", "F", "K"]);
+    check.bind("p", p, &["B", "N", "3", "F"])?;
+    check.bind("weight", weight, &["N", "K"])?;
+    check.bind("bias", bias, &["N"])?;
+    check.match_exprs("p", p, &["B", "N", "3", "F"])?;
+    check.match_exprs("weight", weight, &["N", "K"])?;
+    check.match_exprs("bias", bias, &["N"])?;
+    want_dtype("feature_gated_conv", "p", p, &[DType::F32])?;
+    want_dtype("feature_gated_conv", "weight", weight, &[DType::F32])?;
+    want_dtype("feature_gated_conv", "bias", bias, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, f: check.dim("F")?, k: check.dim("K")? };
+    let Dims { k, .. } = dims;
+    require("feature_gated_conv", k >= 1, "K >= 1", "at least one tap", || format!("{dims:?}, {params:?}"))?;
+    let device = p.device().clone();
+    check.same_device(&device, &[("weight", Some(weight)), ("bias", Some(bias))])?;
+    let Dims { b, n, f, .. } = dims;
+    let mut y = device.empty(&[b, n, f])?;
+
+    let args = Forward { dims, params, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::feature_gated_conv::cpu::forward(args),
+        DeviceKind::Oracle => kernels::feature_gated_conv::reference::forward(args),
+        other => return Err(no_path("feature_gated_conv", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`feature_gated_conv`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn feature_gated_conv_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bias: &Tensor, want_p: bool, want_weight: bool, want_bias: bool, params: kernels::generated::feature_gated_conv::Params) -> Result<FeatureGatedConvGrads> {
+    use kernels::generated::feature_gated_conv::{Backward, Dims};
+    let mut check = DimCheck::new("feature_gated_conv", &["B", "N", "F", "K"]);
+    check.bind("dy", dy, &["B", "N", "F"])?;
+    check.bind("p", p, &["B", "N", "3", "F"])?;
+    check.bind("weight", weight, &["N", "K"])?;
+    check.bind("bias", bias, &["N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "F"])?;
+    check.match_exprs("p", p, &["B", "N", "3", "F"])?;
+    check.match_exprs("weight", weight, &["N", "K"])?;
+    check.match_exprs("bias", bias, &["N"])?;
+    want_dtype("feature_gated_conv", "dy", dy, &[DType::F32])?;
+    want_dtype("feature_gated_conv", "p", p, &[DType::F32])?;
+    want_dtype("feature_gated_conv", "weight", weight, &[DType::F32])?;
+    want_dtype("feature_gated_conv", "bias", bias, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, f: check.dim("F")?, k: check.dim("K")? };
+    let Dims { k, .. } = dims;
+    require("feature_gated_conv", k >= 1, "K >= 1", "at least one tap", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("p", Some(p)), ("weight", Some(weight)), ("bias", Some(bias))])?;
+    let Dims { b, n, f, k, .. } = dims;
+    let mut grad_p = if want_p { Some(device.empty(&[b, n, 3, f])?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty(&[n, k])?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty(&[n])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::feature_gated_conv::cpu::backward(args),
+        DeviceKind::Oracle => kernels::feature_gated_conv::reference::backward(args),
+        other => return Err(no_path("feature_gated_conv", other)),
+    }
+    Ok(FeatureGatedConvGrads { p: grad_p, weight: grad_weight, bias: grad_bias })
+}
+
+impl Graph<'_> {
+    /// [`feature_gated_conv`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn feature_gated_conv(&self, p: &Var, weight: &Var, bias: &Var, params: kernels::generated::feature_gated_conv::Params) -> Result<Var> {
+        let sources = [self.source(p), self.source(weight), self.source(bias)];
+        let record = sources.iter().any(Option::is_some);
+        let out = feature_gated_conv(p.tensor(), weight.tensor(), bias.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_p = p.tensor().clone();
+        let saved_weight = weight.tensor().clone();
+        let saved_bias = bias.tensor().clone();
+        let saved = [Some(&saved_p), Some(&saved_weight), Some(&saved_bias)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("feature_gated_conv", out, saved, move |dy, grads| {
+            let found = feature_gated_conv_backward(dy, &saved_p, &saved_weight, &saved_bias, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), params)?;
+            grads.add(sources[0], found.p)?;
+            grads.add(sources[1], found.weight)?;
+            grads.add(sources[2], found.bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn feature_gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::feature_gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, f, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let p = io.draw(case.name, "p", &[b, n, 3, f], Fill::Normal)?;
+            let weight = io.draw(case.name, "weight", &[n, k], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let bias = io.draw(case.name, "bias", &[n], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let out = io.call("forward", || feature_gated_conv(&p, &weight, &bias, params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, n, f], Fill::Normal)?;
+            let grads = io.call("backward", || feature_gated_conv_backward(&dy, &p, &weight, &bias, true, true, true, params))?;
+            if let Some(t) = &grads.p { io.result("dp", t)?; }
+            if let Some(t) = &grads.weight { io.result("dweight", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Gradients of [`gate_residual`]; absent where not asked for.
 pub struct GateResidualGrads {
     /// `[B, C, D]` f32
@@ -776,6 +918,7 @@ pub struct GatedConvGrads {
 /// ```text
 /// conv(w, bias, x)[t] = bias + sum_j w[j] * x[t - lead + j], x zero outside [0, N); the identity where w is absent
 /// q, k, v = conv(short_weight, short_bias, p);  y[b,t,c] = q[t] * conv(inner_weight, inner_bias, k * v)[t]
+/// the last `reversed` channels run against token order: x[t + lead - j] in conv
 /// ```
 /// - `p` `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
 /// - `short_weight` `[3, C, K]` f32, optional: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
@@ -805,8 +948,9 @@ pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<
     if let Some(t) = inner_weight { want_dtype("gated_conv", "inner_weight", t, &[DType::F32])?; }
     if let Some(t) = inner_bias { want_dtype("gated_conv", "inner_bias", t, &[DType::F32])?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")? };
-    let Dims { k, .. } = dims;
+    let Dims { c, k, .. } = dims;
     require("gated_conv", params.lead < k, "lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv", params.reversed <= c, "reversed <= C", "at most all channels reversed", || format!("{dims:?}, {params:?}"))?;
     require("gated_conv", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
     require("gated_conv", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
     let device = p.device().clone();
@@ -850,8 +994,9 @@ pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor
     if let Some(t) = inner_weight { want_dtype("gated_conv", "inner_weight", t, &[DType::F32])?; }
     if let Some(t) = inner_bias { want_dtype("gated_conv", "inner_bias", t, &[DType::F32])?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")? };
-    let Dims { k, .. } = dims;
+    let Dims { c, k, .. } = dims;
     require("gated_conv", params.lead < k, "lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv", params.reversed <= c, "reversed <= C", "at most all channels reversed", || format!("{dims:?}, {params:?}"))?;
     require("gated_conv", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
     require("gated_conv", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
@@ -889,7 +1034,7 @@ impl Graph<'_> {
         let saved_short_bias = short_bias.map(|v| v.tensor().clone());
         let saved_inner_weight = inner_weight.map(|v| v.tensor().clone());
         let saved_inner_bias = inner_bias.map(|v| v.tensor().clone());
-        let k = short_weight.map_or(0, |v| v.tensor().dim(2));
+        let k = short_weight.map(|v| v.tensor().dim(2)).or(inner_weight.map(|v| v.tensor().dim(1))).unwrap_or(0);
         let saved = [Some(&saved_p), saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref()].into_iter().flatten().map(Tensor::bytes).sum();
         Ok(self.record("gated_conv", out, saved, move |dy, grads| {
             let found = gated_conv_backward(dy, &saved_p, saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref(), k, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
@@ -920,6 +1065,180 @@ fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
             io.result("y", &out)?;
             let dy = io.draw(case.name, "dy", &[b, n, c], Fill::Normal)?;
             let grads = io.call("backward", || gated_conv_backward(&dy, &p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), k, true, !absent("short_weight"), !absent("short_bias"), !absent("inner_weight"), !absent("inner_bias"), params))?;
+            if let Some(t) = &grads.p { io.result("dp", t)?; }
+            if let Some(t) = &grads.short_weight { io.result("dshort_weight", t)?; }
+            if let Some(t) = &grads.short_bias { io.result("dshort_bias", t)?; }
+            if let Some(t) = &grads.inner_weight { io.result("dinner_weight", t)?; }
+            if let Some(t) = &grads.inner_bias { io.result("dinner_bias", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Gradients of [`gated_conv_2d`]; absent where not asked for.
+pub struct GatedConv2dGrads {
+    /// `[B, Gh, Gw, 3, C]` f32
+    pub p: Option<Tensor>,
+    /// `[3, C, K, K]` f32
+    pub short_weight: Option<Tensor>,
+    /// `[3, C]` f32
+    pub short_bias: Option<Tensor>,
+    /// `[C, K, K]` f32
+    pub inner_weight: Option<Tensor>,
+    /// `[C]` f32
+    pub inner_bias: Option<Tensor>,
+}
+
+/// Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.
+///
+/// ```text
+/// conv(w, bias, x)[i,j] = bias + sum_rs w[r,s] * x[i - K/2 + r, j - K/2 + s], x zero outside the grid; the identity where w is absent
+/// q, k, v = conv(short_weight, short_bias, p);  y[b,i,j,c] = q[i,j] * conv(inner_weight, inner_bias, k * v)[i,j]
+/// ```
+/// - `p` `[B, Gh, Gw, 3, C]` f32: Queries, keys and values of every token side by side, as the input projection writes them.
+/// - `short_weight` `[3, C, K, K]` f32, optional: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
+/// - `short_bias` `[3, C]` f32, optional: Bias of the convolution on q, k and v.
+/// - `inner_weight` `[C, K, K]` f32, optional: Taps of the convolution on k * v; absent in the X form.
+/// - `inner_bias` `[C]` f32, optional: Bias of the convolution on k * v.
+/// - returns `y` `[B, Gh, Gw, C]` f32: Gated result, before the output projection.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn gated_conv_2d(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&Tensor>, inner_weight: Option<&Tensor>, inner_bias: Option<&Tensor>, params: kernels::generated::gated_conv_2d::Params) -> Result<Tensor> {
+    use kernels::generated::gated_conv_2d::{Dims, Forward};
+    let mut check = DimCheck::new("gated_conv_2d", &["B", "Gh", "Gw", "C", "K"]);
+    check.bind("p", p, &["B", "Gh", "Gw", "3", "C"])?;
+    if let Some(t) = short_weight { check.bind("short_weight", t, &["3", "C", "K", "K"])?; }
+    if let Some(t) = short_bias { check.bind("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.bind("inner_weight", t, &["C", "K", "K"])?; }
+    if let Some(t) = inner_bias { check.bind("inner_bias", t, &["C"])?; }
+    check.match_exprs("p", p, &["B", "Gh", "Gw", "3", "C"])?;
+    if let Some(t) = short_weight { check.match_exprs("short_weight", t, &["3", "C", "K", "K"])?; }
+    if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K", "K"])?; }
+    if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
+    want_dtype("gated_conv_2d", "p", p, &[DType::F32])?;
+    if let Some(t) = short_weight { want_dtype("gated_conv_2d", "short_weight", t, &[DType::F32])?; }
+    if let Some(t) = short_bias { want_dtype("gated_conv_2d", "short_bias", t, &[DType::F32])?; }
+    if let Some(t) = inner_weight { want_dtype("gated_conv_2d", "inner_weight", t, &[DType::F32])?; }
+    if let Some(t) = inner_bias { want_dtype("gated_conv_2d", "inner_bias", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { k, .. } = dims;
+    require("gated_conv_2d", k % 2 == 1, "K % 2 == 1", "an odd window, so that it has a middle", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv_2d", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv_2d", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
+    let device = p.device().clone();
+    check.same_device(&device, &[("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let Dims { b, gh, gw, c, .. } = dims;
+    let mut y = device.empty(&[b, gh, gw, c])?;
+
+    let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gated_conv_2d::cpu::forward(args),
+        DeviceKind::Oracle => kernels::gated_conv_2d::reference::forward(args),
+        other => return Err(no_path("gated_conv_2d", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`gated_conv_2d`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn gated_conv_2d_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&Tensor>, inner_weight: Option<&Tensor>, inner_bias: Option<&Tensor>, k: usize, want_p: bool, want_short_weight: bool, want_short_bias: bool, want_inner_weight: bool, want_inner_bias: bool, params: kernels::generated::gated_conv_2d::Params) -> Result<GatedConv2dGrads> {
+    use kernels::generated::gated_conv_2d::{Backward, Dims};
+    let mut check = DimCheck::new("gated_conv_2d", &["B", "Gh", "Gw", "C", "K"]);
+    check.given("K", k)?;
+    check.bind("dy", dy, &["B", "Gh", "Gw", "C"])?;
+    check.bind("p", p, &["B", "Gh", "Gw", "3", "C"])?;
+    if let Some(t) = short_weight { check.bind("short_weight", t, &["3", "C", "K", "K"])?; }
+    if let Some(t) = short_bias { check.bind("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.bind("inner_weight", t, &["C", "K", "K"])?; }
+    if let Some(t) = inner_bias { check.bind("inner_bias", t, &["C"])?; }
+    check.match_exprs("dy", dy, &["B", "Gh", "Gw", "C"])?;
+    check.match_exprs("p", p, &["B", "Gh", "Gw", "3", "C"])?;
+    if let Some(t) = short_weight { check.match_exprs("short_weight", t, &["3", "C", "K", "K"])?; }
+    if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K", "K"])?; }
+    if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
+    want_dtype("gated_conv_2d", "dy", dy, &[DType::F32])?;
+    want_dtype("gated_conv_2d", "p", p, &[DType::F32])?;
+    if let Some(t) = short_weight { want_dtype("gated_conv_2d", "short_weight", t, &[DType::F32])?; }
+    if let Some(t) = short_bias { want_dtype("gated_conv_2d", "short_bias", t, &[DType::F32])?; }
+    if let Some(t) = inner_weight { want_dtype("gated_conv_2d", "inner_weight", t, &[DType::F32])?; }
+    if let Some(t) = inner_bias { want_dtype("gated_conv_2d", "inner_bias", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { k, .. } = dims;
+    require("gated_conv_2d", k % 2 == 1, "K % 2 == 1", "an odd window, so that it has a middle", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv_2d", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv_2d", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("p", Some(p)), ("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let Dims { b, gh, gw, c, k, .. } = dims;
+    let mut grad_p = if want_p { Some(device.empty(&[b, gh, gw, 3, c])?) } else { None };
+    let mut grad_short_weight = if want_short_weight { Some(device.empty(&[3, c, k, k])?) } else { None };
+    let mut grad_short_bias = if want_short_bias { Some(device.empty(&[3, c])?) } else { None };
+    let mut grad_inner_weight = if want_inner_weight { Some(device.empty(&[c, k, k])?) } else { None };
+    let mut grad_inner_bias = if want_inner_bias { Some(device.empty(&[c])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gated_conv_2d::cpu::backward(args),
+        DeviceKind::Oracle => kernels::gated_conv_2d::reference::backward(args),
+        other => return Err(no_path("gated_conv_2d", other)),
+    }
+    Ok(GatedConv2dGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias })
+}
+
+impl Graph<'_> {
+    /// [`gated_conv_2d`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn gated_conv_2d(&self, p: &Var, short_weight: Option<&Var>, short_bias: Option<&Var>, inner_weight: Option<&Var>, inner_bias: Option<&Var>, params: kernels::generated::gated_conv_2d::Params) -> Result<Var> {
+        let sources = [self.source(p), short_weight.and_then(|v| self.source(v)), short_bias.and_then(|v| self.source(v)), inner_weight.and_then(|v| self.source(v)), inner_bias.and_then(|v| self.source(v))];
+        let record = sources.iter().any(Option::is_some);
+        let out = gated_conv_2d(p.tensor(), short_weight.map(Var::tensor), short_bias.map(Var::tensor), inner_weight.map(Var::tensor), inner_bias.map(Var::tensor), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_p = p.tensor().clone();
+        let saved_short_weight = short_weight.map(|v| v.tensor().clone());
+        let saved_short_bias = short_bias.map(|v| v.tensor().clone());
+        let saved_inner_weight = inner_weight.map(|v| v.tensor().clone());
+        let saved_inner_bias = inner_bias.map(|v| v.tensor().clone());
+        let k = short_weight.map(|v| v.tensor().dim(2)).or(inner_weight.map(|v| v.tensor().dim(1))).unwrap_or(0);
+        let saved = [Some(&saved_p), saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref()].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("gated_conv_2d", out, saved, move |dy, grads| {
+            let found = gated_conv_2d_backward(dy, &saved_p, saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref(), k, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.p)?;
+            grads.add(sources[1], found.short_weight)?;
+            grads.add(sources[2], found.short_bias)?;
+            grads.add(sources[3], found.inner_weight)?;
+            grads.add(sources[4], found.inner_bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn gated_conv_2d_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::gated_conv_2d::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, gh, gw, c, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let p = io.draw(case.name, "p", &[b, gh, gw, 3, c], Fill::Normal)?;
+            let short_weight = if absent("short_weight") { None } else { Some(io.draw(case.name, "short_weight", &[3, c, k, k], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let short_bias = if absent("short_bias") { None } else { Some(io.draw(case.name, "short_bias", &[3, c], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let inner_weight = if absent("inner_weight") { None } else { Some(io.draw(case.name, "inner_weight", &[c, k, k], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let inner_bias = if absent("inner_bias") { None } else { Some(io.draw(case.name, "inner_bias", &[c], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let out = io.call("forward", || gated_conv_2d(&p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, gh, gw, c], Fill::Normal)?;
+            let grads = io.call("backward", || gated_conv_2d_backward(&dy, &p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), k, true, !absent("short_weight"), !absent("short_bias"), !absent("inner_weight"), !absent("inner_bias"), params))?;
             if let Some(t) = &grads.p { io.result("dp", t)?; }
             if let Some(t) = &grads.short_weight { io.result("dshort_weight", t)?; }
             if let Some(t) = &grads.short_bias { io.result("dshort_bias", t)?; }
@@ -1074,7 +1393,7 @@ impl Graph<'_> {
         let saved_w = w.tensor().clone();
         let saved_gate = gate.map(|v| v.tensor().clone());
         let saved_pre = out.pre.clone();
-        let c = gate.map_or(0, |v| v.tensor().dim(1));
+        let c = gate.map(|v| v.tensor().dim(1)).unwrap_or(0);
         let saved = [Some(&saved_x), Some(&saved_w), saved_gate.as_ref(), saved_pre.as_ref()].into_iter().flatten().map(Tensor::bytes).sum();
         Ok(self.record("gemm", out.y, saved, move |dy, grads| {
             let found = gemm_backward(dy, &saved_x, &saved_w, saved_gate.as_ref(), saved_pre.as_ref(), c, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
