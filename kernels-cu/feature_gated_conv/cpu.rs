@@ -1,7 +1,7 @@
 //! CPU path: rows over threads, features in chunks that stay in the first-level cache, four taps at a time.
 
 use crate::generated::feature_gated_conv::{Backward, Dims, Forward};
-use crate::simd::{sum_by, vectorised};
+use crate::simd::{LANES, reduce, vectorised};
 use rayon::prelude::*;
 use std::cell::RefCell;
 
@@ -33,9 +33,13 @@ fn accumulate(w: &[f32], x: &[f32], first: isize, out: &mut [f32]) {
         }
         for (j, w) in w.iter().enumerate() {
             let at = start + j as isize;
-            let (skip, from) = ((-at).max(0) as usize, at.max(0) as usize);
-            let x = x.get(from..).unwrap_or_default();
-            out.iter_mut().skip(skip).zip(x).for_each(|(out, x)| *out = w.mul_add(*x, *out));
+            let out = out.get_mut((-at).max(0) as usize..).unwrap_or_default();
+            let x = x.get(at.max(0) as usize..).unwrap_or_default();
+            let both = out.len().min(x.len());
+            let (out, x) = (&mut out[..both], &x[..both]);
+            for i in 0..both {
+                out[i] = w.mul_add(x[i], out[i]);
+            }
         }
     }
 }
@@ -93,8 +97,10 @@ pub fn backward(a: Backward<'_, f32>) {
         let (p, dy) = (&a.p[row * 3 * f..][..3 * f], &a.dy[row * f..][..f]);
         let (weight, bias) = (&a.weight[row % n * k..][..k], a.bias[row % n]);
         SCRATCH.with_borrow_mut(|scratch| {
-            scratch.resize(scratch.len().max(3 * f + k), 0.0);
-            let (du, turned) = scratch[..3 * f + k].split_at_mut(3 * f);
+            scratch.resize(scratch.len().max(3 * f + 2 * k + 3), 0.0);
+            let (turned, du) = scratch[..3 * f + 2 * k + 3].split_at_mut(k);
+            // Behind the last feature are zeros, so that the transposed filter has no end to look after.
+            du[3 * f..].fill(0.0);
             weight.iter().rev().zip(&mut *turned).for_each(|(w, turned)| *turned = *w);
             vectorised(
                 #[inline(always)]
@@ -141,11 +147,33 @@ fn backward_row(
             accumulate(turned, du, (chunk * CHUNK) as isize, dp);
         }
     }
+    let du = &du[..3 * f];
     for j in 0..k {
         // Features before the first have no source.
         let len = (3 * f).saturating_sub(k - 1 - j);
-        let (du, p) = (&du[3 * f - len..][..len], &p[..len]);
-        sums[j] = sum_by(len, |i| du[i] * p[i]);
+        sums[j] = dot(&du[3 * f - len..], &p[..len]);
     }
-    sums[k] = sum_by(du.len(), |i| du[i]);
+    let (vectors, rest) = du.as_chunks::<LANES>();
+    let mut sum = [0.0f32; LANES];
+    for du in vectors {
+        for i in 0..LANES {
+            sum[i] += du[i];
+        }
+    }
+    sums[k] = reduce(sum) + rest.iter().sum::<f32>();
+}
+
+/// Σ x·y of equally long slices, in two vectors of partial sums.
+#[inline(always)]
+fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<{ 2 * LANES }>(), y.as_chunks::<{ 2 * LANES }>());
+    let mut sum = [0.0f32; 2 * LANES];
+    for (x, y) in x.iter().zip(y) {
+        for i in 0..2 * LANES {
+            sum[i] = x[i].mul_add(y[i], sum[i]);
+        }
+    }
+    let mut half = [0.0f32; LANES];
+    (0..LANES).for_each(|i| half[i] = sum[i] + sum[LANES + i]);
+    reduce(half) + x_rest.iter().zip(y_rest).map(|(x, y)| x * y).sum::<f32>()
 }

@@ -32,6 +32,11 @@ impl<'s> Conv<'s> {
         Conv { source, taps: weight.map(|w| (taps(w), bias.map_or(0.0, |b| b[channel].f64()))) }
     }
 
+    /// With the given taps and no bias.
+    pub fn with_taps(source: Source<'s>, taps: Vec<f64>) -> Self {
+        Conv { source, taps: Some((taps, 0.0)) }
+    }
+
     fn forward(&self, x: &[f64]) -> Vec<f64> {
         let Some((w, bias)) = &self.taps else { return x.to_vec() };
         let tap = |t: usize, j: usize| (self.source)(t, j).map_or(0.0, |s| w[j] * x[s]);

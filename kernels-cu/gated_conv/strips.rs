@@ -5,7 +5,7 @@
 //! filter gradients, which are added in the order of the blocks.
 
 use super::taps::{CHANNELS, Filter, GROUP, ZEROS, filter_gradients};
-use super::window::{Place, Window};
+use super::window::Window;
 use crate::simd::vectorised;
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -77,55 +77,42 @@ fn with_strips<const COUNT: usize>(tokens: [&Range<usize>; COUNT], len: usize, b
     });
 }
 
-/// The strips of a call: (first channel, channels), so wide that `tokens` rows in all stay in the cache. None holds
-/// channels of both directions.
+/// The strips of a call: (first channel, channels), so wide that `tokens` rows in all stay in the cache, but no less
+/// than a row needs to be more than the rest of its loops. None holds channels of both directions.
 fn strips(channels: usize, reversed: usize, tokens: usize) -> impl Iterator<Item = (usize, usize)> {
-    let width = (CACHED / tokens.max(1) / 16 * 16).clamp(16, CHANNELS);
+    let width = (CACHED / tokens.max(1) / 64 * 64).clamp(64, CHANNELS);
     let forward = channels - reversed.min(channels);
     let part = move |from: usize, to: usize| (from..to).step_by(width).map(move |first| (first, width.min(to - first)));
     part(0, forward).chain(part(forward, channels))
 }
 
-/// The filters of one call, and the window of one of its strips.
+/// The filters of one call.
 pub(crate) struct Filters<'w> {
     channels: usize,
-    window: Window,
     short: Option<[Filter<'w>; 3]>,
     inner: Option<Filter<'w>>,
 }
 
 impl<'w> Filters<'w> {
-    fn new(call: Call<'w>) -> Self {
+    pub fn new(call: Call<'w>) -> Self {
         let (c, taps) = (call.channels, call.window.taps());
         let filter = |w: &'w [f32], bias: &'w [f32], i: usize| {
             Filter::new(&w[i * c * taps..][..c * taps], &bias[i * c..][..c], taps, call.reversed)
         };
         let short = call.short[0].zip(call.short[1]).map(|(w, bias)| [0, 1, 2].map(|part| filter(w, bias, part)));
         let inner = call.inner[0].zip(call.inner[1]).map(|(w, bias)| filter(w, bias, 0));
-        Filters { channels: c, window: call.window, short, inner }
-    }
-
-    /// The row that tap `j` of the token at `place` reads.
-    #[inline(always)]
-    fn source<'a>(window: &Window, place: Place, j: usize, row: impl Fn(usize) -> &'a [f32]) -> &'a [f32] {
-        window.source(place, j).map_or(&ZEROS[..], row)
-    }
-
-    /// The row that reads the token at `place` by tap `j`.
-    #[inline(always)]
-    fn reader<'a>(window: &Window, place: Place, j: usize, row: impl Fn(usize) -> &'a [f32]) -> &'a [f32] {
-        window.reader(place, j).map_or(&ZEROS[..], row)
+        Filters { channels: c, short, inner }
     }
 
     /// Row `t` of q, k or v, for the channels of `out` from `first` on; `p` is the sample's `[N, 3, C]`.
     #[inline(always)]
-    fn short(&self, window: &Window, part: usize, p: &[f32], t: usize, first: usize, out: &mut [f32]) {
+    pub fn short(&self, window: &Window, part: usize, p: &[f32], t: usize, first: usize, out: &mut [f32]) {
         let len = out.len();
         let row = |t: usize| &p[(t * 3 + part) * self.channels + first..][..len];
         match &self.short {
             Some(filters) => {
                 let place = window.place(t);
-                filters[part].apply(first, |j| Self::source(window, place, j, row), out);
+                filters[part].apply(first, |j| window.source(place, j).map_or(&ZEROS[..], row), out);
             }
             None => out.copy_from_slice(row(t)),
         }
@@ -137,7 +124,7 @@ impl<'w> Filters<'w> {
         match &self.inner {
             Some(filter) => {
                 let place = window.place(t);
-                filter.apply(first, |j| Self::source(window, place, j, |t| gated.row(t)), out);
+                filter.apply(first, |j| window.source(place, j).map_or(&ZEROS[..], |t| gated.row(t)), out);
             }
             None => out.copy_from_slice(gated.row(t)),
         }
@@ -146,25 +133,40 @@ impl<'w> Filters<'w> {
     /// Gradient of row `t` of `gated` from that of the inner convolution.
     #[inline(always)]
     fn inner_transposed(&self, window: &Window, d: &Strip<'_>, t: usize, first: usize, out: &mut [f32]) {
-        Self::transposed(self.inner.as_ref(), window, d, t, first, out);
+        transposed(self.inner.as_ref(), window, |t| d.row(t), t, first, out);
     }
 
-    /// Gradient of the input row `t` of a filter from that of its output.
+    /// Gradient of row `t` of `p` from the rows `d` of that of q, k or v.
     #[inline(always)]
-    fn transposed(filter: Option<&Filter<'_>>, window: &Window, d: &Strip<'_>, t: usize, first: usize, out: &mut [f32]) {
-        match filter {
-            Some(filter) => {
-                let place = window.place(t);
-                filter.apply_transposed(first, |j| Self::reader(window, place, j, |t| d.row(t)), out);
-            }
-            None => out.copy_from_slice(d.row(t)),
+    pub fn short_transposed<'d>(
+        &self,
+        window: &Window,
+        part: usize,
+        d: impl Fn(usize) -> &'d [f32],
+        t: usize,
+        first: usize,
+        out: &mut [f32],
+    ) {
+        transposed(self.short.as_ref().map(|filters| &filters[part]), window, d, t, first, out);
+    }
+}
+
+/// Gradient of the input row `t` of a filter from the rows `d` of that of its output.
+#[inline(always)]
+fn transposed<'d>(
+    filter: Option<&Filter<'_>>,
+    window: &Window,
+    d: impl Fn(usize) -> &'d [f32],
+    t: usize,
+    first: usize,
+    out: &mut [f32],
+) {
+    match filter {
+        Some(filter) => {
+            let place = window.place(t);
+            filter.apply_transposed(first, |j| window.reader(place, j).map_or(&ZEROS[..], &d), out);
         }
-    }
-
-    /// Gradient of row `t` of `p` from that of q, k or v.
-    #[inline(always)]
-    fn short_transposed(&self, window: &Window, part: usize, d: &Strip<'_>, t: usize, first: usize, out: &mut [f32]) {
-        Self::transposed(self.short.as_ref().map(|filters| &filters[part]), window, d, t, first, out);
+        None => out.copy_from_slice(d(t)),
     }
 }
 
@@ -191,7 +193,7 @@ impl Call<'_> {
     }
 
     /// The window of the channels from `first` on.
-    fn window_of(&self, first: usize) -> Window {
+    pub fn window_of(&self, first: usize) -> Window {
         if first + self.reversed >= self.channels { self.window.turned() } else { self.window }
     }
 
@@ -275,7 +277,7 @@ impl Call<'_> {
 }
 
 /// Rows of the gradient sums of a filter: its taps, each row of the window padded to whole groups, and the bias.
-fn gradient_rows(window: &Window) -> usize {
+pub(crate) fn gradient_rows(window: &Window) -> usize {
     window.size[0] * window.size[1].next_multiple_of(GROUP) + 1
 }
 
@@ -338,7 +340,7 @@ fn backward_strip(
         for (i, rows) in dp.chunks_exact_mut(3 * c).enumerate() {
             for part in 0..3 {
                 let out = &mut rows[part * c + first..][..len];
-                filters.short_transposed(window, part, &gradients[part], tokens.start + i, first, out);
+                filters.short_transposed(window, part, |t| gradients[part].row(t), tokens.start + i, first, out);
             }
         }
     }
@@ -358,7 +360,7 @@ fn backward_strip(
 
 /// Adds a strip's gradients of taps and bias to `dw`, which holds [`gradient_rows`] rows of `stride` channels.
 #[inline(always)]
-fn strip_gradients<'a, 'b>(
+pub(crate) fn strip_gradients<'a, 'b>(
     window: &Window,
     tokens: &Range<usize>,
     dy: impl Fn(usize) -> &'a [f32],

@@ -284,7 +284,7 @@ pub(super) mod tests {
         let names: Vec<String> = found.iter().map(|a| format!("{a} {}", a.spec)).collect();
         assert_eq!(
             names,
-            ["blocks.1.attn hyena_x(taps=4)", "blocks.2.mlp mlp(ratio=3)", "blocks.3.attn hyena_x(taps=4)"]
+            ["blocks.1.attn hyena_x(direction=causal, taps=4)", "blocks.2.mlp mlp(ratio=3)", "blocks.3.attn hyena_x(direction=causal, taps=4)"]
         );
     }
 
@@ -299,7 +299,7 @@ pub(super) mod tests {
             (graft("\"attn\"", "[1, 1]", good), "layer listed twice"),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_z\" }"),
-                "plan.toml:9:21: unknown operator; is \"hyena_z\"; must be for site attn: one of mha, hyena_x",
+                "plan.toml:9:21: unknown operator; is \"hyena_z\"; must be for site attn: one of mha, hyena_se, hyena_x",
             ),
             (
                 graft("\"mlp\"", "\"all\"", good),
@@ -307,7 +307,7 @@ pub(super) mod tests {
             ),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", tap = 3 }"),
-                "plan.toml:9:32: operator hyena_x has no such option; is tap; must be one of taps",
+                "plan.toml:9:32: operator hyena_x has no such option; is tap; must be one of taps, direction",
             ),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = \"3\" }"),

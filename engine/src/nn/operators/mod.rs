@@ -4,8 +4,10 @@
 //! never sees timestep or condition (arXiv 2506.05340, §3). Adding one is a file here and a line in [`REGISTRY`].
 
 mod hyena;
+mod long_conv;
 mod mha;
 mod mlp;
+mod mlp_hyena_x;
 
 use super::{Builder, Epilogue};
 use crate::autograd::{Graph, ParamStore, Var};
@@ -124,8 +126,18 @@ impl Spec {
         }
     }
 
+    /// Hidden width of a channel mixer of the given ratio.
+    fn hidden(&self, width: usize, ratio: f64) -> Result<usize> {
+        let hidden = (width as f64 * ratio) as usize;
+        if hidden == 0 || !ratio.is_finite() || ratio > 1024.0 {
+            return Err(Error::usage(format!("{}: ratio", self.kind), "gives no usable width")
+                .is(ratio)
+                .must("a positive ratio of at most 1024"));
+        }
+        Ok(hidden)
+    }
+
     /// An option that is one of `words`; the first is the default.
-    #[allow(dead_code)]
     fn choice(&self, option: &str, words: &[&'static str]) -> Result<&'static str> {
         let given = match self.options.get(option) {
             None => return Ok(words[0]),
@@ -200,7 +212,7 @@ pub struct Kind {
 }
 
 /// Every operator.
-pub const REGISTRY: &[Kind] = &[mha::KIND, hyena::X, mlp::KIND];
+pub const REGISTRY: &[Kind] = &[mha::KIND, hyena::SE, hyena::X, hyena::Y, hyena::GRID, long_conv::KIND, mlp::KIND, mlp_hyena_x::KIND];
 
 /// Creates an operator with new parameters, named below the builder's prefix.
 ///
