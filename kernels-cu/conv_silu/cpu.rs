@@ -72,7 +72,7 @@ impl<'a> Sample<'a> {
 /// Forward pass.
 pub fn forward(a: Forward<'_, f32>) {
     let dims @ Dims { n, c, k, .. } = a.dims;
-    let filter = Filter::new(a.weight, a.bias, k);
+    let filter = Filter::new(a.weight, a.bias, k, 0);
     a.y.par_chunks_mut(n * c).enumerate().for_each(|(sample, y)| {
         let sample = Sample::new(dims, a.params, a.p, sample, &filter);
         y.par_chunks_mut(block_len(dims) * c).enumerate().for_each(|(block, y)| {
@@ -99,7 +99,7 @@ pub fn forward(a: Forward<'_, f32>) {
 /// Backward pass.
 pub fn backward(a: Backward<'_, f32>) {
     let dims @ Dims { b, n, w, c, k } = a.dims;
-    let filter = Filter::new(a.weight, a.bias, k);
+    let filter = Filter::new(a.weight, a.bias, k, 0);
     let (per_sample, block) = (n.div_ceil(block_len(dims)), block_len(dims));
     let mut dp: Vec<Option<&mut [f32]>> = match a.dp {
         Some(dp) => dp.chunks_mut(n * w).flat_map(|sample| sample.chunks_mut(block * w)).map(Some).collect(),
@@ -169,7 +169,8 @@ fn strip(
             sample.filter.apply_transposed(first, |j| du(if j < k { time + k - 1 - j } else { usize::MAX }), dp);
         }
     }
-    filter_gradients(&times, k - 1, k.next_multiple_of(GROUP), du, |t| sample.row(t, first, len), dw, first, len);
+    let (dw, bias) = dw.split_at_mut(k.next_multiple_of(GROUP) * c);
+    filter_gradients(&times, k - 1, du, |t| sample.row(t, first, len), dw, Some(bias), c, (first, len));
 }
 
 #[cfg(test)]

@@ -198,7 +198,7 @@ mod tests {
                 checked += 1;
             }
         }
-        assert!(checked >= 2 && checked % 2 == 0, "{checked}");
+        assert_eq!(checked, 10);
     }
 
     #[test]
@@ -258,6 +258,26 @@ mod tests {
             assert_eq!(after.attn.flops_operator, 28.0 * 256.0 * per_query, "{operator}");
             assert_eq!(after.attn.params, before.attn.params + 28 * params, "{operator}");
         }
+    }
+
+    #[test]
+    fn mlp_hyena_x_rows_of_table_4() {
+        // The published FLOPs leave the filter out; counted, the last row would be +0.28.
+        for (layers, flops, params) in
+            [("\"every-other\"", 0.01, 0.02), ("\"3-of-4\"", 0.02, 0.03), ("\"all\"", 0.02, 0.03)]
+        {
+            let (before, after) = grafted(layers, "mlp", "operator = { kind = \"mlp_hyena_x\", ratio = 2, taps = 4 }");
+            near(percent(before.mlp.flops(), after.mlp.flops()), flops, layers);
+            near(percent(before.mlp.params as f64, after.mlp.params as f64), params, layers);
+            assert_eq!(before.attn, after.attn);
+        }
+    }
+
+    #[test]
+    fn direction_changes_no_cost() {
+        let (_, causal) = grafted("\"all\"", "attn", "{ kind = \"hyena_se\" }");
+        let (_, both) = grafted("\"all\"", "attn", "{ kind = \"hyena_se\", direction = \"bidirectional\" }");
+        assert_eq!(causal, both);
     }
 
     #[test]

@@ -423,7 +423,11 @@ pub(super) mod tests {
         let names: Vec<String> = found.iter().map(|a| format!("{a} {}", a.spec)).collect();
         assert_eq!(
             names,
-            ["blocks.1.attn hyena_x(taps=4)", "blocks.2.mlp mlp(ratio=3)", "blocks.3.attn hyena_x(taps=4)"]
+            [
+                "blocks.1.attn hyena_x(direction=causal, taps=4)",
+                "blocks.2.mlp mlp(ratio=3)",
+                "blocks.3.attn hyena_x(direction=causal, taps=4)"
+            ]
         );
     }
 
@@ -451,7 +455,7 @@ pub(super) mod tests {
             ),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", tap = 3 }"),
-                "plan.toml:9:32: operator hyena_x has no such option; is tap; must be one of taps",
+                "plan.toml:9:32: operator hyena_x has no such option; is tap; must be one of taps, direction",
             ),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = \"3\" }"),

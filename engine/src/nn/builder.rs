@@ -28,6 +28,13 @@ pub enum Init {
     LogOfUniform(f32, f32),
     /// What softplus turns into a value log-uniform between these.
     InverseSoftplus(f32, f32),
+    /// Filters of `of` taps each, zero but for a one at tap `at`.
+    Tap {
+        /// Taps of a filter.
+        of: usize,
+        /// The tap that is one.
+        at: usize,
+    },
 }
 
 impl Init {
@@ -66,6 +73,11 @@ impl<'a> Builder<'a> {
     /// A builder for `store`; parameters live on `device` and draw from `seed`.
     pub fn new(store: &'a mut ParamStore, device: &'a Device, seed: u64, scheme: Scheme) -> Self {
         Builder { store, device, seed, scheme, prefix: String::new() }
+    }
+
+    /// Where the parameters live.
+    pub fn device(&self) -> &'a Device {
+        self.device
     }
 
     /// The same builder below `name.`: `attn` turns `qkv.weight` into `attn.qkv.weight`.
@@ -147,6 +159,7 @@ fn fill(out: &mut [f32], init: Init, mut rng: Philox) {
             let columns = out.len() / rows.max(1);
             out.iter_mut().enumerate().for_each(|(i, v)| *v = f32::from(u8::from(i % columns % rows == i / columns)));
         }
+        Init::Tap { of, at } => out.iter_mut().enumerate().for_each(|(i, v)| *v = f32::from(i % of == at)),
         Init::Uniform(bound) => out.iter_mut().for_each(|v| *v = bound * (2.0 * rng.uniform() - 1.0)),
         Init::LogOfUniform(low, high) => out.iter_mut().for_each(|v| *v = (low + (high - low) * rng.uniform()).ln()),
         Init::InverseSoftplus(low, high) => out.iter_mut().for_each(|v| {

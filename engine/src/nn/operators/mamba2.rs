@@ -4,7 +4,7 @@
 //! made of such a block: projections, gate and norm are shared, the second direction has its own convolution, step
 //! bias, decay and skip, named with a `b` as there, and the results are added before the gate.
 
-use super::{BlockDims, Kind, Operator, Site, SiteFlops, Spec};
+use super::{BlockDims, Kind, Operator, Shapes, Site, SiteFlops, Spec};
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::nn::{Builder, Epilogue, Init, Linear};
@@ -138,6 +138,20 @@ impl Operator for Mamba2 {
             operator: ways * 2.0 * n * inner * s.state as f64,
             projections: 2.0 * n * d * (s.packed() as f64 + inner) + convolutions,
         }
+    }
+
+    fn told_by(&self, shapes: &Shapes, dims: BlockDims) -> Option<Spec> {
+        let inner = *shapes.get("norm.weight")?.first()?;
+        let heads = *shapes.get("A_log")?.first()?;
+        let [columns, _, taps] = *shapes.get("conv1d.weight")?.as_slice() else { return None };
+        let expand = inner as f64 / dims.width as f64;
+        Some(
+            self.spec()
+                .with("state", columns.checked_sub(inner)? as f64 / 2.0)
+                .with("taps", taps as f64)
+                .with("expand", expand)
+                .with("head_width", inner as f64 / heads.max(1) as f64),
+        )
     }
 }
 

@@ -7,9 +7,11 @@ mod heads;
 mod hyena;
 mod kv_compress;
 mod linear_attention;
+mod long_conv;
 mod mamba2;
 mod mha;
 mod mlp;
+mod mlp_hyena_x;
 mod neighborhood;
 mod recognise;
 mod swa;
@@ -162,6 +164,17 @@ impl Spec {
         }
     }
 
+    /// Hidden width of a channel mixer of the given ratio.
+    fn hidden(&self, width: usize, ratio: f64) -> Result<usize> {
+        let hidden = (width as f64 * ratio) as usize;
+        if hidden == 0 || !ratio.is_finite() || ratio > 1024.0 {
+            return Err(Error::usage(format!("{}: ratio", self.kind), "gives no usable width")
+                .is(ratio)
+                .must("a positive ratio of at most 1024"));
+        }
+        Ok(hidden)
+    }
+
     /// An option that is one of `words`; the first is the default.
     fn choice(&self, option: &str, words: &[&'static str]) -> Result<&'static str> {
         let given = match self.options.get(option) {
@@ -255,9 +268,14 @@ pub const REGISTRY: &[Kind] = &[
     neighborhood::KIND,
     linear_attention::KIND,
     kv_compress::KIND,
+    hyena::SE,
     hyena::X,
+    hyena::Y,
+    hyena::GRID,
+    long_conv::KIND,
     mamba2::KIND,
     mlp::KIND,
+    mlp_hyena_x::KIND,
 ];
 
 /// Creates an operator with new parameters, named below the builder's prefix.
