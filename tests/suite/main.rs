@@ -7,6 +7,7 @@ mod golden_io;
 mod golden_verify;
 mod graft;
 mod malicious;
+mod plans;
 mod properties;
 mod science;
 mod tidy;

@@ -53,7 +53,7 @@ pub(super) fn students(teacher: &Dit, assignments: &[Assignment], config: &Disti
     };
     let student = |a: &Assignment| match a.site {
         Site::BlockPair => pair_student(teacher, &after, a, assignments, config),
-        _ => Student::new(a.clone(), teacher.config.block_dims(), teacher.device(), config),
+        _ => Student::new(a.clone(), teacher.config.block_dims(), &teacher.params, teacher.device(), config),
     };
     assignments.iter().filter(alone).map(student).collect()
 }
