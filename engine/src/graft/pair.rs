@@ -2,13 +2,13 @@
 //!
 //! A pair is one regression unit (arXiv 2506.05340, §6). Its student owns both blocks, which start as they are in the
 //! base, and the merge, which starts as the plain sum of what the blocks add. Operators that the same plan grafts
-//! inside the blocks belong to the pair's student: they start as their graft says and learn through the pair's loss, so that each
-//! parameter is trained by one student alone.
+//! inside the blocks belong to the pair's student: they start as their graft says and learn through the pair's loss, so
+//! that each parameter is trained by one student alone.
 
 use super::assemble::grafted_config;
-use super::plan::{self, Assignment};
-use super::settings::{DistillConfig, Start};
-use super::student::{Net, Student, copy_teacher};
+use super::plan::Assignment;
+use super::settings::DistillConfig;
+use super::student::{Net, Student};
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::models::dit::{Dit, DitConfig, Pair, Run};
@@ -69,19 +69,24 @@ fn pair_student(
     let mut builder = Builder::new(&mut params, teacher.device(), config.seed, Scheme::Torch);
     let specs = [*own.blocks().start(), *own.blocks().end()].map(|block| &after.blocks[block]);
     let pair = Pair::build(own.block, specs, after.block_dims(), &mut builder)?;
-    let fresh = |name: &str| assignments.iter().any(|a| a.site != Site::BlockPair && a.owns(name));
-    let kept: Vec<(ParamId, ParamId)> = params
-        .iter()
-        .filter(|(_, p)| !fresh(&p.name))
-        .filter_map(|(id, p)| Some((id, teacher.params.find(&p.name)?)))
-        .collect();
+    let kept: Vec<(ParamId, ParamId)> =
+        params.iter().filter_map(|(id, p)| Some((id, teacher.params.find(&p.name)?))).collect();
     for (id, found) in kept {
-        params.set(id, teacher.params.get(found).value.clone())?;
+        // A grafted operator may have a parameter of the teacher's name in another shape: it is set below.
+        let value = &teacher.params.get(found).value;
+        if value.shape() == params.get(id).value.shape() {
+            params.set(id, value.clone())?;
+        }
     }
-    let warm = |a: &&Assignment| a.start == Start::Teacher && own.blocks().contains(&a.block);
-    for a in assignments.iter().filter(|a| a.site != Site::BlockPair).filter(warm) {
-        let operator = plan::operator(&a.spec, a.site, after.block_dims())?;
-        copy_teacher(&mut params, operator.as_ref(), a, &teacher.params)?;
+    let inside = |a: &&Assignment| a.site != Site::BlockPair && own.blocks().contains(&a.block);
+    for a in assignments.iter().filter(inside) {
+        // As it would start alone.
+        let alone = Student::new(a.clone(), after.block_dims(), &teacher.params, teacher.device(), config)?;
+        for (_, p) in alone.params.iter() {
+            if let Some(id) = params.find(&p.name) {
+                params.set(id, p.value.clone())?;
+            }
+        }
     }
     Student::assemble(own.clone(), params, Net::Pair(Box::new(PairNet { pair, condition: None })), config)
 }

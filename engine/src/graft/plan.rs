@@ -255,7 +255,10 @@ impl Plan {
                 .error(&span, "these layers are decided by what the base model does, which was not measured")
                 .must("a choice made with the base model at hand")
                 .fix("`graft plan check` measures and says the list; `graft run` and `graft distill` do so by themselves")),
-            (None, None) => graft.layers.get_ref().select(depth, &self.source, span),
+            (None, None) => {
+                let word = if graft.site == Site::BlockPair { "pairs of blocks" } else { "blocks" };
+                graft.layers.get_ref().select(word, depth, &self.source, span)
+            }
         }
     }
 
@@ -441,7 +444,14 @@ pub(super) mod tests {
             ),
             (graft("\"block-pair\"", "\"all\"", good), "plan.toml:9:12: a pair of blocks takes no operator"),
             ("[[graft]]\nsite = \"attn\"\nlayers = [1]\n".into(), "plan.toml:7:8: the graft has no operator"),
-            ("[[graft]]\nsite = \"block-pair\"\nlayers = [2]\n".into(), "plan.toml:8:11: layer out of range; is 2"),
+            (
+                "[[graft]]\nsite = \"block-pair\"\nlayers = [2]\n".into(),
+                "plan.toml:8:11: layer out of range; is 2; must be 0 to 1, as the base has 2 pairs of blocks",
+            ),
+            (
+                "[[graft]]\nsite = \"block-pair\"\nlayers = \"auto:0.5\"\n".into(),
+                "plan.toml:8:10: pairs of blocks are not chosen by measuring",
+            ),
             (graft("\"attn\"", "\"some\"", good), "plan.toml:8:10: unknown layer pattern; is \"some\""),
             (graft("\"attn\"", "[1, 4]", good), "plan.toml:8:14: layer out of range; is 4; must be 0 to 3"),
             (graft("\"attn\"", "[1, 1]", good), "layer listed twice"),
