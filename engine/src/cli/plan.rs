@@ -1,9 +1,12 @@
 //! `graft plan check|show P`.
 
+use crate::backend::Device;
 use crate::error::{Error, Result};
 use crate::graft::assemble::grafted_config;
 use crate::graft::cost::{Counter, ModelCost, percent};
+use crate::graft::memory;
 use crate::graft::plan::{Assignment, Plan};
+use crate::graft::run::RunData;
 use crate::models::dit::{self, DitConfig};
 use crate::nn::operators::Site;
 use serde_json::json;
@@ -22,6 +25,9 @@ enum Action {
     Check {
         /// Plan file.
         plan: PathBuf,
+        /// Also say how much memory the two stages take at most; reads the data set.
+        #[arg(long)]
+        memory: bool,
     },
     /// Explain the model that results: operators by layer, parameters, FLOPs, and the change against the base.
     Show {
@@ -36,7 +42,7 @@ enum Action {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let path = match &args.action {
-        Action::Check { plan } | Action::Show { plan, .. } => plan,
+        Action::Check { plan, .. } | Action::Show { plan, .. } => plan,
     };
     let plan = Plan::read(path)?;
     let base = dit::describe(&plan.base).map_err(|e| e.context(path.display()))?;
@@ -44,8 +50,12 @@ pub fn run(args: &Args) -> Result<()> {
     let grafted = grafted_config(&base, &assignments)?;
     let (before, after) = (Counter::new(&base).model()?, Counter::new(&grafted).model()?);
     match args.action {
-        Action::Check { .. } => {
+        Action::Check { memory, .. } => {
             println!("{}: good; {} of {} sites change", path.display(), assignments.len(), 2 * base.depth());
+            if memory {
+                let needed = memory::plan(&plan, None, &RunData::load(&plan.data)?, &Device::cpu())?;
+                println!("memory of stage 1: {}\nmemory of stage 2: {}", needed[0], needed[1]);
+            }
         }
         Action::Show { json: true, .. } => println!("{:#}", as_json(&assignments, &grafted, &before, &after)?),
         Action::Show { json: false, .. } => {

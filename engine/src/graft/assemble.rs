@@ -59,7 +59,7 @@ pub fn grafted_config(base: &DitConfig, assignments: &[Assignment]) -> Result<Di
 pub fn graft<'s>(base: &Dit, sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>) -> Result<Dit> {
     let sites: Vec<(&Assignment, &ParamStore)> = sites.into_iter().collect();
     let assignments: Vec<Assignment> = sites.iter().map(|(a, _)| (*a).clone()).collect();
-    let mut model = Dit::new(grafted_config(&base.config, &assignments)?, base.device(), 0)?;
+    let mut model = Dit::unset(grafted_config(&base.config, &assignments)?, base.device())?;
     let names: Vec<_> = model.params.iter().map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in names {
         let site =
@@ -71,6 +71,8 @@ pub fn graft<'s>(base: &Dit, sites: impl IntoIterator<Item = (&'s Assignment, &'
         })?;
         model.params.set(id, store.get(found).value.clone())?;
     }
+    // The unset parameters, now in the pool, are of no use to anyone.
+    model.device().trim();
     Ok(model)
 }
 

@@ -8,16 +8,21 @@
 //! | [`cost`] | parameters and FLOPs of the model that results |
 //! | [`assemble`] | base model + trained sites → grafted model, and its folder |
 //! | [`distill`] | stage 1: every site learns to imitate the operator it replaces |
+//! | [`cache`], [`parts`] | stage 1 from activations on disk, and by several processes |
+//! | [`memory`] | peak memory of the stages, before they run |
 //! | [`finetune`] | stage 2: the grafted model is trained on the diffusion loss |
 //! | [`run`] | the run folder: stages in order, each resumed where it was left |
 //! | [`summary`] | what a run has reached, as one JSON file |
 
 pub mod assemble;
+pub mod cache;
 pub mod cost;
 pub mod distill;
 pub mod evaluate;
 pub mod finetune;
+pub mod memory;
 mod page;
+pub mod parts;
 pub mod plan;
 pub mod run;
 pub mod select;

@@ -173,7 +173,9 @@ impl Plan {
     pub fn identity(&self) -> String {
         let mut distill = self.distill.clone();
         let mut finetune = self.finetune.clone();
-        (distill.checkpoint_every, finetune.checkpoint_every) = (1, 1);
+        (distill.checkpoint_every, finetune.checkpoint_every, distill.held_out_every) = (1, 1, 0);
+        // Whether activations are kept matters, where they are does not.
+        distill.cache = distill.cache.map(|_| PathBuf::new());
         let layers = |graft: &Graft| match graft.layers.get_ref() {
             Layers::Pattern(name) => serde_json::json!(name),
             Layers::List(list) => serde_json::json!(list.iter().map(|l| *l.get_ref()).collect::<Vec<_>>()),

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `plan.toml` | the plan as it was when the run began |
 //! | `distill/`, `finetune/` | checkpoint, loss log and held-out residuals of the two stages |
+//! | `distill/part-0-of-4/` | the same for a part of the sites, where several processes share stage 1 |
 //! | `random/`, `stage1/`, `stage2/` | models: sites as initialised (the control), distilled, finetuned |
 //! | `samples-*.png`, `report.html` | pictures of every stage, and the page that compares them |
 //! | `summary.json` | costs, residuals, losses, scores, times |
@@ -12,18 +13,21 @@
 //! moment, kill included, goes on from its last checkpoint when it is started again.
 
 use super::assemble::{self, Stage};
+use super::cache::Filling;
 use super::distill::{self, Distiller};
 use super::evaluate::{self, Evaluation};
 use super::finetune::Finetuner;
+use super::memory;
 use super::page;
+use super::parts::{self, Part};
 use super::plan::Plan;
 use super::summary::Summary;
 use crate::error::{Error, Result};
-use crate::io::atomic::{self, RunLock, ensure_writable_dir};
+use crate::io::atomic::{self, RunLock, ensure_writable_dir, remove_leftovers};
 use crate::io::datasets::{ImageSet, Split};
 use crate::io::{hash, json};
 use crate::models::dit;
-use crate::tensor::Device;
+use crate::tensor::{Device, MemoryPlan};
 use crate::train::config::DataConfig;
 use crate::train::trainer;
 use std::ops::ControlFlow;
@@ -69,6 +73,10 @@ impl RunData {
 /// A word from a stage in progress.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'e> {
+    /// What a stage (1 or 2) that is about to begin needs.
+    Memory(usize, &'e MemoryPlan),
+    /// A batch that stage 1 is about to add to its cache of activations.
+    Cache(&'e Filling),
     /// An update of stage 1.
     Distill(&'e distill::Progress),
     /// An update of stage 2.
@@ -86,8 +94,25 @@ impl RunFolder {
     /// # Errors
     /// A folder that cannot be written, that another process uses, or that belongs to another plan.
     pub fn create(plan: Plan, dir: &Path) -> Result<RunFolder> {
+        let folder = RunFolder::take(plan, dir, RunLock::acquire)?;
+        let stages = [Stage::Random, Stage::Distilled, Stage::Finetuned].map(|stage| folder.model_folder(stage));
+        for written in stages.iter().filter(|f| f.is_dir()).chain([&folder.dir]) {
+            remove_leftovers(written)?;
+        }
+        Ok(folder)
+    }
+
+    /// The folder for a plan, together with other processes that each train a part of it.
+    ///
+    /// # Errors
+    /// As [`RunFolder::create`].
+    pub fn share(plan: Plan, dir: &Path) -> Result<RunFolder> {
+        RunFolder::take(plan, dir, RunLock::share)
+    }
+
+    fn take(plan: Plan, dir: &Path, lock: fn(&Path) -> Result<RunLock>) -> Result<RunFolder> {
         ensure_writable_dir(dir)?;
-        let lock = RunLock::acquire(dir)?;
+        let lock = lock(dir)?;
         let path = dir.join(PLAN);
         if path.exists() && Plan::read(&path)?.identity() != plan.identity() {
             return Err(Error::usage(dir.display().to_string(), "the run folder belongs to another plan")
@@ -143,18 +168,40 @@ impl RunFolder {
 }
 
 /// Stage 1, from where it was left; returns whether it is finished. Writes the random control at its beginning and
-/// the distilled model at its end.
+/// the distilled model at its end. Where it was begun in parts, these must be finished, and are gathered.
 ///
 /// # Errors
 /// Those of the base model, the data and [`Distiller`].
 pub fn distill(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
-    let plan = &run.plan;
+    let [needed, _] = memory::plan(&run.plan, None, data, device)?;
+    let _ = report(Event::Memory(1, &needed));
+    distill_all(run, data, device, report)
+}
+
+fn distill_all(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
+    let (plan, folder) = (&run.plan, run.distill_folder());
     let base = dit::load(&plan.base, device)?;
     let assignments = plan.resolve(&base.config)?;
     let fingerprint = fingerprint(plan, &assemble::digest(&base)?);
-    let mut distiller = Distiller::open(&base, &assignments, &plan.distill, &run.distill_folder(), fingerprint)?;
+    let begun = parts::begun(&folder)?;
+    let mut distiller = Distiller::open(&base, &assignments, &plan.distill, &folder, fingerprint.clone())?;
     if !run.has(Stage::Random) {
         run.save(&distiller.initial_model()?, Stage::Random)?;
+    }
+    match begun[..] {
+        [] => {}
+        [of] => parts::gather(&mut distiller, &folder, of, plan.distill.steps, &fingerprint)?,
+        _ => {
+            return Err(Error::usage(folder.display().to_string(), "stage 1 was begun in different numbers of parts")
+                .is(begun.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and "))
+                .must("one number")
+                .fix("remove the part folders of all but one"));
+        }
+    }
+    if distiller.step() < plan.distill.steps
+        && !distiller.fill_cache(&data.train, &mut |filling| report(Event::Cache(filling)))?
+    {
+        return Ok(false);
     }
     distiller.run(&data.train, &data.held_out, &mut |p| report(Event::Distill(p)))?;
     let finished = distiller.step() >= plan.distill.steps;
@@ -164,11 +211,51 @@ pub fn distill(run: &RunFolder, data: &RunData, device: &Device, report: &mut Re
     Ok(finished)
 }
 
+/// Stage 1 of a part of the sites, from where it was left; returns whether it is finished. [`distill`] gathers the
+/// parts when all of them are.
+///
+/// # Errors
+/// As [`distill`]; a stage 1 that was begun, or has been gathered, as a whole.
+pub fn distill_part(
+    run: &RunFolder,
+    part: Part,
+    data: &RunData,
+    device: &Device,
+    report: &mut Report<'_>,
+) -> Result<bool> {
+    let (plan, stage) = (&run.plan, run.distill_folder());
+    if stage.join(trainer::CHECKPOINT).exists() {
+        return Err(Error::usage("--sites", "stage 1 of this run is not split")
+            .is(format!("{} is there", stage.join(trainer::CHECKPOINT).display()))
+            .must("a run whose parts have not been gathered")
+            .fix("go on without --sites, or use another --run folder"));
+    }
+    let [needed, _] = memory::plan(plan, Some(part), data, device)?;
+    let _ = report(Event::Memory(1, &needed));
+    let base = dit::load(&plan.base, device)?;
+    let own = part.choose(&plan.resolve(&base.config)?)?;
+    let fingerprint = part.fingerprint(&fingerprint(plan, &assemble::digest(&base)?));
+    let mut distiller = Distiller::open(&base, &own, &plan.distill, &part.folder(&stage), fingerprint)?;
+    if distiller.step() < plan.distill.steps
+        && !distiller.fill_cache(&data.train, &mut |filling| report(Event::Cache(filling)))?
+    {
+        return Ok(false);
+    }
+    distiller.run(&data.train, &data.held_out, &mut |p| report(Event::Distill(p)))?;
+    Ok(distiller.step() >= plan.distill.steps)
+}
+
 /// Stage 2, from where it was left; returns whether it is finished. Writes the finetuned model at its end.
 ///
 /// # Errors
 /// A run whose stage 1 is not finished, and those of the data and [`Finetuner`].
 pub fn finetune(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
+    let [_, needed] = memory::plan(&run.plan, None, data, device)?;
+    let _ = report(Event::Memory(2, &needed));
+    finetune_all(run, data, device, report)
+}
+
+fn finetune_all(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
     let plan = &run.plan;
     let folder = run.model_folder(Stage::Distilled);
     if !run.has(Stage::Distilled) {
@@ -197,11 +284,21 @@ pub fn run(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report
         stopped |= flow.is_break();
         flow
     };
-    let distilled = distill(run, data, device, &mut watched)?;
+    // Both at the beginning: later this process also holds what stage 1 has left.
+    let needed = memory::plan(&run.plan, None, data, device)?;
+    let _ = watched(Event::Memory(1, &needed[0]));
+    let distilled = distill_all(run, data, device, &mut watched)?;
     // Who stops at the very last update of stage 1 does not want stage 2 to begin.
-    if !distilled || stopped || !finetune(run, data, device, report)? {
+    if !distilled || stopped {
         return Ok(None);
     }
+    // Buffers of stage 1 have other sizes.
+    device.trim();
+    let _ = report(Event::Memory(2, &needed[1]));
+    if !finetune_all(run, data, device, report)? {
+        return Ok(None);
+    }
+    device.trim();
     let evaluation = evaluate::evaluate(run, data, device, &mut |done, total| {
         // The comparison is short and writes nothing before its end: it cannot be broken off in between.
         let _ = report(Event::Evaluate(done, total));
@@ -229,5 +326,5 @@ pub fn finish(run: &RunFolder, evaluation: Option<Evaluation>) -> Result<Summary
 
 /// What a checkpoint must have come from: this plan, on a start with this digest.
 fn fingerprint(plan: &Plan, start: &str) -> String {
-    hash::sha256(format!("{} {start}", plan.identity()).as_bytes())
+    format!("plan:{} base:{start}", hash::sha256(plan.identity().as_bytes()))
 }

@@ -79,6 +79,7 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
     match device.kind() {
         DeviceKind::Cpu => kernels::adamw::cpu::forward(args),
         DeviceKind::Oracle => kernels::adamw::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("adamw", other)),
     }
     Ok(())
@@ -142,6 +143,7 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
     match device.kind() {
         DeviceKind::Cpu => kernels::add_noise::cpu::forward(args),
         DeviceKind::Oracle => kernels::add_noise::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("add_noise", other)),
     }
     Ok(x_t)
@@ -203,6 +205,7 @@ pub fn attention(qkv: &Tensor, params: kernels::generated::attention::Params) ->
     match device.kind() {
         DeviceKind::Cpu => kernels::attention::cpu::forward(args),
         DeviceKind::Oracle => kernels::attention::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("attention", other)),
     }
     Ok(AttentionOut { y, lse })
@@ -237,6 +240,7 @@ pub fn attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, w
     match device.kind() {
         DeviceKind::Cpu => kernels::attention::cpu::backward(args),
         DeviceKind::Oracle => kernels::attention::reference::backward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("attention", other)),
     }
     Ok(grad_qkv)
@@ -313,6 +317,7 @@ pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params
     match device.kind() {
         DeviceKind::Cpu => kernels::axpy::cpu::forward(args),
         DeviceKind::Oracle => kernels::axpy::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("axpy", other)),
     }
     Ok(())
@@ -383,6 +388,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, params: kernels::generate
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_entropy::cpu::forward(args),
         DeviceKind::Oracle => kernels::cross_entropy::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("cross_entropy", other)),
     }
     Ok(CrossEntropyOut { loss, lse })
@@ -423,6 +429,7 @@ pub fn cross_entropy_backward(dloss: &Tensor, logits: &Tensor, labels: &Tensor, 
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_entropy::cpu::backward(args),
         DeviceKind::Oracle => kernels::cross_entropy::reference::backward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("cross_entropy", other)),
     }
     Ok(grad_logits)
@@ -533,6 +540,7 @@ pub fn embed(table: &Tensor, index: &Tensor, addend: Option<&Tensor>, params: ke
     match device.kind() {
         DeviceKind::Cpu => kernels::embed::cpu::forward(args),
         DeviceKind::Oracle => kernels::embed::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("embed", other)),
     }
     Ok(EmbedOut { y, pre })
@@ -572,6 +580,7 @@ pub fn embed_backward(dy: &Tensor, index: &Tensor, pre: &Tensor, v: usize, want_
     match device.kind() {
         DeviceKind::Cpu => kernels::embed::cpu::backward(args),
         DeviceKind::Oracle => kernels::embed::reference::backward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("embed", other)),
     }
     Ok(EmbedGrads { table: grad_table, addend: grad_addend })
@@ -670,6 +679,7 @@ pub fn gate_residual(residual: &Tensor, modulation: &Tensor, branch: &Tensor, pa
     match device.kind() {
         DeviceKind::Cpu => kernels::gate_residual::cpu::forward(args),
         DeviceKind::Oracle => kernels::gate_residual::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("gate_residual", other)),
     }
     Ok(y)
@@ -704,6 +714,7 @@ pub fn gate_residual_backward(dy: &Tensor, modulation: &Tensor, branch: &Tensor,
     match device.kind() {
         DeviceKind::Cpu => kernels::gate_residual::cpu::backward(args),
         DeviceKind::Oracle => kernels::gate_residual::reference::backward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("gate_residual", other)),
     }
     Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch })
@@ -818,6 +829,7 @@ pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv::cpu::forward(args),
         DeviceKind::Oracle => kernels::gated_conv::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("gated_conv", other)),
     }
     Ok(y)
@@ -867,6 +879,7 @@ pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv::cpu::backward(args),
         DeviceKind::Oracle => kernels::gated_conv::reference::backward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("gated_conv", other)),
     }
     Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias })
@@ -1006,6 +1019,7 @@ pub fn gemm(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, pos: Option<&Tensor>,
     match device.kind() {
         DeviceKind::Cpu => kernels::gemm::cpu::forward(args),
         DeviceKind::Oracle => kernels::gemm::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("gemm", other)),
     }
     Ok(GemmOut { y, pre })
@@ -1053,6 +1067,7 @@ pub fn gemm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, gate: Option<&Tensor>,
     match device.kind() {
         DeviceKind::Cpu => kernels::gemm::cpu::backward(args),
         DeviceKind::Oracle => kernels::gemm::reference::backward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("gemm", other)),
     }
     Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate })
@@ -1174,6 +1189,7 @@ pub fn ln_modulate(x: &Tensor, modulation: &Tensor, params: kernels::generated::
     match device.kind() {
         DeviceKind::Cpu => kernels::ln_modulate::cpu::forward(args),
         DeviceKind::Oracle => kernels::ln_modulate::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("ln_modulate", other)),
     }
     Ok(LnModulateOut { y, mean, rstd })
@@ -1214,6 +1230,7 @@ pub fn ln_modulate_backward(dy: &Tensor, x: &Tensor, modulation: &Tensor, mean: 
     match device.kind() {
         DeviceKind::Cpu => kernels::ln_modulate::cpu::backward(args),
         DeviceKind::Oracle => kernels::ln_modulate::reference::backward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("ln_modulate", other)),
     }
     Ok(LnModulateGrads { x: grad_x, modulation: grad_modulation })
@@ -1330,6 +1347,7 @@ pub fn loss_diffusion(model_output: &Tensor, x0: &Tensor, noise: &Tensor, coefs:
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::forward(args),
         DeviceKind::Oracle => kernels::loss_diffusion::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("loss_diffusion", other)),
     }
     Ok(LossDiffusionOut { loss, mse, vb })
@@ -1369,6 +1387,7 @@ pub fn loss_diffusion_backward(dloss: &Tensor, model_output: &Tensor, x0: &Tenso
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::backward(args),
         DeviceKind::Oracle => kernels::loss_diffusion::reference::backward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("loss_diffusion", other)),
     }
     Ok(grad_model_output)
@@ -1460,6 +1479,7 @@ pub fn loss_regression(pred: &Tensor, target: &Tensor, params: kernels::generate
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_regression::cpu::forward(args),
         DeviceKind::Oracle => kernels::loss_regression::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("loss_regression", other)),
     }
     Ok(loss)
@@ -1495,6 +1515,7 @@ pub fn loss_regression_backward(dloss: &Tensor, pred: &Tensor, target: &Tensor, 
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_regression::cpu::backward(args),
         DeviceKind::Oracle => kernels::loss_regression::reference::backward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("loss_regression", other)),
     }
     Ok(grad_pred)
@@ -1576,6 +1597,7 @@ pub fn patchify(x: &Tensor, p: usize, gh: usize, gw: usize, params: kernels::gen
     match device.kind() {
         DeviceKind::Cpu => kernels::patchify::cpu::forward(args),
         DeviceKind::Oracle => kernels::patchify::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("patchify", other)),
     }
     Ok(tokens)
@@ -1607,6 +1629,7 @@ pub fn patchify_backward(dtokens: &Tensor, p: usize, gh: usize, gw: usize, c: us
     match device.kind() {
         DeviceKind::Cpu => kernels::patchify::cpu::backward(args),
         DeviceKind::Oracle => kernels::patchify::reference::backward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("patchify", other)),
     }
     Ok(grad_x)
@@ -1679,6 +1702,7 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
     match device.kind() {
         DeviceKind::Cpu => kernels::philox::cpu::forward(args),
         DeviceKind::Oracle => kernels::philox::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("philox", other)),
     }
     Ok(z)
@@ -1732,6 +1756,7 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
     match device.kind() {
         DeviceKind::Cpu => kernels::sinusoid::cpu::forward(args),
         DeviceKind::Oracle => kernels::sinusoid::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("sinusoid", other)),
     }
     Ok(y)
@@ -1814,6 +1839,7 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
     match device.kind() {
         DeviceKind::Cpu => kernels::solver_step::cpu::forward(args),
         DeviceKind::Oracle => kernels::solver_step::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("solver_step", other)),
     }
     Ok(SolverStepOut { x_next, x0 })
@@ -1867,6 +1893,7 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
     match device.kind() {
         DeviceKind::Cpu => kernels::sum_squares::cpu::forward(args),
         DeviceKind::Oracle => kernels::sum_squares::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("sum_squares", other)),
     }
     Ok(out)
@@ -1922,6 +1949,7 @@ pub fn unpatchify(tokens: &Tensor, c: usize, p: usize, gh: usize, gw: usize, par
     match device.kind() {
         DeviceKind::Cpu => kernels::unpatchify::cpu::forward(args),
         DeviceKind::Oracle => kernels::unpatchify::reference::forward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("unpatchify", other)),
     }
     Ok(x)
@@ -1953,6 +1981,7 @@ pub fn unpatchify_backward(dx: &Tensor, c: usize, p: usize, gh: usize, gw: usize
     match device.kind() {
         DeviceKind::Cpu => kernels::unpatchify::cpu::backward(args),
         DeviceKind::Oracle => kernels::unpatchify::reference::backward(args),
+        DeviceKind::Dry => {}
         other => return Err(no_path("unpatchify", other)),
     }
     Ok(grad_tokens)

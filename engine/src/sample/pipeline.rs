@@ -10,9 +10,9 @@ use super::solver::{NoiseScale, Plan, Sampler, Variance};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::cpu::on_workers;
 use crate::error::{Error, Result};
-use crate::models::dit::{BlockSpec, Dit, Run, Semantics};
+use crate::models::dit::{self, Dit, Run, Semantics};
 use crate::ops::solver_step;
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{DType, Device, MemoryPlan, Tensor};
 use graft_kernels::rng::{LATENT_STREAM, Philox, image_seed, step_stream};
 
 /// What to sample.
@@ -101,38 +101,24 @@ pub fn generate(model: &Dit, request: &Request, report: &mut (dyn FnMut(Progress
     }
 }
 
-/// Memory that a request needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryPlan {
-    /// Bytes of the parameters.
-    pub weights: usize,
-    /// Bytes of the tensors of a step, at most, and of the images of the request.
-    pub working: usize,
-}
-
-impl MemoryPlan {
-    /// Everything.
-    pub fn total(&self) -> usize {
-        self.weights + self.working
-    }
-}
-
-/// Plans the memory of a request before it runs.
+/// Plans the memory of a request before it runs, by running two of its steps on a device that only counts.
 ///
-/// The pool keeps a buffer for every size that is in use at once: in the widest block these are the residual stream,
-/// the modulated stream, what the operator makes of it (twice, for what it is packed from) and its hidden layer.
-pub fn plan_memory(model: &Dit, request: &Request) -> MemoryPlan {
-    let c = &model.config;
-    let n = request.labels.len();
-    let rows = request.batch.min(n) * if request.guidance == 1.0 { 1 } else { 2 };
-    let hidden = |b: &BlockSpec| (c.width as f64 * b.mlp.number("ratio", 4.0).unwrap_or(4.0)) as usize;
-    let widest = c.blocks.iter().map(hidden).max().unwrap_or(0);
-    // Stream, modulated stream, branch, its copy by heads; q, k and v; the hidden layer; mean, rstd and log-sum-exp.
-    let per_token = 4 * c.width + 3 * c.width + widest + 2 + c.heads;
-    let patch = c.patch * c.patch * (c.in_channels + c.out_channels());
-    let image = c.in_channels * c.input_size * c.input_size;
-    let per_sample = c.tokens() * (per_token + patch) + 16 * c.width + 8 * image;
-    MemoryPlan { weights: model.params.bytes(), working: 4 * (rows * per_sample + n * image) }
+/// # Errors
+/// As [`generate`].
+pub fn plan_memory(model: &Dit, request: &Request) -> Result<MemoryPlan> {
+    let device = Device::dry();
+    let mut twin = Dit::unset(model.config.clone(), &device)?;
+    if model.params.iter().any(|(_, p)| p.value.dtype() == DType::BF16) {
+        dit::to_bf16(&mut twin)?;
+    }
+    device.trim();
+    device.reset_peak();
+    let mut plan = MemoryPlan::default();
+    plan.add("weights", device.held());
+    let before = device.held();
+    generate(&twin, &Request { steps: request.steps.min(2), ..request.clone() }, &mut |_| {})?;
+    plan.add_work("working", &device, before);
+    Ok(plan)
 }
 
 fn check(model: &Dit, request: &Request) -> Result<Plan> {

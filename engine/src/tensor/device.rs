@@ -22,6 +22,8 @@ pub enum DeviceKind {
     Emu,
     /// The CUDA kernels on a GPU.
     Cuda,
+    /// Nothing: tensors are counted and operators return at once, so that memory can be planned before it is used.
+    Dry,
 }
 
 impl fmt::Display for DeviceKind {
@@ -31,6 +33,7 @@ impl fmt::Display for DeviceKind {
             DeviceKind::Oracle => "oracle",
             DeviceKind::Emu => "emu",
             DeviceKind::Cuda => "cuda",
+            DeviceKind::Dry => "dry",
         })
     }
 }
@@ -143,6 +146,17 @@ impl Device {
         Device::host(DeviceKind::Oracle)
     }
 
+    /// A new pool whose tensors are only counted. Their storage is address space that no one writes to, so it takes
+    /// no memory; values are unspecified.
+    pub fn dry() -> Device {
+        Device::host(DeviceKind::Dry)
+    }
+
+    /// Whether tensors of this device have no values worth writing: what fills them need not run.
+    pub fn is_dry(&self) -> bool {
+        self.0.kind == DeviceKind::Dry
+    }
+
     /// What runs the operators of this device.
     pub fn kind(&self) -> DeviceKind {
         self.0.kind
@@ -192,15 +206,20 @@ impl Device {
     }
 
     fn allocate(&self, lines: usize) -> Result<Arc<Buffer>> {
-        let mut held: Vec<Line> = Vec::new();
-        held.try_reserve_exact(lines).map_err(|_| {
+        // Zeroed by the system where it can: pages that are never written to take no memory.
+        let held = bytemuck::allocation::try_zeroed_vec::<Line>(lines).map_err(|()| {
             Error::failure(format!("{} memory", self.0.kind), "out of memory")
                 .is(format!("{} bytes requested, {} in use", lines * 64, self.memory().live))
                 .must("free memory")
                 .fix("use a smaller batch, --dtype bf16, or activation checkpointing")
         })?;
-        held.resize(lines, Line::zeroed());
         Ok(Arc::new(Buffer { lines: held, device: self.clone() }))
+    }
+
+    /// Bytes that the device holds now: tensors alive and buffers in the pool.
+    pub fn held(&self) -> usize {
+        let memory = self.memory();
+        memory.live + memory.pooled
     }
 
     /// Live, peak and pooled bytes.

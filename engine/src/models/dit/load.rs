@@ -6,7 +6,6 @@ use crate::autograd::ParamId;
 use crate::error::{Error, Result};
 use crate::io::{files, json, weights};
 use crate::models::source::{Source, TorchWeights, read_weight};
-use crate::nn::Scheme;
 use crate::tensor::Device;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +20,7 @@ pub(super) const OPERATORS_KEY: &str = "graft.operators";
 /// One line that names the file, the tensor, what it is and what it must be.
 pub fn load(path: &Path, device: &Device) -> Result<Dit> {
     let (config, source) = open(path)?;
-    let mut model = Dit::build(config, device, 0, Scheme::Unset)?;
+    let mut model = Dit::unset(config, device)?;
     fill(&mut model, source.as_ref())?;
     Ok(model)
 }

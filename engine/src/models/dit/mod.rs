@@ -71,8 +71,25 @@ impl Default for Run {
     }
 }
 
-/// Sees input and output (before the gate) of every site: `(block, site, input, output)`, each `[B, N, D]`.
-pub type Observer<'o> = dyn FnMut(usize, Site, &Tensor, &Tensor) -> Result<()> + 'o;
+/// What goes through a site in a forward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'s> {
+    /// Block, from 0.
+    pub block: usize,
+    /// Site in the block.
+    pub site: Site,
+    /// `[B, N, D]` what the operator sees.
+    pub input: &'s Tensor,
+    /// `[B, N, D]` what it gives, before the gate.
+    pub output: &'s Tensor,
+    /// `[B, 6, D]` modulation of the block.
+    pub modulation: &'s Tensor,
+    /// Row of `modulation` that gates this site.
+    pub gate_row: usize,
+}
+
+/// Is shown every site in order.
+pub type Observer<'o> = dyn FnMut(&Seen<'_>) -> Result<()> + 'o;
 
 /// A diffusion transformer with its parameters.
 #[derive(Debug)]
@@ -105,6 +122,14 @@ impl Dit {
     /// A configuration that cannot be, or too little memory.
     pub fn new(config: DitConfig, device: &Device, seed: u64) -> Result<Dit> {
         Dit::build(config, device, seed, Scheme::Xavier)
+    }
+
+    /// A model whose parameters are about to be set: their values are unspecified and take no memory yet.
+    ///
+    /// # Errors
+    /// A configuration that cannot be.
+    pub fn unset(config: DitConfig, device: &Device) -> Result<Dit> {
+        Dit::build(config, device, 0, Scheme::Unset)
     }
 
     fn build(config: DitConfig, device: &Device, seed: u64, scheme: Scheme) -> Result<Dit> {
@@ -164,7 +189,7 @@ impl Dit {
         self.forward_observed(g, x, t, y, run, None)
     }
 
-    /// [`Dit::forward`] that shows input and output of every site to `observer`.
+    /// [`Dit::forward`] that shows every site to `observer`.
     ///
     /// # Errors
     /// As [`Dit::forward`], and those of the observer.
@@ -256,7 +281,14 @@ impl Dit {
                 }
                 Some(observer) => {
                     let branch = operator.forward(g, &self.params, &h, None)?;
-                    observer(index, site, h.tensor(), branch.tensor())?;
+                    observer(&Seen {
+                        block: index,
+                        site,
+                        input: h.tensor(),
+                        output: branch.tensor(),
+                        modulation: modulation.tensor(),
+                        gate_row: rows.gate,
+                    })?;
                     g.gate_residual(&x, &modulation, &branch, contracts::gate_residual::Params { gate_row: rows.gate })?
                 }
             };

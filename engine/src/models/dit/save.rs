@@ -8,7 +8,7 @@ use crate::io::dtype::FileDtype;
 use crate::io::safetensors::{self, TensorRecord};
 use crate::io::{atomic, json};
 use crate::nn::operators::Site;
-use crate::tensor::Tensor;
+use crate::tensor::DType;
 use half::bf16;
 use serde_json::json;
 use std::borrow::Cow;
@@ -32,7 +32,8 @@ pub enum SaveAs {
 pub fn save(model: &Dit, folder: &Path, dtype: SaveAs, extra: &BTreeMap<String, String>) -> Result<()> {
     atomic::ensure_writable_dir(folder)?;
     let c = &model.config;
-    let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
+    // Borrowed where they are f32 already: a large model is not held twice while it is written.
+    let mut tensors: Vec<(String, Vec<usize>, Cow<'_, [f32]>)> = Vec::new();
     for (_, param) in model.params.iter() {
         let parts = diffusers_parts(&param.name);
         let mut shape = param.value.shape().dims().to_vec();
@@ -40,11 +41,12 @@ pub fn save(model: &Dit, folder: &Path, dtype: SaveAs, extra: &BTreeMap<String, 
             continue;
         }
         shape[0] /= parts.len();
-        let values = Tensor::to_vec(&param.value)?;
-        let chunk = values.len() / parts.len();
-        for (name, values) in parts.into_iter().zip(values.chunks(chunk.max(1))) {
-            tensors.push((name, shape.clone(), values.to_vec()));
-        }
+        let chunk = (param.value.len() / parts.len()).max(1);
+        let values: Vec<Cow<'_, [f32]>> = match param.value.dtype() {
+            DType::F32 => param.value.f32s()?.chunks(chunk).map(Cow::Borrowed).collect(),
+            _ => param.value.to_vec()?.chunks(chunk).map(|part| Cow::Owned(part.to_vec())).collect(),
+        };
+        tensors.extend(parts.into_iter().zip(values).map(|(name, values)| (name, shape.clone(), values)));
     }
     for (copy, original) in diffusers_copies(c) {
         let found = tensors.iter().find(|(name, ..)| *name == original).map(|(_, s, v)| (s.clone(), v.clone()));
