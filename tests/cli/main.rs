@@ -5,3 +5,4 @@ mod help;
 mod reports;
 mod sampling;
 mod support;
+mod training;

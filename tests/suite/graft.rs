@@ -14,9 +14,9 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+pub const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
-fn folder(name: &str) -> PathBuf {
+pub fn folder(name: &str) -> PathBuf {
     let dir = std::env::temp_dir().join(format!("graft-suite-{}-{name}", std::process::id()));
     let _ = std::fs::remove_dir_all(&dir);
     std::fs::create_dir_all(&dir).unwrap();
@@ -24,7 +24,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 /// A base with four blocks in which every branch matters: nothing is zero as in a fresh model.
-fn base(dir: &Path) -> PathBuf {
+pub fn base(dir: &Path) -> PathBuf {
     let sizes = DitConfig { patch: 2, input_size: 8, in_channels: 1, classes: 3, ..DitConfig::plain(4, 16, 2) };
     let mut model = Dit::new(sizes, &Device::cpu(), 1).unwrap();
     let ids: Vec<_> = model.params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
@@ -41,7 +41,7 @@ fn base(dir: &Path) -> PathBuf {
 }
 
 /// Images whose brightness runs along rows or columns by class, with noise.
-fn images(n: usize, seed: u64) -> ImageSet {
+pub fn images(n: usize, seed: u64) -> ImageSet {
     let mut rng = Philox::new(seed, 0);
     let labels: Vec<u8> = (0..n).map(|i| (i % 3) as u8).collect();
     let pixel = |label: u8, x: usize, y: usize, noise: u32| match label {
@@ -54,11 +54,11 @@ fn images(n: usize, seed: u64) -> ImageSet {
     ImageSet { n, channels: 1, height: 8, width: 8, pixels, labels, class_names: vec!["row", "column", "both"] }
 }
 
-fn data() -> RunData {
+pub fn data() -> RunData {
     RunData { train: images(48, 1), held_out: images(24, 2) }
 }
 
-fn plan(base: &Path, grafts: &str, distill: &str, finetune: &str) -> Plan {
+pub fn plan(base: &Path, grafts: &str, distill: &str, finetune: &str) -> Plan {
     let text = format!(
         "[base]\nmodel = {:?}\n[data]\nkind = \"mnist\"\ndir = \"none\"\n{grafts}\n\
          [distill]\nbatch = 8\nheld_out = 2\n{distill}\n[finetune]\nbatch = 8\n{finetune}\n\
@@ -68,21 +68,21 @@ fn plan(base: &Path, grafts: &str, distill: &str, finetune: &str) -> Plan {
     Plan::parse("plan.toml", text).unwrap()
 }
 
-const HYENA: &str = "[[graft]]\nsite = \"attn\"\nlayers = \"every-other\"\noperator = { kind = \"hyena_x\" }\n";
+pub const HYENA: &str = "[[graft]]\nsite = \"attn\"\nlayers = \"every-other\"\noperator = { kind = \"hyena_x\" }\n";
 
-fn run_all(plan: &Plan, dir: &Path, report: &mut run::Report<'_>) -> Result<Option<Summary>> {
+pub fn run_all(plan: &Plan, dir: &Path, report: &mut run::Report<'_>) -> Result<Option<Summary>> {
     run::run(&RunFolder::create(plan.clone(), dir)?, &data(), &Device::cpu(), report)
 }
 
-fn go_on(_: Event<'_>) -> ControlFlow<()> {
+pub fn go_on(_: Event<'_>) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-fn bytes(dir: &Path, stage: &str) -> Vec<u8> {
+pub fn bytes(dir: &Path, stage: &str) -> Vec<u8> {
     std::fs::read(dir.join(stage).join(WEIGHTS)).unwrap()
 }
 
-fn copy_tree(from: &Path, to: &Path) {
+pub fn copy_tree(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();

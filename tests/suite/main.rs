@@ -1,6 +1,7 @@
 //! The test suites.
 
 mod demo;
+mod distill;
 mod fuzz;
 mod golden_io;
 mod golden_verify;

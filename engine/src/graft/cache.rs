@@ -15,7 +15,7 @@ use crate::io::atomic::{RunLock, ensure_writable_dir, remove_leftovers};
 use crate::io::datasets::ImageSet;
 use crate::io::dtype::FileDtype;
 use crate::io::safetensors::{self, TensorFile, TensorRecord};
-use crate::io::{hash, system};
+use crate::io::{files, hash, system};
 use crate::models::dit::Dit;
 use crate::tensor::{Device, Tensor};
 use crate::train::config::Dtype;
@@ -60,7 +60,7 @@ pub(super) struct Cache {
     /// What every shard must have come from.
     identity: BTreeMap<String, String>,
     /// The pass whose order is at hand.
-    pass: u64,
+    pass: Option<u64>,
     order: Vec<u32>,
     // One for each site, held until its shards are there.
     locks: Vec<RunLock>,
@@ -115,8 +115,8 @@ impl Cache {
             },
             seed: config.seed,
             identity: identity.into_iter().map(|(key, value)| (format!("graft.cache.{key}"), value)).collect(),
-            pass: 0,
-            order: (0..shards as u32 * config.batch as u32).collect(),
+            pass: None,
+            order: Vec::new(),
             locks,
         }))
     }
@@ -133,6 +133,13 @@ impl Cache {
     /// # Errors
     /// A damaged file or one of another cache; a disk without the space for what is missing.
     pub fn missing(&self, sites: &[String]) -> Result<Vec<(u64, Vec<String>)>> {
+        let mut there = 0;
+        for site in sites {
+            let names = files::list(&self.folder.join(site))?;
+            there += names.iter().filter(|p| p.extension().is_some_and(|e| e == "safetensors")).count();
+        }
+        let needed = self.bytes(self.shards, sites.len()).saturating_sub(self.bytes(1, there));
+        self.check_space(needed, system::free_space(&self.folder)?)?;
         let mut missing = Vec::new();
         for shard in 0..self.shards {
             let mut lacking = Vec::new();
@@ -148,8 +155,6 @@ impl Cache {
                 missing.push((shard, lacking));
             }
         }
-        let needed: u64 = missing.iter().map(|(_, lacking)| self.bytes(1, lacking.len())).sum();
-        self.check_space(needed, system::free_space(&self.folder)?)?;
         Ok(missing)
     }
 
@@ -238,12 +243,12 @@ impl Cache {
     /// The images of a step, as numbers of kept images.
     pub fn samples(&mut self, step: u64) -> &[u32] {
         let (pass, within) = (step / self.shards, (step % self.shards) as usize);
-        if pass != self.pass {
-            (0..).zip(&mut self.order).for_each(|(i, slot)| *slot = i);
+        if Some(pass) != self.pass {
+            self.order = (0..(self.shards as usize * self.batch) as u32).collect();
             if pass > 0 {
                 Philox::new(self.seed, PASS_STREAMS + pass).shuffle(&mut self.order);
             }
-            self.pass = pass;
+            self.pass = Some(pass);
         }
         &self.order[within * self.batch..][..self.batch]
     }

@@ -237,6 +237,11 @@ impl DistillConfig {
             ("cache_samples", self.cache_samples as u64),
         ];
         at_least_one("distill", &counts)?;
+        if u32::try_from(self.cache_samples.saturating_add(self.batch)).is_err() {
+            return Err(Error::usage("distill: cache_samples", "out of range")
+                .is(self.cache_samples)
+                .must(format!("at most {}", u32::MAX - self.batch as u32)));
+        }
         self.optimizer.check().map_err(|e| e.context("distill: optimizer"))?;
         if self.optimizer.ema != 0.0 {
             return Err(Error::usage("distill: optimizer: ema", "stage 1 keeps no moving average")
