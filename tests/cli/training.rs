@@ -228,7 +228,7 @@ fn a_full_disk_ends_a_run_with_one_line_and_nothing_is_lost() {
 fn stage_1_in_parts_and_two_processes_on_one_folder() {
     let here = tiny("parts", "steps = 6\ncheckpoint_every = 2", "steps = 2");
     succeed(&here, &["run", "plan.toml", "--run", "whole"]);
-    let distill = |more: &[&str]| [&["distill", "plan.toml", "--run", "run"], more].concat();
+    let distill = |more: &[&'static str]| [&["distill", "plan.toml", "--run", "run"], more].concat();
     // Both at once.
     let mut children = ["0/2", "1/2"].map(|part| start(&here, &distill(&["--sites", part])));
     for child in &mut children {

@@ -45,12 +45,14 @@ pub fn add_into(target: &mut Tensor, addend: &Tensor) -> Result<()> {
         *target = target.copy()?;
     }
     let kind = target.device().kind();
+    if kind == DeviceKind::Dry {
+        return Ok(());
+    }
     let dims = Dims { l: target.len() };
     let args = Forward { dims, params: Params { alpha: 1.0 }, x: addend.f32s()?, y: target.f32s_mut()? };
     match kind {
         DeviceKind::Cpu => axpy::cpu::forward(args),
         DeviceKind::Oracle => axpy::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(Error::failure("add", format!("no {other} path"))),
     }
     Ok(())

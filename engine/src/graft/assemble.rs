@@ -5,6 +5,7 @@ use crate::autograd::ParamStore;
 use crate::error::{Error, Result};
 use crate::io::hash;
 use crate::models::dit::{self, Dit, DitConfig, SaveAs};
+use crate::tensor::Device;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -59,7 +60,8 @@ pub fn grafted_config(base: &DitConfig, assignments: &[Assignment]) -> Result<Di
 pub fn graft<'s>(base: &Dit, sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>) -> Result<Dit> {
     let sites: Vec<(&Assignment, &ParamStore)> = sites.into_iter().collect();
     let assignments: Vec<Assignment> = sites.iter().map(|(a, _)| (*a).clone()).collect();
-    let mut model = Dit::unset(grafted_config(&base.config, &assignments)?, base.device())?;
+    // Every parameter is replaced, so none needs memory of its own.
+    let mut model = Dit::unset(grafted_config(&base.config, &assignments)?, &Device::dry())?;
     let names: Vec<_> = model.params.iter().map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in names {
         let site =
@@ -71,8 +73,6 @@ pub fn graft<'s>(base: &Dit, sites: impl IntoIterator<Item = (&'s Assignment, &'
         })?;
         model.params.set(id, store.get(found).value.clone())?;
     }
-    // The unset parameters, now in the pool, are of no use to anyone.
-    model.device().trim();
     Ok(model)
 }
 
@@ -106,7 +106,6 @@ mod tests {
     use super::*;
     use crate::nn::operators::{self, Site, Spec};
     use crate::nn::{Builder, Scheme};
-    use crate::tensor::Device;
 
     fn base() -> Dit {
         Dit::new(

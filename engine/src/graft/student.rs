@@ -109,6 +109,9 @@ impl Student {
     /// When memory runs out.
     pub fn measure(&self, lesson: &Lesson<'_>, sums: &mut ResidualSums) -> Result<()> {
         let (loss, output) = self.compare(&Graph::inference(self.precision), lesson)?;
+        if lesson.target.device().is_dry() {
+            return Ok(());
+        }
         sums.loss += f64::from(loss.tensor().f32s()?[0]);
         sums.batches += 1;
         for (y, t) in output.tensor().f32s()?.iter().zip(lesson.target.f32s()?) {

@@ -41,7 +41,7 @@ pub enum Scheme {
     Torch,
     /// Xavier-uniform weights and zero biases: what the blocks of a new DiT start from.
     Xavier,
-    /// Values unspecified, and no memory touched: a model whose weights are about to be read or set.
+    /// Values unspecified: a model whose weights are about to be read or set.
     Unset,
 }
 

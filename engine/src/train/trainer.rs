@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::io::datasets::ImageSet;
 use crate::models::dit::{Dit, Run};
 use crate::sample::schedule::Schedule;
+use crate::tensor::Device;
 use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -165,9 +166,11 @@ impl Trainer {
     /// # Errors
     /// When memory runs out.
     pub fn averaged(&self) -> Result<Dit> {
-        let device = self.model.device().clone();
-        let mut model = Dit::new(self.model.config.clone(), &device, 0)?;
-        model.params.copy_from(&self.model.params)?;
+        // Every parameter is replaced, so none needs memory of its own.
+        let mut model = Dit::unset(self.model.config.clone(), &Device::dry())?;
+        for (id, param) in self.model.params.iter() {
+            model.params.set(id, param.value.clone())?;
+        }
         for slot in self.optimiser.slots() {
             if let Some(ema) = &slot.ema {
                 let shape = model.params.get(slot.id).value.shape();

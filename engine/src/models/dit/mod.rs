@@ -124,7 +124,8 @@ impl Dit {
         Dit::build(config, device, seed, Scheme::Xavier)
     }
 
-    /// A model whose parameters are about to be set: their values are unspecified and take no memory yet.
+    /// A model whose parameters are about to be set: their values are unspecified, and on a dry device they take no
+    /// memory.
     ///
     /// # Errors
     /// A configuration that cannot be.
