@@ -7,4 +7,5 @@ mod golden_io;
 mod golden_verify;
 mod graft;
 mod properties;
+mod science;
 mod tidy;

@@ -16,7 +16,7 @@ use crate::io::datasets::ImageSet;
 use crate::tensor::Tensor;
 use crate::train::batches;
 use graft_kernels::rng::Philox;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Splits of the held-out real images.
 pub const SPLITS: usize = 5;
@@ -33,7 +33,7 @@ const REFERENCE_STREAM: u64 = 5 << 40;
 const SPLIT_STREAMS: u64 = 6 << 40;
 
 /// Quality of a set of images.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Score {
     /// Images scored.
     pub n: usize,
@@ -50,7 +50,7 @@ pub struct Score {
 }
 
 /// The scores of real images that the reference does not contain: what a perfect model would get.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Baseline {
     /// Mean over the splits.
     pub mean: Score,

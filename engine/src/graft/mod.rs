@@ -12,6 +12,7 @@
 //! | [`memory`] | peak memory of the stages, before they run |
 //! | [`finetune`] | stage 2: the grafted model is trained on the diffusion loss |
 //! | [`run`] | the run folder: stages in order, each resumed where it was left |
+//! | [`science`] | studies: many grafts of one base in one table |
 //! | [`summary`] | what a run has reached, as one JSON file |
 
 pub mod assemble;
@@ -25,6 +26,7 @@ mod page;
 pub mod parts;
 pub mod plan;
 pub mod run;
+pub mod science;
 pub mod select;
 pub mod settings;
 mod student;

@@ -254,7 +254,7 @@ fn option_value(value: &toml::Value) -> Option<OptionValue> {
 
 /// The specification with every option filled in; building the operator once shows whether it can be.
 fn complete(spec: &Spec, site: Site, dims: BlockDims) -> Result<Spec> {
-    let (mut scratch, device) = (ParamStore::default(), Device::cpu());
+    let (mut scratch, device) = (ParamStore::default(), Device::dry());
     let operator = operators::build(spec, site, dims, &mut Builder::new(&mut scratch, &device, 0, Scheme::Torch))?;
     Ok(operator.spec())
 }

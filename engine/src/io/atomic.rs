@@ -81,6 +81,14 @@ fn temporary_name(path: &Path, folder: &Path) -> PathBuf {
     folder.join(format!(".{}.{}-{serial}.tmp", files::file_name(path), std::process::id()))
 }
 
+/// Removes a file that is there.
+///
+/// # Errors
+/// When it cannot be removed.
+pub fn remove(path: &Path) -> Result<()> {
+    std::fs::remove_file(path).map_err(|e| Error::io(path, "remove", &e))
+}
+
 /// Removes what a killed process has left half-written in a folder. Only the holder of its [`RunLock`] may call it:
 /// nobody else then writes there.
 ///
@@ -90,7 +98,7 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
     for path in files::list(dir)? {
         let name = files::file_name(&path);
         if name.starts_with('.') && name.ends_with(".tmp") && path.is_file() {
-            std::fs::remove_file(&path).map_err(|e| Error::io(&path, "remove", &e))?;
+            remove(&path)?;
         }
     }
     Ok(())
@@ -122,6 +130,9 @@ pub struct RunLock {
 impl RunLock {
     /// File inside the run folder that carries the lock and the owner's process id.
     pub const FILE: &str = ".lock";
+
+    /// The problem of the error that says that another process has the folder.
+    pub const IN_USE: &str = "run folder is in use";
 
     /// Locks the existing folder `dir` for this process alone.
     ///
@@ -157,7 +168,7 @@ impl RunLock {
                 let mut owner = String::new();
                 // Only for the message: an unreadable owner must not hide that the folder is in use.
                 let _ = file.take(20).read_to_string(&mut owner);
-                return Err(Error::failure(dir.display().to_string(), "run folder is in use")
+                return Err(Error::failure(dir.display().to_string(), Self::IN_USE)
                     .is(match owner.trim() {
                         "" => "locked by a process that trains a part of it".to_string(),
                         owner => format!("locked by process {owner}"),

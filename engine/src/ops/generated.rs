@@ -21,20 +21,25 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("add_noise", add_noise_conform),
     ("attention", attention_conform),
     ("axpy", axpy_conform),
+    ("cross_attention", cross_attention_conform),
     ("cross_entropy", cross_entropy_conform),
     ("embed", embed_conform),
     ("gate_residual", gate_residual_conform),
     ("gated_conv", gated_conv_conform),
     ("gemm", gemm_conform),
+    ("kv_compress", kv_compress_conform),
+    ("linear_attention", linear_attention_conform),
     ("ln_modulate", ln_modulate_conform),
     ("loss_diffusion", loss_diffusion_conform),
     ("loss_regression", loss_regression_conform),
+    ("neighborhood_attention", neighborhood_attention_conform),
     ("patchify", patchify_conform),
     ("philox", philox_conform),
     ("sinusoid", sinusoid_conform),
     ("solver_step", solver_step_conform),
     ("sum_squares", sum_squares_conform),
     ("unpatchify", unpatchify_conform),
+    ("window_attention", window_attention_conform),
 ];
 
 /// One AdamW step of one parameter tensor in place, with the moving average of the parameters.
@@ -75,11 +80,13 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
     require("adamw", params.bias1 > 0.0 && params.bias2 > 0.0, "bias1 > 0.0 && bias2 > 0.0", "bias corrections greater than zero: steps count from 1", || format!("{dims:?}, {params:?}"))?;
     let device = grad.device().clone();
     check.same_device(&device, &[("param", Some(&*param)), ("m", Some(&*m)), ("v", Some(&*v)), ("ema", ema.as_deref())])?;
+    if device.is_dry() {
+        return Ok(());
+    }
     let args = Forward { dims, params, grad: grad.f32s()?, param: param.f32s_mut()?, m: m.f32s_mut()?, v: v.f32s_mut()?, ema: match ema { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::adamw::cpu::forward(args),
         DeviceKind::Oracle => kernels::adamw::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("adamw", other)),
     }
     Ok(())
@@ -139,11 +146,13 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
     let Dims { b, l, .. } = dims;
     let mut x_t = device.empty(&[b, l])?;
 
+    if device.is_dry() {
+        return Ok(x_t);
+    }
     let args = Forward { dims, params, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, x_t: x_t.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::add_noise::cpu::forward(args),
         DeviceKind::Oracle => kernels::add_noise::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("add_noise", other)),
     }
     Ok(x_t)
@@ -201,11 +210,13 @@ pub fn attention(qkv: &Tensor, params: kernels::generated::attention::Params) ->
     let mut y = device.empty(&[b, n, h, e])?;
     let mut lse = device.empty(&[b, h, n])?;
 
+    if device.is_dry() {
+        return Ok(AttentionOut { y, lse });
+    }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::attention::cpu::forward(args),
         DeviceKind::Oracle => kernels::attention::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("attention", other)),
     }
     Ok(AttentionOut { y, lse })
@@ -236,11 +247,13 @@ pub fn attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, w
     let Dims { b, n, h, e, .. } = dims;
     let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::attention::cpu::backward(args),
         DeviceKind::Oracle => kernels::attention::reference::backward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("attention", other)),
     }
     Ok(grad_qkv)
@@ -313,11 +326,13 @@ pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params
     let dims = Dims { l: check.dim("L")? };
     let device = x.device().clone();
     check.same_device(&device, &[("y", Some(&*y))])?;
+    if device.is_dry() {
+        return Ok(());
+    }
     let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::axpy::cpu::forward(args),
         DeviceKind::Oracle => kernels::axpy::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("axpy", other)),
     }
     Ok(())
@@ -335,6 +350,171 @@ fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
             let mut y = io.draw(case.name, "y", &[l], Fill::Normal)?;
             let out = io.call("forward", || axpy(&x, &mut y, params))?;
             io.result("y", &y)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`cross_attention`].
+pub struct CrossAttentionOut {
+    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+    pub lse: Tensor,
+}
+
+/// Gradients of [`cross_attention`]; absent where not asked for.
+pub struct CrossAttentionGrads {
+    /// `[B, N, R, H, E]` f32
+    pub q: Option<Tensor>,
+    /// `[B, M, 2, H, E]` f32
+    pub kv: Option<Tensor>,
+}
+
+/// Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.
+///
+/// ```text
+/// q = q[:,:,0]; k, v = kv[:,:,0], kv[:,:,1]; keys(b) = {j : j < counts[b]}, all M without counts
+/// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]; lse[b,h,i] = log sum_{j in keys(b)} exp(s[b,h,i,j])
+/// y[b,i,h,e] = sum_{j in keys(b)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]; without a key, y = 0 and lse = -inf
+/// ```
+/// - `q` `[B, N, R, H, E]` f32: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
+/// - `kv` `[B, M, 2, H, E]` f32: Keys and values side by side; those that do not count are never read and their gradient is zero.
+/// - `counts` `[B]` i32, optional: Keys that count in each sample, from the first on; 0 to M.
+/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn cross_attention(q: &Tensor, kv: &Tensor, counts: Option<&Tensor>, params: kernels::generated::cross_attention::Params) -> Result<CrossAttentionOut> {
+    use kernels::generated::cross_attention::{Dims, Forward};
+    let mut check = DimCheck::new("cross_attention", &["B", "N", "M", "R", "H", "E"]);
+    check.bind("q", q, &["B", "N", "R", "H", "E"])?;
+    check.bind("kv", kv, &["B", "M", "2", "H", "E"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.match_exprs("q", q, &["B", "N", "R", "H", "E"])?;
+    check.match_exprs("kv", kv, &["B", "M", "2", "H", "E"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    want_dtype("cross_attention", "q", q, &[DType::F32])?;
+    want_dtype("cross_attention", "kv", kv, &[DType::F32])?;
+    if let Some(t) = counts { want_dtype("cross_attention", "counts", t, &[DType::I32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, m: check.dim("M")?, r: check.dim("R")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { m, .. } = dims;
+        if let Some(t) = counts { check_index("cross_attention", "counts", t, m+1)?; }
+    }
+    let device = q.device().clone();
+    check.same_device(&device, &[("kv", Some(kv)), ("counts", counts)])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty(&[b, n, h, e])?;
+    let mut lse = device.empty(&[b, h, n])?;
+
+    if device.is_dry() {
+        return Ok(CrossAttentionOut { y, lse });
+    }
+    let args = Forward { dims, params, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::cross_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::cross_attention::reference::forward(args),
+        other => return Err(no_path("cross_attention", other)),
+    }
+    Ok(CrossAttentionOut { y, lse })
+}
+
+/// Backward pass of [`cross_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn cross_attention_backward(dy: &Tensor, q: &Tensor, kv: &Tensor, counts: Option<&Tensor>, y: &Tensor, lse: &Tensor, want_q: bool, want_kv: bool, params: kernels::generated::cross_attention::Params) -> Result<CrossAttentionGrads> {
+    use kernels::generated::cross_attention::{Backward, Dims};
+    let mut check = DimCheck::new("cross_attention", &["B", "N", "M", "R", "H", "E"]);
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("q", q, &["B", "N", "R", "H", "E"])?;
+    check.bind("kv", kv, &["B", "M", "2", "H", "E"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("q", q, &["B", "N", "R", "H", "E"])?;
+    check.match_exprs("kv", kv, &["B", "M", "2", "H", "E"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "N"])?;
+    want_dtype("cross_attention", "dy", dy, &[DType::F32])?;
+    want_dtype("cross_attention", "q", q, &[DType::F32])?;
+    want_dtype("cross_attention", "kv", kv, &[DType::F32])?;
+    if let Some(t) = counts { want_dtype("cross_attention", "counts", t, &[DType::I32])?; }
+    want_dtype("cross_attention", "y", y, &[DType::F32])?;
+    want_dtype("cross_attention", "lse", lse, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, m: check.dim("M")?, r: check.dim("R")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { m, .. } = dims;
+        if let Some(t) = counts { check_index("cross_attention", "counts", t, m+1)?; }
+    }
+    let device = dy.device().clone();
+    check.same_device(&device, &[("q", Some(q)), ("kv", Some(kv)), ("counts", counts), ("y", Some(y)), ("lse", Some(lse))])?;
+    let Dims { b, n, m, r, h, e, .. } = dims;
+    let mut grad_q = if want_q { Some(device.empty(&[b, n, r, h, e])?) } else { None };
+    let mut grad_kv = if want_kv { Some(device.empty(&[b, m, 2, h, e])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(CrossAttentionGrads { q: grad_q, kv: grad_kv });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dq: match &mut grad_q { Some(t) => Some(t.f32s_mut()?), None => None }, dkv: match &mut grad_kv { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::cross_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::cross_attention::reference::backward(args),
+        other => return Err(no_path("cross_attention", other)),
+    }
+    Ok(CrossAttentionGrads { q: grad_q, kv: grad_kv })
+}
+
+impl Graph<'_> {
+    /// [`cross_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn cross_attention(&self, q: &Var, kv: &Var, counts: Option<&Tensor>, params: kernels::generated::cross_attention::Params) -> Result<Var> {
+        let sources = [self.source(q), self.source(kv)];
+        let record = sources.iter().any(Option::is_some);
+        let out = cross_attention(q.tensor(), kv.tensor(), counts, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_q = q.tensor().clone();
+        let saved_kv = kv.tensor().clone();
+        let saved_counts = counts.cloned();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_q), Some(&saved_kv), saved_counts.as_ref(), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("cross_attention", out.y, saved, move |dy, grads| {
+            let found = cross_attention_backward(dy, &saved_q, &saved_kv, saved_counts.as_ref(), &saved_y, &saved_lse, sources[0].is_some(), sources[1].is_some(), params)?;
+            grads.add(sources[0], found.q)?;
+            grads.add(sources[1], found.kv)?;
+            Ok(())
+        }))
+    }
+}
+
+fn cross_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::cross_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, m, r, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let q = io.draw(case.name, "q", &[b, n, r, h, e], Fill::Normal)?;
+            let kv = io.draw(case.name, "kv", &[b, m, 2, h, e], Fill::Normal)?;
+            let counts = if absent("counts") { None } else { Some(io.draw_i32(case.name, "counts", &[b], Fill::Index(m+1))?) };
+            let out = io.call("forward", || cross_attention(&q, &kv, counts.as_ref(), params))?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || cross_attention_backward(&dy, &q, &kv, counts.as_ref(), &out.y, &out.lse, true, true, params))?;
+            if let Some(t) = &grads.q { io.result("dq", t)?; }
+            if let Some(t) = &grads.kv { io.result("dkv", t)?; }
             Ok(())
         })?;
     }
@@ -384,11 +564,13 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, params: kernels::generate
     let mut loss = device.empty(&[1])?;
     let mut lse = device.empty(&[b])?;
 
+    if device.is_dry() {
+        return Ok(CrossEntropyOut { loss, lse });
+    }
     let args = Forward { dims, params, logits: logits.f32s()?, labels: labels.i32s()?, loss: loss.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_entropy::cpu::forward(args),
         DeviceKind::Oracle => kernels::cross_entropy::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("cross_entropy", other)),
     }
     Ok(CrossEntropyOut { loss, lse })
@@ -425,11 +607,13 @@ pub fn cross_entropy_backward(dloss: &Tensor, logits: &Tensor, labels: &Tensor, 
     let Dims { b, k, .. } = dims;
     let mut grad_logits = if want_logits { Some(device.empty(&[b, k])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_logits);
+    }
     let args = Backward { dims, params, dloss: dloss.f32s()?, logits: logits.f32s()?, labels: labels.i32s()?, lse: lse.f32s()?, dlogits: match &mut grad_logits { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_entropy::cpu::backward(args),
         DeviceKind::Oracle => kernels::cross_entropy::reference::backward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("cross_entropy", other)),
     }
     Ok(grad_logits)
@@ -536,11 +720,13 @@ pub fn embed(table: &Tensor, index: &Tensor, addend: Option<&Tensor>, params: ke
     let mut y = device.empty(&[b, d])?;
     let mut pre = device.empty(&[b, d])?;
 
+    if device.is_dry() {
+        return Ok(EmbedOut { y, pre });
+    }
     let args = Forward { dims, params, table: table.f32s()?, index: index.i32s()?, addend: match addend { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: pre.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::embed::cpu::forward(args),
         DeviceKind::Oracle => kernels::embed::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("embed", other)),
     }
     Ok(EmbedOut { y, pre })
@@ -576,11 +762,13 @@ pub fn embed_backward(dy: &Tensor, index: &Tensor, pre: &Tensor, v: usize, want_
     let mut grad_table = if want_table { Some(device.empty(&[v, d])?) } else { None };
     let mut grad_addend = if want_addend { Some(device.empty(&[b, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(EmbedGrads { table: grad_table, addend: grad_addend });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, index: index.i32s()?, pre: pre.f32s()?, dtable: match &mut grad_table { Some(t) => Some(t.f32s_mut()?), None => None }, daddend: match &mut grad_addend { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::embed::cpu::backward(args),
         DeviceKind::Oracle => kernels::embed::reference::backward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("embed", other)),
     }
     Ok(EmbedGrads { table: grad_table, addend: grad_addend })
@@ -675,11 +863,13 @@ pub fn gate_residual(residual: &Tensor, modulation: &Tensor, branch: &Tensor, pa
     let Dims { b, n, d, .. } = dims;
     let mut y = device.empty(&[b, n, d])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, residual: residual.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gate_residual::cpu::forward(args),
         DeviceKind::Oracle => kernels::gate_residual::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("gate_residual", other)),
     }
     Ok(y)
@@ -710,11 +900,13 @@ pub fn gate_residual_backward(dy: &Tensor, modulation: &Tensor, branch: &Tensor,
     let mut grad_modulation = if want_modulation { Some(device.empty(&[b, c, d])?) } else { None };
     let mut grad_branch = if want_branch { Some(device.empty(&[b, n, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None }, dbranch: match &mut grad_branch { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gate_residual::cpu::backward(args),
         DeviceKind::Oracle => kernels::gate_residual::reference::backward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("gate_residual", other)),
     }
     Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch })
@@ -825,11 +1017,13 @@ pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<
     let Dims { b, n, c, .. } = dims;
     let mut y = device.empty(&[b, n, c])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv::cpu::forward(args),
         DeviceKind::Oracle => kernels::gated_conv::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("gated_conv", other)),
     }
     Ok(y)
@@ -875,11 +1069,13 @@ pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor
     let mut grad_inner_weight = if want_inner_weight { Some(device.empty(&[c, k])?) } else { None };
     let mut grad_inner_bias = if want_inner_bias { Some(device.empty(&[c])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv::cpu::backward(args),
         DeviceKind::Oracle => kernels::gated_conv::reference::backward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("gated_conv", other)),
     }
     Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias })
@@ -1015,11 +1211,13 @@ pub fn gemm(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, pos: Option<&Tensor>,
     let mut y = device.empty(&[b, n, f])?;
     let mut pre = if want_pre { Some(device.empty(&[b, n, f])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GemmOut { y, pre });
+    }
     let args = Forward { dims, params, x: x.f32s()?, w: w.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, pos: match pos { Some(t) => Some(t.f32s()?), None => None }, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: match &mut pre { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gemm::cpu::forward(args),
         DeviceKind::Oracle => kernels::gemm::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("gemm", other)),
     }
     Ok(GemmOut { y, pre })
@@ -1063,11 +1261,13 @@ pub fn gemm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, gate: Option<&Tensor>,
     let mut grad_pos = if want_pos { Some(device.empty(&[n, f])?) } else { None };
     let mut grad_gate = if want_gate { Some(device.empty(&[b, c, f])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, w: w.weight()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, pre: match pre { Some(t) => Some(t.f32s()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dpos: match &mut grad_pos { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gemm::cpu::backward(args),
         DeviceKind::Oracle => kernels::gemm::reference::backward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("gemm", other)),
     }
     Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate })
@@ -1134,6 +1334,356 @@ fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Outputs of [`kv_compress`].
+pub struct KvCompressOut {
+    /// `[B, Gh/K, Gw/K, 2, D]` f32: Keys and values of the coarse grid, side by side.
+    pub y: Tensor,
+    /// `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
+    pub mean: Tensor,
+    /// `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
+    pub rstd: Tensor,
+}
+
+/// Gradients of [`kv_compress`]; absent where not asked for.
+pub struct KvCompressGrads {
+    /// `[B, Gh, Gw, R, D]` f32
+    pub x: Option<Tensor>,
+    /// `[D, K, K]` f32
+    pub weight: Option<Tensor>,
+    /// `[D]` f32
+    pub bias: Option<Tensor>,
+    /// `[D]` f32
+    pub gamma: Option<Tensor>,
+    /// `[D]` f32
+    pub beta: Option<Tensor>,
+}
+
+/// Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.
+///
+/// ```text
+/// x_p = x[:,:,:,first+p], p 0 (keys) and 1 (values)
+/// c[b,r,s,p,d] = bias[d] + sum_{i,j<K} weight[d,i,j] * x_p[b,K*r+i,K*s+j,d]; rows and columns beyond the last whole square are not read
+/// y[b,r,s,p,d] = (c - mean_d(c)) / sqrt(var_d(c) + eps) * gamma[d] + beta[d]
+/// ```
+/// - `x` `[B, Gh, Gw, R, D]` f32: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
+/// - `weight` `[D, K, K]` f32: Taps of each channel, row by row.
+/// - `bias` `[D]` f32: Bias of the convolution.
+/// - `gamma` `[D]` f32: Scale after the normalisation.
+/// - `beta` `[D]` f32: Shift after the normalisation.
+/// - returns `y` `[B, Gh/K, Gw/K, 2, D]` f32: Keys and values of the coarse grid, side by side.
+/// - returns `mean` `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
+/// - returns `rstd` `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn kv_compress(x: &Tensor, weight: &Tensor, bias: &Tensor, gamma: &Tensor, beta: &Tensor, params: kernels::generated::kv_compress::Params) -> Result<KvCompressOut> {
+    use kernels::generated::kv_compress::{Dims, Forward};
+    let mut check = DimCheck::new("kv_compress", &["B", "Gh", "Gw", "R", "D", "K"]);
+    check.bind("x", x, &["B", "Gh", "Gw", "R", "D"])?;
+    check.bind("weight", weight, &["D", "K", "K"])?;
+    check.bind("bias", bias, &["D"])?;
+    check.bind("gamma", gamma, &["D"])?;
+    check.bind("beta", beta, &["D"])?;
+    check.match_exprs("x", x, &["B", "Gh", "Gw", "R", "D"])?;
+    check.match_exprs("weight", weight, &["D", "K", "K"])?;
+    check.match_exprs("bias", bias, &["D"])?;
+    check.match_exprs("gamma", gamma, &["D"])?;
+    check.match_exprs("beta", beta, &["D"])?;
+    want_dtype("kv_compress", "x", x, &[DType::F32])?;
+    want_dtype("kv_compress", "weight", weight, &[DType::F32])?;
+    want_dtype("kv_compress", "bias", bias, &[DType::F32])?;
+    want_dtype("kv_compress", "gamma", gamma, &[DType::F32])?;
+    want_dtype("kv_compress", "beta", beta, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, r: check.dim("R")?, d: check.dim("D")?, k: check.dim("K")? };
+    let Dims { gh, gw, r, k, .. } = dims;
+    require("kv_compress", params.first + 2 <= r, "first + 2 <= R", "a key and a value among the vectors of a token", || format!("{dims:?}, {params:?}"))?;
+    require("kv_compress", k <= gh && k <= gw, "K <= Gh && K <= Gw", "a grid of at least one square", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("weight", Some(weight)), ("bias", Some(bias)), ("gamma", Some(gamma)), ("beta", Some(beta))])?;
+    let Dims { b, gh, gw, d, k, .. } = dims;
+    let mut y = device.empty(&[b, gh/k, gw/k, 2, d])?;
+    let mut mean = device.empty(&[b, gh/k, gw/k, 2])?;
+    let mut rstd = device.empty(&[b, gh/k, gw/k, 2])?;
+
+    if device.is_dry() {
+        return Ok(KvCompressOut { y, mean, rstd });
+    }
+    let args = Forward { dims, params, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::kv_compress::cpu::forward(args),
+        DeviceKind::Oracle => kernels::kv_compress::reference::forward(args),
+        other => return Err(no_path("kv_compress", other)),
+    }
+    Ok(KvCompressOut { y, mean, rstd })
+}
+
+/// Backward pass of [`kv_compress`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn kv_compress_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, bias: &Tensor, gamma: &Tensor, mean: &Tensor, rstd: &Tensor, want_x: bool, want_weight: bool, want_bias: bool, want_gamma: bool, want_beta: bool, params: kernels::generated::kv_compress::Params) -> Result<KvCompressGrads> {
+    use kernels::generated::kv_compress::{Backward, Dims};
+    let mut check = DimCheck::new("kv_compress", &["B", "Gh", "Gw", "R", "D", "K"]);
+    check.bind("dy", dy, &["B", "Gh/K", "Gw/K", "2", "D"])?;
+    check.bind("x", x, &["B", "Gh", "Gw", "R", "D"])?;
+    check.bind("weight", weight, &["D", "K", "K"])?;
+    check.bind("bias", bias, &["D"])?;
+    check.bind("gamma", gamma, &["D"])?;
+    check.bind("mean", mean, &["B", "Gh/K", "Gw/K", "2"])?;
+    check.bind("rstd", rstd, &["B", "Gh/K", "Gw/K", "2"])?;
+    check.match_exprs("dy", dy, &["B", "Gh/K", "Gw/K", "2", "D"])?;
+    check.match_exprs("x", x, &["B", "Gh", "Gw", "R", "D"])?;
+    check.match_exprs("weight", weight, &["D", "K", "K"])?;
+    check.match_exprs("bias", bias, &["D"])?;
+    check.match_exprs("gamma", gamma, &["D"])?;
+    check.match_exprs("mean", mean, &["B", "Gh/K", "Gw/K", "2"])?;
+    check.match_exprs("rstd", rstd, &["B", "Gh/K", "Gw/K", "2"])?;
+    want_dtype("kv_compress", "dy", dy, &[DType::F32])?;
+    want_dtype("kv_compress", "x", x, &[DType::F32])?;
+    want_dtype("kv_compress", "weight", weight, &[DType::F32])?;
+    want_dtype("kv_compress", "bias", bias, &[DType::F32])?;
+    want_dtype("kv_compress", "gamma", gamma, &[DType::F32])?;
+    want_dtype("kv_compress", "mean", mean, &[DType::F32])?;
+    want_dtype("kv_compress", "rstd", rstd, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, r: check.dim("R")?, d: check.dim("D")?, k: check.dim("K")? };
+    let Dims { gh, gw, r, k, .. } = dims;
+    require("kv_compress", params.first + 2 <= r, "first + 2 <= R", "a key and a value among the vectors of a token", || format!("{dims:?}, {params:?}"))?;
+    require("kv_compress", k <= gh && k <= gw, "K <= Gh && K <= Gw", "a grid of at least one square", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("weight", Some(weight)), ("bias", Some(bias)), ("gamma", Some(gamma)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let Dims { b, gh, gw, r, d, k, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty(&[b, gh, gw, r, d])?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty(&[d, k, k])?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty(&[d])?) } else { None };
+    let mut grad_gamma = if want_gamma { Some(device.empty(&[d])?) } else { None };
+    let mut grad_beta = if want_beta { Some(device.empty(&[d])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(KvCompressGrads { x: grad_x, weight: grad_weight, bias: grad_bias, gamma: grad_gamma, beta: grad_beta });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::kv_compress::cpu::backward(args),
+        DeviceKind::Oracle => kernels::kv_compress::reference::backward(args),
+        other => return Err(no_path("kv_compress", other)),
+    }
+    Ok(KvCompressGrads { x: grad_x, weight: grad_weight, bias: grad_bias, gamma: grad_gamma, beta: grad_beta })
+}
+
+impl Graph<'_> {
+    /// [`kv_compress`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn kv_compress(&self, x: &Var, weight: &Var, bias: &Var, gamma: &Var, beta: &Var, params: kernels::generated::kv_compress::Params) -> Result<Var> {
+        let sources = [self.source(x), self.source(weight), self.source(bias), self.source(gamma), self.source(beta)];
+        let record = sources.iter().any(Option::is_some);
+        let out = kv_compress(x.tensor(), weight.tensor(), bias.tensor(), gamma.tensor(), beta.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_weight = weight.tensor().clone();
+        let saved_bias = bias.tensor().clone();
+        let saved_gamma = gamma.tensor().clone();
+        let saved_mean = out.mean.clone();
+        let saved_rstd = out.rstd.clone();
+        let saved = [Some(&saved_x), Some(&saved_weight), Some(&saved_bias), Some(&saved_gamma), Some(&saved_mean), Some(&saved_rstd)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("kv_compress", out.y, saved, move |dy, grads| {
+            let found = kv_compress_backward(dy, &saved_x, &saved_weight, &saved_bias, &saved_gamma, &saved_mean, &saved_rstd, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.weight)?;
+            grads.add(sources[2], found.bias)?;
+            grads.add(sources[3], found.gamma)?;
+            grads.add(sources[4], found.beta)?;
+            Ok(())
+        }))
+    }
+}
+
+fn kv_compress_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::kv_compress::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, gh, gw, r, d, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, gh, gw, r, d], Fill::Normal)?;
+            let weight = io.draw(case.name, "weight", &[d, k, k], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let bias = io.draw(case.name, "bias", &[d], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let gamma = io.draw(case.name, "gamma", &[d], Fill::Normal)?;
+            let beta = io.draw(case.name, "beta", &[d], Fill::Normal)?;
+            let out = io.call("forward", || kv_compress(&x, &weight, &bias, &gamma, &beta, params))?;
+            io.result("y", &out.y)?;
+            io.result("mean", &out.mean)?;
+            io.result("rstd", &out.rstd)?;
+            let dy = io.draw(case.name, "dy", &[b, gh/k, gw/k, 2, d], Fill::Normal)?;
+            let grads = io.call("backward", || kv_compress_backward(&dy, &x, &weight, &bias, &gamma, &out.mean, &out.rstd, true, true, true, true, true, params))?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.weight { io.result("dweight", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
+            if let Some(t) = &grads.gamma { io.result("dgamma", t)?; }
+            if let Some(t) = &grads.beta { io.result("dbeta", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`linear_attention`].
+pub struct LinearAttentionOut {
+    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, N]` f32: What the weights of each query are divided by.
+    pub norm: Tensor,
+    /// `[B, H, E, E]` f32: Sum over the tokens of the outer products of key features and values.
+    pub state: Tensor,
+    /// `[B, H, E]` f32: Sum over the tokens of the key features.
+    pub total: Tensor,
+}
+
+/// Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.
+///
+/// ```text
+/// phi(x) = elu(x) + 1 (map 0) or max(x, 0) (map 1); q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2], not scaled
+/// state[b,h,d,e] = sum_j phi(k[b,j,h,d]) * v[b,j,h,e]; total[b,h,d] = sum_j phi(k[b,j,h,d])
+/// norm[b,h,i] = sum_d phi(q[b,i,h,d]) * total[b,h,d] + eps
+/// y[b,i,h,e] = sum_d phi(q[b,i,h,d]) * state[b,h,d,e] / norm[b,h,i]
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - returns `norm` `[B, H, N]` f32: What the weights of each query are divided by.
+/// - returns `state` `[B, H, E, E]` f32: Sum over the tokens of the outer products of key features and values.
+/// - returns `total` `[B, H, E]` f32: Sum over the tokens of the key features.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn linear_attention(qkv: &Tensor, params: kernels::generated::linear_attention::Params) -> Result<LinearAttentionOut> {
+    use kernels::generated::linear_attention::{Dims, Forward};
+    let mut check = DimCheck::new("linear_attention", &["B", "N", "H", "E"]);
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    want_dtype("linear_attention", "qkv", qkv, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    
+    require("linear_attention", params.map <= 1, "map <= 1", "0 (elu + 1) or 1 (relu)", || format!("{dims:?}, {params:?}"))?;
+    require("linear_attention", params.eps > 0.0, "eps > 0.0", "a positive eps: with relu a query may meet no key at all", || format!("{dims:?}, {params:?}"))?;
+    let device = qkv.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty(&[b, n, h, e])?;
+    let mut norm = device.empty(&[b, h, n])?;
+    let mut state = device.empty(&[b, h, e, e])?;
+    let mut total = device.empty(&[b, h, e])?;
+
+    if device.is_dry() {
+        return Ok(LinearAttentionOut { y, norm, state, total });
+    }
+    let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, norm: norm.f32s_mut()?, state: state.f32s_mut()?, total: total.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::linear_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::linear_attention::reference::forward(args),
+        other => return Err(no_path("linear_attention", other)),
+    }
+    Ok(LinearAttentionOut { y, norm, state, total })
+}
+
+/// Backward pass of [`linear_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn linear_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, norm: &Tensor, state: &Tensor, total: &Tensor, want_qkv: bool, params: kernels::generated::linear_attention::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::linear_attention::{Backward, Dims};
+    let mut check = DimCheck::new("linear_attention", &["B", "N", "H", "E"]);
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("norm", norm, &["B", "H", "N"])?;
+    check.bind("state", state, &["B", "H", "E", "E"])?;
+    check.bind("total", total, &["B", "H", "E"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("norm", norm, &["B", "H", "N"])?;
+    check.match_exprs("state", state, &["B", "H", "E", "E"])?;
+    check.match_exprs("total", total, &["B", "H", "E"])?;
+    want_dtype("linear_attention", "dy", dy, &[DType::F32])?;
+    want_dtype("linear_attention", "qkv", qkv, &[DType::F32])?;
+    want_dtype("linear_attention", "y", y, &[DType::F32])?;
+    want_dtype("linear_attention", "norm", norm, &[DType::F32])?;
+    want_dtype("linear_attention", "state", state, &[DType::F32])?;
+    want_dtype("linear_attention", "total", total, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    
+    require("linear_attention", params.map <= 1, "map <= 1", "0 (elu + 1) or 1 (relu)", || format!("{dims:?}, {params:?}"))?;
+    require("linear_attention", params.eps > 0.0, "eps > 0.0", "a positive eps: with relu a query may meet no key at all", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("norm", Some(norm)), ("state", Some(state)), ("total", Some(total))])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, norm: norm.f32s()?, state: state.f32s()?, total: total.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::linear_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::linear_attention::reference::backward(args),
+        other => return Err(no_path("linear_attention", other)),
+    }
+    Ok(grad_qkv)
+}
+
+impl Graph<'_> {
+    /// [`linear_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn linear_attention(&self, qkv: &Var, params: kernels::generated::linear_attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv)];
+        let record = sources.iter().any(Option::is_some);
+        let out = linear_attention(qkv.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_y = out.y.clone();
+        let saved_norm = out.norm.clone();
+        let saved_state = out.state.clone();
+        let saved_total = out.total.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_y), Some(&saved_norm), Some(&saved_state), Some(&saved_total)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("linear_attention", out.y, saved, move |dy, grads| {
+            let found = linear_attention_backward(dy, &saved_qkv, &saved_y, &saved_norm, &saved_state, &saved_total, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn linear_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::linear_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
+            let out = io.call("forward", || linear_attention(&qkv, params))?;
+            io.result("y", &out.y)?;
+            io.result("norm", &out.norm)?;
+            io.result("state", &out.state)?;
+            io.result("total", &out.total)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || linear_attention_backward(&dy, &qkv, &out.y, &out.norm, &out.state, &out.total, true, params))?;
+            if let Some(t) = &grads { io.result("dqkv", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Outputs of [`ln_modulate`].
 pub struct LnModulateOut {
     /// `[B, N, D]` f32: Normalised and modulated.
@@ -1185,11 +1735,13 @@ pub fn ln_modulate(x: &Tensor, modulation: &Tensor, params: kernels::generated::
     let mut mean = device.empty(&[b, n])?;
     let mut rstd = device.empty(&[b, n])?;
 
+    if device.is_dry() {
+        return Ok(LnModulateOut { y, mean, rstd });
+    }
     let args = Forward { dims, params, x: x.f32s()?, modulation: modulation.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::ln_modulate::cpu::forward(args),
         DeviceKind::Oracle => kernels::ln_modulate::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("ln_modulate", other)),
     }
     Ok(LnModulateOut { y, mean, rstd })
@@ -1226,11 +1778,13 @@ pub fn ln_modulate_backward(dy: &Tensor, x: &Tensor, modulation: &Tensor, mean: 
     let mut grad_x = if want_x { Some(device.empty(&[b, n, d])?) } else { None };
     let mut grad_modulation = if want_modulation { Some(device.empty(&[b, c, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(LnModulateGrads { x: grad_x, modulation: grad_modulation });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, modulation: modulation.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::ln_modulate::cpu::backward(args),
         DeviceKind::Oracle => kernels::ln_modulate::reference::backward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("ln_modulate", other)),
     }
     Ok(LnModulateGrads { x: grad_x, modulation: grad_modulation })
@@ -1343,11 +1897,13 @@ pub fn loss_diffusion(model_output: &Tensor, x0: &Tensor, noise: &Tensor, coefs:
     let mut mse = device.empty(&[b])?;
     let mut vb = device.empty(&[b])?;
 
+    if device.is_dry() {
+        return Ok(LossDiffusionOut { loss, mse, vb });
+    }
     let args = Forward { dims, params, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, loss: loss.f32s_mut()?, mse: mse.f32s_mut()?, vb: vb.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::forward(args),
         DeviceKind::Oracle => kernels::loss_diffusion::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("loss_diffusion", other)),
     }
     Ok(LossDiffusionOut { loss, mse, vb })
@@ -1383,11 +1939,13 @@ pub fn loss_diffusion_backward(dloss: &Tensor, model_output: &Tensor, x0: &Tenso
     let Dims { b, c, s, .. } = dims;
     let mut grad_model_output = if want_model_output { Some(device.empty(&[b, 2*c, s])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_model_output);
+    }
     let args = Backward { dims, params, dloss: dloss.f32s()?, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::backward(args),
         DeviceKind::Oracle => kernels::loss_diffusion::reference::backward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("loss_diffusion", other)),
     }
     Ok(grad_model_output)
@@ -1475,11 +2033,13 @@ pub fn loss_regression(pred: &Tensor, target: &Tensor, params: kernels::generate
     
     let mut loss = device.empty(&[1])?;
 
+    if device.is_dry() {
+        return Ok(loss);
+    }
     let args = Forward { dims, params, pred: pred.f32s()?, target: target.f32s()?, loss: loss.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_regression::cpu::forward(args),
         DeviceKind::Oracle => kernels::loss_regression::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("loss_regression", other)),
     }
     Ok(loss)
@@ -1511,11 +2071,13 @@ pub fn loss_regression_backward(dloss: &Tensor, pred: &Tensor, target: &Tensor, 
     let Dims { b, n, d, .. } = dims;
     let mut grad_pred = if want_pred { Some(device.empty(&[b, n, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_pred);
+    }
     let args = Backward { dims, params, dloss: dloss.f32s()?, pred: pred.f32s()?, target: target.f32s()?, dpred: match &mut grad_pred { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_regression::cpu::backward(args),
         DeviceKind::Oracle => kernels::loss_regression::reference::backward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("loss_regression", other)),
     }
     Ok(grad_pred)
@@ -1565,6 +2127,141 @@ fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Outputs of [`neighborhood_attention`].
+pub struct NeighborhoodAttentionOut {
+    /// `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+    pub lse: Tensor,
+}
+
+/// Softmax self-attention of every head over the K x K tokens around each token of a grid.
+///
+/// ```text
+/// start(i, n) = clamp(i - (K - 1)/2, 0, n - K): near a border the neighbourhood is shifted inside, so it always has K*K keys
+/// keys(r, c) = {(r', c') : 0 <= r' - start(r, Gh) < K, 0 <= c' - start(c, Gw) < K}
+/// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]; lse[b,h,i] = log sum_{j in keys(i)} exp(s[b,h,i,j])
+/// y[b,i,h,e] = sum_{j in keys(i)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
+/// ```
+/// - `qkv` `[B, Gh, Gw, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them; tokens row by row.
+/// - returns `y` `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+/// - returns `lse` `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn neighborhood_attention(qkv: &Tensor, k: usize, params: kernels::generated::neighborhood_attention::Params) -> Result<NeighborhoodAttentionOut> {
+    use kernels::generated::neighborhood_attention::{Dims, Forward};
+    let mut check = DimCheck::new("neighborhood_attention", &["B", "Gh", "Gw", "H", "E", "K"]);
+    check.given("K", k)?;
+    check.bind("qkv", qkv, &["B", "Gh", "Gw", "3", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "Gh", "Gw", "3", "H", "E"])?;
+    want_dtype("neighborhood_attention", "qkv", qkv, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
+    let Dims { gh, gw, k, .. } = dims;
+    require("neighborhood_attention", k % 2 == 1 && k <= gh && k <= gw, "K % 2 == 1 && K <= Gh && K <= Gw", "an odd kernel, no wider than the grid", || format!("{dims:?}, {params:?}"))?;
+    let device = qkv.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, gh, gw, h, e, .. } = dims;
+    let mut y = device.empty(&[b, gh, gw, h, e])?;
+    let mut lse = device.empty(&[b, h, gh, gw])?;
+
+    if device.is_dry() {
+        return Ok(NeighborhoodAttentionOut { y, lse });
+    }
+    let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::neighborhood_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::neighborhood_attention::reference::forward(args),
+        other => return Err(no_path("neighborhood_attention", other)),
+    }
+    Ok(NeighborhoodAttentionOut { y, lse })
+}
+
+/// Backward pass of [`neighborhood_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn neighborhood_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, k: usize, want_qkv: bool, params: kernels::generated::neighborhood_attention::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::neighborhood_attention::{Backward, Dims};
+    let mut check = DimCheck::new("neighborhood_attention", &["B", "Gh", "Gw", "H", "E", "K"]);
+    check.given("K", k)?;
+    check.bind("dy", dy, &["B", "Gh", "Gw", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "Gh", "Gw", "3", "H", "E"])?;
+    check.bind("y", y, &["B", "Gh", "Gw", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "Gh", "Gw"])?;
+    check.match_exprs("dy", dy, &["B", "Gh", "Gw", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "Gh", "Gw", "3", "H", "E"])?;
+    check.match_exprs("y", y, &["B", "Gh", "Gw", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "Gh", "Gw"])?;
+    want_dtype("neighborhood_attention", "dy", dy, &[DType::F32])?;
+    want_dtype("neighborhood_attention", "qkv", qkv, &[DType::F32])?;
+    want_dtype("neighborhood_attention", "y", y, &[DType::F32])?;
+    want_dtype("neighborhood_attention", "lse", lse, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
+    let Dims { gh, gw, k, .. } = dims;
+    require("neighborhood_attention", k % 2 == 1 && k <= gh && k <= gw, "K % 2 == 1 && K <= Gh && K <= Gw", "an odd kernel, no wider than the grid", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
+    let Dims { b, gh, gw, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, gh, gw, 3, h, e])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::neighborhood_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::neighborhood_attention::reference::backward(args),
+        other => return Err(no_path("neighborhood_attention", other)),
+    }
+    Ok(grad_qkv)
+}
+
+impl Graph<'_> {
+    /// [`neighborhood_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn neighborhood_attention(&self, qkv: &Var, k: usize, params: kernels::generated::neighborhood_attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv)];
+        let record = sources.iter().any(Option::is_some);
+        let out = neighborhood_attention(qkv.tensor(), k, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("neighborhood_attention", out.y, saved, move |dy, grads| {
+            let found = neighborhood_attention_backward(dy, &saved_qkv, &saved_y, &saved_lse, k, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn neighborhood_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::neighborhood_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, gh, gw, h, e, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, gh, gw, 3, h, e], Fill::Normal)?;
+            let out = io.call("forward", || neighborhood_attention(&qkv, k, params))?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, gh, gw, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || neighborhood_attention_backward(&dy, &qkv, &out.y, &out.lse, k, true, params))?;
+            if let Some(t) = &grads { io.result("dqkv", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Cuts an image into square patches, one token each, in the order of a convolution weight.
 ///
 /// ```text
@@ -1593,11 +2290,13 @@ pub fn patchify(x: &Tensor, p: usize, gh: usize, gw: usize, params: kernels::gen
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut tokens = device.empty(&[b, gh*gw, c*p*p])?;
 
+    if device.is_dry() {
+        return Ok(tokens);
+    }
     let args = Forward { dims, params, x: x.f32s()?, tokens: tokens.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::patchify::cpu::forward(args),
         DeviceKind::Oracle => kernels::patchify::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("patchify", other)),
     }
     Ok(tokens)
@@ -1625,11 +2324,13 @@ pub fn patchify_backward(dtokens: &Tensor, p: usize, gh: usize, gw: usize, c: us
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut grad_x = if want_x { Some(device.empty(&[b, c, gh*p, gw*p])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_x);
+    }
     let args = Backward { dims, params, dtokens: dtokens.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::patchify::cpu::backward(args),
         DeviceKind::Oracle => kernels::patchify::reference::backward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("patchify", other)),
     }
     Ok(grad_x)
@@ -1698,11 +2399,13 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
     let Dims { l, .. } = dims;
     let mut z = device.empty(&[l])?;
 
+    if device.is_dry() {
+        return Ok(z);
+    }
     let args = Forward { dims, params, z: z.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::philox::cpu::forward(args),
         DeviceKind::Oracle => kernels::philox::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("philox", other)),
     }
     Ok(z)
@@ -1752,11 +2455,13 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
     let Dims { b, d, .. } = dims;
     let mut y = device.empty(&[b, d])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, t: t.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::sinusoid::cpu::forward(args),
         DeviceKind::Oracle => kernels::sinusoid::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("sinusoid", other)),
     }
     Ok(y)
@@ -1835,11 +2540,13 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
     let mut x_next = device.empty(&[b, c, s])?;
     let mut x0 = device.empty(&[b, c, s])?;
 
+    if device.is_dry() {
+        return Ok(SolverStepOut { x_next, x0 });
+    }
     let args = Forward { dims, params, x: x.f32s()?, cond: cond.f32s()?, uncond: match uncond { Some(t) => Some(t.f32s()?), None => None }, noise: match noise { Some(t) => Some(t.f32s()?), None => None }, x0_prev: match x0_prev { Some(t) => Some(t.f32s()?), None => None }, x_next: x_next.f32s_mut()?, x0: x0.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::solver_step::cpu::forward(args),
         DeviceKind::Oracle => kernels::solver_step::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("solver_step", other)),
     }
     Ok(SolverStepOut { x_next, x0 })
@@ -1889,11 +2596,13 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
     
     let mut out = device.empty(&[1])?;
 
+    if device.is_dry() {
+        return Ok(out);
+    }
     let args = Forward { dims, params, x: x.f32s()?, out: out.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::sum_squares::cpu::forward(args),
         DeviceKind::Oracle => kernels::sum_squares::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("sum_squares", other)),
     }
     Ok(out)
@@ -1945,11 +2654,13 @@ pub fn unpatchify(tokens: &Tensor, c: usize, p: usize, gh: usize, gw: usize, par
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut x = device.empty(&[b, c, gh*p, gw*p])?;
 
+    if device.is_dry() {
+        return Ok(x);
+    }
     let args = Forward { dims, params, tokens: tokens.f32s()?, x: x.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::unpatchify::cpu::forward(args),
         DeviceKind::Oracle => kernels::unpatchify::reference::forward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("unpatchify", other)),
     }
     Ok(x)
@@ -1977,11 +2688,13 @@ pub fn unpatchify_backward(dx: &Tensor, c: usize, p: usize, gh: usize, gw: usize
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut grad_tokens = if want_tokens { Some(device.empty(&[b, gh*gw, p*p*c])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_tokens);
+    }
     let args = Backward { dims, params, dx: dx.f32s()?, dtokens: match &mut grad_tokens { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::unpatchify::cpu::backward(args),
         DeviceKind::Oracle => kernels::unpatchify::reference::backward(args),
-        DeviceKind::Dry => {}
         other => return Err(no_path("unpatchify", other)),
     }
     Ok(grad_tokens)
@@ -2022,6 +2735,136 @@ fn unpatchify_conform(run: &mut Conform<'_>) -> Result<()> {
             let dx = io.draw(case.name, "dx", &[b, c, gh*p, gw*p], Fill::Normal)?;
             let grads = io.call("backward", || unpatchify_backward(&dx, c, p, gh, gw, true, params))?;
             if let Some(t) = &grads { io.result("dtokens", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`window_attention`].
+pub struct WindowAttentionOut {
+    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+    pub lse: Tensor,
+}
+
+/// Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.
+///
+/// ```text
+/// keys(i) = {j : |i - j| <= W, 0 <= j < N}: the window ends where the tokens end, and does not wrap
+/// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]; lse[b,h,i] = log sum_{j in keys(i)} exp(s[b,h,i,j])
+/// y[b,i,h,e] = sum_{j in keys(i)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn window_attention(qkv: &Tensor, w: usize, params: kernels::generated::window_attention::Params) -> Result<WindowAttentionOut> {
+    use kernels::generated::window_attention::{Dims, Forward};
+    let mut check = DimCheck::new("window_attention", &["B", "N", "H", "E", "W"]);
+    check.given("W", w)?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    want_dtype("window_attention", "qkv", qkv, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")?, w: check.dim("W")? };
+    let device = qkv.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty(&[b, n, h, e])?;
+    let mut lse = device.empty(&[b, h, n])?;
+
+    if device.is_dry() {
+        return Ok(WindowAttentionOut { y, lse });
+    }
+    let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::window_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::window_attention::reference::forward(args),
+        other => return Err(no_path("window_attention", other)),
+    }
+    Ok(WindowAttentionOut { y, lse })
+}
+
+/// Backward pass of [`window_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn window_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, w: usize, want_qkv: bool, params: kernels::generated::window_attention::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::window_attention::{Backward, Dims};
+    let mut check = DimCheck::new("window_attention", &["B", "N", "H", "E", "W"]);
+    check.given("W", w)?;
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "N"])?;
+    want_dtype("window_attention", "dy", dy, &[DType::F32])?;
+    want_dtype("window_attention", "qkv", qkv, &[DType::F32])?;
+    want_dtype("window_attention", "y", y, &[DType::F32])?;
+    want_dtype("window_attention", "lse", lse, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")?, w: check.dim("W")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::window_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::window_attention::reference::backward(args),
+        other => return Err(no_path("window_attention", other)),
+    }
+    Ok(grad_qkv)
+}
+
+impl Graph<'_> {
+    /// [`window_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn window_attention(&self, qkv: &Var, w: usize, params: kernels::generated::window_attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv)];
+        let record = sources.iter().any(Option::is_some);
+        let out = window_attention(qkv.tensor(), w, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("window_attention", out.y, saved, move |dy, grads| {
+            let found = window_attention_backward(dy, &saved_qkv, &saved_y, &saved_lse, w, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn window_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::window_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, w, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
+            let out = io.call("forward", || window_attention(&qkv, w, params))?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || window_attention_backward(&dy, &qkv, &out.y, &out.lse, w, true, params))?;
+            if let Some(t) = &grads { io.result("dqkv", t)?; }
             Ok(())
         })?;
     }

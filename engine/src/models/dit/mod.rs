@@ -304,7 +304,7 @@ impl Dit {
 /// As [`operators::build`].
 pub fn site_cost(config: &DitConfig, spec: &operators::Spec, site: Site) -> Result<(operators::SiteFlops, usize)> {
     let mut params = ParamStore::default();
-    let device = Device::cpu();
+    let device = Device::dry();
     let dims = config.block_dims();
     let operator = operators::build(spec, site, dims, &mut Builder::new(&mut params, &device, 0, Scheme::Unset))?;
     Ok((operator.flops(dims), params.elements()))
