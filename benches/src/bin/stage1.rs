@@ -90,7 +90,7 @@ fn run(args: &Args) -> Result<()> {
     let (precision, dims) = (Precision::from(dtype), teacher.config.block_dims());
     let sites = (0..teacher.config.depth()).flat_map(|block| {
         let mlp = Spec::new("mlp").with("ratio", 4.0);
-        [(Site::Attn, Spec::new(&args.attn)), (Site::Mlp, mlp)].map(|(site, spec)| Assignment { block, site, spec })
+        [(Site::Attn, Spec::new(&args.attn)), (Site::Mlp, mlp)].map(|(site, spec)| Assignment::new(block, site, spec))
     });
     let sites: Vec<Assignment> = sites.collect();
     let config = DistillConfig { steps: u64::MAX, batch: args.batch, dtype, ..DistillConfig::default() };

@@ -98,7 +98,8 @@ impl<'t> Distiller<'t> {
     /// An operator that does not fit the teacher, or too little memory.
     pub fn homeless(teacher: &'t Dit, assignments: &[Assignment], config: &DistillConfig) -> Result<Self> {
         let dims = teacher.config.block_dims();
-        let students = assignments.iter().map(|a| Student::new(a.clone(), dims, teacher.device(), config));
+        let new = |a: &Assignment| Student::new(a.clone(), dims, &teacher.params, teacher.device(), config);
+        let students = assignments.iter().map(new);
         let (students, config) = (students.collect::<Result<_>>()?, config.clone());
         Ok(Distiller { teacher, students, config, schedule: Schedule::default(), cache: None, home: None })
     }
@@ -132,9 +133,12 @@ impl<'t> Distiller<'t> {
     /// # Errors
     /// When memory runs out.
     pub fn initial_model(&self) -> Result<Dit> {
-        let (dims, device) = (self.teacher.config.block_dims(), self.teacher.device());
-        let fresh = self.students.iter().map(|s| Ok(student::initial(&s.assignment, dims, device, &self.config)?.0));
-        let fresh: Vec<ParamStore> = fresh.collect::<Result<_>>()?;
+        let (dims, teacher) = (self.teacher.config.block_dims(), self.teacher);
+        let new = |s: &Student| {
+            let made = student::initial(&s.assignment, dims, &teacher.params, teacher.device(), &self.config)?;
+            Ok(made.0)
+        };
+        let fresh: Vec<ParamStore> = self.students.iter().map(new).collect::<Result<_>>()?;
         assemble::graft(self.teacher, self.students.iter().map(|s| &s.assignment).zip(&fresh))
     }
 

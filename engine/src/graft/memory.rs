@@ -24,16 +24,21 @@ const PER_THREAD: usize = 4 << 20;
 /// What is resident where the system does not say: the program without its data.
 const PROGRAM: usize = 16 << 20;
 
-/// Plans of stage 1 (all of it, or a part) and stage 2 for a run that begins now, with its data read.
+/// What this process takes besides the stages, now that the data is read and before they begin.
+pub fn program(data: &RunData, device: &Device) -> usize {
+    let images = [&data.train, &data.held_out].map(|set| set.pixels.len() + set.labels.len());
+    let resident = system::resident().map_or(PROGRAM + images.iter().sum::<usize>(), |r| r - device.held().min(r));
+    resident + rayon::current_num_threads() * PER_THREAD
+}
+
+/// Plans of stage 1 (all of it, or a part) and stage 2 in a process that takes `program` bytes besides. The layers of
+/// the plan must have been chosen.
 ///
 /// # Errors
 /// A base model that cannot be described, or a plan that does not fit it.
-pub fn plan(plan: &Plan, part: Option<Part>, data: &RunData, device: &Device) -> Result<[MemoryPlan; 2]> {
+pub fn plan(plan: &Plan, part: Option<Part>, program: usize) -> Result<[MemoryPlan; 2]> {
     let base = dit::describe(&plan.base)?;
     let assignments = plan.resolve(&base)?;
-    let images = [&data.train, &data.held_out].map(|set| set.pixels.len() + set.labels.len());
-    let resident = system::resident().map_or(PROGRAM + images.iter().sum::<usize>(), |r| r - device.held().min(r));
-    let program = resident + rayon::current_num_threads() * PER_THREAD;
     let own = part.map_or(Ok(assignments.clone()), |part| part.choose(&assignments))?;
     Ok([distill(plan, &base, &own, program)?, finetune(plan, &base, &assignments, program)?])
 }

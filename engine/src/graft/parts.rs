@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn parts_share_the_sites_out() {
         let sites: Vec<Assignment> =
-            (0..5).map(|block| Assignment { block, site: Site::Attn, spec: Spec::new("mha") }).collect();
+            (0..5).map(|block| Assignment::new(block, Site::Attn, Spec::new("mha"))).collect();
         let blocks = |text: &str| -> Vec<usize> {
             let part: Part = text.parse().unwrap();
             part.choose(&sites).unwrap().iter().map(|a| a.block).collect()

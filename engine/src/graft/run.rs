@@ -3,6 +3,7 @@
 //! | in the folder | what |
 //! |---|---|
 //! | `plan.toml` | the plan as it was when the run began |
+//! | `layers.json`, `locality.json`, `select/` | layers that the base model decided, and from what |
 //! | `distill/`, `finetune/` | checkpoint, loss log and held-out residuals of the two stages |
 //! | `distill/part-0-of-4/` | the same for a part of the sites, where several processes share stage 1 |
 //! | `random/`, `stage1/`, `stage2/` | models: sites as initialised (the control), distilled, finetuned |
@@ -14,6 +15,7 @@
 
 use super::assemble::{self, Stage};
 use super::cache::Filling;
+use super::choose;
 use super::distill::{self, Distiller};
 use super::evaluate::{self, Evaluation};
 use super::finetune::Finetuner;
@@ -73,6 +75,8 @@ impl RunData {
 /// A word from a stage in progress.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'e> {
+    /// A step of the choice of layers that the base model decides.
+    Choose(choose::Progress),
     /// What a stage (1 or 2) that is about to begin needs.
     Memory(usize, &'e MemoryPlan),
     /// A batch that stage 1 is about to add to its cache of activations.
@@ -162,8 +166,16 @@ impl RunFolder {
         self.model_folder(stage).join("config.json").exists()
     }
 
+    /// The plan with the layers that the base model has decided.
+    ///
+    /// # Errors
+    /// A damaged file.
+    pub fn decided(&self) -> Result<Plan> {
+        choose::kept(&self.plan, &self.dir)
+    }
+
     fn save(&self, model: &dit::Dit, stage: Stage) -> Result<()> {
-        assemble::save(model, &self.model_folder(stage), &self.plan, stage)
+        assemble::save(model, &self.model_folder(stage), &self.decided()?, stage)
     }
 }
 
@@ -173,14 +185,23 @@ impl RunFolder {
 /// # Errors
 /// Those of the base model, the data and [`Distiller`].
 pub fn distill(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
-    let [needed, _] = memory::plan(&run.plan, None, data, device)?;
-    let _ = report(Event::Memory(1, &needed));
-    distill_all(run, data, device, report)
+    distill_all(run, data, device, memory::program(data, device), report)
 }
 
-fn distill_all(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
-    let (plan, folder) = (&run.plan, run.distill_folder());
-    let base = dit::load(&plan.base, device)?;
+/// [`distill`] by a process that takes `program` bytes besides.
+fn distill_all(
+    run: &RunFolder,
+    data: &RunData,
+    device: &Device,
+    program: usize,
+    report: &mut Report<'_>,
+) -> Result<bool> {
+    let folder = run.distill_folder();
+    let base = dit::load(&run.plan.base, device)?;
+    let chosen = choose::choose(&run.plan, &base, Some(&run.dir), Some(data), &mut |p| report(Event::Choose(p)))?;
+    let Some(plan) = &chosen else { return Ok(false) };
+    let [needed, _] = memory::plan(plan, None, program)?;
+    let _ = report(Event::Memory(1, &needed));
     let assignments = plan.resolve(&base.config)?;
     let fingerprint = fingerprint(plan, &assemble::digest(&base)?);
     let begun = parts::begun(&folder)?;
@@ -230,9 +251,12 @@ pub fn distill_part(
             .must("a run whose parts have not been gathered")
             .fix("go on without --sites, or use another --run folder"));
     }
-    let [needed, _] = memory::plan(plan, Some(part), data, device)?;
-    let _ = report(Event::Memory(1, &needed));
+    let program = memory::program(data, device);
     let base = dit::load(&plan.base, device)?;
+    let chosen = choose::choose(plan, &base, Some(&run.dir), Some(data), &mut |p| report(Event::Choose(p)))?;
+    let Some(plan) = &chosen else { return Ok(false) };
+    let [needed, _] = memory::plan(plan, Some(part), program)?;
+    let _ = report(Event::Memory(1, &needed));
     let own = part.choose(&plan.resolve(&base.config)?)?;
     let fingerprint = part.fingerprint(&fingerprint(plan, &assemble::digest(&base)?));
     let mut distiller = Distiller::open(&base, &own, &plan.distill, &part.folder(&stage), fingerprint)?;
@@ -250,12 +274,17 @@ pub fn distill_part(
 /// # Errors
 /// A run whose stage 1 is not finished, and those of the data and [`Finetuner`].
 pub fn finetune(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
-    let [_, needed] = memory::plan(&run.plan, None, data, device)?;
-    let _ = report(Event::Memory(2, &needed));
-    finetune_all(run, data, device, report)
+    finetune_all(run, data, device, memory::program(data, device), report)
 }
 
-fn finetune_all(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
+/// [`finetune`] by a process that takes `program` bytes besides.
+fn finetune_all(
+    run: &RunFolder,
+    data: &RunData,
+    device: &Device,
+    program: usize,
+    report: &mut Report<'_>,
+) -> Result<bool> {
     let plan = &run.plan;
     let folder = run.model_folder(Stage::Distilled);
     if !run.has(Stage::Distilled) {
@@ -263,6 +292,8 @@ fn finetune_all(run: &RunFolder, data: &RunData, device: &Device, report: &mut R
             .must("a distilled model")
             .fix("run `graft distill PLAN --run DIR` to its end first"));
     }
+    let [_, needed] = memory::plan(&run.decided()?, None, program)?;
+    let _ = report(Event::Memory(2, &needed));
     let grafted = dit::load(&folder, device)?;
     let fingerprint = fingerprint(plan, &assemble::digest(&grafted)?);
     let mut finetuner = Finetuner::open(grafted, &plan.finetune, &run.finetune_folder(), fingerprint)?;
@@ -273,29 +304,35 @@ fn finetune_all(run: &RunFolder, data: &RunData, device: &Device, report: &mut R
     Ok(finished)
 }
 
-/// Everything: stage 1, stage 2, comparison, report. Returns the summary, or nothing where `report` broke off.
+/// Both stages, from where they were left; returns whether they are finished.
 ///
 /// # Errors
 /// Those of [`distill`] and [`finetune`].
-pub fn run(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<Option<Summary>> {
+pub fn train(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
     let mut stopped = false;
     let mut watched = |event: Event<'_>| {
         let flow = report(event);
         stopped |= flow.is_break();
         flow
     };
-    // Both at the beginning: later this process also holds what stage 1 has left.
-    let needed = memory::plan(&run.plan, None, data, device)?;
-    let _ = watched(Event::Memory(1, &needed[0]));
-    let distilled = distill_all(run, data, device, &mut watched)?;
+    // Asked once: later this process also holds what stage 1 has left.
+    let program = memory::program(data, device);
+    let distilled = distill_all(run, data, device, program, &mut watched)?;
     // Who stops at the very last update of stage 1 does not want stage 2 to begin.
     if !distilled || stopped {
-        return Ok(None);
+        return Ok(false);
     }
     // Buffers of stage 1 have other sizes.
     device.trim();
-    let _ = report(Event::Memory(2, &needed[1]));
-    if !finetune_all(run, data, device, report)? {
+    finetune_all(run, data, device, program, report)
+}
+
+/// Everything: stage 1, stage 2, comparison, report. Returns the summary, or nothing where `report` broke off.
+///
+/// # Errors
+/// Those of [`distill`] and [`finetune`].
+pub fn run(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<Option<Summary>> {
+    if !train(run, data, device, report)? {
         return Ok(None);
     }
     device.trim();
