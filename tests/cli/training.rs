@@ -202,7 +202,10 @@ fn a_full_disk_ends_a_run_with_one_line_and_nothing_is_lost() {
         let before = std::fs::read(&checkpoint).unwrap();
         let (code, stderr) = limited();
         let message = format!("graft: run/{stage}/checkpoint.safetensors: cannot write");
-        assert!(code == Some(1) && stderr.contains(&message) && stderr.contains("free disk space"), "{code:?} {stderr}");
+        assert!(
+            code == Some(1) && stderr.contains(&message) && stderr.contains("free disk space"),
+            "{code:?} {stderr}"
+        );
         assert!(std::fs::read(&checkpoint).unwrap() == before && !half_written(&here.join("run")));
     }
     succeed(&here, &run_args);
@@ -236,14 +239,29 @@ fn stage_1_in_parts_and_two_processes_on_one_folder() {
     }
     assert!(entries(&here.join("run/distill")).iter().any(|name| name == "part-1-of-2"));
     succeed(&here, &distill(&["--sites", "merge"]));
-    for file in ["random/diffusion_pytorch_model.safetensors", "stage1/diffusion_pytorch_model.safetensors", "distill/checkpoint.safetensors"] {
-        assert!(std::fs::read(here.join("whole").join(file)).unwrap() == std::fs::read(here.join("run").join(file)).unwrap(), "{file}");
+    for file in [
+        "random/diffusion_pytorch_model.safetensors",
+        "stage1/diffusion_pytorch_model.safetensors",
+        "distill/checkpoint.safetensors",
+    ] {
+        assert!(
+            std::fs::read(here.join("whole").join(file)).unwrap()
+                == std::fs::read(here.join("run").join(file)).unwrap(),
+            "{file}"
+        );
     }
     refuse(&here, &distill(&["--sites", "2/2"]), 2, &["--sites: no such part", "\"2/2\"", "i/n"]);
     refuse(&here, &distill(&["--sites", "0/2"]), 2, &["stage 1 of this run is not split"]);
-    refuse(&here, &["distill", "plan.toml", "--run", "many", "--sites", "0/3"], 2, &["more parts than sites", "at most 2"]);
+    refuse(
+        &here,
+        &["distill", "plan.toml", "--run", "many", "--sites", "0/3"],
+        2,
+        &["more parts than sites", "at most 2"],
+    );
     let lock = graft_engine::io::atomic::RunLock::acquire(&here.join("run")).unwrap();
-    for args in [&["run", "plan.toml", "--run", "run"][..], &["finetune", "--run", "run"], &distill(&["--sites", "0/2"])] {
+    for args in
+        [&["run", "plan.toml", "--run", "run"][..], &["finetune", "--run", "run"], &distill(&["--sites", "0/2"])]
+    {
         refuse(&here, args, 1, &["run: run folder is in use", &std::process::id().to_string()]);
     }
     drop(lock);
@@ -257,11 +275,8 @@ fn stage_1_in_parts_and_two_processes_on_one_folder() {
 #[cfg(target_os = "linux")]
 fn planned_and_peak(here: &Path, args: &[&str], stage: usize) -> (f64, f64, String) {
     let errors = here.join("stderr");
-    let mut child = command(here, args)
-        .stdout(Stdio::null())
-        .stderr(std::fs::File::create(&errors).unwrap())
-        .spawn()
-        .unwrap();
+    let mut child =
+        command(here, args).stdout(Stdio::null()).stderr(std::fs::File::create(&errors).unwrap()).spawn().unwrap();
     let mut peak = 0.0f64;
     let status = loop {
         let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();

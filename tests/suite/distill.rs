@@ -88,9 +88,11 @@ fn a_cache_in_f32_changes_nothing_and_a_smaller_one_is_gone_through_again() {
     assert!(tensors(&dir.join("small"), "stage1") != tensors(&dir.join("plain"), "stage1"));
     // bf16 takes half the space and is near.
     assert!(distill(&cached(72, "bf16", "half-cache"), &dir.join("half"), &mut go_on).unwrap());
-    let size = |folder: &str| std::fs::metadata(dir.join(folder).join("blocks.1.attn/000008.safetensors")).unwrap().len();
+    let size =
+        |folder: &str| std::fs::metadata(dir.join(folder).join("blocks.1.attn/000008.safetensors")).unwrap().len();
     assert!(size("half-cache") < size("whole-cache") * 6 / 10);
-    let last = |run: &str| lines(&dir.join(run).join("distill/loss.jsonl"))[8]["losses"]["blocks.1.attn"].as_f64().unwrap();
+    let last =
+        |run: &str| lines(&dir.join(run).join("distill/loss.jsonl"))[8]["losses"]["blocks.1.attn"].as_f64().unwrap();
     let (exact, rounded) = (last("plain"), last("half"));
     assert!(exact != rounded && (exact - rounded).abs() < 0.02 * exact, "{exact} {rounded}");
 }
@@ -145,7 +147,8 @@ fn parts_make_what_one_process_makes() {
             assert_eq!(part(&text, &run, &format!("{index}/{of}"), steps).unwrap(), steps == 0);
         }
         let early = message(distill(&text, &run, &mut go_on));
-        let last = format!("part-{}-of-{of}: a part of stage 1 is not finished; is at step 3; must be at step 7", of - 1);
+        let last =
+            format!("part-{}-of-{of}: a part of stage 1 is not finished; is at step 3; must be at step 7", of - 1);
         assert!(early.contains(&last), "{early}");
         assert!(part(&text, &run, &format!("{}/{of}", of - 1), 0).unwrap());
         // Gathering trains nothing.
@@ -173,6 +176,32 @@ fn parts_make_what_one_process_makes() {
     }
 }
 
+/// A pair with an operator inside, and one outside: two things to train.
+const PAIR: &str = "[[graft]]\nsite = \"block-pair\"\nlayers = [1]\n\
+                    [[graft]]\nsite = \"attn\"\nlayers = [0, 2]\noperator = { kind = \"hyena_x\" }\n";
+
+#[test]
+fn pairs_of_blocks_are_kept_and_shared_out_too() {
+    let dir = folder("pairs");
+    let base = base(&dir);
+    let settings = "steps = 4\ngate_scaled = true\ncheckpoint_every = 2";
+    let plain = plan(&base, PAIR, settings, "steps = 1");
+    assert!(distill(&plain, &dir.join("plain"), &mut go_on).unwrap());
+    let cache = dir.join("cache").display().to_string();
+    let kept = plan(&base, PAIR, &format!("{settings}\ncache = {cache:?}\ncache_samples = 32"), "steps = 1");
+    assert!(distill(&kept, &dir.join("kept"), &mut go_on).unwrap());
+    assert!(tensors(&dir.join("plain"), "stage1") == tensors(&dir.join("kept"), "stage1"));
+    let shard = safetensors::TensorFile::open(&dir.join("cache/pairs.1/000003.safetensors")).unwrap();
+    assert_eq!(shard.names().collect::<Vec<_>>(), ["condition", "input", "output"]);
+    for index in 0..2 {
+        assert!(part(&plain, &dir.join("parts"), &format!("{index}/2"), 0).unwrap());
+    }
+    assert!(message(part(&plain, &dir.join("parts"), "0/3", 0)).contains("must be at most 2 parts"));
+    std::fs::remove_dir_all(dir.join("parts/distill/part-0-of-3")).ok();
+    assert!(distill(&plain, &dir.join("parts"), &mut go_on).unwrap());
+    assert!(bytes(&dir.join("plain"), "stage1") == bytes(&dir.join("parts"), "stage1"));
+}
+
 #[test]
 fn one_process_for_each_part() {
     let dir = folder("part_locks");
@@ -195,7 +224,9 @@ fn one_process_for_each_part() {
     assert!(inside[1].contains("run folder is in use; is locked by a process that trains a part of it"), "{inside:?}");
     assert_eq!(inside[2], "true");
     drop(folder);
-    assert!(message(part(&text, &run_dir, "3/4", 0)).contains("more parts than sites; is 3/4; must be at most 3 parts"));
+    assert!(
+        message(part(&text, &run_dir, "3/4", 0)).contains("more parts than sites; is 3/4; must be at most 3 parts")
+    );
     assert!(part(&text, &run_dir, "0/3", 0).unwrap());
     let mixed = message(distill(&text, &run_dir, &mut go_on));
     assert!(mixed.contains("begun in different numbers of parts; is 2 and 3"), "{mixed}");
@@ -240,7 +271,7 @@ fn checkpoints_of_another_plan_or_base_are_refused() {
     let other_base = plan(&changed.join("base"), HYENA, "steps = 4", "steps = 2");
     copy_tree(&dir.join("run"), &dir.join("other-base"));
     let error = message(distill(&other_base, &dir.join("other-base"), &mut go_on));
-    assert!(error.contains("distill/checkpoint.safetensors: checkpoint of another run (base)"), "{error}");
+    assert!(error.contains("distill/checkpoint.safetensors: checkpoint of another run (another base)"), "{error}");
     // A checkpoint that came from another plan.
     let longer = plan(&base, HYENA, "steps = 5", "steps = 3");
     for (stage, step) in [("distill", 1), ("finetune", 2)] {
@@ -252,7 +283,7 @@ fn checkpoints_of_another_plan_or_base_are_refused() {
         let name = format!("{stage}/checkpoint.safetensors");
         std::fs::copy(dir.join("run").join(&name), strange.join(&name)).unwrap();
         let error = run_all(&longer, &strange, &mut go_on).map(|_| ()).unwrap_err().to_string();
-        assert!(error.contains(&format!("{name}: checkpoint of another run (plan)")), "{error}");
+        assert!(error.contains(&format!("{name}: checkpoint of another run (another plan)")), "{error}");
     }
     // A damaged one.
     let path = dir.join("run/finetune/checkpoint.safetensors");

@@ -104,6 +104,9 @@ fn run(args: &Args) -> Result<()> {
     };
     let mut learners = Vec::new();
     pass(Some(&mut |seen: &Seen<'_>| {
+        if seen.site == Site::BlockPair {
+            return Ok(());
+        }
         let assignment = &sites[learners.len()];
         let mut params = ParamStore::default();
         let mut builder = Builder::new(&mut params, &device, 0, Scheme::Torch);

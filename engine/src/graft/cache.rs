@@ -1,4 +1,5 @@
-//! Activations of the teacher on disk: input, output and gate of every site for a number of noised images.
+//! Activations of the teacher on disk: input, output and gate of every site (a pair of blocks has a condition in the
+//! place of a gate) for a number of noised images.
 //!
 //! A shard is one batch at one site, one safetensors file `SITE/000012.safetensors` that is written atomically and says
 //! what it belongs to: base model, data, seed, batch, arithmetic, site. Batches are those that the first steps of an
@@ -28,6 +29,16 @@ use std::path::PathBuf;
 
 /// Random streams that shuffle the passes after the first.
 const PASS_STREAMS: u64 = 4 << 40;
+
+/// Whether a site is a pair of blocks.
+fn is_pair(site: &str) -> bool {
+    site.starts_with("pairs.")
+}
+
+/// What is kept beside input and output.
+fn beside_of(site: &str) -> &'static str {
+    if is_pair(site) { "condition" } else { "gate" }
+}
 
 /// How far the filling of a cache is.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,12 +81,18 @@ pub(super) struct Cache {
 pub(super) struct Kept {
     input: Tensor,
     target: Tensor,
-    gates: Tensor,
+    /// `[B, 1, D]` the gate or the condition.
+    beside: Tensor,
+    pair: bool,
 }
 
 impl Kept {
     pub fn lesson(&self) -> Lesson<'_> {
-        Lesson { input: &self.input, target: &self.target, gates: &self.gates, gate_row: 0 }
+        let (gate, condition) = match self.pair {
+            false => (Some((&self.beside, 0)), None),
+            true => (None, Some(&self.beside)),
+        };
+        Lesson { input: &self.input, target: &self.target, gate, condition }
     }
 }
 
@@ -199,7 +216,8 @@ impl Cache {
             }
         }
         let [n, d] = self.size;
-        for (name, shape) in [("input", &[self.batch, n, d][..]), ("output", &[self.batch, n, d]), ("gate", &[self.batch, d])] {
+        let (full, row) = ([self.batch, n, d], [self.batch, d]);
+        for (name, shape) in [("input", &full[..]), ("output", &full), (beside_of(site), &row)] {
             let found = file.get(name).filter(|view| view.shape == shape && view.dtype == self.dtype);
             if found.is_none() {
                 return Err(Error::failure(format!("{}: {name}", file.place()), "does not fit the cache")
@@ -215,9 +233,14 @@ impl Cache {
     /// # Errors
     /// A full disk; the shards that are there stay.
     pub fn store(&self, site: &str, shard: u64, lesson: &Lesson<'_>) -> Result<()> {
-        let (b, d) = (lesson.gates.dim(0), lesson.gates.dim(2));
-        let rows = lesson.gates.f32s()?.chunks(lesson.gates.dim(1) * d);
-        let gate: Vec<f32> = rows.flat_map(|table| table[lesson.gate_row * d..][..d].iter().copied()).collect();
+        let (table, row) = match (lesson.gate, lesson.condition) {
+            (Some(gate), _) => gate,
+            (None, Some(condition)) => (condition, 0),
+            (None, None) => return Err(Error::failure(site, "neither a gate nor a condition to keep")),
+        };
+        let (b, d) = (table.dim(0), table.dim(2));
+        let rows = table.f32s()?.chunks(table.dim(1) * d);
+        let beside: Vec<f32> = rows.flat_map(|table| table[row * d..][..d].iter().copied()).collect();
         let record = |name: &str, shape: &[usize], values: &'_ [f32]| TensorRecord {
             name: name.to_string(),
             dtype: self.dtype,
@@ -228,7 +251,7 @@ impl Cache {
         let records = [
             record("input", shape.dims(), lesson.input.f32s()?),
             record("output", shape.dims(), lesson.target.f32s()?),
-            record("gate", &[b, d], &gate),
+            record(beside_of(site), &[b, d], &beside),
         ];
         safetensors::write(&self.path(site, shard), records, &self.header(site, shard))
     }
@@ -261,7 +284,7 @@ impl Cache {
         let [n, d] = self.size;
         let b = samples.len();
         let (mut input, mut target) = (device.empty(&[b, n, d])?, device.empty(&[b, n, d])?);
-        let mut gates = device.empty(&[b, 1, d])?;
+        let mut beside = device.empty(&[b, 1, d])?;
         let mut open: Option<(u64, TensorFile)> = None;
         for (row, &sample) in samples.iter().enumerate() {
             let (shard, within) = (u64::from(sample) / self.batch as u64, sample as usize % self.batch);
@@ -273,13 +296,13 @@ impl Cache {
                     file
                 }
             };
-            for (name, tensor) in [("input", &mut input), ("output", &mut target), ("gate", &mut gates)] {
+            for (name, tensor) in [("input", &mut input), ("output", &mut target), (beside_of(site), &mut beside)] {
                 let len = tensor.len() / b;
                 self.decode(&file, name, within, &mut tensor.f32s_mut()?[row * len..][..len]);
             }
             open = Some((shard, file));
         }
-        Ok(Kept { input, target, gates })
+        Ok(Kept { input, target, beside, pair: is_pair(site) })
     }
 
     /// One image of a tensor of a file that was checked.

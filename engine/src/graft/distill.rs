@@ -5,11 +5,11 @@
 //! passes are made once, before the first update. Labels are kept (the teacher predicts, it does not train). As in the
 //! other loops, a step draws everything from (seed, step), so that a resumed run equals an unbroken one to the bit.
 
-use super::assemble;
 use super::cache::{Cache, Filling};
 use super::plan::Assignment;
 use super::settings::DistillConfig;
-use super::student::{self, Lesson, ResidualSums, Student};
+use super::student::{Lesson, ResidualSums, Student};
+use super::{assemble, pair};
 use crate::autograd::{Graph, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::io::datasets::ImageSet;
@@ -66,6 +66,7 @@ pub(super) struct HeldOut {
 /// The sites of a plan in training beside their teacher.
 pub struct Distiller<'t> {
     teacher: &'t Dit,
+    assignments: Vec<Assignment>,
     pub(super) students: Vec<Student>,
     config: DistillConfig,
     schedule: Schedule,
@@ -97,11 +98,9 @@ impl<'t> Distiller<'t> {
     /// # Errors
     /// An operator that does not fit the teacher, or too little memory.
     pub fn homeless(teacher: &'t Dit, assignments: &[Assignment], config: &DistillConfig) -> Result<Self> {
-        let dims = teacher.config.block_dims();
-        let new = |a: &Assignment| Student::new(a.clone(), dims, &teacher.params, teacher.device(), config);
-        let students = assignments.iter().map(new);
-        let (students, config) = (students.collect::<Result<_>>()?, config.clone());
-        Ok(Distiller { teacher, students, config, schedule: Schedule::default(), cache: None, home: None })
+        let students = pair::students(teacher, assignments, config)?;
+        let (assignments, config, schedule) = (assignments.to_vec(), config.clone(), Schedule::default());
+        Ok(Distiller { teacher, assignments, students, config, schedule, cache: None, home: None })
     }
 
     /// What a checkpoint holds, to be changed.
@@ -125,7 +124,7 @@ impl<'t> Distiller<'t> {
     /// # Errors
     /// When memory runs out.
     pub fn model(&self) -> Result<Dit> {
-        assemble::graft(self.teacher, self.students.iter().map(|s| (&s.assignment, &s.params)))
+        self.assembled(self.students.iter().map(|s| (&s.assignment, &s.params)))
     }
 
     /// The teacher with the sites as they were initialised.
@@ -133,13 +132,14 @@ impl<'t> Distiller<'t> {
     /// # Errors
     /// When memory runs out.
     pub fn initial_model(&self) -> Result<Dit> {
-        let (dims, teacher) = (self.teacher.config.block_dims(), self.teacher);
-        let new = |s: &Student| {
-            let made = student::initial(&s.assignment, dims, &teacher.params, teacher.device(), &self.config)?;
-            Ok(made.0)
-        };
-        let fresh: Vec<ParamStore> = self.students.iter().map(new).collect::<Result<_>>()?;
-        assemble::graft(self.teacher, self.students.iter().map(|s| &s.assignment).zip(&fresh))
+        // Without optimisers: nothing is trained here.
+        let fresh = pair::start(self.teacher, &self.assignments, &self.config)?;
+        self.assembled(fresh.iter().map(|(assignment, params, _)| (assignment, params)))
+    }
+
+    fn assembled<'s>(&self, sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>) -> Result<Dit> {
+        let config = assemble::grafted_config(&self.teacher.config, &self.assignments)?;
+        assemble::graft(self.teacher, config, sites)
     }
 
     /// Makes the cache of activations that the settings ask for complete, where they ask for one: `report` sees its
@@ -148,11 +148,7 @@ impl<'t> Distiller<'t> {
     ///
     /// # Errors
     /// Images that do not fit the teacher; a disk that is too small or full; a cache of something else.
-    pub fn fill_cache(
-        &mut self,
-        data: &ImageSet,
-        report: &mut dyn FnMut(&Filling) -> ControlFlow<()>,
-    ) -> Result<bool> {
+    pub fn fill_cache(&mut self, data: &ImageSet, report: &mut dyn FnMut(&Filling) -> ControlFlow<()>) -> Result<bool> {
         check_images(self.teacher, data)?;
         let sites: Vec<String> = self.students.iter().map(|s| s.assignment.to_string()).collect();
         let Some(mut cache) = Cache::open(&self.config, self.teacher, data, &sites)? else { return Ok(true) };

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::io::datasets::ImageSet;
 use crate::io::system;
 use crate::models::dit::{self, Dit, DitConfig};
+use crate::nn::operators::Site;
 use crate::tensor::{Device, MemoryPlan, Tensor};
 use crate::train::batches::Batches;
 use crate::train::optimizer::AdamW;
@@ -77,7 +78,8 @@ fn learn_from_cache(distiller: &mut Distiller<'_>, base: &DitConfig, batch: usiz
     let tokens = |rows: usize| device.empty(&[batch, rows, base.width]);
     for student in &mut distiller.students {
         let (input, target, gates) = (tokens(base.tokens())?, tokens(base.tokens())?, tokens(1)?);
-        student.learn(&Lesson { input: &input, target: &target, gates: &gates, gate_row: 0 }, 0.0)?;
+        let gate = (student.assignment.site != Site::BlockPair).then_some((&gates, 0));
+        student.learn(&Lesson { input: &input, target: &target, gate, condition: Some(&gates) }, 0.0)?;
     }
     Ok(())
 }

@@ -16,6 +16,7 @@
 //! | [`memory`] | peak memory of the stages, before they run |
 //! | [`finetune`] | stage 2: the grafted model is trained on the diffusion loss |
 //! | [`run`] | the run folder: stages in order, each resumed where it was left |
+//! | `pair` | stage 1 of restructuring: two blocks in parallel learn to give what they gave in sequence |
 //! | [`science`] | studies: many grafts of one base in one table |
 //! | [`ablate`] | what each of the stages contributes |
 //! | [`summary`] | what a run has reached, as one JSON file |
@@ -33,6 +34,7 @@ pub mod import;
 pub mod locality;
 pub mod memory;
 mod page;
+mod pair;
 pub mod parts;
 pub mod plan;
 pub mod run;

@@ -3,6 +3,7 @@
 //! needed than to keep them apart.
 
 use super::distill::{Distiller, HELD_OUT_LOG, HeldOut, Progress};
+use super::pair;
 use super::plan::Assignment;
 use crate::error::{Error, Result};
 use crate::io::jsonl::{self, JsonLog};
@@ -53,17 +54,19 @@ impl Part {
     /// # Errors
     /// More parts than sites.
     pub(super) fn choose(&self, sites: &[Assignment]) -> Result<Vec<Assignment>> {
-        if self.of > sites.len() {
+        // A pair of blocks and the operators inside it are one thing to train.
+        let units = pair::units(sites);
+        if self.of > units.len() {
             return Err(Error::usage("--sites", "more parts than sites")
                 .is(self)
-                .must(format!("at most {} parts", sites.len())));
+                .must(format!("at most {} parts", units.len())));
         }
-        Ok(sites.iter().skip(self.index).step_by(self.of).cloned().collect())
+        Ok(units.into_iter().skip(self.index).step_by(self.of).flatten().cloned().collect())
     }
 
     /// What its checkpoint must have come from.
     pub(super) fn fingerprint(&self, run: &str) -> String {
-        format!("{run} sites:{self}")
+        format!("{run} sites={self}")
     }
 
     /// The part that a folder of stage 1 is for.
@@ -103,7 +106,9 @@ pub(super) fn gather(whole: &mut Distiller<'_>, stage: &Path, of: usize, steps: 
             Error::failure(folder.display().to_string(), "a part of stage 1 is not finished")
                 .is(is)
                 .must(format!("at step {steps}"))
-                .fix(format!("run `graft distill PLAN --run DIR --sites {part}` to its end, or remove all part folders"))
+                .fix(format!(
+                    "run `graft distill PLAN --run DIR --sites {part}` to its end, or remove all part folders"
+                ))
         };
         if !folder.join(CHECKPOINT).is_file() {
             return Err(unfinished("without a checkpoint".into()));
@@ -140,7 +145,9 @@ fn join<T: Serialize + DeserializeOwned>(
         let damaged = || Error::failure(path.display().to_string(), "the logs of the parts do not fit together");
         let lines = jsonl::read(&path)?;
         if i > 0 && lines.len() != joined.len() {
-            return Err(damaged().is(format!("{} lines", lines.len())).must(format!("{} as in the others", joined.len())));
+            return Err(damaged()
+                .is(format!("{} lines", lines.len()))
+                .must(format!("{} as in the others", joined.len())));
         }
         for (n, line) in lines.into_iter().enumerate() {
             let line: T = serde_json::from_value(line).map_err(|e| damaged().is(format!("line {}: {e}", n + 1)))?;
@@ -161,15 +168,16 @@ mod tests {
 
     #[test]
     fn parts_share_the_sites_out() {
-        let sites: Vec<Assignment> =
-            (0..5).map(|block| Assignment::new(block, Site::Attn, Spec::new("mha"))).collect();
+        let sites: Vec<Assignment> = (0..5).map(|block| Assignment::new(block, Site::Attn, Spec::new("mha"))).collect();
         let blocks = |text: &str| -> Vec<usize> {
             let part: Part = text.parse().unwrap();
             part.choose(&sites).unwrap().iter().map(|a| a.block).collect()
         };
         assert_eq!((blocks("0/1"), blocks("0/2"), blocks("1/2")), (vec![0, 1, 2, 3, 4], vec![0, 2, 4], vec![1, 3]));
         let many: Part = "5/6".parse().unwrap();
-        assert!(many.choose(&sites).unwrap_err().to_string().contains("more parts than sites; is 5/6; must be at most 5"));
+        assert!(
+            many.choose(&sites).unwrap_err().to_string().contains("more parts than sites; is 5/6; must be at most 5")
+        );
         for bad in ["2/2", "1", "a/b", "-1/2", "0/0", "merged"] {
             assert!(bad.parse::<Part>().unwrap_err().to_string().contains("--sites: no such part"), "{bad}");
         }

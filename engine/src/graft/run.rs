@@ -292,6 +292,7 @@ fn finetune_all(
             .must("a distilled model")
             .fix("run `graft distill PLAN --run DIR` to its end first"));
     }
+    assemble::check_origin(&folder, plan)?;
     let [_, needed] = memory::plan(&run.decided()?, None, program)?;
     let _ = report(Event::Memory(2, &needed));
     let grafted = dit::load(&folder, device)?;
@@ -363,5 +364,5 @@ pub fn finish(run: &RunFolder, evaluation: Option<Evaluation>) -> Result<Summary
 
 /// What a checkpoint must have come from: this plan, on a start with this digest.
 fn fingerprint(plan: &Plan, start: &str) -> String {
-    format!("plan:{} base:{start}", hash::sha256(plan.identity().as_bytes()))
+    format!("plan={:.16} base={start:.16}", hash::sha256(plan.identity().as_bytes()))
 }

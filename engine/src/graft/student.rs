@@ -1,26 +1,35 @@
-//! One site in stage 1: an operator that learns to imitate the one it replaces.
+//! One site in stage 1: an operator (or a pair of blocks) that learns to imitate what it replaces.
 //!
 //! A student has its own parameters and its own optimiser, and sees nothing of the others: what it becomes does not
 //! depend on which other sites are grafted.
 
+use super::pair::PairNet;
 use super::plan::Assignment;
 use super::settings::{DistillConfig, Start};
 use crate::autograd::{Graph, ParamStore, Precision, Var};
 use crate::error::{Error, Result};
+use crate::models::dit::Seen;
 use crate::nn::operators::{self, BlockDims, Operator};
 use crate::nn::{Builder, Scheme};
-use crate::models::dit::Seen;
 use crate::ops::contracts::{gate_residual, loss_regression};
 use crate::tensor::{Device, Tensor};
 use crate::train::optimizer::AdamW;
 use serde::{Deserialize, Serialize};
 
-/// An operator in training.
+/// What a student runs.
+pub(super) enum Net {
+    /// An operator of a block.
+    Operator(Box<dyn Operator>),
+    /// Two blocks in parallel.
+    Pair(Box<PairNet>),
+}
+
+/// An operator or a pair of blocks in training.
 pub(super) struct Student {
     pub assignment: Assignment,
     pub params: ParamStore,
     pub optimiser: AdamW,
-    operator: Box<dyn Operator>,
+    net: Net,
     loss: loss_regression::Params,
     gate_scaled: bool,
     precision: Precision,
@@ -33,15 +42,15 @@ pub(super) struct Lesson<'l> {
     pub input: &'l Tensor,
     /// `[B, N, D]`, before the gate.
     pub target: &'l Tensor,
-    /// `[B, C, D]`, of which one row is the gate of this site.
-    pub gates: &'l Tensor,
-    /// That row.
-    pub gate_row: usize,
+    /// `[B, C, D]` and its row that is the gate of this site; a pair of blocks has none.
+    pub gate: Option<(&'l Tensor, usize)>,
+    /// `[B, 1, D]` what blocks are modulated by; only a pair of blocks needs it.
+    pub condition: Option<&'l Tensor>,
 }
 
 impl<'l> From<&Seen<'l>> for Lesson<'l> {
     fn from(seen: &Seen<'l>) -> Self {
-        Lesson { input: seen.input, target: seen.output, gates: seen.modulation, gate_row: seen.gate_row }
+        Lesson { input: seen.input, target: seen.output, gate: seen.gate, condition: Some(seen.condition) }
     }
 }
 
@@ -70,22 +79,18 @@ impl ResidualSums {
 }
 
 impl Student {
-    /// A new operator as [`initial`] makes it.
-    pub fn new(
-        assignment: Assignment,
-        dims: BlockDims,
-        teacher: &ParamStore,
-        device: &Device,
-        config: &DistillConfig,
-    ) -> Result<Student> {
-        let (params, operator) = initial(&assignment, dims, teacher, device, config)?;
+    /// A student of parameters that are already there.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn assemble(assignment: Assignment, params: ParamStore, net: Net, config: &DistillConfig) -> Result<Student> {
         let optimiser = AdamW::new(config.optimizer, &params)?;
         let loss = match assignment.loss {
             Some(own) => config.loss.params_of(own),
             None => config.loss.params(assignment.site),
         };
         let (gate_scaled, precision) = (config.gate_scaled, config.dtype.into());
-        Ok(Student { assignment, params, optimiser, operator, loss, gate_scaled, precision })
+        Ok(Student { assignment, params, optimiser, net, loss, gate_scaled, precision })
     }
 
     /// One update; returns the loss before it.
@@ -132,16 +137,20 @@ impl Student {
 
     /// Loss and output.
     fn compare<'m>(&'m self, g: &Graph<'m>, lesson: &Lesson<'_>) -> Result<(Var, Var)> {
-        let output = self.operator.forward(g, &self.params, &Var::constant(lesson.input.clone()), None)?;
+        let input = Var::constant(lesson.input.clone());
+        let output = match &self.net {
+            Net::Operator(operator) => operator.forward(g, &self.params, &input, None)?,
+            Net::Pair(pair) => pair.forward(g, &self.params, &input, lesson.condition)?,
+        };
         let target = Var::constant(lesson.target.clone());
-        if !self.gate_scaled {
+        // A pair of blocks has no gate: it is compared as it is.
+        let Some((gates, gate_row)) = lesson.gate.filter(|_| self.gate_scaled) else {
             return Ok((g.loss_regression(&output, &target, self.loss)?, output));
-        }
+        };
         // Both as the residual stream would receive them: times the gate, on top of nothing.
         let nothing = Var::constant(Tensor::zeros(lesson.target.device(), lesson.target.shape().dims())?);
-        let gates = Var::constant(lesson.gates.clone());
-        let gated =
-            |x: &Var| g.gate_residual(&nothing, &gates, x, gate_residual::Params { gate_row: lesson.gate_row });
+        let gates = Var::constant(gates.clone());
+        let gated = |x: &Var| g.gate_residual(&nothing, &gates, x, gate_residual::Params { gate_row });
         Ok((g.loss_regression(&gated(&output)?, &gated(&target)?, self.loss)?, output))
     }
 }
@@ -154,7 +163,7 @@ pub(super) fn initial(
     teacher: &ParamStore,
     device: &Device,
     config: &DistillConfig,
-) -> Result<(ParamStore, Box<dyn Operator>)> {
+) -> Result<(ParamStore, Net)> {
     let mut params = ParamStore::default();
     let mut builder = Builder::new(&mut params, device, config.seed, Scheme::Torch);
     let operator =
@@ -162,7 +171,7 @@ pub(super) fn initial(
     if assignment.start == Start::Teacher {
         copy_teacher(&mut params, operator.as_ref(), assignment, teacher)?;
     }
-    Ok((params, operator))
+    Ok((params, Net::Operator(operator)))
 }
 
 /// Takes over what the teacher has of an operator's parameters.
@@ -201,11 +210,22 @@ mod tests {
     use crate::nn::operators::{Site, Spec};
     use crate::train::optimizer::AdamWSettings;
 
+    fn begin(
+        assignment: Assignment,
+        dims: BlockDims,
+        teacher: &ParamStore,
+        device: &Device,
+        config: &DistillConfig,
+    ) -> Result<Student> {
+        let (params, net) = initial(&assignment, dims, teacher, device, config)?;
+        Student::assemble(assignment, params, net, config)
+    }
+
     fn student(device: &Device, kind: &str, lr: f64) -> Student {
         let optimizer = AdamWSettings { lr, ema: 0.0, ..AdamWSettings::default() };
         let config = DistillConfig { optimizer, ..DistillConfig::default() };
         let assignment = Assignment::new(0, Site::Attn, Spec::new(kind));
-        Student::new(assignment, DIMS, &ParamStore::default(), device, &config).unwrap()
+        begin(assignment, DIMS, &ParamStore::default(), device, &config).unwrap()
     }
 
     const DIMS: BlockDims = BlockDims { width: 8, heads: 2, grid: [2, 2] };
@@ -216,7 +236,7 @@ mod tests {
 
     /// A lesson whose gate is one.
     fn lesson<'l>(input: &'l Tensor, target: &'l Tensor, gates: &'l Tensor) -> Lesson<'l> {
-        Lesson { input, target, gates, gate_row: 0 }
+        Lesson { input, target, gate: Some((gates, 0)), condition: None }
     }
 
     fn ones(device: &Device) -> Tensor {
@@ -287,7 +307,7 @@ mod tests {
         let gate = [0.5f32, -2.0, 0.0, 1.0, 3.0, -0.25, 0.0, 1.5];
         let table: Vec<f32> = [[9.0; 8], gate, [7.0; 8]].concat();
         let gates = Tensor::from_f32(&device, &[1, 3, 8], &table).unwrap();
-        let given = Lesson { input: &input, target: &target, gates: &gates, gate_row: 1 };
+        let given = Lesson { input: &input, target: &target, gate: Some((&gates, 1)), condition: None };
         let mut s = student(&device, "hyena_x", 1e-2);
         s.gate_scaled = true;
         let (loss, output) = s.compare(&Graph::inference(Precision::F32), &given).unwrap();
@@ -322,7 +342,7 @@ mod tests {
         let device = Device::cpu();
         let start = |site, spec: Spec, start| {
             let assignment = Assignment { start, ..Assignment::new(0, site, spec) };
-            Student::new(assignment, DIMS, &teacher(&device, site), &device, &DistillConfig::default())
+            begin(assignment, DIMS, &teacher(&device, site), &device, &DistillConfig::default())
         };
         let values = |s: &ParamStore, name: &str| s.get(s.find(name).unwrap()).value.to_vec().unwrap();
         let (attn, mlp) = (teacher(&device, Site::Attn), teacher(&device, Site::Mlp));
@@ -342,7 +362,7 @@ mod tests {
         assert_eq!(values(&narrow, "blocks.0.mlp.fc1.weight"), values(&fresh, "blocks.0.mlp.fc1.weight"));
         // A teacher without such parameters.
         let assignment = Assignment { start: Start::Teacher, ..Assignment::new(3, Site::Attn, Spec::new("hyena_x")) };
-        let refused = Student::new(assignment, DIMS, &attn, &device, &DistillConfig::default()).map(|_| ());
+        let refused = begin(assignment, DIMS, &attn, &device, &DistillConfig::default()).map(|_| ());
         let message = refused.unwrap_err().to_string();
         assert!(message.starts_with("blocks.3.attn: the teacher has none of the parameters"), "{message}");
     }
@@ -353,7 +373,7 @@ mod tests {
         let kind = |loss| {
             let assignment = Assignment { loss, ..Assignment::new(0, Site::Attn, Spec::new("mha")) };
             let config = DistillConfig::default();
-            Student::new(assignment, DIMS, &ParamStore::default(), &device, &config).unwrap().loss.kind
+            begin(assignment, DIMS, &ParamStore::default(), &device, &config).unwrap().loss.kind
         };
         assert_eq!([None, Some(Loss::L1), Some(Loss::L2), Some(Loss::Huber)].map(kind), [0, 0, 1, 2]);
     }

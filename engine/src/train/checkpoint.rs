@@ -84,7 +84,7 @@ pub fn restore(path: &Path, parts: &mut [(&mut ParamStore, &mut AdamW)], fingerp
     };
     let found = file.metadata().get(FINGERPRINT);
     if found.map(String::as_str) != Some(fingerprint) {
-        return Err(other_run(differing(found.map_or("", String::as_str), fingerprint), found, fingerprint));
+        return Err(other_run(&differing(found, fingerprint), found, fingerprint));
     }
     let step = file.metadata().get(STEP).and_then(|s| s.parse().ok());
     let step = step.ok_or_else(|| other_run(STEP, file.metadata().get(STEP), "a number"))?;
@@ -117,14 +117,12 @@ pub fn restore(path: &Path, parts: &mut [(&mut ParamStore, &mut AdamW)], fingerp
     Ok(true)
 }
 
-/// Which of the `key:value` words of two fingerprints differs first, or the field that holds them.
-fn differing<'f>(is: &str, must: &'f str) -> &'f str {
-    let mut was = is.split_whitespace();
-    let word = must.split_whitespace().find(|word| was.next() != Some(word)).unwrap_or_default();
-    match word.split_once(':') {
-        Some((key, _)) if key.chars().all(char::is_alphabetic) => key,
-        _ => FINGERPRINT,
-    }
+/// The parts `name=value` in which two fingerprints differ.
+fn differing(found: Option<&String>, wanted: &str) -> String {
+    let parts = found.map(String::as_str).unwrap_or_default().split(' ').zip(wanted.split(' '));
+    let names = parts.filter(|(a, b)| a != b).filter_map(|(_, b)| b.split_once('=')).map(|(name, _)| name);
+    let names = names.collect::<Vec<_>>().join(" and ");
+    if names.is_empty() { FINGERPRINT.to_string() } else { format!("another {names}") }
 }
 
 /// A tensor of the file that fits `like`.
@@ -245,10 +243,13 @@ mod tests {
         assert_eq!(values(&a), before);
         let error = restore(&path, &mut [(&mut a.0, &mut a.1)], "other").unwrap_err();
         assert_eq!(error.problem(), "checkpoint of another run (graft.run)");
-        for (is, field) in [("plan:1 base:3", "base"), ("plan:2 base:2", "plan"), ("", "plan")] {
-            assert_eq!(differing(is, "plan:1 base:2"), field);
-        }
-        assert_eq!(differing("{\"lr\":1}", "{\"lr\":2}"), FINGERPRINT);
+        save(&path, [(&saved.0, &saved.1)], "plan=1 base=2").unwrap();
+        let problem = |run: &str, a: &mut (ParamStore, AdamW)| {
+            restore(&path, &mut [(&mut a.0, &mut a.1)], run).unwrap_err().problem().to_string()
+        };
+        assert_eq!(problem("plan=1 base=3", &mut a), "checkpoint of another run (another base)");
+        assert_eq!(problem("plan=0 base=3", &mut a), "checkpoint of another run (another plan and base)");
+        assert_eq!(values(&a), before);
     }
 
     #[test]
