@@ -6,3 +6,4 @@ mod plans;
 mod reports;
 mod sampling;
 mod support;
+mod training;

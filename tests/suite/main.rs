@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod demo;
+mod distill;
 mod fuzz;
 mod golden_io;
 mod golden_verify;

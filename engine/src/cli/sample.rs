@@ -107,10 +107,7 @@ pub fn run(args: &Args) -> Result<()> {
         latents: args.latents.as_deref().map(|path| read_latents(path, &model)).transpose()?,
     };
     if args.plan_memory {
-        let plan = plan_memory(&model, &request);
-        let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
-        let (weights, working, all) = (mib(plan.weights), mib(plan.working), mib(plan.total()));
-        return super::out::line(format_args!("{all:.1} MiB: {weights:.1} of weights, {working:.1} to work in"));
+        return super::out::line(plan_memory(&model, &request)?);
     }
     let bar = progress::bar((request.labels.len() * request.steps) as u64, "sample");
     let result =

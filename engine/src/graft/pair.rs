@@ -8,7 +8,7 @@
 use super::assemble::grafted_config;
 use super::plan::Assignment;
 use super::settings::DistillConfig;
-use super::student::{Net, Student};
+use super::student::{self, Net, Student};
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::models::dit::{Dit, DitConfig, Pair, Run};
@@ -19,25 +19,19 @@ use crate::tensor::Tensor;
 /// A pair of blocks as its student runs it.
 pub(super) struct PairNet {
     pair: Pair,
-    condition: Option<Tensor>,
 }
 
 impl PairNet {
-    /// The condition `[B, 1, D]` of the batch that comes next: blocks are modulated by it.
-    pub fn condition(&mut self, condition: &Tensor) {
-        self.condition = Some(condition.clone());
-    }
-
-    /// What the pair adds to its input.
+    /// What the pair adds to its input, where `condition [B, 1, D]` modulates the blocks.
     ///
     /// # Errors
-    /// When the condition is not that of this batch.
-    pub fn forward(&self, g: &Graph<'_>, params: &ParamStore, input: &Var) -> Result<Var> {
-        let condition = self.condition.clone().ok_or_else(|| {
-            Error::failure("pair of blocks", "no condition to modulate with").must("shown before the batch")
+    /// When there is no condition, or not that of this batch.
+    pub fn forward(&self, g: &Graph<'_>, params: &ParamStore, input: &Var, condition: Option<&Tensor>) -> Result<Var> {
+        let condition = condition.ok_or_else(|| {
+            Error::failure("pair of blocks", "no condition to modulate with").must("that of the batch")
         })?;
         let run = (Run::default().semantics, false);
-        self.pair.forward(g, params, input, &Var::constant(condition), run, None)
+        self.pair.forward(g, params, input, &Var::constant(condition.clone()), run, None)
     }
 }
 
@@ -46,25 +40,49 @@ impl PairNet {
 /// # Errors
 /// An operator or a pair that does not fit the teacher, or too little memory.
 pub(super) fn students(teacher: &Dit, assignments: &[Assignment], config: &DistillConfig) -> Result<Vec<Student>> {
-    let after = grafted_config(&teacher.config, assignments)?;
-    let alone = |a: &&Assignment| {
-        let holds = |pair: &Assignment| pair.site == Site::BlockPair && pair.blocks().contains(&a.block);
-        a.site == Site::BlockPair || !assignments.iter().any(holds)
-    };
-    let student = |a: &Assignment| match a.site {
-        Site::BlockPair => pair_student(teacher, &after, a, assignments, config),
-        _ => Student::new(a.clone(), teacher.config.block_dims(), &teacher.params, teacher.device(), config),
-    };
-    assignments.iter().filter(alone).map(student).collect()
+    let fresh = start(teacher, assignments, config)?;
+    fresh.into_iter().map(|(own, params, net)| Student::assemble(own, params, net, config)).collect()
 }
 
-fn pair_student(
+/// What [`students`] start from: their parameters, and what runs on them.
+///
+/// # Errors
+/// As [`students`].
+pub(super) fn start(
+    teacher: &Dit,
+    assignments: &[Assignment],
+    config: &DistillConfig,
+) -> Result<Vec<(Assignment, ParamStore, Net)>> {
+    let after = grafted_config(&teacher.config, assignments)?;
+    let dims = teacher.config.block_dims();
+    let begin = |unit: Vec<&Assignment>| {
+        let own = unit[0];
+        let (params, net) = match own.site {
+            Site::BlockPair => begin_pair(teacher, &after, own, assignments, config)?,
+            _ => student::initial(own, dims, &teacher.params, teacher.device(), config)?,
+        };
+        Ok((own.clone(), params, net))
+    };
+    units(assignments).into_iter().map(begin).collect()
+}
+
+/// What each student owns: a pair with the operators inside it, or an operator alone.
+pub(super) fn units(assignments: &[Assignment]) -> Vec<Vec<&Assignment>> {
+    let inside = |a: &Assignment, pair: &Assignment| {
+        pair.site == Site::BlockPair && a.site != Site::BlockPair && pair.blocks().contains(&a.block)
+    };
+    let alone = assignments.iter().filter(|a| !assignments.iter().any(|pair| inside(a, pair)));
+    let unit = |own| std::iter::once(own).chain(assignments.iter().filter(move |a| inside(a, own))).collect();
+    alone.map(unit).collect()
+}
+
+fn begin_pair(
     teacher: &Dit,
     after: &DitConfig,
     own: &Assignment,
     assignments: &[Assignment],
     config: &DistillConfig,
-) -> Result<Student> {
+) -> Result<(ParamStore, Net)> {
     let mut params = ParamStore::default();
     let mut builder = Builder::new(&mut params, teacher.device(), config.seed, Scheme::Torch);
     let specs = [*own.blocks().start(), *own.blocks().end()].map(|block| &after.blocks[block]);
@@ -81,14 +99,14 @@ fn pair_student(
     let inside = |a: &&Assignment| a.site != Site::BlockPair && own.blocks().contains(&a.block);
     for a in assignments.iter().filter(inside) {
         // As it would start alone.
-        let alone = Student::new(a.clone(), after.block_dims(), &teacher.params, teacher.device(), config)?;
-        for (_, p) in alone.params.iter() {
+        let (alone, _) = student::initial(a, after.block_dims(), &teacher.params, teacher.device(), config)?;
+        for (_, p) in alone.iter() {
             if let Some(id) = params.find(&p.name) {
                 params.set(id, p.value.clone())?;
             }
         }
     }
-    Student::assemble(own.clone(), params, Net::Pair(Box::new(PairNet { pair, condition: None })), config)
+    Ok((params, Net::Pair(Box::new(PairNet { pair }))))
 }
 
 #[cfg(test)]

@@ -278,8 +278,10 @@ impl Plan {
     pub fn identity(&self) -> String {
         let mut distill = self.distill.clone();
         let mut finetune = self.finetune.clone();
-        (distill.checkpoint_every, finetune.checkpoint_every) = (1, 1);
+        (distill.checkpoint_every, finetune.checkpoint_every, distill.held_out_every) = (1, 1, 0);
         finetune.lora.iter_mut().for_each(|lora| lora.keep_adapters = false);
+        // Whether activations are kept matters, where they are does not.
+        distill.cache = distill.cache.map(|_| PathBuf::new());
         let layers = |graft: &Graft| match graft.layers.get_ref() {
             Layers::Pattern(name) => serde_json::json!(name),
             Layers::List(list) => serde_json::json!(list.iter().map(|l| *l.get_ref()).collect::<Vec<_>>()),
@@ -395,7 +397,7 @@ fn option_value(value: &toml::Value) -> Option<OptionValue> {
 
 /// The operator of a site; building it once shows whether it can be.
 pub(super) fn operator(spec: &Spec, site: Site, dims: BlockDims) -> Result<Box<dyn Operator>> {
-    let (mut scratch, device) = (ParamStore::default(), Device::cpu());
+    let (mut scratch, device) = (ParamStore::default(), Device::dry());
     operators::build(spec, site, dims, &mut Builder::new(&mut scratch, &device, 0, Scheme::Unset))
 }
 

@@ -31,6 +31,17 @@ pub struct DistillConfig {
     pub optimizer: AdamWSettings,
     /// Loss by site.
     pub loss: LossConfig,
+    /// Multiply prediction and target by the block's gate of the site before they are compared.
+    pub gate_scaled: bool,
+    /// Updates between measurements of the residuals; 0 measures before the first and after the last only.
+    pub held_out_every: u64,
+    /// Folder that keeps activations of the teacher, so that it runs once and not in every pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
+    /// Images whose activations are kept, rounded up to whole batches: the published 8,000.
+    pub cache_samples: usize,
+    /// Element type of the kept activations; f32 keeps them exactly.
+    pub cache_dtype: Dtype,
 }
 
 impl Default for DistillConfig {
@@ -44,6 +55,11 @@ impl Default for DistillConfig {
             held_out: 8,
             optimizer: AdamWSettings { lr: 1e-4, clip: 10.0, ema: 0.0, ..AdamWSettings::default() },
             loss: LossConfig::default(),
+            gate_scaled: false,
+            held_out_every: 0,
+            cache: None,
+            cache_samples: 8000,
+            cache_dtype: Dtype::F32,
         }
     }
 }
@@ -375,8 +391,14 @@ impl DistillConfig {
             ("batch", self.batch as u64),
             ("checkpoint_every", self.checkpoint_every),
             ("held_out", self.held_out),
+            ("cache_samples", self.cache_samples as u64),
         ];
         at_least_one("distill", &counts)?;
+        if u32::try_from(self.cache_samples.saturating_add(self.batch)).is_err() {
+            return Err(Error::usage("distill: cache_samples", "out of range")
+                .is(self.cache_samples)
+                .must(format!("at most {}", u32::MAX - self.batch as u32)));
+        }
         self.optimizer.check().map_err(|e| e.context("distill: optimizer"))?;
         if self.optimizer.ema != 0.0 {
             return Err(Error::usage("distill: optimizer: ema", "stage 1 keeps no moving average")

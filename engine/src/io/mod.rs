@@ -17,6 +17,7 @@
 //! | [`inception`] | the raw weights of the metric network |
 //! | [`hash`] | SHA-256 |
 //! | [`jsonl`] | append-only logs, one JSON object per line |
+//! | [`system`] | memory of the process, free space of a disk |
 //!
 //! Every reader treats its bytes as hostile: no length that a file states is believed before it is compared with
 //! the bytes that are there, and no input makes a reader panic. Every writer is atomic and deterministic.
@@ -36,6 +37,7 @@ pub mod map;
 pub mod pickle;
 pub mod png;
 pub mod safetensors;
+pub mod system;
 mod tensor_header;
 pub mod torch_zip;
 mod unpickle;

@@ -56,7 +56,7 @@ pub enum Scheme {
     Torch,
     /// Xavier-uniform weights and zero biases: what the blocks of a new DiT start from.
     Xavier,
-    /// Every parameter zero, whatever it asks for: a model whose weights are about to be read.
+    /// Values unspecified: a model whose weights are about to be read or set.
     Unset,
 }
 
@@ -93,8 +93,9 @@ impl<'a> Builder<'a> {
     pub fn param(&mut self, name: &str, shape: &[usize], init: Init) -> Result<ParamId> {
         let full = format!("{}{name}", self.prefix);
         let mut value = self.device.empty(shape)?;
-        let init = if self.scheme == Scheme::Unset { Init::Zeros } else { init };
-        fill(value.f32s_mut()?, init, Philox::new(self.seed, stream_of(&full)));
+        if self.scheme != Scheme::Unset && !self.device.is_dry() {
+            fill(value.f32s_mut()?, init, Philox::new(self.seed, stream_of(&full)));
+        }
         Ok(self.store.add(full, value, true))
     }
 

@@ -88,6 +88,9 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
     require("adamw", params.bias1 > 0.0 && params.bias2 > 0.0, "bias1 > 0.0 && bias2 > 0.0", "bias corrections greater than zero: steps count from 1", || format!("{dims:?}, {params:?}"))?;
     let device = grad.device().clone();
     check.same_device(&device, &[("param", Some(&*param)), ("m", Some(&*m)), ("v", Some(&*v)), ("ema", ema.as_deref())])?;
+    if device.is_dry() {
+        return Ok(());
+    }
     let args = Forward { dims, params, grad: grad.f32s()?, param: param.f32s_mut()?, m: m.f32s_mut()?, v: v.f32s_mut()?, ema: match ema { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::adamw::cpu::forward(args),
@@ -151,6 +154,9 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
     let Dims { b, l, .. } = dims;
     let mut x_t = device.empty(&[b, l])?;
 
+    if device.is_dry() {
+        return Ok(x_t);
+    }
     let args = Forward { dims, params, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, x_t: x_t.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::add_noise::cpu::forward(args),
@@ -212,6 +218,9 @@ pub fn attention(qkv: &Tensor, params: kernels::generated::attention::Params) ->
     let mut y = device.empty(&[b, n, h, e])?;
     let mut lse = device.empty(&[b, h, n])?;
 
+    if device.is_dry() {
+        return Ok(AttentionOut { y, lse });
+    }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::attention::cpu::forward(args),
@@ -246,6 +255,9 @@ pub fn attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, w
     let Dims { b, n, h, e, .. } = dims;
     let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::attention::cpu::backward(args),
@@ -322,6 +334,9 @@ pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params
     let dims = Dims { l: check.dim("L")? };
     let device = x.device().clone();
     check.same_device(&device, &[("y", Some(&*y))])?;
+    if device.is_dry() {
+        return Ok(());
+    }
     let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::axpy::cpu::forward(args),
@@ -389,6 +404,9 @@ pub fn branch_deltas(x: &Tensor, first: &Tensor, second: &Tensor, params: kernel
     let Dims { b, n, d, .. } = dims;
     let mut y = device.empty(&[b, n, 2, d])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, x: x.f32s()?, first: first.f32s()?, second: second.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::branch_deltas::cpu::forward(args),
@@ -416,6 +434,9 @@ pub fn branch_deltas_backward(dy: &Tensor, want_x: bool, want_first: bool, want_
     let mut grad_first = if want_first { Some(device.empty(&[b, n, d])?) } else { None };
     let mut grad_second = if want_second { Some(device.empty(&[b, n, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(BranchDeltasGrads { x: grad_x, first: grad_first, second: grad_second });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dfirst: match &mut grad_first { Some(t) => Some(t.f32s_mut()?), None => None }, dsecond: match &mut grad_second { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::branch_deltas::cpu::backward(args),
@@ -515,6 +536,9 @@ pub fn conv_silu(p: &Tensor, weight: &Tensor, bias: &Tensor, params: kernels::ge
     let Dims { b, n, c, .. } = dims;
     let mut y = device.empty(&[b, n, c])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::conv_silu::cpu::forward(args),
@@ -553,6 +577,9 @@ pub fn conv_silu_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bias: &Tenso
     let mut grad_weight = if want_weight { Some(device.empty(&[c, k])?) } else { None };
     let mut grad_bias = if want_bias { Some(device.empty(&[c])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(ConvSiluGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::conv_silu::cpu::backward(args),
@@ -666,6 +693,9 @@ pub fn cross_attention(q: &Tensor, kv: &Tensor, counts: Option<&Tensor>, params:
     let mut y = device.empty(&[b, n, h, e])?;
     let mut lse = device.empty(&[b, h, n])?;
 
+    if device.is_dry() {
+        return Ok(CrossAttentionOut { y, lse });
+    }
     let args = Forward { dims, params, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_attention::cpu::forward(args),
@@ -711,6 +741,9 @@ pub fn cross_attention_backward(dy: &Tensor, q: &Tensor, kv: &Tensor, counts: Op
     let mut grad_q = if want_q { Some(device.empty(&[b, n, r, h, e])?) } else { None };
     let mut grad_kv = if want_kv { Some(device.empty(&[b, m, 2, h, e])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(CrossAttentionGrads { q: grad_q, kv: grad_kv });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dq: match &mut grad_q { Some(t) => Some(t.f32s_mut()?), None => None }, dkv: match &mut grad_kv { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_attention::cpu::backward(args),
@@ -814,6 +847,9 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, params: kernels::generate
     let mut loss = device.empty(&[1])?;
     let mut lse = device.empty(&[b])?;
 
+    if device.is_dry() {
+        return Ok(CrossEntropyOut { loss, lse });
+    }
     let args = Forward { dims, params, logits: logits.f32s()?, labels: labels.i32s()?, loss: loss.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_entropy::cpu::forward(args),
@@ -854,6 +890,9 @@ pub fn cross_entropy_backward(dloss: &Tensor, logits: &Tensor, labels: &Tensor, 
     let Dims { b, k, .. } = dims;
     let mut grad_logits = if want_logits { Some(device.empty(&[b, k])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_logits);
+    }
     let args = Backward { dims, params, dloss: dloss.f32s()?, logits: logits.f32s()?, labels: labels.i32s()?, lse: lse.f32s()?, dlogits: match &mut grad_logits { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_entropy::cpu::backward(args),
@@ -964,6 +1003,9 @@ pub fn embed(table: &Tensor, index: &Tensor, addend: Option<&Tensor>, params: ke
     let mut y = device.empty(&[b, d])?;
     let mut pre = device.empty(&[b, d])?;
 
+    if device.is_dry() {
+        return Ok(EmbedOut { y, pre });
+    }
     let args = Forward { dims, params, table: table.f32s()?, index: index.i32s()?, addend: match addend { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: pre.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::embed::cpu::forward(args),
@@ -1003,6 +1045,9 @@ pub fn embed_backward(dy: &Tensor, index: &Tensor, pre: &Tensor, v: usize, want_
     let mut grad_table = if want_table { Some(device.empty(&[v, d])?) } else { None };
     let mut grad_addend = if want_addend { Some(device.empty(&[b, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(EmbedGrads { table: grad_table, addend: grad_addend });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, index: index.i32s()?, pre: pre.f32s()?, dtable: match &mut grad_table { Some(t) => Some(t.f32s_mut()?), None => None }, daddend: match &mut grad_addend { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::embed::cpu::backward(args),
@@ -1104,6 +1149,9 @@ pub fn feature_gated_conv(p: &Tensor, weight: &Tensor, bias: &Tensor, params: ke
     let Dims { b, n, f, .. } = dims;
     let mut y = device.empty(&[b, n, f])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::feature_gated_conv::cpu::forward(args),
@@ -1142,6 +1190,9 @@ pub fn feature_gated_conv_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bia
     let mut grad_weight = if want_weight { Some(device.empty(&[n, k])?) } else { None };
     let mut grad_bias = if want_bias { Some(device.empty(&[n])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(FeatureGatedConvGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::feature_gated_conv::cpu::backward(args),
@@ -1227,6 +1278,9 @@ pub fn filter_window(x: &Tensor, params: kernels::generated::filter_window::Para
     let Dims { l, c, .. } = dims;
     let mut y = device.empty(&[c, l])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::filter_window::cpu::forward(args),
@@ -1255,6 +1309,9 @@ pub fn filter_window_backward(dy: &Tensor, want_x: bool, params: kernels::genera
     let Dims { l, c, .. } = dims;
     let mut grad_x = if want_x { Some(device.empty(&[l, c])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_x);
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::filter_window::cpu::backward(args),
@@ -1345,6 +1402,9 @@ pub fn gate_residual(residual: &Tensor, modulation: &Tensor, branch: &Tensor, pa
     let Dims { b, n, d, .. } = dims;
     let mut y = device.empty(&[b, n, d])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, residual: residual.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gate_residual::cpu::forward(args),
@@ -1379,6 +1439,9 @@ pub fn gate_residual_backward(dy: &Tensor, modulation: &Tensor, branch: &Tensor,
     let mut grad_modulation = if want_modulation { Some(device.empty(&[b, c, d])?) } else { None };
     let mut grad_branch = if want_branch { Some(device.empty(&[b, n, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None }, dbranch: match &mut grad_branch { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gate_residual::cpu::backward(args),
@@ -1495,6 +1558,9 @@ pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<
     let Dims { b, n, c, .. } = dims;
     let mut y = device.empty(&[b, n, c])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv::cpu::forward(args),
@@ -1545,6 +1611,9 @@ pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor
     let mut grad_inner_weight = if want_inner_weight { Some(device.empty(&[c, k])?) } else { None };
     let mut grad_inner_bias = if want_inner_bias { Some(device.empty(&[c])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv::cpu::backward(args),
@@ -1670,6 +1739,9 @@ pub fn gated_conv_2d(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Opti
     let Dims { b, gh, gw, c, .. } = dims;
     let mut y = device.empty(&[b, gh, gw, c])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv_2d::cpu::forward(args),
@@ -1719,6 +1791,9 @@ pub fn gated_conv_2d_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Ten
     let mut grad_inner_weight = if want_inner_weight { Some(device.empty(&[c, k, k])?) } else { None };
     let mut grad_inner_bias = if want_inner_bias { Some(device.empty(&[c])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GatedConv2dGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv_2d::cpu::backward(args),
@@ -1858,6 +1933,9 @@ pub fn gemm(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, pos: Option<&Tensor>,
     let mut y = device.empty(&[b, n, f])?;
     let mut pre = if want_pre { Some(device.empty(&[b, n, f])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GemmOut { y, pre });
+    }
     let args = Forward { dims, params, x: x.f32s()?, w: w.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, pos: match pos { Some(t) => Some(t.f32s()?), None => None }, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: match &mut pre { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gemm::cpu::forward(args),
@@ -1905,6 +1983,9 @@ pub fn gemm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, gate: Option<&Tensor>,
     let mut grad_pos = if want_pos { Some(device.empty(&[n, f])?) } else { None };
     let mut grad_gate = if want_gate { Some(device.empty(&[b, c, f])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, w: w.weight()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, pre: match pre { Some(t) => Some(t.f32s()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dpos: match &mut grad_pos { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gemm::cpu::backward(args),
@@ -2046,6 +2127,9 @@ pub fn kv_compress(x: &Tensor, weight: &Tensor, bias: &Tensor, gamma: &Tensor, b
     let mut mean = device.empty(&[b, gh/k, gw/k, 2])?;
     let mut rstd = device.empty(&[b, gh/k, gw/k, 2])?;
 
+    if device.is_dry() {
+        return Ok(KvCompressOut { y, mean, rstd });
+    }
     let args = Forward { dims, params, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::kv_compress::cpu::forward(args),
@@ -2096,6 +2180,9 @@ pub fn kv_compress_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, bias: &Ten
     let mut grad_gamma = if want_gamma { Some(device.empty(&[d])?) } else { None };
     let mut grad_beta = if want_beta { Some(device.empty(&[d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(KvCompressGrads { x: grad_x, weight: grad_weight, bias: grad_bias, gamma: grad_gamma, beta: grad_beta });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::kv_compress::cpu::backward(args),
@@ -2212,6 +2299,9 @@ pub fn linear_attention(qkv: &Tensor, params: kernels::generated::linear_attenti
     let mut state = device.empty(&[b, h, e, e])?;
     let mut total = device.empty(&[b, h, e])?;
 
+    if device.is_dry() {
+        return Ok(LinearAttentionOut { y, norm, state, total });
+    }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, norm: norm.f32s_mut()?, state: state.f32s_mut()?, total: total.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::linear_attention::cpu::forward(args),
@@ -2255,6 +2345,9 @@ pub fn linear_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, norm: &T
     let Dims { b, n, h, e, .. } = dims;
     let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, norm: norm.f32s()?, state: state.f32s()?, total: total.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::linear_attention::cpu::backward(args),
@@ -2364,6 +2457,9 @@ pub fn ln_modulate(x: &Tensor, modulation: &Tensor, params: kernels::generated::
     let mut mean = device.empty(&[b, n])?;
     let mut rstd = device.empty(&[b, n])?;
 
+    if device.is_dry() {
+        return Ok(LnModulateOut { y, mean, rstd });
+    }
     let args = Forward { dims, params, x: x.f32s()?, modulation: modulation.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::ln_modulate::cpu::forward(args),
@@ -2404,6 +2500,9 @@ pub fn ln_modulate_backward(dy: &Tensor, x: &Tensor, modulation: &Tensor, mean: 
     let mut grad_x = if want_x { Some(device.empty(&[b, n, d])?) } else { None };
     let mut grad_modulation = if want_modulation { Some(device.empty(&[b, c, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(LnModulateGrads { x: grad_x, modulation: grad_modulation });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, modulation: modulation.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::ln_modulate::cpu::backward(args),
@@ -2523,6 +2622,9 @@ pub fn long_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&
     let Dims { b, n, c, .. } = dims;
     let mut y = device.empty(&[b, n, c])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, filter: filter.f32s()?, skip: skip.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::long_conv::cpu::forward(args),
@@ -2573,6 +2675,9 @@ pub fn long_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor>
     let mut grad_filter = if want_filter { Some(device.empty(&[c, l])?) } else { None };
     let mut grad_skip = if want_skip { Some(device.empty(&[c])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(LongConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, filter: grad_filter, skip: grad_skip });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, filter: filter.f32s()?, skip: skip.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dfilter: match &mut grad_filter { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::long_conv::cpu::backward(args),
@@ -2698,6 +2803,9 @@ pub fn loss_diffusion(model_output: &Tensor, x0: &Tensor, noise: &Tensor, coefs:
     let mut mse = device.empty(&[b])?;
     let mut vb = device.empty(&[b])?;
 
+    if device.is_dry() {
+        return Ok(LossDiffusionOut { loss, mse, vb });
+    }
     let args = Forward { dims, params, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, loss: loss.f32s_mut()?, mse: mse.f32s_mut()?, vb: vb.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::forward(args),
@@ -2737,6 +2845,9 @@ pub fn loss_diffusion_backward(dloss: &Tensor, model_output: &Tensor, x0: &Tenso
     let Dims { b, c, s, .. } = dims;
     let mut grad_model_output = if want_model_output { Some(device.empty(&[b, 2*c, s])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_model_output);
+    }
     let args = Backward { dims, params, dloss: dloss.f32s()?, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::backward(args),
@@ -2828,6 +2939,9 @@ pub fn loss_regression(pred: &Tensor, target: &Tensor, params: kernels::generate
     
     let mut loss = device.empty(&[1])?;
 
+    if device.is_dry() {
+        return Ok(loss);
+    }
     let args = Forward { dims, params, pred: pred.f32s()?, target: target.f32s()?, loss: loss.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_regression::cpu::forward(args),
@@ -2863,6 +2977,9 @@ pub fn loss_regression_backward(dloss: &Tensor, pred: &Tensor, target: &Tensor, 
     let Dims { b, n, d, .. } = dims;
     let mut grad_pred = if want_pred { Some(device.empty(&[b, n, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_pred);
+    }
     let args = Backward { dims, params, dloss: dloss.f32s()?, pred: pred.f32s()?, target: target.f32s()?, dpred: match &mut grad_pred { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_regression::cpu::backward(args),
@@ -2979,6 +3096,9 @@ pub fn mamba2(xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, a_log: &Tensor, skip: 
     let Dims { b, n, h, e, .. } = dims;
     let mut y = device.empty(&[b, n, h*e])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::mamba2::cpu::forward(args),
@@ -3028,6 +3148,9 @@ pub fn mamba2_backward(dy: &Tensor, xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, 
     let mut grad_a_log = if want_a_log { Some(device.empty(&[h])?) } else { None };
     let mut grad_skip = if want_skip { Some(device.empty(&[h])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, dxbc: match &mut grad_xbc { Some(t) => Some(t.f32s_mut()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, ddt_bias: match &mut grad_dt_bias { Some(t) => Some(t.f32s_mut()?), None => None }, da_log: match &mut grad_a_log { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::mamba2::cpu::backward(args),
@@ -3135,6 +3258,9 @@ pub fn neighborhood_attention(qkv: &Tensor, k: usize, params: kernels::generated
     let mut y = device.empty(&[b, gh, gw, h, e])?;
     let mut lse = device.empty(&[b, h, gh, gw])?;
 
+    if device.is_dry() {
+        return Ok(NeighborhoodAttentionOut { y, lse });
+    }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::neighborhood_attention::cpu::forward(args),
@@ -3172,6 +3298,9 @@ pub fn neighborhood_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, ls
     let Dims { b, gh, gw, h, e, .. } = dims;
     let mut grad_qkv = if want_qkv { Some(device.empty(&[b, gh, gw, 3, h, e])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::neighborhood_attention::cpu::backward(args),
@@ -3254,6 +3383,9 @@ pub fn patchify(x: &Tensor, p: usize, gh: usize, gw: usize, params: kernels::gen
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut tokens = device.empty(&[b, gh*gw, c*p*p])?;
 
+    if device.is_dry() {
+        return Ok(tokens);
+    }
     let args = Forward { dims, params, x: x.f32s()?, tokens: tokens.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::patchify::cpu::forward(args),
@@ -3285,6 +3417,9 @@ pub fn patchify_backward(dtokens: &Tensor, p: usize, gh: usize, gw: usize, c: us
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut grad_x = if want_x { Some(device.empty(&[b, c, gh*p, gw*p])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_x);
+    }
     let args = Backward { dims, params, dtokens: dtokens.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::patchify::cpu::backward(args),
@@ -3357,6 +3492,9 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
     let Dims { l, .. } = dims;
     let mut z = device.empty(&[l])?;
 
+    if device.is_dry() {
+        return Ok(z);
+    }
     let args = Forward { dims, params, z: z.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::philox::cpu::forward(args),
@@ -3436,6 +3574,9 @@ pub fn rms_norm(x: &Tensor, gate: Option<&Tensor>, weight: &Tensor, params: kern
     let mut y = device.empty(&[b, n, d])?;
     let mut rstd = device.empty(&[b, n])?;
 
+    if device.is_dry() {
+        return Ok(RmsNormOut { y, rstd });
+    }
     let args = Forward { dims, params, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, y: y.f32s_mut()?, rstd: rstd.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::rms_norm::cpu::forward(args),
@@ -3478,6 +3619,9 @@ pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, gate: Option<&Tensor>, weight:
     let mut grad_gate = if want_gate { Some(device.empty(&[b, n, w])?) } else { None };
     let mut grad_weight = if want_weight { Some(device.empty(&[d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(RmsNormGrads { x: grad_x, gate: grad_gate, weight: grad_weight });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::rms_norm::cpu::backward(args),
@@ -3567,6 +3711,9 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
     let Dims { b, d, .. } = dims;
     let mut y = device.empty(&[b, d])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, t: t.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::sinusoid::cpu::forward(args),
@@ -3649,6 +3796,9 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
     let mut x_next = device.empty(&[b, c, s])?;
     let mut x0 = device.empty(&[b, c, s])?;
 
+    if device.is_dry() {
+        return Ok(SolverStepOut { x_next, x0 });
+    }
     let args = Forward { dims, params, x: x.f32s()?, cond: cond.f32s()?, uncond: match uncond { Some(t) => Some(t.f32s()?), None => None }, noise: match noise { Some(t) => Some(t.f32s()?), None => None }, x0_prev: match x0_prev { Some(t) => Some(t.f32s()?), None => None }, x_next: x_next.f32s_mut()?, x0: x0.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::solver_step::cpu::forward(args),
@@ -3702,6 +3852,9 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
     
     let mut out = device.empty(&[1])?;
 
+    if device.is_dry() {
+        return Ok(out);
+    }
     let args = Forward { dims, params, x: x.f32s()?, out: out.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::sum_squares::cpu::forward(args),
@@ -3757,6 +3910,9 @@ pub fn unpatchify(tokens: &Tensor, c: usize, p: usize, gh: usize, gw: usize, par
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut x = device.empty(&[b, c, gh*p, gw*p])?;
 
+    if device.is_dry() {
+        return Ok(x);
+    }
     let args = Forward { dims, params, tokens: tokens.f32s()?, x: x.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::unpatchify::cpu::forward(args),
@@ -3788,6 +3944,9 @@ pub fn unpatchify_backward(dx: &Tensor, c: usize, p: usize, gh: usize, gw: usize
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut grad_tokens = if want_tokens { Some(device.empty(&[b, gh*gw, p*p*c])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_tokens);
+    }
     let args = Backward { dims, params, dx: dx.f32s()?, dtokens: match &mut grad_tokens { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::unpatchify::cpu::backward(args),
@@ -3873,6 +4032,9 @@ pub fn window_attention(qkv: &Tensor, w: usize, params: kernels::generated::wind
     let mut y = device.empty(&[b, n, h, e])?;
     let mut lse = device.empty(&[b, h, n])?;
 
+    if device.is_dry() {
+        return Ok(WindowAttentionOut { y, lse });
+    }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::window_attention::cpu::forward(args),
@@ -3908,6 +4070,9 @@ pub fn window_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Te
     let Dims { b, n, h, e, .. } = dims;
     let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::window_attention::cpu::backward(args),

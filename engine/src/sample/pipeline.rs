@@ -10,10 +10,10 @@ use super::solver::{NoiseScale, Plan, Sampler, Variance};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::cpu::on_workers;
 use crate::error::{Error, Result};
-use crate::models::dit::{BlockSpec, Dit, Run, Semantics};
+use crate::models::dit::{self, Dit, Run, Seen, Semantics};
 use crate::nn::operators::Site;
 use crate::ops::solver_step;
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{DType, Device, MemoryPlan, Tensor};
 use graft_kernels::rng::{LATENT_STREAM, Philox, image_seed, step_stream};
 
 /// What to sample.
@@ -118,40 +118,24 @@ pub fn generate_watched(
     }
 }
 
-/// Memory that a request needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryPlan {
-    /// Bytes of the parameters.
-    pub weights: usize,
-    /// Bytes of the tensors of a step, at most, and of the images of the request.
-    pub working: usize,
-}
-
-impl MemoryPlan {
-    /// Everything.
-    pub fn total(&self) -> usize {
-        self.weights + self.working
-    }
-}
-
-/// Plans the memory of a request before it runs.
+/// Plans the memory of a request before it runs, by running two of its steps on a device that only counts.
 ///
-/// The pool keeps a buffer for every size that is in use at once: in the widest block these are the residual stream,
-/// the modulated stream, what the operator makes of it (twice, for what it is packed from) and its hidden layer.
-pub fn plan_memory(model: &Dit, request: &Request) -> MemoryPlan {
-    let c = &model.config;
-    let n = request.labels.len();
-    let rows = request.batch.min(n) * if request.guidance == 1.0 { 1 } else { 2 };
-    let hidden = |b: &BlockSpec| (c.width as f64 * b.mlp.number("ratio", 4.0).unwrap_or(4.0)) as usize;
-    let widest = c.blocks.iter().map(hidden).max().unwrap_or(0);
-    // Stream, modulated stream, branch, its copy by heads; q, k and v; the hidden layer; mean, rstd and log-sum-exp.
-    let per_block = 4 * c.width + 3 * c.width + widest + 2 + c.heads;
-    // Blocks in parallel also keep the common input and the result of the first, then both differences.
-    let per_token = per_block + if c.pairs.is_empty() { 0 } else { 4 * c.width };
-    let patch = c.patch * c.patch * (c.in_channels + c.out_channels());
-    let image = c.in_channels * c.input_size * c.input_size;
-    let per_sample = c.tokens() * (per_token + patch) + 16 * c.width + 8 * image;
-    MemoryPlan { weights: model.params.bytes(), working: 4 * (rows * per_sample + n * image) }
+/// # Errors
+/// As [`generate`].
+pub fn plan_memory(model: &Dit, request: &Request) -> Result<MemoryPlan> {
+    let device = Device::dry();
+    let mut twin = Dit::unset(model.config.clone(), &device)?;
+    if model.params.iter().any(|(_, p)| p.value.dtype() == DType::BF16) {
+        dit::to_bf16(&mut twin)?;
+    }
+    device.trim();
+    device.reset_peak();
+    let mut plan = MemoryPlan::default();
+    plan.add("weights", device.held());
+    let before = device.held();
+    generate(&twin, &Request { steps: request.steps.min(2), ..request.clone() }, &mut |_| {})?;
+    plan.add_work("working", &device, before);
+    Ok(plan)
 }
 
 fn check(model: &Dit, request: &Request) -> Result<Plan> {
@@ -260,7 +244,8 @@ impl<'a> Batch<'a> {
         let out = match watch {
             None => self.model.forward(&self.graph, &input, times, labels, run)?,
             Some(watch) => {
-                let mut observer = |block: usize, site: Site, x: &Tensor, y: &Tensor| watch(block, site, x, y);
+                let mut observer =
+                    |seen: &Seen<'_>| watch(seen.block, seen.site, seen.input.tensor(), seen.output.tensor());
                 self.model.forward_observed(&self.graph, &input, times, labels, run, Some(&mut observer))?
             }
         };

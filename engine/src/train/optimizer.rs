@@ -195,6 +195,22 @@ pub struct Slot {
     pub ema: Option<Tensor>,
 }
 
+impl Slot {
+    /// What a checkpoint keeps, by kind.
+    pub fn states(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        [("m", Some(&self.m)), ("v", Some(&self.v)), ("ema", self.ema.as_ref())]
+            .into_iter()
+            .filter_map(|(kind, tensor)| Some((kind, tensor?)))
+    }
+
+    /// As [`Slot::states`], mutable.
+    pub fn states_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
+        [("m", Some(&mut self.m)), ("v", Some(&mut self.v)), ("ema", self.ema.as_mut())]
+            .into_iter()
+            .filter_map(|(kind, tensor)| Some((kind, tensor?)))
+    }
+}
+
 /// State of the optimiser for one store.
 pub struct AdamW {
     /// Settings.

@@ -7,7 +7,7 @@
 use super::objective::Noised;
 use crate::autograd::{Graph, Var};
 use crate::error::Result;
-use crate::models::dit::{Dit, Run};
+use crate::models::dit::{Dit, Observer, Run, Seen};
 use crate::nn::operators::Site;
 use crate::ops::contracts::loss_regression;
 use crate::tensor::Tensor;
@@ -61,14 +61,13 @@ impl Teacher {
         let g = Graph::inference(g.precision());
         let x = Var::constant(noised.x_t.clone());
         let mut features = vec![None; if self.watches() { self.sites.len() } else { 0 }];
-        let mut observer = |block: usize, site: Site, _: &Tensor, output: &Tensor| {
-            if let Some(i) = self.place(block, site) {
-                features[i] = Some(output.clone());
+        let mut observer = |seen: &Seen<'_>| {
+            if let Some(i) = self.place(seen.block, seen.site) {
+                features[i] = Some(seen.output.tensor().clone());
             }
             Ok(())
         };
-        let observer: Option<&mut crate::models::dit::Observer<'_>> =
-            if self.watches() { Some(&mut observer) } else { None };
+        let observer: Option<&mut Observer<'_>> = if self.watches() { Some(&mut observer) } else { None };
         let prediction = self.model.forward_observed(&g, &x, &noised.t, &noised.y, Run::default(), observer)?;
         Ok(Lesson { prediction: prediction.into_tensor(), features: features.into_iter().flatten().collect() })
     }
@@ -132,13 +131,13 @@ pub fn taught_loss<'m>(
     let x = Var::constant(noised.x_t.clone());
     let mut features = vec![None; lesson.features.len()];
     let prediction = if teacher.watches() {
-        let mut watcher = |block: usize, site: Site, _: &Var, output: &Var| {
-            if let Some(i) = teacher.place(block, site) {
-                features[i] = Some(output.clone());
+        let mut observer = |seen: &Seen<'_>| {
+            if let Some(i) = teacher.place(seen.block, seen.site) {
+                features[i] = Some(seen.output.clone());
             }
             Ok(())
         };
-        model.forward_watched(g, &x, &noised.t, &noised.y, run, Some(&mut watcher))?
+        model.forward_observed(g, &x, &noised.t, &noised.y, run, Some(&mut observer))?
     } else {
         model.forward(g, &x, &noised.t, &noised.y, run)?
     };

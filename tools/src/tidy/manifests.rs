@@ -15,7 +15,7 @@ const MEMBERS: [(&str, &str, &[&str]); 6] = [
 ];
 
 /// Crates from outside that were looked at and taken: each is the well-kept standard for its job.
-const APPROVED: [&str; 25] = [
+const APPROVED: [&str; 26] = [
     "approx",
     "bytemuck",
     "clap",
@@ -32,6 +32,7 @@ const APPROVED: [&str; 25] = [
     "pulp",
     "rayon",
     "realfft",
+    "rustix",
     "safetensors",
     "serde",
     "serde_json",

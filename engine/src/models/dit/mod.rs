@@ -68,15 +68,29 @@ impl Default for Run {
     }
 }
 
-/// Sees input and output of every site: `(block, site, input, output)`, each `[B, N, D]`.
+/// What goes through a site in a forward pass.
 ///
 /// Outputs of `attn` and `mlp` are those before the gate. Every pair of blocks (2j, 2j + 1) is shown as site
 /// `block-pair` of number j, whether it runs in sequence or in parallel: its input is the residual stream before the
 /// pair, its output what the pair adds to it.
-pub type Observer<'o> = dyn FnMut(usize, Site, &Tensor, &Tensor) -> Result<()> + 'o;
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'s> {
+    /// Block or pair, from 0.
+    pub block: usize,
+    /// Site in the block.
+    pub site: Site,
+    /// `[B, N, D]` what the operator sees.
+    pub input: &'s Var,
+    /// `[B, N, D]` what it gives.
+    pub output: &'s Var,
+    /// `[B, 6, D]` modulation of the block, and its row that gates this site; a pair has no gate.
+    pub gate: Option<(&'s Var, usize)>,
+    /// `[B, 1, D]` what blocks are modulated by.
+    pub condition: &'s Var,
+}
 
-/// An [`Observer`] that sees the tensors in their graph.
-pub type Watcher<'o> = dyn FnMut(usize, Site, &Var, &Var) -> Result<()> + 'o;
+/// Is shown every site in order.
+pub type Observer<'o> = dyn FnMut(&Seen<'_>) -> Result<()> + 'o;
 
 /// A diffusion transformer with its parameters.
 #[derive(Debug)]
@@ -102,6 +116,15 @@ impl Dit {
     /// A configuration that cannot be, or too little memory.
     pub fn new(config: DitConfig, device: &Device, seed: u64) -> Result<Dit> {
         Dit::build(config, device, seed, Scheme::Xavier)
+    }
+
+    /// A model whose parameters are about to be set: their values are unspecified, and on a dry device they take no
+    /// memory.
+    ///
+    /// # Errors
+    /// A configuration that cannot be.
+    pub fn unset(config: DitConfig, device: &Device) -> Result<Dit> {
+        Dit::build(config, device, 0, Scheme::Unset)
     }
 
     fn build(config: DitConfig, device: &Device, seed: u64, scheme: Scheme) -> Result<Dit> {
@@ -159,7 +182,7 @@ impl Dit {
         self.forward_observed(g, x, t, y, run, None)
     }
 
-    /// [`Dit::forward`] that shows input and output of every site to `observer`.
+    /// [`Dit::forward`] that shows every site to `observer`.
     ///
     /// # Errors
     /// As [`Dit::forward`], and those of the observer.
@@ -170,27 +193,7 @@ impl Dit {
         t: &Tensor,
         y: &Tensor,
         run: Run,
-        observer: Option<&mut Observer<'_>>,
-    ) -> Result<Var> {
-        let Some(observer) = observer else { return self.forward_watched(g, x, t, y, run, None) };
-        let mut watcher =
-            |block: usize, site, input: &Var, output: &Var| observer(block, site, input.tensor(), output.tensor());
-        self.forward_watched(g, x, t, y, run, Some(&mut watcher))
-    }
-
-    /// [`Dit::forward`] that shows input and output of every site to `watcher`, as parts of the graph. Blocks then keep
-    /// what they computed: [`Run::checkpoint`] is without effect.
-    ///
-    /// # Errors
-    /// As [`Dit::forward`], and those of the watcher.
-    pub fn forward_watched<'m>(
-        &'m self,
-        g: &Graph<'m>,
-        x: &Var,
-        t: &Tensor,
-        y: &Tensor,
-        run: Run,
-        mut observer: Option<&mut Watcher<'_>>,
+        mut observer: Option<&mut Observer<'_>>,
     ) -> Result<Var> {
         let c = &self.config;
         let side = c.input_size;
@@ -213,7 +216,14 @@ impl Dit {
                     }
                     let out = unit.forward(g, &self.params, &h, &condition, semantics, Some(observer))?;
                     if let (Some(pair), Some(input)) = (unit.completes(), &pair_input) {
-                        observer(pair, Site::BlockPair, input, &g.sub(&out, input)?)?;
+                        observer(&Seen {
+                            block: pair,
+                            site: Site::BlockPair,
+                            input,
+                            output: &g.sub(&out, input)?,
+                            gate: None,
+                            condition: &condition,
+                        })?;
                     }
                     out
                 }
@@ -266,7 +276,7 @@ fn modulation(g: &Graph<'_>, params: &ParamStore, layer: &Linear, condition: &Va
 /// As [`operators::build`].
 pub fn site_cost(config: &DitConfig, spec: &operators::Spec, site: Site) -> Result<(operators::SiteFlops, usize)> {
     let mut params = ParamStore::default();
-    let device = Device::cpu();
+    let device = Device::dry();
     let dims = config.block_dims();
     let operator = operators::build(spec, site, dims, &mut Builder::new(&mut params, &device, 0, Scheme::Unset))?;
     Ok((operator.flops(dims), params.elements()))
