@@ -19,7 +19,7 @@ struct Windows<'a> {
 pub fn forward(a: Forward<'_, f32>) {
     let Dims { b, h, w, c, f, kh, kw, oh, ow } = a.dims;
     let (rows, k) = (b * oh * ow, kh * kw * c);
-    let (filters, bf16) = weight(a.w, k, a.params.bf16);
+    let (filters, bf16) = weight(a.filters, k, a.params.bf16);
     let windows = Windows { x: a.x, dims: a.dims, params: a.params };
     let plain = (kh, kw, a.params.stride) == (1, 1, 1) && (oh, ow) == (h, w);
     let operand = if plain { Values::F32(a.x) } else { Values::Rows(&windows) };

@@ -17,7 +17,7 @@ pub mod reference {
     pub fn forward<T: Real>(a: Forward<'_, T>) {
         let Dims { h, w, c, f, kh, kw, oh, ow, .. } = a.dims;
         let p = a.params;
-        let rounded = p.bf16 || matches!(a.w, Weight::Bf16(_));
+        let rounded = p.bf16 || matches!(a.filters, Weight::Bf16(_));
         // By way of f32: `bf16::from_f64` drops the low half of the f64 and so misjudges what is a tie.
         let round = |v: f64| if rounded { bf16::from_f32(v as f32).to_f64() } else { v };
         for (at, y) in a.y.iter_mut().enumerate() {
@@ -29,7 +29,11 @@ pub mod reference {
                 let (Some(row), Some(column)) = (row, column) else { continue };
                 let pixel = &a.x[((image * h + row) * w + column) * c..][..c];
                 let kernel = ((filter * kh + tap_h) * kw + tap_w) * c;
-                sum += pixel.iter().enumerate().map(|(k, x)| round(x.f64()) * round(a.w.at(kernel + k))).sum::<f64>();
+                sum += pixel
+                    .iter()
+                    .enumerate()
+                    .map(|(k, x)| round(x.f64()) * round(a.filters.at(kernel + k)))
+                    .sum::<f64>();
             }
             *y = T::from_f64(if p.relu { sum.max(0.0) } else { sum });
         }
@@ -47,7 +51,7 @@ mod tests {
     fn both(dims: Dims, params: Params, x: &[f32], w: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
         let mut results = [reference::forward::<f32>, cpu::forward].map(|path| {
             let mut y = vec![f32::NAN; dims.b * dims.oh * dims.ow * dims.f];
-            path(Forward { dims, params, x, w: Weight::Native(w), bias, y: &mut y });
+            path(Forward { dims, params, x, filters: Weight::Native(w), bias, y: &mut y });
             y
         });
         assert_eq!(results[0], results[1]);

@@ -377,10 +377,8 @@ mod tests {
                 let stored = Product::new(size, Matrix::f32(&a, [k, 1]), Matrix::f32(&b, [1, k]), bf16);
                 let pieces = Pieces(&a, [m, k]);
                 let made = Product { a: Matrix { values: Values::Rows(&pieces), strides: [k, 1] }, ..stored };
-                let paths: [fn(&Product<'_>, Output<'_>); 2] = [
-                    |p, out| run(p, out, &|_, _, _, _| {}),
-                    |p, out| portable(p, &out, true, &|_, _, _, _| {}),
-                ];
+                let paths: [fn(&Product<'_>, Output<'_>); 2] =
+                    [|p, out| run(p, out, &|_, _, _, _| {}), |p, out| portable(p, &out, true, &|_, _, _, _| {})];
                 for path in paths {
                     let [want, got] = [stored, made].map(|product| {
                         let mut c = vec![f32::NAN; m * n];

@@ -6,6 +6,7 @@ mod eval;
 mod forward;
 mod graft_run;
 mod inspect;
+mod known;
 mod model_args;
 pub mod op;
 mod out;
