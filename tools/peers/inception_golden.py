@@ -93,6 +93,7 @@ def main() -> None:
             "pool3 (f32)": {"max_abs": 2e-5, "rel_l2": 5e-6},
             "spatial (f32)": {"max_abs": 2e-5, "rel_l2": 5e-6},
             "resized (f32)": {"max_abs": 0.0},
+            **{f"{name}.mean (f32)": {"max_abs": 1e-5, "rel_l2": 5e-6} for name in LAYERS},
         },
         "provenance": {
             "generator": Path(__file__).name,
