@@ -13,20 +13,25 @@ pub const OPS: &[OpInfo] = &[
     attention::INFO,
     axpy::INFO,
     conv2d::INFO,
+    cross_attention::INFO,
     cross_entropy::INFO,
     embed::INFO,
     gate_residual::INFO,
     gated_conv::INFO,
     gemm::INFO,
+    kv_compress::INFO,
+    linear_attention::INFO,
     ln_modulate::INFO,
     loss_diffusion::INFO,
     loss_regression::INFO,
+    neighborhood_attention::INFO,
     patchify::INFO,
     philox::INFO,
     sinusoid::INFO,
     solver_step::INFO,
     sum_squares::INFO,
     unpatchify::INFO,
+    window_attention::INFO,
 ];
 
 /// Every gradient check of the tiny cases: (operator, case, row).
@@ -34,6 +39,9 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     let mut rows = Vec::new();
     for case in attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(attention::gradcheck(case).into_iter().map(|row| ("attention", case.name, row)));
+    }
+    for case in cross_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(cross_attention::gradcheck(case).into_iter().map(|row| ("cross_attention", case.name, row)));
     }
     for case in cross_entropy::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(cross_entropy::gradcheck(case).into_iter().map(|row| ("cross_entropy", case.name, row)));
@@ -50,6 +58,12 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     for case in gemm::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(gemm::gradcheck(case).into_iter().map(|row| ("gemm", case.name, row)));
     }
+    for case in kv_compress::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(kv_compress::gradcheck(case).into_iter().map(|row| ("kv_compress", case.name, row)));
+    }
+    for case in linear_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(linear_attention::gradcheck(case).into_iter().map(|row| ("linear_attention", case.name, row)));
+    }
     for case in ln_modulate::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(ln_modulate::gradcheck(case).into_iter().map(|row| ("ln_modulate", case.name, row)));
     }
@@ -59,11 +73,17 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     for case in loss_regression::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(loss_regression::gradcheck(case).into_iter().map(|row| ("loss_regression", case.name, row)));
     }
+    for case in neighborhood_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(neighborhood_attention::gradcheck(case).into_iter().map(|row| ("neighborhood_attention", case.name, row)));
+    }
     for case in patchify::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(patchify::gradcheck(case).into_iter().map(|row| ("patchify", case.name, row)));
     }
     for case in unpatchify::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(unpatchify::gradcheck(case).into_iter().map(|row| ("unpatchify", case.name, row)));
+    }
+    for case in window_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(window_attention::gradcheck(case).into_iter().map(|row| ("window_attention", case.name, row)));
     }
     rows
 }
@@ -415,6 +435,119 @@ pub mod conv2d {
 
     pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None };
 
+}
+
+/// Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.
+pub mod cross_attention {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor of the scores, as a rule 1/sqrt(E).
+        pub scale: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, R, H, E]` f32: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
+        pub q: &'a [T],
+        /// `[B, M, 2, H, E]` f32: Keys and values side by side; those that do not count are never read and their gradient is zero.
+        pub kv: &'a [T],
+        /// `[B]` i32: Keys that count in each sample, from the first on; 0 to M.
+        pub counts: Option<&'a [i32]>,
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub y: &'a mut [T],
+        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+        pub lse: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub dy: &'a [T],
+        /// `[B, N, R, H, E]` f32: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
+        pub q: &'a [T],
+        /// `[B, M, 2, H, E]` f32: Keys and values side by side; those that do not count are never read and their gradient is zero.
+        pub kv: &'a [T],
+        /// `[B]` i32: Keys that count in each sample, from the first on; 0 to M.
+        pub counts: Option<&'a [i32]>,
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub y: &'a [T],
+        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+        pub lse: &'a [T],
+        /// `[B, N, R, H, E]` f32: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
+        pub dq: Option<&'a mut [T]>,
+        /// `[B, M, 2, H, E]` f32: Keys and values side by side; those that do not count are never read and their gradient is zero.
+        pub dkv: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, m, h, e, .. } = dims;
+        4*b*h*n*m*e
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, m, h, e, .. } = dims;
+        4*(2*b*n*h*e + 2*b*m*h*e + b*h*n)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, m: 7, r: 1, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "one_key", tier: Tier::Tiny, dims: Dims { b: 2, n: 4, m: 1, r: 1, h: 1, e: 3 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "one_of_each", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, m: 1, r: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "some_without_keys", tier: Tier::Tiny, dims: Dims { b: 9, n: 3, m: 2, r: 1, h: 2, e: 5 }, params: Params { scale: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "counted", tier: Tier::Tiny, dims: Dims { b: 4, n: 19, m: 37, r: 1, h: 2, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "packed_queries", tier: Tier::Tiny, dims: Dims { b: 2, n: 48, m: 12, r: 3, h: 5, e: 8 }, params: Params { scale: 0.35355338 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 2, n: 65, m: 20, r: 1, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 203, m: 523, r: 2, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "blocks_counted", tier: Tier::Tiny, dims: Dims { b: 2, n: 67, m: 600, r: 1, h: 1, e: 8 }, params: Params { scale: 0.35355338 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, m: 140, r: 1, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "compressed_dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, m: 64, r: 3, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_512", tier: Tier::Real, dims: Dims { b: 2, n: 1024, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k_text", tier: Tier::Real, dims: Dims { b: 1, n: 16384, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, m, r, h, e, .. } = dims;
+        let q = check::draw_f64(case.name, "q", b * n * r * h * e, Fill::Normal);
+        let kv = check::draw_f64(case.name, "kv", b * m * 2 * h * e, Fill::Normal);
+        let counts = check::draw_i32(case.name, "counts", b, Fill::Index(m+1));
+        let cotangent = check::draw_f64(case.name, "dy", b * n * h * e, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |q: &[f64], kv: &[f64]| {
+            let mut y = vec![0.0f64; b * n * h * e];
+            let mut lse = vec![0.0f64; b * h * n];
+            super::super::cross_attention::reference::forward(Forward { dims, params, q: q, kv: kv, counts: (!absent("counts")).then_some(&counts[..]), y: &mut y[..], lse: &mut lse[..] });
+            (y, lse)
+        };
+        let (y, lse) = forward(&q, &kv);
+        let mut dq = vec![0.0f64; b * n * r * h * e];
+        let mut dkv = vec![0.0f64; b * m * 2 * h * e];
+        super::super::cross_attention::reference::backward(Backward { dims, params, dy: &cotangent, q: &q[..], kv: &kv[..], counts: (!absent("counts")).then_some(&counts[..]), y: &y[..], lse: &lse[..], dq: Some(&mut dq[..]), dkv: Some(&mut dkv[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("q", case.name, &q, &dq, |moved| check::dot(&forward(moved, &kv).0, &cotangent))); }
+        { rows.push(check::directional("kv", case.name, &kv, &dkv, |moved| check::dot(&forward(&q, moved).0, &cotangent))); }
+        rows
+    }
 }
 
 /// Mean cross-entropy of softmax probabilities against class labels.
@@ -970,6 +1103,247 @@ pub mod gemm {
     }
 }
 
+/// Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.
+pub mod kv_compress {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Vector of a token that is its key; the next is its value.
+        pub first: usize,
+        /// Added to the variance.
+        pub eps: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, Gh, Gw, R, D]` f32: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
+        pub x: &'a [T],
+        /// `[D, K, K]` f32: Taps of each channel, row by row.
+        pub weight: &'a [T],
+        /// `[D]` f32: Bias of the convolution.
+        pub bias: &'a [T],
+        /// `[D]` f32: Scale after the normalisation.
+        pub gamma: &'a [T],
+        /// `[D]` f32: Shift after the normalisation.
+        pub beta: &'a [T],
+        /// `[B, Gh/K, Gw/K, 2, D]` f32: Keys and values of the coarse grid, side by side.
+        pub y: &'a mut [T],
+        /// `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
+        pub mean: &'a mut [T],
+        /// `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
+        pub rstd: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, Gh/K, Gw/K, 2, D]` f32: Keys and values of the coarse grid, side by side.
+        pub dy: &'a [T],
+        /// `[B, Gh, Gw, R, D]` f32: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
+        pub x: &'a [T],
+        /// `[D, K, K]` f32: Taps of each channel, row by row.
+        pub weight: &'a [T],
+        /// `[D]` f32: Bias of the convolution.
+        pub bias: &'a [T],
+        /// `[D]` f32: Scale after the normalisation.
+        pub gamma: &'a [T],
+        /// `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
+        pub mean: &'a [T],
+        /// `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
+        pub rstd: &'a [T],
+        /// `[B, Gh, Gw, R, D]` f32: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
+        pub dx: Option<&'a mut [T]>,
+        /// `[D, K, K]` f32: Taps of each channel, row by row.
+        pub dweight: Option<&'a mut [T]>,
+        /// `[D]` f32: Bias of the convolution.
+        pub dbias: Option<&'a mut [T]>,
+        /// `[D]` f32: Scale after the normalisation.
+        pub dgamma: Option<&'a mut [T]>,
+        /// `[D]` f32: Shift after the normalisation.
+        pub dbeta: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, gh, gw, d, k, .. } = dims;
+        2*b*(gh/k)*(gw/k)*d*(2*k*k + 8)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, gh, gw, d, k, .. } = dims;
+        4*(2*b*gh*gw*d + 2*b*(gh/k)*(gw/k)*d + (k*k + 3)*d)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "golden_shape", tier: Tier::Tiny, dims: Dims { b: 2, gh: 6, gw: 8, r: 3, d: 40, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd_grid", tier: Tier::Tiny, dims: Dims { b: 3, gh: 5, gw: 7, r: 3, d: 37, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_square", tier: Tier::Tiny, dims: Dims { b: 1, gh: 2, gw: 2, r: 2, d: 8, k: 2 }, params: Params { first: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "every_token", tier: Tier::Tiny, dims: Dims { b: 2, gh: 3, gw: 2, r: 2, d: 5, k: 1 }, params: Params { first: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "thirds", tier: Tier::Tiny, dims: Dims { b: 2, gh: 7, gw: 6, r: 4, d: 33, k: 3 }, params: Params { first: 2, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "quarters", tier: Tier::Tiny, dims: Dims { b: 1, gh: 8, gw: 13, r: 3, d: 16, k: 4 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 2, gh: 4, gw: 4, r: 3, d: 384, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, gh: 16, gw: 16, r: 3, d: 1152, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, gh: 128, gw: 128, r: 3, d: 1152, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "kv_compress", summary: "Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.", backward: true, cases: &["golden_shape", "odd_grid", "one_square", "every_token", "thirds", "quarters", "wide", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }) };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, gh, gw, r, d, k, .. } = dims;
+        let x = check::draw_f64(case.name, "x", b * gh * gw * r * d, Fill::Normal);
+        let weight = check::draw_f64(case.name, "weight", d * k * k, Fill::Uniform(-0.5f64, 0.5f64));
+        let bias = check::draw_f64(case.name, "bias", d, Fill::Uniform(-0.5f64, 0.5f64));
+        let gamma = check::draw_f64(case.name, "gamma", d, Fill::Normal);
+        let beta = check::draw_f64(case.name, "beta", d, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * (gh/k) * (gw/k) * 2 * d, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64], weight: &[f64], bias: &[f64], gamma: &[f64], beta: &[f64]| {
+            let mut y = vec![0.0f64; b * (gh/k) * (gw/k) * 2 * d];
+            let mut mean = vec![0.0f64; b * (gh/k) * (gw/k) * 2];
+            let mut rstd = vec![0.0f64; b * (gh/k) * (gw/k) * 2];
+            super::super::kv_compress::reference::forward(Forward { dims, params, x: x, weight: weight, bias: bias, gamma: gamma, beta: beta, y: &mut y[..], mean: &mut mean[..], rstd: &mut rstd[..] });
+            (y, mean, rstd)
+        };
+        let (y, mean, rstd) = forward(&x, &weight, &bias, &gamma, &beta);
+        let mut dx = vec![0.0f64; b * gh * gw * r * d];
+        let mut dweight = vec![0.0f64; d * k * k];
+        let mut dbias = vec![0.0f64; d];
+        let mut dgamma = vec![0.0f64; d];
+        let mut dbeta = vec![0.0f64; d];
+        super::super::kv_compress::reference::backward(Backward { dims, params, dy: &cotangent, x: &x[..], weight: &weight[..], bias: &bias[..], gamma: &gamma[..], mean: &mean[..], rstd: &rstd[..], dx: Some(&mut dx[..]), dweight: Some(&mut dweight[..]), dbias: Some(&mut dbias[..]), dgamma: Some(&mut dgamma[..]), dbeta: Some(&mut dbeta[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &weight, &bias, &gamma, &beta).0, &cotangent))); }
+        { rows.push(check::directional("weight", case.name, &weight, &dweight, |moved| check::dot(&forward(&x, moved, &bias, &gamma, &beta).0, &cotangent))); }
+        { rows.push(check::directional("bias", case.name, &bias, &dbias, |moved| check::dot(&forward(&x, &weight, moved, &gamma, &beta).0, &cotangent))); }
+        { rows.push(check::directional("gamma", case.name, &gamma, &dgamma, |moved| check::dot(&forward(&x, &weight, &bias, moved, &beta).0, &cotangent))); }
+        { rows.push(check::directional("beta", case.name, &beta, &dbeta, |moved| check::dot(&forward(&x, &weight, &bias, &gamma, moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.
+pub mod linear_attention {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Feature map: 0 elu + 1, 1 relu.
+        pub map: usize,
+        /// Added to the norm.
+        pub eps: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub y: &'a mut [T],
+        /// `[B, H, N]` f32: What the weights of each query are divided by.
+        pub norm: &'a mut [T],
+        /// `[B, H, E, E]` f32: Sum over the tokens of the outer products of key features and values.
+        pub state: &'a mut [T],
+        /// `[B, H, E]` f32: Sum over the tokens of the key features.
+        pub total: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub dy: &'a [T],
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub y: &'a [T],
+        /// `[B, H, N]` f32: What the weights of each query are divided by.
+        pub norm: &'a [T],
+        /// `[B, H, E, E]` f32: Sum over the tokens of the outer products of key features and values.
+        pub state: &'a [T],
+        /// `[B, H, E]` f32: Sum over the tokens of the key features.
+        pub total: &'a [T],
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        pub dqkv: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        b*h*n*(4*e*e + 4*e)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*(4*b*n*h*e + b*h*n + b*h*e*e + b*h*e)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, h: 1, e: 1 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "relu", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, h: 5, e: 8 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_relu", tier: Tier::Tiny, dims: Dims { b: 1, n: 49, h: 4, e: 32 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 1037, h: 2, e: 9 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_eps", tier: Tier::Tiny, dims: Dims { b: 1, n: 20, h: 2, e: 6 }, params: Params { map: 1, eps: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, h, e, .. } = dims;
+        let qkv = check::draw_f64(case.name, "qkv", b * n * 3 * h * e, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * h * e, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |qkv: &[f64]| {
+            let mut y = vec![0.0f64; b * n * h * e];
+            let mut norm = vec![0.0f64; b * h * n];
+            let mut state = vec![0.0f64; b * h * e * e];
+            let mut total = vec![0.0f64; b * h * e];
+            super::super::linear_attention::reference::forward(Forward { dims, params, qkv: qkv, y: &mut y[..], norm: &mut norm[..], state: &mut state[..], total: &mut total[..] });
+            (y, norm, state, total)
+        };
+        let (y, norm, state, total) = forward(&qkv);
+        let mut dqkv = vec![0.0f64; b * n * 3 * h * e];
+        super::super::linear_attention::reference::backward(Backward { dims, params, dy: &cotangent, qkv: &qkv[..], y: &y[..], norm: &norm[..], state: &state[..], total: &total[..], dqkv: Some(&mut dqkv[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
+}
+
 /// LayerNorm without affine parameters, then the scale and shift that the conditioning chose.
 pub mod ln_modulate {
     use super::*;
@@ -1266,6 +1640,104 @@ pub mod loss_regression {
         super::super::loss_regression::reference::backward(Backward { dims, params, dloss: &cotangent, pred: &pred[..], target: &target[..], dpred: Some(&mut dpred[..]) });
         let mut rows = Vec::new();
         { rows.push(check::directional("pred", case.name, &pred, &dpred, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Softmax self-attention of every head over the K x K tokens around each token of a grid.
+pub mod neighborhood_attention {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor of the scores, as a rule 1/sqrt(E).
+        pub scale: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, Gh, Gw, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them; tokens row by row.
+        pub qkv: &'a [T],
+        /// `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+        pub y: &'a mut [T],
+        /// `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+        pub lse: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+        pub dy: &'a [T],
+        /// `[B, Gh, Gw, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them; tokens row by row.
+        pub qkv: &'a [T],
+        /// `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+        pub y: &'a [T],
+        /// `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+        pub lse: &'a [T],
+        /// `[B, Gh, Gw, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them; tokens row by row.
+        pub dqkv: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, gh, gw, h, e, k, .. } = dims;
+        4*b*h*gh*gw*k*k*e
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, gh, gw, h, e, .. } = dims;
+        4*(4*b*gh*gw*h*e + b*h*gh*gw)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, gh: 6, gw: 5, h: 3, e: 7, k: 3 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, gh: 1, gw: 1, h: 1, e: 1, k: 1 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "self_only", tier: Tier::Tiny, dims: Dims { b: 1, gh: 3, gw: 4, h: 2, e: 5, k: 1 }, params: Params { scale: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_row_fits", tier: Tier::Tiny, dims: Dims { b: 1, gh: 9, gw: 5, h: 1, e: 8, k: 5 }, params: Params { scale: 0.35 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_grid", tier: Tier::Tiny, dims: Dims { b: 1, gh: 5, gw: 5, h: 2, e: 16, k: 5 }, params: Params { scale: 0.25 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Tiny, dims: Dims { b: 2, gh: 7, gw: 7, h: 4, e: 32, k: 3 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, gh: 8, gw: 9, h: 2, e: 72, k: 5 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, gh: 31, gw: 17, h: 1, e: 9, k: 7 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, gh: 12, gw: 11, h: 2, e: 8, k: 7 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, gh: 7, gw: 7, h: 4, e: 32, k: 5 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, gh: 16, gw: 16, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, gh: 128, gw: 128, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, gh, gw, h, e, .. } = dims;
+        let qkv = check::draw_f64(case.name, "qkv", b * gh * gw * 3 * h * e, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * gh * gw * h * e, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |qkv: &[f64]| {
+            let mut y = vec![0.0f64; b * gh * gw * h * e];
+            let mut lse = vec![0.0f64; b * h * gh * gw];
+            super::super::neighborhood_attention::reference::forward(Forward { dims, params, qkv: qkv, y: &mut y[..], lse: &mut lse[..] });
+            (y, lse)
+        };
+        let (y, lse) = forward(&qkv);
+        let mut dqkv = vec![0.0f64; b * gh * gw * 3 * h * e];
+        super::super::neighborhood_attention::reference::backward(Backward { dims, params, dy: &cotangent, qkv: &qkv[..], y: &y[..], lse: &lse[..], dqkv: Some(&mut dqkv[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved).0, &cotangent))); }
         rows
     }
 }
@@ -1665,6 +2137,103 @@ pub mod unpatchify {
         super::super::unpatchify::reference::backward(Backward { dims, params, dx: &cotangent, dtokens: Some(&mut dtokens[..]) });
         let mut rows = Vec::new();
         { rows.push(check::directional("tokens", case.name, &tokens, &dtokens, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.
+pub mod window_attention {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub w: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor of the scores, as a rule 1/sqrt(E).
+        pub scale: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub y: &'a mut [T],
+        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+        pub lse: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub dy: &'a [T],
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub y: &'a [T],
+        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+        pub lse: &'a [T],
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        pub dqkv: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, h, e, w, .. } = dims;
+        4*b*h*n*(2*w + 1)*e
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*(4*b*n*h*e + b*h*n)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 11, h: 3, e: 7, w: 2 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, h: 1, e: 1, w: 4 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "self_only", tier: Tier::Tiny, dims: Dims { b: 1, n: 6, h: 2, e: 5, w: 0 }, params: Params { scale: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "window_beyond_the_ends", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, h: 2, e: 16, w: 20 }, params: Params { scale: 0.25 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "all_but_the_corners", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, h: 1, e: 8, w: 7 }, params: Params { scale: 0.35 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, h: 4, e: 32, w: 4 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, n: 65, h: 2, e: 72, w: 4 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 523, h: 1, e: 9, w: 13 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, n: 300, h: 2, e: 8, w: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, h: 4, e: 32, w: 4 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, h: 16, e: 72, w: 4 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72, w: 32 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, h, e, .. } = dims;
+        let qkv = check::draw_f64(case.name, "qkv", b * n * 3 * h * e, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * h * e, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |qkv: &[f64]| {
+            let mut y = vec![0.0f64; b * n * h * e];
+            let mut lse = vec![0.0f64; b * h * n];
+            super::super::window_attention::reference::forward(Forward { dims, params, qkv: qkv, y: &mut y[..], lse: &mut lse[..] });
+            (y, lse)
+        };
+        let (y, lse) = forward(&qkv);
+        let mut dqkv = vec![0.0f64; b * n * 3 * h * e];
+        super::super::window_attention::reference::backward(Backward { dims, params, dy: &cotangent, qkv: &qkv[..], y: &y[..], lse: &lse[..], dqkv: Some(&mut dqkv[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved).0, &cotangent))); }
         rows
     }
 }

@@ -15,20 +15,25 @@ pub mod add_noise;
 pub mod attention;
 pub mod axpy;
 pub mod conv2d;
+pub mod cross_attention;
 pub mod cross_entropy;
 pub mod embed;
 pub mod gate_residual;
 pub mod gated_conv;
 pub mod gemm;
+pub mod kv_compress;
+pub mod linear_attention;
 pub mod ln_modulate;
 pub mod loss_diffusion;
 pub mod loss_regression;
+pub mod neighborhood_attention;
 pub mod patchify;
 pub mod philox;
 pub mod sinusoid;
 pub mod solver_step;
 pub mod sum_squares;
 pub mod unpatchify;
+pub mod window_attention;
 
 /// A floating type that an oracle can run in: f32 for comparisons, f64 for finite differences.
 pub trait Real: Copy + Default + 'static {

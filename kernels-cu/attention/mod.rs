@@ -1,65 +1,50 @@
 //! Softmax self-attention on the packed q, k, v projection: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
-mod tiles;
+pub(crate) mod dense;
+pub(crate) mod layout;
+pub(crate) mod local;
+pub(crate) mod oracle;
+pub(crate) mod tiles;
 
 /// The oracle: plain loops, f64 accumulation.
 pub mod reference {
+    use super::oracle;
     use crate::Real;
     use crate::generated::attention::{Backward, Dims, Forward};
 
     /// Forward pass.
     pub fn forward<T: Real>(a: Forward<'_, T>) {
         let Dims { b, n, h, e } = a.dims;
-        for (sample, head) in (0..b).flat_map(|sample| (0..h).map(move |head| (sample, head))) {
-            let at = |part: usize, token: usize, i: usize| a.qkv[index(a.dims, sample, token, part, head) + i].f64();
-            for query in 0..n {
-                let score = |key: usize| {
-                    f64::from(a.params.scale) * (0..e).map(|i| at(0, query, i) * at(1, key, i)).sum::<f64>()
-                };
-                let scores: Vec<f64> = (0..n).map(score).collect();
-                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
-                for i in 0..e {
-                    let o: f64 = (0..n).map(|key| (scores[key] - lse).exp() * at(2, key, i)).sum();
-                    a.y[((sample * n + query) * h + head) * e + i] = T::from_f64(o);
-                }
-                a.lse[(sample * h + head) * n + query] = T::from_f64(lse);
-            }
-        }
+        oracle::forward_packed([b, n, h, e], a.params.scale, |_| (0..n).collect(), a.qkv, a.y, a.lse);
     }
 
-    /// Backward pass: with p = exp(s − lse) and delta_i = Σ_e dy·y, dv_j = Σ_i p_ij·dy_i,
-    /// ds_ij = p_ij·(dy_i·v_j − delta_i), dq_i = scale·Σ_j ds_ij·k_j, dk_j = scale·Σ_i ds_ij·q_i.
+    /// Backward pass.
     pub fn backward<T: Real>(a: Backward<'_, T>) {
         let Some(dqkv) = a.dqkv else { return };
-        let Dims { b, n, h, e } = a.dims;
-        let scale = f64::from(a.params.scale);
-        let mut sums = vec![0.0f64; dqkv.len()];
-        for (sample, head) in (0..b).flat_map(|sample| (0..h).map(move |head| (sample, head))) {
-            let base = |part: usize, token: usize| index(a.dims, sample, token, part, head);
-            let at = |part: usize, token: usize, i: usize| a.qkv[base(part, token) + i].f64();
-            for query in 0..n {
-                let row = ((sample * n + query) * h + head) * e;
-                let dy = |i: usize| a.dy[row + i].f64();
-                let delta: f64 = (0..e).map(|i| dy(i) * a.y[row + i].f64()).sum();
-                let lse = a.lse[(sample * h + head) * n + query].f64();
-                for key in 0..n {
-                    let p = (scale * (0..e).map(|i| at(0, query, i) * at(1, key, i)).sum::<f64>() - lse).exp();
-                    let ds = scale * p * ((0..e).map(|i| dy(i) * at(2, key, i)).sum::<f64>() - delta);
-                    for i in 0..e {
-                        sums[base(0, query) + i] += ds * at(1, key, i);
-                        sums[base(1, key) + i] += ds * at(0, query, i);
-                        sums[base(2, key) + i] += p * dy(i);
-                    }
-                }
-            }
-        }
-        dqkv.iter_mut().zip(sums).for_each(|(out, sum)| *out = T::from_f64(sum));
+        let (Dims { b, n, h, e }, given) = (a.dims, [a.qkv, a.y, a.dy, a.lse]);
+        oracle::backward_packed([b, n, h, e], a.params.scale, |_| (0..n).collect(), given, dqkv);
     }
+}
 
-    /// Where the row of one token, part (q, k, v) and head begins in `qkv`.
-    fn index(Dims { n, h, e, .. }: Dims, sample: usize, token: usize, part: usize, head: usize) -> usize {
-        (((sample * n + token) * 3 + part) * h + head) * e
+#[cfg(test)]
+mod tests {
+    use super::reference;
+    use crate::generated::attention::{Backward, Dims, Forward, Params};
+
+    /// q = [1, 0], k = [ln 3, 0]: the first query weighs its keys 3 : 1, the second alike.
+    #[test]
+    fn two_tokens_by_hand() {
+        let (dims, params) = (Dims { b: 1, n: 2, h: 1, e: 1 }, Params { scale: 1.0 });
+        let qkv = [1.0, f64::ln(3.0), 4.0, 0.0, 0.0, 8.0];
+        let (mut y, mut lse, mut dqkv) = ([0.0; 2], [0.0; 2], [0.0; 6]);
+        reference::forward(Forward { dims, params, qkv: &qkv, y: &mut y, lse: &mut lse });
+        let near = |got: &[f64], want: &[f64]| got.iter().zip(want).for_each(|(g, w)| assert!((g - w).abs() < 1e-6));
+        near(&y, &[5.0, 6.0]);
+        near(&lse, &[f64::ln(4.0), f64::ln(2.0)]);
+        let dy = [1.0, 0.0];
+        reference::backward(Backward { dims, params, dy: &dy, qkv: &qkv, y: &y, lse: &lse, dqkv: Some(&mut dqkv) });
+        // ds = p·(v − y) = [3/4·(−1), 1/4·3]: dq = −3/4·ln 3, dk = ds·q, dv = p.
+        near(&dqkv, &[-0.75 * f64::ln(3.0), -0.75, 0.75, 0.0, 0.75, 0.25]);
     }
 }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
-fn folder(name: &str) -> PathBuf {
+pub fn folder(name: &str) -> PathBuf {
     let dir = std::env::temp_dir().join(format!("graft-suite-{}-{name}", std::process::id()));
     let _ = std::fs::remove_dir_all(&dir);
     std::fs::create_dir_all(&dir).unwrap();
@@ -24,7 +24,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 /// A base with four blocks in which every branch matters: nothing is zero as in a fresh model.
-fn base(dir: &Path) -> PathBuf {
+pub fn base(dir: &Path) -> PathBuf {
     let sizes = DitConfig { patch: 2, input_size: 8, in_channels: 1, classes: 3, ..DitConfig::plain(4, 16, 2) };
     let mut model = Dit::new(sizes, &Device::cpu(), 1).unwrap();
     let ids: Vec<_> = model.params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
@@ -54,7 +54,7 @@ fn images(n: usize, seed: u64) -> ImageSet {
     ImageSet { n, channels: 1, height: 8, width: 8, pixels, labels, class_names: vec!["row", "column", "both"] }
 }
 
-fn data() -> RunData {
+pub fn data() -> RunData {
     RunData { train: images(48, 1), held_out: images(24, 2) }
 }
 
@@ -74,7 +74,7 @@ fn run_all(plan: &Plan, dir: &Path, report: &mut run::Report<'_>) -> Result<Opti
     run::run(&RunFolder::create(plan.clone(), dir)?, &data(), &Device::cpu(), report)
 }
 
-fn go_on(_: Event<'_>) -> ControlFlow<()> {
+pub fn go_on(_: Event<'_>) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 

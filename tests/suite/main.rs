@@ -6,4 +6,5 @@ mod golden_io;
 mod golden_verify;
 mod graft;
 mod properties;
+mod science;
 mod tidy;

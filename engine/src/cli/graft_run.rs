@@ -38,7 +38,7 @@ pub struct RunArgs {
 pub fn run(args: &PlanArgs) -> Result<()> {
     let device = Device::cpu();
     let folder = RunFolder::create(Plan::read(&args.plan)?, &args.common.run)?;
-    let mut bars = Bars::new(&folder, &device, args.common.stop_after);
+    let mut bars = Bars::new(steps(&folder), &device, args.common.stop_after);
     let data = RunData::load(&folder.plan.data)?;
     let summary = run::run(&folder, &data, &device, &mut |e| bars.report(e))?;
     bars.finish();
@@ -59,10 +59,14 @@ pub fn finetune(args: &RunArgs) -> Result<()> {
     stage(&folder, &device, args, run::finetune)
 }
 
+fn steps(folder: &RunFolder) -> [u64; 2] {
+    [folder.plan.distill.steps, folder.plan.finetune.steps]
+}
+
 type StageFn = fn(&RunFolder, &RunData, &Device, &mut run::Report<'_>) -> Result<bool>;
 
 fn stage(folder: &RunFolder, device: &Device, args: &RunArgs, stage: StageFn) -> Result<()> {
-    let mut bars = Bars::new(folder, device, args.stop_after);
+    let mut bars = Bars::new(steps(folder), device, args.stop_after);
     let data = RunData::load(&folder.plan.data)?;
     let finished = stage(folder, &data, device, &mut |e| bars.report(e))?;
     bars.finish();
@@ -116,7 +120,7 @@ fn print_stage(name: &str, s: &StageSummary) {
 }
 
 /// A bar for each stage, shown when its first word comes.
-struct Bars<'d> {
+pub(super) struct Bars<'d> {
     device: &'d Device,
     steps: [u64; 2],
     bar: Option<(usize, ProgressBar)>,
@@ -125,12 +129,13 @@ struct Bars<'d> {
 }
 
 impl<'d> Bars<'d> {
-    fn new(folder: &RunFolder, device: &'d Device, stop_after: Option<u64>) -> Bars<'d> {
-        let steps = [folder.plan.distill.steps, folder.plan.finetune.steps];
+    /// Bars for `steps` updates of the two stages; the report breaks after `stop_after` of them.
+    pub fn new(steps: [u64; 2], device: &'d Device, stop_after: Option<u64>) -> Bars<'d> {
         Bars { device, steps, bar: None, smoothed: None, left: stop_after }
     }
 
-    fn report(&mut self, event: Event<'_>) -> ControlFlow<()> {
+    /// Shows an event.
+    pub fn report(&mut self, event: Event<'_>) -> ControlFlow<()> {
         let (stage, step, loss, rate) = match event {
             Event::Distill(p) => (0, p.step, p.mean_loss(), p.images_per_second),
             Event::Finetune(p) => (1, p.step, p.loss, p.images_per_second),
@@ -165,7 +170,8 @@ impl<'d> Bars<'d> {
         }
     }
 
-    fn finish(&mut self) {
+    /// Leaves the last bar as it is.
+    pub fn finish(&mut self) {
         if let Some((_, bar)) = self.bar.take() {
             bar.finish();
         }

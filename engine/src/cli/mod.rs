@@ -15,6 +15,7 @@ mod plan;
 mod pretrain;
 mod progress;
 mod sample;
+mod science;
 mod table;
 mod verify;
 
@@ -68,6 +69,8 @@ enum Command {
     Distill(graft_run::PlanArgs),
     /// Stage 2 of a graft alone: finetune the distilled model of a run folder.
     Finetune(graft_run::RunArgs),
+    /// Many grafts of one base under the same settings, scored in one table; resumes by itself.
+    Science(science::Args),
     /// Train the small network that scores look through; the trained one ships with the program.
     #[command(hide = true)]
     Classifier(classifier::Args),
@@ -119,6 +122,7 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Run(args) => graft_run::run(&args),
         Command::Distill(args) => graft_run::distill(&args),
         Command::Finetune(args) => graft_run::finetune(&args),
+        Command::Science(args) => science::run(&args),
         Command::Classifier(args) => classifier::run(&args),
         Command::Eval(args) => eval::run(&args, cli.json),
         Command::Sample(args) => sample::run(&args),

@@ -16,7 +16,7 @@ use crate::io::datasets::ImageSet;
 use crate::io::pictures::Pictures;
 use crate::tensor::{Device, Tensor};
 use crate::train::batches;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// Splits of the held-out real images.
@@ -31,7 +31,7 @@ const LEAST_DEVIATION: f64 = 0.01;
 const SPLIT_STREAMS: u64 = 6 << 40;
 
 /// Quality of a set of images.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Score {
     /// Images scored.
     pub n: usize,
@@ -48,7 +48,7 @@ pub struct Score {
 }
 
 /// The scores of real images that the reference does not contain: what a perfect model would get.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Baseline {
     /// Mean over the splits.
     pub mean: Score,
@@ -178,8 +178,8 @@ impl Reference {
         Ok(Baseline { mean, sd, splits: SPLITS, disjoint })
     }
 
-    /// Scores `n` samples of a model, classes in turn. `draw` makes images `[B, 1, 28, 28]` of the given labels from
-    /// a seed for the first one; samples are rounded to bytes, as the real images are.
+    /// Scores `n` samples of a model, classes in turn. `draw` makes images `[B, 1, 28, 28]` of the given labels, the
+    /// first one from `seed`; samples are rounded to bytes, as the real images are.
     ///
     /// # Errors
     /// Those of `draw`, and as [`Reference::score`].
@@ -187,10 +187,11 @@ impl Reference {
         &self,
         classifier: &Classifier,
         n: usize,
+        seed: u64,
         draw: &mut dyn FnMut(&[i32], u64) -> Result<Tensor>,
     ) -> Result<Score> {
         let labels: Vec<i32> = (0..n).map(|i| (i % classifier.classes()) as i32).collect();
-        let images = rounded(&draw(&labels, self.seed)?)?;
+        let images = rounded(&draw(&labels, seed)?)?;
         self.score(&classifier.read(&images)?, &labels)
     }
 }
@@ -300,7 +301,7 @@ mod tests {
         assert!(baseline.sd.frechet > 0.0 && baseline.sd.frechet < baseline.mean.frechet);
         let images = batches::images(&Device::cpu(), &held_out, &(0..24).collect::<Vec<_>>()).unwrap().images;
         let draw = |scale: f32| {
-            reference.score_samples(&classifier, 24, &mut |labels, seed| {
+            reference.score_samples(&classifier, 24, 0, &mut |labels, seed| {
                 assert_eq!((labels.len(), &labels[..4], seed), (24, &[0, 1, 2, 0][..], 0));
                 let values: Vec<f32> = images.f32s()?.iter().map(|v| v * scale).collect();
                 Tensor::from_f32(&Device::cpu(), &[24, 1, 28, 28], &values)

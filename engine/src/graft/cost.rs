@@ -145,6 +145,33 @@ mod tests {
     }
 
     #[test]
+    fn window_rows_of_table_4() {
+        for (layers, op) in [("\"every-other\"", -48.24), ("\"3-of-4\"", -72.36), ("\"all\"", -96.48)] {
+            let (before, after) = grafted(layers, "attn", "{ kind = \"swa\", window = 4 }");
+            near(percent(before.attn.flops_operator, after.attn.flops_operator), op);
+            // Two projections as before.
+            assert_eq!(before.attn.flops_projections, after.attn.flops_projections);
+            assert_eq!((before.attn.params, before.mlp), (after.attn.params, after.mlp));
+        }
+    }
+
+    /// Not in the table, worked out from its formulas: 49 of 256 keys, a state of 72 × 72 a head, 64 of 256 keys.
+    #[test]
+    fn other_attentions() {
+        let full = 4.0 * 256.0 * 1152.0 + 2.0 * 16.0 * 256.0;
+        for (operator, per_query, params) in [
+            ("{ kind = \"neighborhood_attention\", kernel = 7 }", full * 49.0 / 256.0, 0),
+            ("{ kind = \"linear_attention\" }", 4.0 * 1152.0 * 73.0, 0),
+            ("{ kind = \"kv_compress\" }", full / 4.0 + 2.0 * 1152.0 * 16.0 / 4.0, 8064),
+        ] {
+            let (before, after) = grafted("\"all\"", "attn", operator);
+            assert_eq!(before.attn.flops_operator, 28.0 * 256.0 * full);
+            assert_eq!(after.attn.flops_operator, 28.0 * 256.0 * per_query, "{operator}");
+            assert_eq!(after.attn.params, before.attn.params + 28 * params, "{operator}");
+        }
+    }
+
+    #[test]
     fn mlp_rows_of_table_4() {
         for (layers, ratio, change) in [("\"every-other\"", 3, -12.5), ("\"all\"", 6, 50.0)] {
             let (before, after) = grafted(layers, "mlp", &format!("{{ kind = \"mlp\", ratio = {ratio} }}"));

@@ -1,9 +1,9 @@
 //! The comparison before and after: samples of the same seeds and labels from every stage, scored and side by side.
 
 use super::assemble::Stage as ModelStage;
-use super::distill::HELD_OUT_LOG;
+
 use super::run::{RunData, RunFolder};
-use super::summary::{Summary, read_log};
+use super::settings::EvalConfig;
 use crate::autograd::Precision;
 use crate::error::{Error, Result};
 use crate::eval::classifier::Classifier;
@@ -11,13 +11,12 @@ use crate::eval::score::{Baseline, Reference, Score};
 use crate::io::grid::{self, Layout};
 use crate::io::png::{self, Image};
 use crate::models::dit::{self, Dit};
-use crate::report::chart::{LineChart, Series};
-use crate::report::graft_run::{Cost, Figure, GraftRun, SiteResidual, Stage, Unit};
+
 use crate::sample::pipeline::{Request, generate, to_pixels};
 use crate::tensor::{Device, Tensor};
-use crate::train::trainer::LOSS_LOG;
+
 use serde::Serialize;
-use serde_json::Value;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -56,10 +55,90 @@ pub struct Evaluated {
 /// Says how far the sampling is: (steps done, steps in all).
 pub type Report<'r> = dyn FnMut(u64, u64) + Send + 'r;
 
-struct Scorer {
+/// A classifier with what it has read of the real images.
+pub struct Scorer {
     classifier: Classifier,
     reference: Reference,
-    baseline: Baseline,
+    /// Scores of real images that the reference does not contain.
+    pub baseline: Baseline,
+}
+
+impl Scorer {
+    /// The scorer that a plan asks for; none where it names no classifier.
+    ///
+    /// # Errors
+    /// A classifier that cannot be read, images that it does not take, or fewer of them than samples.
+    pub fn new(settings: &EvalConfig, data: &RunData, device: &Device) -> Result<Option<Scorer>> {
+        let Some(folder) = &settings.classifier else { return Ok(None) };
+        let classifier = Classifier::load(folder, device)?;
+        let reference = Reference::new(&classifier, &data.train, settings.seed)?;
+        let baseline = reference.baseline(&classifier, &data.held_out, settings.samples)?;
+        Ok(Some(Scorer { classifier, reference, baseline }))
+    }
+}
+
+/// Draws samples of models and scores them, all in the same way.
+pub struct Evaluator<'e> {
+    /// Sampler, steps, guidance, number of samples and seed.
+    pub settings: &'e EvalConfig,
+    /// Arithmetic of products.
+    pub precision: Precision,
+    /// Images that the models make.
+    pub data: &'e RunData,
+    /// What scores; none where only pictures are wanted.
+    pub scorer: Option<&'e Scorer>,
+}
+
+impl Evaluator<'_> {
+    fn shown(&self) -> usize {
+        self.data.class_count().min(CLASSES) * PICTURES
+    }
+
+    /// Sampling steps that a model takes, images times steps.
+    pub fn work(&self) -> u64 {
+        let scored = if self.scorer.is_some() { self.settings.samples } else { 0 };
+        ((scored + self.shown()) * self.settings.steps) as u64
+    }
+
+    /// Samples and scores one model; `report` hears the sampling steps done.
+    ///
+    /// # Errors
+    /// A model that does not make the images of the data set.
+    pub fn model(&self, name: &str, model: &Dit, report: &mut (dyn FnMut(u64) + Send)) -> Result<Evaluated> {
+        fits(model, self.data)?;
+        let settings = self.settings;
+        let mut done = 0;
+        let mut draw = |labels: &[i32], seed: u64, guidance: f64| -> Result<Tensor> {
+            let request = Request {
+                sampler: settings.sampler.parse()?,
+                steps: settings.steps,
+                guidance,
+                batch: BATCH,
+                precision: self.precision,
+                ..Request::new(labels.to_vec(), seed)
+            };
+            let before = done;
+            generate(model, &request, &mut |p| {
+                done = before + (p.images * settings.steps + p.batch * p.step) as u64;
+                report(done);
+            })
+        };
+        let start = Instant::now();
+        let score = match self.scorer {
+            None => None,
+            Some(s) => Some(s.reference.score_samples(
+                &s.classifier,
+                settings.samples,
+                settings.seed,
+                &mut |labels, seed| draw(labels, seed, settings.guidance),
+            )?),
+        };
+        let seconds = start.elapsed().as_secs_f64() / settings.samples.max(1) as f64;
+        let labels: Vec<i32> = (0..self.shown()).map(|i| (i / PICTURES) as i32).collect();
+        let pictures = draw(&labels, settings.seed, settings.picture_guidance)?;
+        let sheet = sheet(&pictures, self.data)?;
+        Ok(Evaluated { name: name.to_string(), score, seconds_per_image: score.map(|_| seconds), sheet })
+    }
 }
 
 /// Samples the base and the models of a finished run, and scores them where the plan names a classifier.
@@ -68,54 +147,17 @@ struct Scorer {
 /// A model or classifier that cannot be read, or a model that does not make the images of the data set.
 pub fn evaluate(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<Evaluation> {
     let settings = &run.plan.eval;
-    let scorer = match &settings.classifier {
-        None => None,
-        Some(folder) => {
-            let classifier = Classifier::load(folder, device)?;
-            let reference = Reference::new(&classifier, &data.train, settings.seed)?;
-            let baseline = reference.baseline(&classifier, &data.held_out, settings.samples)?;
-            Some(Scorer { classifier, reference, baseline })
-        }
-    };
-    let stages = models(run);
-    let shown = data.class_count().min(CLASSES) * PICTURES;
-    let scored = if scorer.is_some() { settings.samples } else { 0 };
-    let total = ((scored + shown) * settings.steps * stages.len()) as u64;
-    let mut done = 0;
-    let mut evaluated = Vec::new();
-    for (name, folder) in stages {
+    let scorer = Scorer::new(settings, data, device)?;
+    let precision = Precision::from(run.plan.distill.dtype);
+    let evaluator = Evaluator { settings, precision, data, scorer: scorer.as_ref() };
+    let models = models(run);
+    let (each, total) = (evaluator.work(), evaluator.work() * models.len() as u64);
+    let mut stages = Vec::with_capacity(models.len());
+    for (index, (name, folder)) in models.into_iter().enumerate() {
         let model = dit::load(&folder, device)?;
-        fits(&model, data)?;
-        let mut draw = |labels: &[i32], seed: u64, guidance: f64| -> Result<Tensor> {
-            let request = Request {
-                sampler: settings.sampler.parse()?,
-                steps: settings.steps,
-                guidance,
-                batch: BATCH,
-                precision: Precision::from(run.plan.distill.dtype),
-                ..Request::new(labels.to_vec(), seed)
-            };
-            let before = done;
-            let images = generate(&model, &request, &mut |p| {
-                done = before + (p.images * settings.steps + p.batch * p.step) as u64;
-                report(done, total);
-            })?;
-            Ok(images)
-        };
-        let start = Instant::now();
-        let score = match &scorer {
-            None => None,
-            Some(s) => Some(s.reference.score_samples(&s.classifier, settings.samples, &mut |labels, seed| {
-                draw(labels, seed, settings.guidance)
-            })?),
-        };
-        let seconds = start.elapsed().as_secs_f64() / settings.samples.max(1) as f64;
-        let labels: Vec<i32> = (0..shown).map(|i| (i / PICTURES) as i32).collect();
-        let pictures = draw(&labels, settings.seed, settings.picture_guidance)?;
-        let sheet = sheet(&pictures, data)?;
-        evaluated.push(Evaluated { name, score, seconds_per_image: score.map(|_| seconds), sheet });
+        stages.push(evaluator.model(&name, &model, &mut |done| report(index as u64 * each + done, total))?);
     }
-    Ok(Evaluation { real: scorer.map(|s| s.baseline), stages: evaluated })
+    Ok(Evaluation { real: scorer.map(|s| s.baseline), stages })
 }
 
 /// The models of a run in the order of the method, those that are there.
@@ -151,145 +193,4 @@ fn sheet(images: &Tensor, data: &RunData) -> Result<Vec<u8>> {
     let upscale = (COMFORTABLE / side).clamp(1, 8);
     let sheet = grid::grid(&pictures, &Layout { upscale, row_captions, ..Layout::new(PICTURES) })?;
     png::encode(&sheet, &BTreeMap::new())
-}
-
-/// The page of a run.
-///
-/// # Errors
-/// A damaged log.
-pub fn page(run: &RunFolder, summary: &Summary, evaluation: &Evaluation) -> Result<GraftRun> {
-    let count = summary.sites.len();
-    let operators: Vec<&str> = {
-        let mut kinds: Vec<&str> =
-            summary.sites.iter().map(|s| s.after.split('(').next().unwrap_or(&s.after)).collect();
-        kinds.sort_unstable();
-        kinds.dedup();
-        kinds
-    };
-    Ok(GraftRun {
-        title: "Graft report".into(),
-        summary: format!("{count} sites of {} now hold {}.", summary.base, operators.join(", ")),
-        stages: evaluation
-            .stages
-            .iter()
-            .filter(|s| s.name != ModelStage::Random.name())
-            .map(|s| stage(s, summary))
-            .collect(),
-        real: evaluation.real.clone(),
-        costs: costs(summary, evaluation),
-        sites: summary
-            .sites
-            .iter()
-            .map(|s| SiteResidual {
-                site: format!("{}: {}", s.site, s.after),
-                before: s.residual_initial.map(|r| r.relative),
-                after: s.residual_distilled.map(|r| r.relative),
-            })
-            .collect(),
-        curves: curves(run)?,
-        tables: Vec::new(),
-        plan: run.plan.text().to_string(),
-        facts: facts(run, summary, evaluation),
-    })
-}
-
-fn stage(s: &Evaluated, summary: &Summary) -> Stage {
-    let note = match s.name.as_str() {
-        "distilled" => format!("each new operator imitates the one it replaced: {} updates", summary.distill.steps),
-        "finetuned" => format!("the whole model is trained on: {} updates", summary.finetune.map_or(0, |f| f.steps)),
-        _ => "as it was pretrained".to_string(),
-    };
-    Stage { name: s.name.clone(), note, samples: Some(s.sheet.clone()), score: s.score }
-}
-
-fn costs(summary: &Summary, evaluation: &Evaluation) -> Vec<Cost> {
-    let (before, after) = (&summary.cost_before, &summary.cost_after);
-    let cost = |name: &str, unit, before, after| Cost { name: name.into(), unit, before, after };
-    let mut rows = vec![
-        cost("parameters", Unit::Count, before.params as f64, after.params as f64),
-        cost("FLOPs of a forward pass", Unit::Count, before.flops, after.flops),
-        cost("FLOPs of token mixing", Unit::Count, before.attn.flops_operator, after.attn.flops_operator),
-    ];
-    let seconds = |s: Option<&Evaluated>| s.and_then(|s| s.seconds_per_image);
-    if let (Some(first), Some(last)) = (seconds(evaluation.stages.first()), seconds(evaluation.stages.last())) {
-        rows.push(cost("time to sample an image", Unit::Seconds, first, last));
-    }
-    rows
-}
-
-fn curves(run: &RunFolder) -> Result<Vec<Figure<LineChart>>> {
-    let step = |line: &Value| line["step"].as_f64();
-    let mut sites: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
-    for line in read_log(&run.distill_folder().join(LOSS_LOG))? {
-        for (site, loss) in line["losses"].as_object().into_iter().flatten() {
-            if let (Some(x), Some(y)) = (step(&line), loss.as_f64()) {
-                sites.entry(site.clone()).or_default().push((x, y));
-            }
-        }
-    }
-    let finetune: Vec<(f64, f64)> = read_log(&run.finetune_folder().join(LOSS_LOG))?
-        .iter()
-        .filter_map(|line| Some((step(line)?, line["loss"].as_f64()?)))
-        .collect();
-    let chart = |title: &str, y_label: &str, log_y, series| LineChart {
-        title: title.into(),
-        x_label: "update".into(),
-        y_label: y_label.into(),
-        log_y,
-        series,
-    };
-    let mut figures = Vec::new();
-    if !sites.is_empty() {
-        let series = sites.into_iter().map(|(name, points)| Series { name, points }).collect();
-        figures.push(Figure {
-            title: "Stage 1: each operator learns to imitate".into(),
-            caption: "Loss of every new operator against the output of the one it replaces, on the same inputs.".into(),
-            chart: chart("loss of stage 1", "loss", true, series),
-        });
-    }
-    if !finetune.is_empty() {
-        figures.push(Figure {
-            title: "Stage 2: the model grows together".into(),
-            caption: "Diffusion loss of the whole model while all parameters are trained.".into(),
-            chart: chart(
-                "loss of stage 2",
-                "loss",
-                true,
-                vec![Series { name: "diffusion loss".into(), points: finetune }],
-            ),
-        });
-    }
-    Ok(figures)
-}
-
-fn facts(run: &RunFolder, summary: &Summary, evaluation: &Evaluation) -> Vec<(String, String)> {
-    let e = &run.plan.eval;
-    let mut rows = vec![
-        ("program".to_string(), format!("graft {}", env!("CARGO_PKG_VERSION"))),
-        ("base model".to_string(), summary.base.clone()),
-        (
-            "scored samples".to_string(),
-            format!(
-                "{} a stage, {} with {} steps, guidance {}, seed {}",
-                e.samples, e.sampler, e.steps, e.guidance, e.seed
-            ),
-        ),
-        ("pictures".to_string(), format!("guidance {}, the same seeds and labels at every stage", e.picture_guidance)),
-        (
-            "time of stage 1".to_string(),
-            format!("{:.0} s for {} images", summary.distill.seconds, summary.distill.images),
-        ),
-    ];
-    if let Some(f) = &summary.finetune {
-        rows.push(("time of stage 2".to_string(), format!("{:.0} s for {} images", f.seconds, f.images)));
-    }
-    let control = evaluation.stages.iter().find(|s| s.name == ModelStage::Random.name()).and_then(|s| s.score);
-    if let Some(score) = control {
-        rows.push((
-            "control: new operators at random".to_string(),
-            format!("Fréchet distance {:.2}, right class {:.0} %", score.frechet, 100.0 * score.agreement),
-        ));
-    }
-    rows.push(("residuals".to_string(), format!("held-out images, in {HELD_OUT_LOG}")));
-    rows
 }

@@ -10,6 +10,7 @@
 //! | [`distill`] | stage 1: every site learns to imitate the operator it replaces |
 //! | [`finetune`] | stage 2: the grafted model is trained on the diffusion loss |
 //! | [`run`] | the run folder: stages in order, each resumed where it was left |
+//! | [`science`] | studies: many grafts of one base in one table |
 //! | [`summary`] | what a run has reached, as one JSON file |
 
 pub mod assemble;
@@ -17,8 +18,10 @@ pub mod cost;
 pub mod distill;
 pub mod evaluate;
 pub mod finetune;
+mod page;
 pub mod plan;
 pub mod run;
+pub mod science;
 pub mod select;
 pub mod settings;
 mod student;

@@ -15,6 +15,7 @@ use super::assemble::{self, Stage};
 use super::distill::{self, Distiller};
 use super::evaluate::{self, Evaluation};
 use super::finetune::Finetuner;
+use super::page;
 use super::plan::Plan;
 use super::summary::Summary;
 use crate::error::{Error, Result};
@@ -219,7 +220,7 @@ pub fn finish(run: &RunFolder, evaluation: Option<Evaluation>) -> Result<Summary
         for stage in &evaluation.stages {
             atomic::write_bytes(&run.dir.join(format!("samples-{}.png", stage.name)), &stage.sheet)?;
         }
-        evaluate::page(run, &summary, evaluation)?.write(&run.dir.join(REPORT))?;
+        page::page(run, &summary, evaluation)?.write(&run.dir.join(REPORT))?;
     }
     summary.evaluation = evaluation;
     json::write(&run.dir.join(SUMMARY), &summary.json()?)?;

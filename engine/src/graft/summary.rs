@@ -5,14 +5,14 @@
 use super::cost::{Counter, ModelCost};
 use super::distill::{HELD_OUT_LOG, Residual};
 use super::evaluate::Evaluation;
-use super::plan::Assignment;
+use super::plan::{Assignment, Plan};
 use super::run::RunFolder;
 use crate::error::{Error, Result};
 use crate::io::jsonl;
 use crate::models::dit::{self, DitConfig};
 use crate::nn::operators::Site;
 use crate::train::trainer::LOSS_LOG;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::Path;
 
@@ -51,7 +51,7 @@ pub struct SiteSummary {
 }
 
 /// A stage of training.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StageSummary {
     /// Updates done.
     pub steps: u64,
@@ -76,7 +76,7 @@ impl Summary {
         let assignments = plan.resolve(&base)?;
         let after = super::assemble::grafted_config(&base, &assignments)?;
         let held_out = read_log(&run.distill_folder().join(HELD_OUT_LOG))?;
-        let finetune = stage(&run.finetune_folder().join(LOSS_LOG), plan.finetune.batch, |l| l["loss"].as_f64())?;
+        let finetune = finetune_stage(&run.finetune_folder().join(LOSS_LOG), plan)?;
         Ok(Summary {
             base: plan.base.display().to_string(),
             sites: assignments.iter().map(|a| site(a, &base, &held_out)).collect(),
@@ -119,6 +119,11 @@ fn site(a: &Assignment, base: &DitConfig, held_out: &[Value]) -> SiteSummary {
         residual_distilled: residual(held_out.iter().rfind(|l| step(l) > Some(0))),
         site: name,
     }
+}
+
+/// Stage 2 by its loss log.
+pub(super) fn finetune_stage(log: &Path, plan: &Plan) -> Result<StageSummary> {
+    stage(log, plan.finetune.batch, |line| line["loss"].as_f64())
 }
 
 fn mean_site_loss(line: &Value) -> Option<f64> {

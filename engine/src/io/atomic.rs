@@ -81,6 +81,14 @@ fn temporary_name(path: &Path, folder: &Path) -> PathBuf {
     folder.join(format!(".{}.{}-{serial}.tmp", files::file_name(path), std::process::id()))
 }
 
+/// Removes a file that is there.
+///
+/// # Errors
+/// When it cannot be removed.
+pub fn remove(path: &Path) -> Result<()> {
+    std::fs::remove_file(path).map_err(|e| Error::io(path, "remove", &e))
+}
+
 /// Creates a folder (and its parents) if need be and proves that files can be written in it, so that a long run
 /// fails before it starts rather than at its first checkpoint.
 ///
@@ -107,6 +115,9 @@ impl RunLock {
     /// File inside the run folder that carries the lock and the owner's process id.
     pub const FILE: &str = ".lock";
 
+    /// The problem of the error that says that another process has the folder.
+    pub const IN_USE: &str = "run folder is in use";
+
     /// Locks the existing folder `dir`.
     ///
     /// # Errors
@@ -129,7 +140,7 @@ impl RunLock {
                 // Only for the message: an unreadable owner must not hide that the folder is in use.
                 let _ = file.take(20).read_to_string(&mut owner);
                 let owner = if owner.trim().is_empty() { "unknown" } else { owner.trim() };
-                return Err(Error::failure(dir.display().to_string(), "run folder is in use")
+                return Err(Error::failure(dir.display().to_string(), Self::IN_USE)
                     .is(format!("locked by process {owner}"))
                     .must("used by one process at a time")
                     .fix("wait for that process, stop it, or choose another folder"));

@@ -16,6 +16,8 @@ pub enum Init {
     Zeros,
     /// All one.
     Ones,
+    /// All this value.
+    Constant(f32),
     /// Normal with this standard deviation.
     Normal(f32),
     /// Uniform in (−bound, bound).
@@ -117,6 +119,7 @@ fn fill(out: &mut [f32], init: Init, mut rng: Philox) {
     match init {
         Init::Zeros => out.fill(0.0),
         Init::Ones => out.fill(1.0),
+        Init::Constant(value) => out.fill(value),
         Init::Normal(std) => {
             rng.fill_normal(out);
             out.iter_mut().for_each(|v| *v *= std);

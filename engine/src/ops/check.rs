@@ -71,16 +71,17 @@ impl DimCheck {
         Ok(())
     }
 
-    /// Products and sums of dims and literals, as contracts write them; `None` where a dim is unbound.
+    /// Products, whole quotients and sums of dims and literals, as contracts write them; `None` where a dim is unbound.
     fn eval(&self, expr: &str) -> Option<usize> {
+        let atom = |text: &str| match self.index(text.trim()) {
+            Some(i) => self.values[i],
+            None => text.trim().parse().ok(),
+        };
         expr.split('+').try_fold(0usize, |sum, term| {
             let product = term.split('*').try_fold(1usize, |p, factor| {
-                let factor = factor.trim();
-                let value = match self.index(factor) {
-                    Some(i) => self.values[i]?,
-                    None => factor.parse().ok()?,
-                };
-                p.checked_mul(value)
+                let mut quotient = factor.split('/').map(atom);
+                let first = quotient.next()??;
+                p.checked_mul(quotient.try_fold(first, |q, by| q.checked_div(by?))?)
             })?;
             sum.checked_add(product)
         })

@@ -22,20 +22,25 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("attention", attention_conform),
     ("axpy", axpy_conform),
     ("conv2d", conv2d_conform),
+    ("cross_attention", cross_attention_conform),
     ("cross_entropy", cross_entropy_conform),
     ("embed", embed_conform),
     ("gate_residual", gate_residual_conform),
     ("gated_conv", gated_conv_conform),
     ("gemm", gemm_conform),
+    ("kv_compress", kv_compress_conform),
+    ("linear_attention", linear_attention_conform),
     ("ln_modulate", ln_modulate_conform),
     ("loss_diffusion", loss_diffusion_conform),
     ("loss_regression", loss_regression_conform),
+    ("neighborhood_attention", neighborhood_attention_conform),
     ("patchify", patchify_conform),
     ("philox", philox_conform),
     ("sinusoid", sinusoid_conform),
     ("solver_step", solver_step_conform),
     ("sum_squares", sum_squares_conform),
     ("unpatchify", unpatchify_conform),
+    ("window_attention", window_attention_conform),
 ];
 
 /// One AdamW step of one parameter tensor in place, with the moving average of the parameters.
@@ -396,6 +401,165 @@ fn conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
             let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[f], Fill::Normal)?) };
             let out = io.call("forward", || conv2d(&x, &filters, bias.as_ref(), oh, ow, params))?;
             io.result("y", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`cross_attention`].
+pub struct CrossAttentionOut {
+    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+    pub lse: Tensor,
+}
+
+/// Gradients of [`cross_attention`]; absent where not asked for.
+pub struct CrossAttentionGrads {
+    /// `[B, N, R, H, E]` f32
+    pub q: Option<Tensor>,
+    /// `[B, M, 2, H, E]` f32
+    pub kv: Option<Tensor>,
+}
+
+/// Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.
+///
+/// ```text
+/// q = q[:,:,0]; k, v = kv[:,:,0], kv[:,:,1]; keys(b) = {j : j < counts[b]}, all M without counts
+/// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]; lse[b,h,i] = log sum_{j in keys(b)} exp(s[b,h,i,j])
+/// y[b,i,h,e] = sum_{j in keys(b)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]; without a key, y = 0 and lse = -inf
+/// ```
+/// - `q` `[B, N, R, H, E]` f32: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
+/// - `kv` `[B, M, 2, H, E]` f32: Keys and values side by side; those that do not count are never read and their gradient is zero.
+/// - `counts` `[B]` i32, optional: Keys that count in each sample, from the first on; 0 to M.
+/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn cross_attention(q: &Tensor, kv: &Tensor, counts: Option<&Tensor>, params: kernels::generated::cross_attention::Params) -> Result<CrossAttentionOut> {
+    use kernels::generated::cross_attention::{Dims, Forward};
+    let mut check = DimCheck::new("cross_attention", &["B", "N", "M", "R", "H", "E"]);
+    check.bind("q", q, &["B", "N", "R", "H", "E"])?;
+    check.bind("kv", kv, &["B", "M", "2", "H", "E"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.match_exprs("q", q, &["B", "N", "R", "H", "E"])?;
+    check.match_exprs("kv", kv, &["B", "M", "2", "H", "E"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    want_dtype("cross_attention", "q", q, &[DType::F32])?;
+    want_dtype("cross_attention", "kv", kv, &[DType::F32])?;
+    if let Some(t) = counts { want_dtype("cross_attention", "counts", t, &[DType::I32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, m: check.dim("M")?, r: check.dim("R")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { m, .. } = dims;
+        if let Some(t) = counts { check_index("cross_attention", "counts", t, m+1)?; }
+    }
+    let device = q.device().clone();
+    check.same_device(&device, &[("kv", Some(kv)), ("counts", counts)])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty(&[b, n, h, e])?;
+    let mut lse = device.empty(&[b, h, n])?;
+
+    let args = Forward { dims, params, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::cross_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::cross_attention::reference::forward(args),
+        other => return Err(no_path("cross_attention", other)),
+    }
+    Ok(CrossAttentionOut { y, lse })
+}
+
+/// Backward pass of [`cross_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn cross_attention_backward(dy: &Tensor, q: &Tensor, kv: &Tensor, counts: Option<&Tensor>, y: &Tensor, lse: &Tensor, want_q: bool, want_kv: bool, params: kernels::generated::cross_attention::Params) -> Result<CrossAttentionGrads> {
+    use kernels::generated::cross_attention::{Backward, Dims};
+    let mut check = DimCheck::new("cross_attention", &["B", "N", "M", "R", "H", "E"]);
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("q", q, &["B", "N", "R", "H", "E"])?;
+    check.bind("kv", kv, &["B", "M", "2", "H", "E"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("q", q, &["B", "N", "R", "H", "E"])?;
+    check.match_exprs("kv", kv, &["B", "M", "2", "H", "E"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "N"])?;
+    want_dtype("cross_attention", "dy", dy, &[DType::F32])?;
+    want_dtype("cross_attention", "q", q, &[DType::F32])?;
+    want_dtype("cross_attention", "kv", kv, &[DType::F32])?;
+    if let Some(t) = counts { want_dtype("cross_attention", "counts", t, &[DType::I32])?; }
+    want_dtype("cross_attention", "y", y, &[DType::F32])?;
+    want_dtype("cross_attention", "lse", lse, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, m: check.dim("M")?, r: check.dim("R")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { m, .. } = dims;
+        if let Some(t) = counts { check_index("cross_attention", "counts", t, m+1)?; }
+    }
+    let device = dy.device().clone();
+    check.same_device(&device, &[("q", Some(q)), ("kv", Some(kv)), ("counts", counts), ("y", Some(y)), ("lse", Some(lse))])?;
+    let Dims { b, n, m, r, h, e, .. } = dims;
+    let mut grad_q = if want_q { Some(device.empty(&[b, n, r, h, e])?) } else { None };
+    let mut grad_kv = if want_kv { Some(device.empty(&[b, m, 2, h, e])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dq: match &mut grad_q { Some(t) => Some(t.f32s_mut()?), None => None }, dkv: match &mut grad_kv { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::cross_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::cross_attention::reference::backward(args),
+        other => return Err(no_path("cross_attention", other)),
+    }
+    Ok(CrossAttentionGrads { q: grad_q, kv: grad_kv })
+}
+
+impl Graph<'_> {
+    /// [`cross_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn cross_attention(&self, q: &Var, kv: &Var, counts: Option<&Tensor>, params: kernels::generated::cross_attention::Params) -> Result<Var> {
+        let sources = [self.source(q), self.source(kv)];
+        let record = sources.iter().any(Option::is_some);
+        let out = cross_attention(q.tensor(), kv.tensor(), counts, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_q = q.tensor().clone();
+        let saved_kv = kv.tensor().clone();
+        let saved_counts = counts.cloned();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_q), Some(&saved_kv), saved_counts.as_ref(), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("cross_attention", out.y, saved, move |dy, grads| {
+            let found = cross_attention_backward(dy, &saved_q, &saved_kv, saved_counts.as_ref(), &saved_y, &saved_lse, sources[0].is_some(), sources[1].is_some(), params)?;
+            grads.add(sources[0], found.q)?;
+            grads.add(sources[1], found.kv)?;
+            Ok(())
+        }))
+    }
+}
+
+fn cross_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::cross_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, m, r, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let q = io.draw(case.name, "q", &[b, n, r, h, e], Fill::Normal)?;
+            let kv = io.draw(case.name, "kv", &[b, m, 2, h, e], Fill::Normal)?;
+            let counts = if absent("counts") { None } else { Some(io.draw_i32(case.name, "counts", &[b], Fill::Index(m+1))?) };
+            let out = io.call("forward", || cross_attention(&q, &kv, counts.as_ref(), params))?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || cross_attention_backward(&dy, &q, &kv, counts.as_ref(), &out.y, &out.lse, true, true, params))?;
+            if let Some(t) = &grads.q { io.result("dq", t)?; }
+            if let Some(t) = &grads.kv { io.result("dkv", t)?; }
             Ok(())
         })?;
     }
@@ -1185,6 +1349,344 @@ fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Outputs of [`kv_compress`].
+pub struct KvCompressOut {
+    /// `[B, Gh/K, Gw/K, 2, D]` f32: Keys and values of the coarse grid, side by side.
+    pub y: Tensor,
+    /// `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
+    pub mean: Tensor,
+    /// `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
+    pub rstd: Tensor,
+}
+
+/// Gradients of [`kv_compress`]; absent where not asked for.
+pub struct KvCompressGrads {
+    /// `[B, Gh, Gw, R, D]` f32
+    pub x: Option<Tensor>,
+    /// `[D, K, K]` f32
+    pub weight: Option<Tensor>,
+    /// `[D]` f32
+    pub bias: Option<Tensor>,
+    /// `[D]` f32
+    pub gamma: Option<Tensor>,
+    /// `[D]` f32
+    pub beta: Option<Tensor>,
+}
+
+/// Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.
+///
+/// ```text
+/// x_p = x[:,:,:,first+p], p 0 (keys) and 1 (values)
+/// c[b,r,s,p,d] = bias[d] + sum_{i,j<K} weight[d,i,j] * x_p[b,K*r+i,K*s+j,d]; rows and columns beyond the last whole square are not read
+/// y[b,r,s,p,d] = (c - mean_d(c)) / sqrt(var_d(c) + eps) * gamma[d] + beta[d]
+/// ```
+/// - `x` `[B, Gh, Gw, R, D]` f32: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
+/// - `weight` `[D, K, K]` f32: Taps of each channel, row by row.
+/// - `bias` `[D]` f32: Bias of the convolution.
+/// - `gamma` `[D]` f32: Scale after the normalisation.
+/// - `beta` `[D]` f32: Shift after the normalisation.
+/// - returns `y` `[B, Gh/K, Gw/K, 2, D]` f32: Keys and values of the coarse grid, side by side.
+/// - returns `mean` `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
+/// - returns `rstd` `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn kv_compress(x: &Tensor, weight: &Tensor, bias: &Tensor, gamma: &Tensor, beta: &Tensor, params: kernels::generated::kv_compress::Params) -> Result<KvCompressOut> {
+    use kernels::generated::kv_compress::{Dims, Forward};
+    let mut check = DimCheck::new("kv_compress", &["B", "Gh", "Gw", "R", "D", "K"]);
+    check.bind("x", x, &["B", "Gh", "Gw", "R", "D"])?;
+    check.bind("weight", weight, &["D", "K", "K"])?;
+    check.bind("bias", bias, &["D"])?;
+    check.bind("gamma", gamma, &["D"])?;
+    check.bind("beta", beta, &["D"])?;
+    check.match_exprs("x", x, &["B", "Gh", "Gw", "R", "D"])?;
+    check.match_exprs("weight", weight, &["D", "K", "K"])?;
+    check.match_exprs("bias", bias, &["D"])?;
+    check.match_exprs("gamma", gamma, &["D"])?;
+    check.match_exprs("beta", beta, &["D"])?;
+    want_dtype("kv_compress", "x", x, &[DType::F32])?;
+    want_dtype("kv_compress", "weight", weight, &[DType::F32])?;
+    want_dtype("kv_compress", "bias", bias, &[DType::F32])?;
+    want_dtype("kv_compress", "gamma", gamma, &[DType::F32])?;
+    want_dtype("kv_compress", "beta", beta, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, r: check.dim("R")?, d: check.dim("D")?, k: check.dim("K")? };
+    let Dims { gh, gw, r, k, .. } = dims;
+    require("kv_compress", params.first + 2 <= r, "first + 2 <= R", "a key and a value among the vectors of a token", || format!("{dims:?}, {params:?}"))?;
+    require("kv_compress", k <= gh && k <= gw, "K <= Gh && K <= Gw", "a grid of at least one square", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("weight", Some(weight)), ("bias", Some(bias)), ("gamma", Some(gamma)), ("beta", Some(beta))])?;
+    let Dims { b, gh, gw, d, k, .. } = dims;
+    let mut y = device.empty(&[b, gh/k, gw/k, 2, d])?;
+    let mut mean = device.empty(&[b, gh/k, gw/k, 2])?;
+    let mut rstd = device.empty(&[b, gh/k, gw/k, 2])?;
+
+    let args = Forward { dims, params, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::kv_compress::cpu::forward(args),
+        DeviceKind::Oracle => kernels::kv_compress::reference::forward(args),
+        other => return Err(no_path("kv_compress", other)),
+    }
+    Ok(KvCompressOut { y, mean, rstd })
+}
+
+/// Backward pass of [`kv_compress`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn kv_compress_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, bias: &Tensor, gamma: &Tensor, mean: &Tensor, rstd: &Tensor, want_x: bool, want_weight: bool, want_bias: bool, want_gamma: bool, want_beta: bool, params: kernels::generated::kv_compress::Params) -> Result<KvCompressGrads> {
+    use kernels::generated::kv_compress::{Backward, Dims};
+    let mut check = DimCheck::new("kv_compress", &["B", "Gh", "Gw", "R", "D", "K"]);
+    check.bind("dy", dy, &["B", "Gh/K", "Gw/K", "2", "D"])?;
+    check.bind("x", x, &["B", "Gh", "Gw", "R", "D"])?;
+    check.bind("weight", weight, &["D", "K", "K"])?;
+    check.bind("bias", bias, &["D"])?;
+    check.bind("gamma", gamma, &["D"])?;
+    check.bind("mean", mean, &["B", "Gh/K", "Gw/K", "2"])?;
+    check.bind("rstd", rstd, &["B", "Gh/K", "Gw/K", "2"])?;
+    check.match_exprs("dy", dy, &["B", "Gh/K", "Gw/K", "2", "D"])?;
+    check.match_exprs("x", x, &["B", "Gh", "Gw", "R", "D"])?;
+    check.match_exprs("weight", weight, &["D", "K", "K"])?;
+    check.match_exprs("bias", bias, &["D"])?;
+    check.match_exprs("gamma", gamma, &["D"])?;
+    check.match_exprs("mean", mean, &["B", "Gh/K", "Gw/K", "2"])?;
+    check.match_exprs("rstd", rstd, &["B", "Gh/K", "Gw/K", "2"])?;
+    want_dtype("kv_compress", "dy", dy, &[DType::F32])?;
+    want_dtype("kv_compress", "x", x, &[DType::F32])?;
+    want_dtype("kv_compress", "weight", weight, &[DType::F32])?;
+    want_dtype("kv_compress", "bias", bias, &[DType::F32])?;
+    want_dtype("kv_compress", "gamma", gamma, &[DType::F32])?;
+    want_dtype("kv_compress", "mean", mean, &[DType::F32])?;
+    want_dtype("kv_compress", "rstd", rstd, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, r: check.dim("R")?, d: check.dim("D")?, k: check.dim("K")? };
+    let Dims { gh, gw, r, k, .. } = dims;
+    require("kv_compress", params.first + 2 <= r, "first + 2 <= R", "a key and a value among the vectors of a token", || format!("{dims:?}, {params:?}"))?;
+    require("kv_compress", k <= gh && k <= gw, "K <= Gh && K <= Gw", "a grid of at least one square", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("weight", Some(weight)), ("bias", Some(bias)), ("gamma", Some(gamma)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let Dims { b, gh, gw, r, d, k, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty(&[b, gh, gw, r, d])?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty(&[d, k, k])?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty(&[d])?) } else { None };
+    let mut grad_gamma = if want_gamma { Some(device.empty(&[d])?) } else { None };
+    let mut grad_beta = if want_beta { Some(device.empty(&[d])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::kv_compress::cpu::backward(args),
+        DeviceKind::Oracle => kernels::kv_compress::reference::backward(args),
+        other => return Err(no_path("kv_compress", other)),
+    }
+    Ok(KvCompressGrads { x: grad_x, weight: grad_weight, bias: grad_bias, gamma: grad_gamma, beta: grad_beta })
+}
+
+impl Graph<'_> {
+    /// [`kv_compress`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn kv_compress(&self, x: &Var, weight: &Var, bias: &Var, gamma: &Var, beta: &Var, params: kernels::generated::kv_compress::Params) -> Result<Var> {
+        let sources = [self.source(x), self.source(weight), self.source(bias), self.source(gamma), self.source(beta)];
+        let record = sources.iter().any(Option::is_some);
+        let out = kv_compress(x.tensor(), weight.tensor(), bias.tensor(), gamma.tensor(), beta.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_weight = weight.tensor().clone();
+        let saved_bias = bias.tensor().clone();
+        let saved_gamma = gamma.tensor().clone();
+        let saved_mean = out.mean.clone();
+        let saved_rstd = out.rstd.clone();
+        let saved = [Some(&saved_x), Some(&saved_weight), Some(&saved_bias), Some(&saved_gamma), Some(&saved_mean), Some(&saved_rstd)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("kv_compress", out.y, saved, move |dy, grads| {
+            let found = kv_compress_backward(dy, &saved_x, &saved_weight, &saved_bias, &saved_gamma, &saved_mean, &saved_rstd, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.weight)?;
+            grads.add(sources[2], found.bias)?;
+            grads.add(sources[3], found.gamma)?;
+            grads.add(sources[4], found.beta)?;
+            Ok(())
+        }))
+    }
+}
+
+fn kv_compress_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::kv_compress::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, gh, gw, r, d, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, gh, gw, r, d], Fill::Normal)?;
+            let weight = io.draw(case.name, "weight", &[d, k, k], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let bias = io.draw(case.name, "bias", &[d], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let gamma = io.draw(case.name, "gamma", &[d], Fill::Normal)?;
+            let beta = io.draw(case.name, "beta", &[d], Fill::Normal)?;
+            let out = io.call("forward", || kv_compress(&x, &weight, &bias, &gamma, &beta, params))?;
+            io.result("y", &out.y)?;
+            io.result("mean", &out.mean)?;
+            io.result("rstd", &out.rstd)?;
+            let dy = io.draw(case.name, "dy", &[b, gh/k, gw/k, 2, d], Fill::Normal)?;
+            let grads = io.call("backward", || kv_compress_backward(&dy, &x, &weight, &bias, &gamma, &out.mean, &out.rstd, true, true, true, true, true, params))?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.weight { io.result("dweight", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
+            if let Some(t) = &grads.gamma { io.result("dgamma", t)?; }
+            if let Some(t) = &grads.beta { io.result("dbeta", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`linear_attention`].
+pub struct LinearAttentionOut {
+    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, N]` f32: What the weights of each query are divided by.
+    pub norm: Tensor,
+    /// `[B, H, E, E]` f32: Sum over the tokens of the outer products of key features and values.
+    pub state: Tensor,
+    /// `[B, H, E]` f32: Sum over the tokens of the key features.
+    pub total: Tensor,
+}
+
+/// Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.
+///
+/// ```text
+/// phi(x) = elu(x) + 1 (map 0) or max(x, 0) (map 1); q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2], not scaled
+/// state[b,h,d,e] = sum_j phi(k[b,j,h,d]) * v[b,j,h,e]; total[b,h,d] = sum_j phi(k[b,j,h,d])
+/// norm[b,h,i] = sum_d phi(q[b,i,h,d]) * total[b,h,d] + eps
+/// y[b,i,h,e] = sum_d phi(q[b,i,h,d]) * state[b,h,d,e] / norm[b,h,i]
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - returns `norm` `[B, H, N]` f32: What the weights of each query are divided by.
+/// - returns `state` `[B, H, E, E]` f32: Sum over the tokens of the outer products of key features and values.
+/// - returns `total` `[B, H, E]` f32: Sum over the tokens of the key features.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn linear_attention(qkv: &Tensor, params: kernels::generated::linear_attention::Params) -> Result<LinearAttentionOut> {
+    use kernels::generated::linear_attention::{Dims, Forward};
+    let mut check = DimCheck::new("linear_attention", &["B", "N", "H", "E"]);
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    want_dtype("linear_attention", "qkv", qkv, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    
+    require("linear_attention", params.map <= 1, "map <= 1", "0 (elu + 1) or 1 (relu)", || format!("{dims:?}, {params:?}"))?;
+    require("linear_attention", params.eps > 0.0, "eps > 0.0", "a positive eps: with relu a query may meet no key at all", || format!("{dims:?}, {params:?}"))?;
+    let device = qkv.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty(&[b, n, h, e])?;
+    let mut norm = device.empty(&[b, h, n])?;
+    let mut state = device.empty(&[b, h, e, e])?;
+    let mut total = device.empty(&[b, h, e])?;
+
+    let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, norm: norm.f32s_mut()?, state: state.f32s_mut()?, total: total.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::linear_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::linear_attention::reference::forward(args),
+        other => return Err(no_path("linear_attention", other)),
+    }
+    Ok(LinearAttentionOut { y, norm, state, total })
+}
+
+/// Backward pass of [`linear_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn linear_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, norm: &Tensor, state: &Tensor, total: &Tensor, want_qkv: bool, params: kernels::generated::linear_attention::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::linear_attention::{Backward, Dims};
+    let mut check = DimCheck::new("linear_attention", &["B", "N", "H", "E"]);
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("norm", norm, &["B", "H", "N"])?;
+    check.bind("state", state, &["B", "H", "E", "E"])?;
+    check.bind("total", total, &["B", "H", "E"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("norm", norm, &["B", "H", "N"])?;
+    check.match_exprs("state", state, &["B", "H", "E", "E"])?;
+    check.match_exprs("total", total, &["B", "H", "E"])?;
+    want_dtype("linear_attention", "dy", dy, &[DType::F32])?;
+    want_dtype("linear_attention", "qkv", qkv, &[DType::F32])?;
+    want_dtype("linear_attention", "y", y, &[DType::F32])?;
+    want_dtype("linear_attention", "norm", norm, &[DType::F32])?;
+    want_dtype("linear_attention", "state", state, &[DType::F32])?;
+    want_dtype("linear_attention", "total", total, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    
+    require("linear_attention", params.map <= 1, "map <= 1", "0 (elu + 1) or 1 (relu)", || format!("{dims:?}, {params:?}"))?;
+    require("linear_attention", params.eps > 0.0, "eps > 0.0", "a positive eps: with relu a query may meet no key at all", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("norm", Some(norm)), ("state", Some(state)), ("total", Some(total))])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, norm: norm.f32s()?, state: state.f32s()?, total: total.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::linear_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::linear_attention::reference::backward(args),
+        other => return Err(no_path("linear_attention", other)),
+    }
+    Ok(grad_qkv)
+}
+
+impl Graph<'_> {
+    /// [`linear_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn linear_attention(&self, qkv: &Var, params: kernels::generated::linear_attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv)];
+        let record = sources.iter().any(Option::is_some);
+        let out = linear_attention(qkv.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_y = out.y.clone();
+        let saved_norm = out.norm.clone();
+        let saved_state = out.state.clone();
+        let saved_total = out.total.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_y), Some(&saved_norm), Some(&saved_state), Some(&saved_total)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("linear_attention", out.y, saved, move |dy, grads| {
+            let found = linear_attention_backward(dy, &saved_qkv, &saved_y, &saved_norm, &saved_state, &saved_total, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn linear_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::linear_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
+            let out = io.call("forward", || linear_attention(&qkv, params))?;
+            io.result("y", &out.y)?;
+            io.result("norm", &out.norm)?;
+            io.result("state", &out.state)?;
+            io.result("total", &out.total)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || linear_attention_backward(&dy, &qkv, &out.y, &out.norm, &out.state, &out.total, true, params))?;
+            if let Some(t) = &grads { io.result("dqkv", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Outputs of [`ln_modulate`].
 pub struct LnModulateOut {
     /// `[B, N, D]` f32: Normalised and modulated.
@@ -1604,6 +2106,135 @@ fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
             let dloss = io.draw(case.name, "dloss", &[1], Fill::Normal)?;
             let grads = io.call("backward", || loss_regression_backward(&dloss, &pred, &target, true, params))?;
             if let Some(t) = &grads { io.result("dpred", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`neighborhood_attention`].
+pub struct NeighborhoodAttentionOut {
+    /// `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+    pub lse: Tensor,
+}
+
+/// Softmax self-attention of every head over the K x K tokens around each token of a grid.
+///
+/// ```text
+/// start(i, n) = clamp(i - (K - 1)/2, 0, n - K): near a border the neighbourhood is shifted inside, so it always has K*K keys
+/// keys(r, c) = {(r', c') : 0 <= r' - start(r, Gh) < K, 0 <= c' - start(c, Gw) < K}
+/// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]; lse[b,h,i] = log sum_{j in keys(i)} exp(s[b,h,i,j])
+/// y[b,i,h,e] = sum_{j in keys(i)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
+/// ```
+/// - `qkv` `[B, Gh, Gw, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them; tokens row by row.
+/// - returns `y` `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+/// - returns `lse` `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn neighborhood_attention(qkv: &Tensor, k: usize, params: kernels::generated::neighborhood_attention::Params) -> Result<NeighborhoodAttentionOut> {
+    use kernels::generated::neighborhood_attention::{Dims, Forward};
+    let mut check = DimCheck::new("neighborhood_attention", &["B", "Gh", "Gw", "H", "E", "K"]);
+    check.given("K", k)?;
+    check.bind("qkv", qkv, &["B", "Gh", "Gw", "3", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "Gh", "Gw", "3", "H", "E"])?;
+    want_dtype("neighborhood_attention", "qkv", qkv, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
+    let Dims { gh, gw, k, .. } = dims;
+    require("neighborhood_attention", k % 2 == 1 && k <= gh && k <= gw, "K % 2 == 1 && K <= Gh && K <= Gw", "an odd kernel, no wider than the grid", || format!("{dims:?}, {params:?}"))?;
+    let device = qkv.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, gh, gw, h, e, .. } = dims;
+    let mut y = device.empty(&[b, gh, gw, h, e])?;
+    let mut lse = device.empty(&[b, h, gh, gw])?;
+
+    let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::neighborhood_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::neighborhood_attention::reference::forward(args),
+        other => return Err(no_path("neighborhood_attention", other)),
+    }
+    Ok(NeighborhoodAttentionOut { y, lse })
+}
+
+/// Backward pass of [`neighborhood_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn neighborhood_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, k: usize, want_qkv: bool, params: kernels::generated::neighborhood_attention::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::neighborhood_attention::{Backward, Dims};
+    let mut check = DimCheck::new("neighborhood_attention", &["B", "Gh", "Gw", "H", "E", "K"]);
+    check.given("K", k)?;
+    check.bind("dy", dy, &["B", "Gh", "Gw", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "Gh", "Gw", "3", "H", "E"])?;
+    check.bind("y", y, &["B", "Gh", "Gw", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "Gh", "Gw"])?;
+    check.match_exprs("dy", dy, &["B", "Gh", "Gw", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "Gh", "Gw", "3", "H", "E"])?;
+    check.match_exprs("y", y, &["B", "Gh", "Gw", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "Gh", "Gw"])?;
+    want_dtype("neighborhood_attention", "dy", dy, &[DType::F32])?;
+    want_dtype("neighborhood_attention", "qkv", qkv, &[DType::F32])?;
+    want_dtype("neighborhood_attention", "y", y, &[DType::F32])?;
+    want_dtype("neighborhood_attention", "lse", lse, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
+    let Dims { gh, gw, k, .. } = dims;
+    require("neighborhood_attention", k % 2 == 1 && k <= gh && k <= gw, "K % 2 == 1 && K <= Gh && K <= Gw", "an odd kernel, no wider than the grid", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
+    let Dims { b, gh, gw, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, gh, gw, 3, h, e])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::neighborhood_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::neighborhood_attention::reference::backward(args),
+        other => return Err(no_path("neighborhood_attention", other)),
+    }
+    Ok(grad_qkv)
+}
+
+impl Graph<'_> {
+    /// [`neighborhood_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn neighborhood_attention(&self, qkv: &Var, k: usize, params: kernels::generated::neighborhood_attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv)];
+        let record = sources.iter().any(Option::is_some);
+        let out = neighborhood_attention(qkv.tensor(), k, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("neighborhood_attention", out.y, saved, move |dy, grads| {
+            let found = neighborhood_attention_backward(dy, &saved_qkv, &saved_y, &saved_lse, k, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn neighborhood_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::neighborhood_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, gh, gw, h, e, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, gh, gw, 3, h, e], Fill::Normal)?;
+            let out = io.call("forward", || neighborhood_attention(&qkv, k, params))?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, gh, gw, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || neighborhood_attention_backward(&dy, &qkv, &out.y, &out.lse, k, true, params))?;
+            if let Some(t) = &grads { io.result("dqkv", t)?; }
             Ok(())
         })?;
     }
@@ -2059,6 +2690,130 @@ fn unpatchify_conform(run: &mut Conform<'_>) -> Result<()> {
             let dx = io.draw(case.name, "dx", &[b, c, gh*p, gw*p], Fill::Normal)?;
             let grads = io.call("backward", || unpatchify_backward(&dx, c, p, gh, gw, true, params))?;
             if let Some(t) = &grads { io.result("dtokens", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`window_attention`].
+pub struct WindowAttentionOut {
+    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+    pub lse: Tensor,
+}
+
+/// Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.
+///
+/// ```text
+/// keys(i) = {j : |i - j| <= W, 0 <= j < N}: the window ends where the tokens end, and does not wrap
+/// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]; lse[b,h,i] = log sum_{j in keys(i)} exp(s[b,h,i,j])
+/// y[b,i,h,e] = sum_{j in keys(i)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn window_attention(qkv: &Tensor, w: usize, params: kernels::generated::window_attention::Params) -> Result<WindowAttentionOut> {
+    use kernels::generated::window_attention::{Dims, Forward};
+    let mut check = DimCheck::new("window_attention", &["B", "N", "H", "E", "W"]);
+    check.given("W", w)?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    want_dtype("window_attention", "qkv", qkv, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")?, w: check.dim("W")? };
+    let device = qkv.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty(&[b, n, h, e])?;
+    let mut lse = device.empty(&[b, h, n])?;
+
+    let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::window_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::window_attention::reference::forward(args),
+        other => return Err(no_path("window_attention", other)),
+    }
+    Ok(WindowAttentionOut { y, lse })
+}
+
+/// Backward pass of [`window_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn window_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, w: usize, want_qkv: bool, params: kernels::generated::window_attention::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::window_attention::{Backward, Dims};
+    let mut check = DimCheck::new("window_attention", &["B", "N", "H", "E", "W"]);
+    check.given("W", w)?;
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "N"])?;
+    want_dtype("window_attention", "dy", dy, &[DType::F32])?;
+    want_dtype("window_attention", "qkv", qkv, &[DType::F32])?;
+    want_dtype("window_attention", "y", y, &[DType::F32])?;
+    want_dtype("window_attention", "lse", lse, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")?, w: check.dim("W")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::window_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::window_attention::reference::backward(args),
+        other => return Err(no_path("window_attention", other)),
+    }
+    Ok(grad_qkv)
+}
+
+impl Graph<'_> {
+    /// [`window_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn window_attention(&self, qkv: &Var, w: usize, params: kernels::generated::window_attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv)];
+        let record = sources.iter().any(Option::is_some);
+        let out = window_attention(qkv.tensor(), w, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("window_attention", out.y, saved, move |dy, grads| {
+            let found = window_attention_backward(dy, &saved_qkv, &saved_y, &saved_lse, w, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn window_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::window_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, w, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
+            let out = io.call("forward", || window_attention(&qkv, w, params))?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || window_attention_backward(&dy, &qkv, &out.y, &out.lse, w, true, params))?;
+            if let Some(t) = &grads { io.result("dqkv", t)?; }
             Ok(())
         })?;
     }

@@ -3,9 +3,14 @@
 //! A site's operator sees the modulated, normalised features `[B, N, D]` and gives `[B, N, D]` before the gate; it
 //! never sees timestep or condition (arXiv 2506.05340, §3). Adding one is a file here and a line in [`REGISTRY`].
 
+mod heads;
 mod hyena;
+mod kv_compress;
+mod linear_attention;
 mod mha;
 mod mlp;
+mod neighborhood;
+mod swa;
 
 use super::{Builder, Epilogue};
 use crate::autograd::{Graph, ParamStore, Var};
@@ -125,7 +130,6 @@ impl Spec {
     }
 
     /// An option that is one of `words`; the first is the default.
-    #[allow(dead_code)]
     fn choice(&self, option: &str, words: &[&'static str]) -> Result<&'static str> {
         let given = match self.options.get(option) {
             None => return Ok(words[0]),
@@ -200,7 +204,8 @@ pub struct Kind {
 }
 
 /// Every operator.
-pub const REGISTRY: &[Kind] = &[mha::KIND, hyena::X, mlp::KIND];
+pub const REGISTRY: &[Kind] =
+    &[mha::KIND, swa::KIND, neighborhood::KIND, linear_attention::KIND, kv_compress::KIND, hyena::X, mlp::KIND];
 
 /// Creates an operator with new parameters, named below the builder's prefix.
 ///
@@ -227,4 +232,65 @@ pub fn build(spec: &Spec, site: Site, dims: BlockDims, builder: &mut Builder<'_>
             .must(if known.is_empty() { "no option".into() } else { known.join(", ") }));
     }
     (kind.build)(spec, dims, builder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::Scheme;
+    use crate::tensor::Device;
+
+    /// Why an attention operator is not built.
+    pub(super) fn refusal(spec: &Spec, dims: BlockDims) -> String {
+        let (mut store, device) = (ParamStore::default(), Device::cpu());
+        let mut builder = Builder::new(&mut store, &device, 0, Scheme::Torch);
+        build(spec, Site::Attn, dims, &mut builder).unwrap_err().to_string()
+    }
+
+    fn parameters(spec: &Spec, dims: BlockDims) -> (ParamStore, Box<dyn Operator>) {
+        let (mut store, device) = (ParamStore::default(), Device::cpu());
+        let operator = build(spec, Site::Attn, dims, &mut Builder::new(&mut store, &device, 0, Scheme::Torch));
+        (store, operator.unwrap())
+    }
+
+    /// What an operator may start from exists on both sides, in one shape.
+    #[test]
+    fn attention_can_start_from_its_teacher() {
+        let dims = BlockDims { width: 12, heads: 3, grid: [7, 8] };
+        let (teacher, _) = parameters(&Spec::new("mha"), dims);
+        for kind in ["mha", "swa", "neighborhood_attention", "linear_attention", "kv_compress"] {
+            let (own, operator) = parameters(&Spec::new(kind), dims);
+            assert_eq!(operator.teacher_names().len(), 4, "{kind}");
+            for (name, theirs) in operator.teacher_names() {
+                let shape =
+                    |store: &ParamStore, name: &str| store.get(store.find(name).unwrap()).value.shape().dims().to_vec();
+                assert_eq!(shape(&own, name), shape(&teacher, theirs), "{kind}: {name}");
+            }
+            // Building from what it says gives the same operator.
+            let (again, same) = parameters(&operator.spec(), dims);
+            assert_eq!((again.elements(), same.spec()), (own.elements(), operator.spec()));
+            assert!(refusal(&Spec::new(kind).with("heads", 5.0), dims).contains("a divisor of 12"), "{kind}");
+        }
+    }
+
+    /// An attention that sees everything is the plain one: all three give the same result from the same weights.
+    #[test]
+    fn wide_windows_are_full_attention() {
+        let dims = BlockDims { width: 8, heads: 2, grid: [3, 3] };
+        let device = Device::cpu();
+        let (teacher, mha) = parameters(&Spec::new("mha"), dims);
+        let wave: Vec<f32> = (0..2 * 9 * 8).map(|i| (i as f32 * 0.37).sin()).collect();
+        let x = Var::constant(crate::tensor::Tensor::from_f32(&device, &[2, 9, 8], &wave).unwrap());
+        let g = Graph::inference(crate::autograd::Precision::F32);
+        let want = mha.forward(&g, &teacher, &x, None).unwrap().tensor().to_vec().unwrap();
+        let wide = [Spec::new("swa").with("window", 8.0), Spec::new("neighborhood_attention").with("kernel", 3.0)];
+        for spec in wide {
+            let (mut own, operator) = parameters(&spec, dims);
+            for (name, theirs) in operator.teacher_names() {
+                let value = teacher.get(teacher.find(theirs).unwrap()).value.clone();
+                own.set(own.find(name).unwrap(), value).unwrap();
+            }
+            assert_eq!(operator.forward(&g, &own, &x, None).unwrap().tensor().to_vec().unwrap(), want, "{spec}");
+        }
+    }
 }

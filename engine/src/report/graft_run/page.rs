@@ -5,6 +5,7 @@ use crate::eval::score::Score;
 use crate::report::chart::{BarChart, Bars};
 use crate::report::format::{change, percent, significant};
 use crate::report::html::{self, Html};
+use crate::report::parts::{section, table};
 
 impl GraftRun {
     /// The whole page.
@@ -203,30 +204,5 @@ fn card(h: &mut Html, name: &str, value: &str, detail: &str) {
         h.leaf("div", &[("class", "name")], name);
         h.leaf("div", &[("class", "value")], value);
         h.leaf("div", &[("class", "detail")], detail);
-    });
-}
-
-fn section(h: &mut Html, title: &str, note: &str, body: impl FnOnce(&mut Html)) {
-    h.element("section", &[], |h| {
-        h.leaf("h2", &[], title);
-        if !note.is_empty() {
-            h.leaf("p", &[("class", "note")], note);
-        }
-        body(h);
-    });
-}
-
-fn table(h: &mut Html, header: &[String], rows: &[Vec<String>]) {
-    h.element("div", &[("class", "scroll")], |h| {
-        h.element("table", &[], |h| {
-            h.element("thead", &[], |h| {
-                h.element("tr", &[], |h| header.iter().for_each(|name| h.leaf("th", &[("scope", "col")], name)));
-            });
-            h.element("tbody", &[], |h| {
-                for row in rows {
-                    h.element("tr", &[], |h| row.iter().for_each(|cell| h.leaf("td", &[], cell)));
-                }
-            });
-        });
     });
 }

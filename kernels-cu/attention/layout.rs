@@ -1,0 +1,133 @@
+//! Where the rows of a head lie, and how heads and ranges of queries go over threads.
+//!
+//! Every operator of the attention family writes its results through [`forward`] and its gradients through
+//! [`split_parts`]; what happens inside a head is its own.
+
+use super::tiles::{Rows, WIDTH, copy};
+use crate::generated::attention::Dims;
+use crate::simd::vectorised;
+use rayon::prelude::*;
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+
+/// Queries of one task where heads alone are too few for the threads.
+pub const TASK: usize = 192;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// Results by head, kept from call to call.
+    static BY_HEAD: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Cuts this thread's scratch into pieces of the given lengths; contents are arbitrary.
+pub fn with_scratch<const COUNT: usize>(lengths: [usize; COUNT], body: impl FnOnce([&mut [f32]; COUNT])) {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let total = lengths.iter().sum();
+        if scratch.len() < total {
+            scratch.resize(total, 0.0);
+        }
+        let mut rest = &mut scratch[..];
+        body(lengths.map(|length| rest.split_off_mut(..length).unwrap_or_default()));
+    });
+}
+
+/// The blocks of `0..len`, as (start, length): at most `most` long, about even, whole steps but for the last.
+pub fn blocks(len: usize, most: usize, step: usize) -> impl Iterator<Item = (usize, usize)> {
+    let block = len.div_ceil(len.div_ceil(most)).next_multiple_of(step);
+    (0..len).step_by(block).map(move |start| (start, block.min(len - start)))
+}
+
+/// Rows of one head in a sample's `[N, parts, H, E]`: the vectors that a projection wrote side by side per token.
+pub fn part(sample: &[f32], parts: usize, part: usize, h: usize, e: usize, head: usize) -> Rows<'_> {
+    Rows { data: &sample[(part * h + head) * e..], stride: parts * h * e, width: e }
+}
+
+/// Queries, keys and values of one head in a packed projection `[B, N, 3, H, E]`.
+pub fn packed<'a>(qkv: &'a [f32], Dims { n, h, e, .. }: Dims, sample: usize, head: usize) -> [Rows<'a>; 3] {
+    let qkv = &qkv[sample * n * 3 * h * e..][..n * 3 * h * e];
+    [0, 1, 2].map(|p| part(qkv, 3, p, h, e, head))
+}
+
+/// Rows of one head in `[B, N, H, E]`.
+pub fn of_head<'a>(x: &'a [f32], Dims { n, h, e, .. }: Dims, sample: usize, head: usize) -> Rows<'a> {
+    part(&x[sample * n * h * e..][..n * h * e], 1, 0, h, e, head)
+}
+
+/// Computes `y [B, N, H, E]` and one number per query, `rows [B, H, N]`, head by head.
+///
+/// `task` is told sample, head and queries, and writes the rows of these queries one after the other. A query never
+/// depends on the split.
+pub fn forward(
+    Dims { b, n, h, e }: Dims,
+    y: &mut [f32],
+    rows: &mut [f32],
+    task: impl Fn(usize, usize, Range<usize>, &mut [f32], &mut [f32]) + Sync,
+) {
+    let queries = if b * h >= 2 * rayon::current_num_threads() { n } else { TASK };
+    // [B, H, N, E]: every task writes one piece, and the rows are laid out as [B, N, H, E] afterwards. Taken out of its
+    // cell, so that a call that this thread picks up while it waits finds an empty one.
+    let mut by_head = BY_HEAD.take();
+    if by_head.len() < y.len() {
+        by_head.resize(y.len(), 0.0);
+    }
+    let results = &mut by_head[..b * h * n * e];
+    results.par_chunks_mut(n * e).zip(rows.par_chunks_mut(n)).enumerate().for_each(|(index, (y, rows))| {
+        y.par_chunks_mut(queries * e).zip(rows.par_chunks_mut(queries)).enumerate().for_each(|(i, (y, rows))| {
+            let range = i * queries..i * queries + rows.len();
+            task(index / h, index % h, range, y, rows);
+        });
+    });
+    let results = &*results;
+    y.par_chunks_mut(h * e).with_min_len(TASK).enumerate().for_each(|(row, y)| {
+        let (sample, token) = (row / n, row % n);
+        for (head, y) in y.chunks_exact_mut(e).enumerate() {
+            y.copy_from_slice(&results[((sample * h + head) * n + token) * e..][..e]);
+        }
+    });
+    BY_HEAD.set(by_head);
+}
+
+/// The rows that one task writes.
+pub type RowsMut<'a> = Vec<&'a mut [f32]>;
+
+/// The rows of every head and part in a sample's `[N, PARTS, H, E]`.
+pub fn split_parts<const PARTS: usize>(sample: &mut [f32], h: usize, e: usize) -> Vec<[RowsMut<'_>; PARTS]> {
+    let n = sample.len() / (PARTS * h * e);
+    let mut heads: Vec<_> = (0..h).map(|_| [0; PARTS].map(|_| Vec::with_capacity(n))).collect();
+    sample.chunks_exact_mut(e).enumerate().for_each(|(i, row)| heads[i % h][i / h % PARTS].push(row));
+    heads
+}
+
+/// Calls `task` with sample, head and the rows of dq, dk, dv for every head of a packed gradient `[B, N, 3, H, E]`.
+pub fn backward(
+    Dims { n, h, e, .. }: Dims,
+    dqkv: &mut [f32],
+    task: impl Fn(usize, usize, &mut [RowsMut<'_>; 3]) + Sync,
+) {
+    dqkv.par_chunks_mut(n * 3 * h * e).enumerate().for_each(|(sample, dqkv)| {
+        let mut heads = split_parts::<3>(dqkv, h, e);
+        heads.par_iter_mut().enumerate().for_each(|(head, grads)| task(sample, head, grads));
+    });
+}
+
+/// Copies rows to whole vectors, zeros behind them: `count · padded(width)` values.
+#[inline(always)]
+pub fn widen(rows: Rows<'_>, count: usize, out: &mut [f32]) {
+    let wide = rows.width.next_multiple_of(WIDTH);
+    for (i, out) in out[..count * wide].chunks_exact_mut(wide).enumerate() {
+        copy(rows.row(i), out);
+    }
+}
+
+/// Copies padded rows to where they belong.
+pub fn write(from: &[f32], stride: usize, to: &mut [&mut [f32]]) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for i in 0..to.len() {
+                let to = &mut *to[i];
+                copy(&from[i * stride..][..to.len()], to);
+            }
+        },
+    );
+}
