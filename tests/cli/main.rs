@@ -3,6 +3,7 @@
 mod errors;
 mod evaluation;
 mod help;
+mod plans;
 mod reports;
 mod sampling;
 mod support;

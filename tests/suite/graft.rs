@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+pub const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
 pub fn folder(name: &str) -> PathBuf {
     let dir = std::env::temp_dir().join(format!("graft-suite-{}-{name}", std::process::id()));
@@ -58,7 +58,7 @@ pub fn data() -> RunData {
     RunData { train: images(48, 1), held_out: images(24, 2) }
 }
 
-fn plan(base: &Path, grafts: &str, distill: &str, finetune: &str) -> Plan {
+pub fn plan(base: &Path, grafts: &str, distill: &str, finetune: &str) -> Plan {
     let text = format!(
         "[base]\nmodel = {:?}\n[data]\nkind = \"mnist\"\ndir = \"none\"\n{grafts}\n\
          [distill]\nbatch = 8\nheld_out = 2\n{distill}\n[finetune]\nbatch = 8\n{finetune}\n\
@@ -68,9 +68,9 @@ fn plan(base: &Path, grafts: &str, distill: &str, finetune: &str) -> Plan {
     Plan::parse("plan.toml", text).unwrap()
 }
 
-const HYENA: &str = "[[graft]]\nsite = \"attn\"\nlayers = \"every-other\"\noperator = { kind = \"hyena_x\" }\n";
+pub const HYENA: &str = "[[graft]]\nsite = \"attn\"\nlayers = \"every-other\"\noperator = { kind = \"hyena_x\" }\n";
 
-fn run_all(plan: &Plan, dir: &Path, report: &mut run::Report<'_>) -> Result<Option<Summary>> {
+pub fn run_all(plan: &Plan, dir: &Path, report: &mut run::Report<'_>) -> Result<Option<Summary>> {
     run::run(&RunFolder::create(plan.clone(), dir)?, &data(), &Device::cpu(), report)
 }
 
@@ -78,7 +78,7 @@ pub fn go_on(_: Event<'_>) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-fn bytes(dir: &Path, stage: &str) -> Vec<u8> {
+pub fn bytes(dir: &Path, stage: &str) -> Vec<u8> {
     std::fs::read(dir.join(stage).join(WEIGHTS)).unwrap()
 }
 
@@ -191,6 +191,7 @@ fn a_run_stopped_or_killed_anywhere_ends_in_the_same_bytes() {
             first.get_or_insert(match e {
                 Event::Distill(p) => ("distill", p.step),
                 Event::Finetune(p) => ("finetune", p.step),
+                Event::Choose(_) => ("choose", 0),
                 Event::Evaluate(..) => ("evaluate", 0),
             });
             ControlFlow::Continue(())

@@ -5,6 +5,7 @@ mod fuzz;
 mod golden_io;
 mod golden_verify;
 mod graft;
+mod plans;
 mod properties;
 mod science;
 mod tidy;

@@ -10,6 +10,8 @@ use std::path::Path;
 
 /// Metadata key under which a grafted folder carries its plan.
 pub const PLAN_KEY: &str = "graft.plan";
+/// Metadata key under which it lists the layers that the base model decided, as JSON `[[site, pattern, layers], …]`.
+pub const LAYERS_KEY: &str = "graft.layers";
 /// Metadata key under which a grafted folder says how far its training went.
 pub const STAGE_KEY: &str = "graft.stage";
 
@@ -79,10 +81,14 @@ pub fn graft<'s>(base: &Dit, sites: impl IntoIterator<Item = (&'s Assignment, &'
 /// # Errors
 /// When the folder cannot be written.
 pub fn save(model: &Dit, folder: &Path, plan: &Plan, stage: Stage) -> Result<()> {
-    let metadata = BTreeMap::from([
+    let mut metadata = BTreeMap::from([
         (PLAN_KEY.to_string(), plan.text().to_string()),
         (STAGE_KEY.to_string(), stage.name().to_string()),
     ]);
+    let chosen = plan.chosen();
+    if !chosen.is_empty() {
+        metadata.insert(LAYERS_KEY.to_string(), serde_json::json!(chosen).to_string());
+    }
     dit::save(model, folder, SaveAs::F32, &metadata)
 }
 
@@ -118,7 +124,7 @@ mod tests {
     #[test]
     fn only_the_grafted_site_changes() {
         let base = base();
-        let a = Assignment { block: 1, site: Site::Attn, spec: Spec::new("hyena_x").with("taps", 4.0) };
+        let a = Assignment::new(1, Site::Attn, Spec::new("hyena_x").with("taps", 4.0));
         let mut store = ParamStore::default();
         let mut builder = Builder::new(&mut store, base.device(), 9, Scheme::Torch);
         operators::build(
@@ -148,7 +154,7 @@ mod tests {
 
     #[test]
     fn a_store_without_the_parameters_is_refused() {
-        let a = Assignment { block: 1, site: Site::Attn, spec: Spec::new("hyena_x") };
+        let a = Assignment::new(1, Site::Attn, Spec::new("hyena_x"));
         let error = graft(&base(), [(&a, &ParamStore::default())]).unwrap_err().to_string();
         assert!(error.contains("blocks.1.attn.in_proj.weight: no value"), "{error}");
     }

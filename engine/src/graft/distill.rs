@@ -93,7 +93,8 @@ impl<'t> Distiller<'t> {
         ensure_writable_dir(folder)?;
         let lock = RunLock::acquire(folder)?;
         let dims = teacher.config.block_dims();
-        let students = assignments.iter().map(|a| Student::new(a.clone(), dims, teacher.device(), config));
+        let new = |a: &Assignment| Student::new(a.clone(), dims, &teacher.params, teacher.device(), config);
+        let students = assignments.iter().map(new);
         let mut students: Vec<Student> = students.collect::<Result<_>>()?;
         let mut parts: Vec<_> = students.iter_mut().map(|s| (&mut s.params, &mut s.optimiser)).collect();
         checkpoint::restore(&folder.join(CHECKPOINT), &mut parts, &fingerprint)?;
@@ -120,9 +121,9 @@ impl<'t> Distiller<'t> {
     /// When memory runs out.
     pub fn initial_model(&self) -> Result<Dit> {
         let dims = self.teacher.config.block_dims();
-        let fresh =
-            self.students.iter().map(|s| Student::new(s.assignment.clone(), dims, self.teacher.device(), &self.config));
-        let fresh: Vec<Student> = fresh.collect::<Result<_>>()?;
+        let (teacher, config) = (self.teacher, &self.config);
+        let new = |s: &Student| Student::new(s.assignment.clone(), dims, &teacher.params, teacher.device(), config);
+        let fresh: Vec<Student> = self.students.iter().map(new).collect::<Result<_>>()?;
         assemble::graft(self.teacher, fresh.iter().map(|s| (&s.assignment, &s.params)))
     }
 

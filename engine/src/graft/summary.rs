@@ -71,7 +71,7 @@ impl Summary {
     /// # Errors
     /// A missing base model, or a damaged log.
     pub fn gather(run: &RunFolder) -> Result<Summary> {
-        let plan = &run.plan;
+        let plan = &run.decided()?;
         let base = dit::describe(&plan.base)?;
         let assignments = plan.resolve(&base)?;
         let after = super::assemble::grafted_config(&base, &assignments)?;

@@ -109,6 +109,21 @@ impl Spec {
         self
     }
 
+    /// With every option that has a default of its own, rather than the model's, filled in.
+    pub fn with_defaults(&self) -> Spec {
+        let mut spec = self.clone();
+        let kind = REGISTRY.iter().find(|k| k.name == self.kind);
+        for (option, default) in kind.into_iter().flat_map(|k| k.options) {
+            // A default such as "the model's" is a remark, not a value.
+            let is_word = default.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '-' | '+' | '.'));
+            if is_word && !default.is_empty() && !spec.options.contains_key(*option) {
+                let value = default.parse().map_or_else(|_| OptionValue::from(*default), OptionValue::Number);
+                spec.options.insert((*option).to_string(), value);
+            }
+        }
+        spec
+    }
+
     /// An option that is a number.
     ///
     /// # Errors
