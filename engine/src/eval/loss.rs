@@ -57,19 +57,12 @@ pub struct DenoisingLoss {
     pub quartiles: [f64; QUARTILES],
 }
 
-/// The timestep that question `i` asks about: steps through `0..len` by about the golden ratio, so that any number of
-/// questions covers the range evenly, and every timestep is asked once before one is asked twice.
+/// The timestep below `len` that question `i` asks about: multiples of the golden ratio modulo 1, which cover the range
+/// evenly whatever their number.
 fn timestep(i: usize, len: usize) -> usize {
-    let stride = (1..=len).rev().min_by_key(|&s| {
-        let coprime = gcd(s, len) == 1;
-        (!coprime, s.abs_diff((len as f64 * 0.618_034) as usize))
-    });
-    // Reduced first: the product of two numbers below the length cannot overflow.
-    i % len * stride.unwrap_or(1) % len
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
+    const RATIO: u64 = 0x9E37_79B9_7F4A_7C15; // of 2⁶⁴
+    let place = (i as u64).wrapping_mul(RATIO) >> 32;
+    ((place * len as u64) >> 32) as usize
 }
 
 /// Denoising loss of `model` on the first images of `data`, labels given.
@@ -207,18 +200,14 @@ mod tests {
 
     #[test]
     fn timesteps_cover_the_range_evenly() {
-        let mut seen: Vec<usize> = (0..1000).map(|i| timestep(i, 1000)).collect();
-        // In every hundred questions each quarter of the range has its share.
-        for block in seen.chunks(100) {
-            for quarter in 0..4 {
-                let count = block.iter().filter(|&&t| t / 250 == quarter).count();
-                assert!((22..=28).contains(&count), "{count}");
-            }
+        let seen: Vec<usize> = (0..1000).map(|i| timestep(i, 1000)).collect();
+        // In every hundred questions each quarter of the range has its share, and no timestep is asked often.
+        for quarter in seen.chunks(100).flat_map(|block| (0..4).map(move |q| block.iter().filter(|&&t| t / 250 == q))) {
+            assert!((24..=26).contains(&quarter.count()));
         }
-        seen.sort_unstable();
-        assert_eq!(seen, (0..1000).collect::<Vec<_>>());
-        assert_eq!((timestep(0, 1000), timestep(1, 1000), timestep(2, 1000)), (0, 617, 234));
-        assert_eq!((timestep(5, 1), timestep(usize::MAX, 10)), (0, timestep(5, 10)));
+        assert!((0..1000).all(|t| seen.iter().filter(|&&s| s == t).count() <= 2));
+        assert_eq!((timestep(0, 1000), timestep(1, 1000), timestep(2, 1000)), (0, 618, 236));
+        assert_eq!((timestep(5, 1), timestep(usize::MAX, 10)), (0, 3));
     }
 
     #[test]

@@ -5,7 +5,6 @@ mod loss;
 mod real;
 mod score;
 mod source;
-mod text;
 
 use super::Dtype;
 use crate::error::{Error, Result};

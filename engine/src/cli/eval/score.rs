@@ -2,9 +2,8 @@
 
 use super::real::Real;
 use super::source::Source;
-use super::text::Sheet;
 use super::{Args, Space};
-use crate::cli::{out, progress};
+use crate::cli::{out, progress, table::Table};
 use crate::error::{Error, Result};
 use crate::eval::classifier::Classifier;
 use crate::eval::inception::{Inception, Seen, cache};
@@ -103,17 +102,16 @@ trait Scores {
 
 /// The scores as a table.
 fn text(space: &dyn Scores, rows: &[Row], n: usize) -> String {
-    let mut sheet = Sheet::new(&space.head());
+    let mut table = Table::new(&[&[""], &space.head()[..]].concat());
+    let mut add = |name: &str, row: &Row| table.row(std::iter::once(name.to_string()).chain(space.cells(row)));
     let (mean, sd) = space.summary_rows(rows);
-    sheet.row("samples", space.cells(&mean));
+    add("samples", &mean);
     if rows.len() > 1 {
-        sheet.row("  spread ±", space.cells(&sd));
+        add("  spread ±", &sd);
     }
-    for (name, row) in space.real_rows() {
-        sheet.row(&name, space.cells(&row));
-    }
+    space.real_rows().iter().for_each(|(name, row)| add(name, row));
     let sets = if rows.len() > 1 { format!("{} sets of {n} samples", rows.len()) } else { format!("{n} samples") };
-    let mut text = format!("{sheet}{sets}; {}", space.real_note());
+    let mut text = format!("{table}{sets}; {}", space.real_note());
     if n < ENOUGH {
         text += &format!(
             "\na Fréchet distance of fewer than {ENOUGH} samples is mostly bias: read it beside real images, or compare kernel distances"
