@@ -6,7 +6,8 @@ use crate::graft::cost::Counter;
 use crate::io::safetensors::TensorFile;
 use crate::io::torch_zip::TorchFile;
 use crate::io::{files, png};
-use crate::models::dit;
+use crate::models::dit::{self, DitConfig};
+use crate::nn::operators;
 use crate::report::format::{count, seconds};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -39,7 +40,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
         match extension.as_str() {
             "png" => picture(path)?,
             "safetensors" => tensors(path, &safetensors(path)?),
-            "pt" | "pth" | "bin" => tensors(path, &torch(path)?),
+            "pt" | "pth" | "bin" => checkpoint(path, args)?,
             other => {
                 return Err(Error::failure(path.display().to_string(), "unknown kind of file")
                     .is(format!("{other:?}"))
@@ -67,6 +68,43 @@ fn torch(path: &Path) -> Result<Listing> {
     let tensors = file.state_dict()?;
     let entries = tensors.iter().map(|(name, t)| ((*name).to_string(), t.dtype().to_string(), t.shape().to_vec()));
     Ok((entries.collect(), BTreeMap::new()))
+}
+
+/// A `torch.save` file: the model or the operator that it holds, and its tensors.
+fn checkpoint(path: &Path, args: &Args) -> Result<(Value, String)> {
+    let listing = torch(path)?;
+    let (mut record, text) = tensors(path, &listing);
+    let head = if listing.0.iter().any(|(name, ..)| name.starts_with("blocks.")) {
+        match model(path, args) {
+            Ok((model, text)) => {
+                record["describes"] = model;
+                text
+            }
+            // Its tensors are worth showing nevertheless.
+            Err(e) => format!("not readable as a model: {e}\n"),
+        }
+    } else {
+        let shapes = listing.0.iter().map(|(name, _, shape)| (name.clone(), shape.clone())).collect();
+        match operators::recognise_alone(&shapes, DitConfig::heads_of_width) {
+            Some((site, dims, known)) => {
+                record["operator"] = json!({ "site": site, "width": dims.width, "operator": known.spec.to_string() });
+                format!("operator {} for site {site} of width {}{}\n", known.spec, dims.width, assumed(known.assumed))
+            }
+            None => String::new(),
+        }
+    };
+    Ok((record, head + &text))
+}
+
+/// Says which options a checkpoint leaves open.
+fn assumed(options: &[&str]) -> String {
+    match options {
+        [] => String::new(),
+        open => format!(
+            "; {} as published, since the file does not say (`graft convert` can state another)",
+            open.join(", ")
+        ),
+    }
 }
 
 fn tensors(path: &Path, (entries, metadata): &Listing) -> (Value, String) {
@@ -121,13 +159,16 @@ fn model(path: &Path, args: &Args) -> Result<(Value, String)> {
         let whole = p.total();
         table += &format!("{}\n{}: {} for the whole model\n", layers::remark(batch), p.gpu, seconds(whole));
     }
+    let mut open: Vec<&str> = dit::assumptions(path)?.iter().map(|a| a.option).collect();
+    open.dedup();
     let c = &config;
     let text = format!(
-        "{}: DiT, {} blocks, width {}, {} heads, patch {}, input {}x{}x{}, {} tokens, {} classes{}\n\
+        "{}: DiT, {} blocks{}, width {}, {} heads, patch {}, input {}x{}x{}, {} tokens, {} classes{}\n\
          {} parameters in {} ({elements} stored elements, {})\n\
-         {}FLOP per image and step, {}FLOP of them in its sites (one layer of each line below)\n{table}{}",
+         {}FLOP per image and step, {}FLOP of them in its sites (one layer of each line below){}\n{table}{}",
         path.display(),
         c.depth(),
+        parallel(c),
         c.width,
         c.heads,
         c.patch,
@@ -142,14 +183,23 @@ fn model(path: &Path, args: &Args) -> Result<(Value, String)> {
         dtypes.iter().map(|(d, n)| format!("{n} {d}")).collect::<Vec<_>>().join(", "),
         count(cost.flops),
         count(cost.attn.flops() + cost.mlp.flops()),
+        assumed(&open),
         metadata.iter().map(|(k, v)| format!("{k} = {v}\n")).collect::<String>(),
     );
     let record = json!({
-        "model": path.display().to_string(), "class": "DiT", "depth": c.depth(), "width": c.width, "heads": c.heads,
+        "model": path.display().to_string(), "class": "DiT", "depth": c.depth(), "serial_depth": c.serial_depth(), "pairs": c.pairs, "width": c.width, "heads": c.heads,
         "patch": c.patch, "input_size": c.input_size, "in_channels": c.in_channels, "out_channels": c.out_channels(),
         "tokens": c.tokens(), "classes": c.classes, "learn_sigma": c.learn_sigma, "parameters": cost.params,
         "dtypes": dtypes, "metadata": metadata, "sites": layers::json(&rows), "flops": cost.flops,
-        "site_flops": cost.attn.flops() + cost.mlp.flops(), "predicted": predicted,
+        "site_flops": cost.attn.flops() + cost.mlp.flops(), "predicted": predicted, "assumed": open,
     });
     Ok((record, text))
+}
+
+/// ` (pairs 0-3 in parallel, serial depth 4)`, or nothing.
+fn parallel(config: &DitConfig) -> String {
+    match config.pairs.as_slice() {
+        [] => String::new(),
+        pairs => format!(" (pairs {} in parallel, serial depth {})", layers::ranges(pairs), config.serial_depth()),
+    }
 }

@@ -120,7 +120,7 @@ fn grouped(rows: &[SiteRow]) -> Vec<(String, &SiteRow)> {
 }
 
 /// Ascending numbers as ranges.
-fn ranges(numbers: &[usize]) -> String {
+pub fn ranges(numbers: &[usize]) -> String {
     let mut parts: Vec<(usize, usize)> = Vec::new();
     for &n in numbers {
         match parts.last_mut() {

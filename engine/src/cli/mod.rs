@@ -2,6 +2,7 @@
 
 mod ablate;
 mod classifier;
+mod convert;
 mod doctor;
 mod eval;
 mod forward;
@@ -87,6 +88,8 @@ enum Command {
     Forward(forward::Args),
     /// Measure how near its own token the attention of each layer stays, as a table and a heat map.
     Locality(locality::Args),
+    /// Write a model under the names of another layout, bit for bit.
+    Convert(convert::Args),
     /// Show what a model, a tensor file or a picture is.
     Inspect(inspect::Args),
     /// Operators: list them, run one, check all against the oracle.
@@ -136,6 +139,7 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Sample(args) => sample::run(&args),
         Command::Forward(args) => forward::run(&args),
         Command::Locality(args) => locality::run(&args, cli.json),
+        Command::Convert(args) => convert::run(&args, cli.json),
         Command::Inspect(args) => inspect::run(&args, cli.json),
         Command::Op(args) => op::run(&args, cli.json),
         Command::Doctor => doctor::run(cli.json),

@@ -12,6 +12,7 @@ use crate::graft::plan::Plan;
 use crate::graft::run::RunData;
 use crate::io::atomic;
 use crate::models::dit::{self, DitConfig};
+use crate::nn::operators::Site;
 use crate::report::format::{count, seconds};
 use serde_json::{Value, json};
 use std::ops::ControlFlow;
@@ -96,13 +97,18 @@ fn check(args: &CheckArgs, as_json: bool) -> Result<()> {
         let changed: Vec<String> = assignments.iter().map(ToString::to_string).collect();
         let record = json!({
             "plan": path.display().to_string(), "base": plan.base.display().to_string(), "grafted": changed,
-            "chosen": plan.chosen(), "layers": layers::json(&rows), "kinds": kinds, "tokens": costs[1].tokens,
+            "chosen": plan.chosen(), "layers": layers::json(&rows), "pairs": grafted.pairs, "kinds": kinds, "tokens": costs[1].tokens,
             "before": costs[0], "after": costs[1], "change_percent": change(&costs),
             "predicted": { "batch": batch, "measured": false, "before": predicted[0], "after": predicted[1] },
         });
         return out::line(format!("{record:#}"));
     }
-    let mut text = format!("{}: good; {} of {} sites change\n", path.display(), assignments.len(), 2 * base.depth());
+    let depth = match costs.each_ref().map(|c| c.serial_depth) {
+        [before, after] if before == after => String::new(),
+        [before, after] => format!("; serial depth {before} -> {after}"),
+    };
+    let operators = assignments.iter().filter(|a| a.site != Site::BlockPair).count();
+    let mut text = format!("{}: good; {operators} of {} sites change{depth}\n", path.display(), 2 * base.depth());
     for line in layers::chosen(&plan) {
         text += &format!("{line}\n");
     }
@@ -171,7 +177,12 @@ fn cost_table([before, after]: &[ModelCost; 2]) -> Table {
         table.row([what, write(b), write(a), format!("{:+.2} %", percent(b, a))]);
     };
     let whole: fn(f64) -> String = |v| format!("{v:.0}");
-    for (name, b, a) in [("attn", &before.attn, &after.attn), ("mlp", &before.mlp, &after.mlp)] {
+    for (name, b, a) in
+        [("attn", &before.attn, &after.attn), ("mlp", &before.mlp, &after.mlp), ("merge", &before.merge, &after.merge)]
+    {
+        if a.params == 0 && b.params == 0 {
+            continue;
+        }
         row(format!("{name}: operator FLOP"), b.flops_operator, a.flops_operator, count);
         if b.flops_projections > 0.0 || a.flops_projections > 0.0 {
             row(format!("{name}: projection FLOP"), b.flops_projections, a.flops_projections, count);
@@ -181,6 +192,7 @@ fn cost_table([before, after]: &[ModelCost; 2]) -> Table {
     row("model: FLOP".into(), before.flops, after.flops, count);
     row("model: parameters".into(), before.params as f64, after.params as f64, whole);
     row("tokens".into(), before.tokens as f64, after.tokens as f64, whole);
+    row("serial depth".into(), before.serial_depth as f64, after.serial_depth as f64, whole);
     table
 }
 

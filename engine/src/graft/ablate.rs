@@ -114,6 +114,8 @@ fn self_graft(run: &RunFolder) -> Result<Plan> {
         let own = base.blocks.get(*block).map(|b| match site {
             Site::Attn => b.attn.clone(),
             Site::Mlp => b.mlp.clone(),
+            // What a pair does to its blocks has no operator of the base beside it.
+            Site::BlockPair => spec.clone(),
         });
         (*spec, *start) = (own.unwrap_or_else(|| spec.clone()), Start::Random);
     }

@@ -4,7 +4,9 @@ use super::plan::{Assignment, Plan};
 use crate::autograd::ParamStore;
 use crate::error::{Error, Result};
 use crate::io::hash;
+use crate::io::safetensors::TensorFile;
 use crate::models::dit::{self, Dit, DitConfig, SaveAs};
+use crate::nn::operators::Site;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -37,35 +39,43 @@ impl Stage {
     }
 }
 
-/// The base's sizes with the operators of the plan.
+/// The base's sizes with the operators and the parallel pairs of the plan.
 ///
 /// # Errors
-/// A block that the base does not have.
+/// A block or pair that the base does not have.
 pub fn grafted_config(base: &DitConfig, assignments: &[Assignment]) -> Result<DitConfig> {
     let mut config = base.clone();
     for a in assignments {
+        if a.site == Site::BlockPair {
+            config.pairs.push(a.block);
+            continue;
+        }
         let spec = config.spec_mut(a.block, a.site);
         *spec
             .ok_or_else(|| Error::failure(a.to_string(), "no such block").must(format!("one of {}", base.depth())))? =
             a.spec.clone();
     }
+    config.pairs.sort_unstable();
+    config.check()?;
     Ok(config)
 }
 
-/// The grafted model: parameters of grafted sites from their own stores, all others from the base.
+/// The grafted model: parameters of trained sites from their own stores, all others from the base.
 ///
 /// Values are shared with the stores until training writes to them.
 ///
 /// # Errors
 /// A parameter that neither the base nor its site's store has in the right shape.
-pub fn graft<'s>(base: &Dit, sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>) -> Result<Dit> {
+pub fn graft<'s>(
+    base: &Dit,
+    config: DitConfig,
+    sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>,
+) -> Result<Dit> {
     let sites: Vec<(&Assignment, &ParamStore)> = sites.into_iter().collect();
-    let assignments: Vec<Assignment> = sites.iter().map(|(a, _)| (*a).clone()).collect();
-    let mut model = Dit::new(grafted_config(&base.config, &assignments)?, base.device(), 0)?;
+    let mut model = Dit::new(config, base.device(), 0)?;
     let names: Vec<_> = model.params.iter().map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in names {
-        let site =
-            sites.iter().find(|(a, _)| name.strip_prefix(&a.to_string()).is_some_and(|rest| rest.starts_with('.')));
+        let site = sites.iter().find(|(a, _)| a.owns(&name));
         let store = site.map_or(&base.params, |(_, store)| store);
         let found = store.find(&name).ok_or_else(|| {
             Error::failure(&name, "no value for a parameter of the grafted model")
@@ -92,6 +102,29 @@ pub fn save(model: &Dit, folder: &Path, plan: &Plan, stage: Stage) -> Result<()>
     dit::save(model, folder, SaveAs::F32, &metadata)
 }
 
+/// Refuses a distilled model that comes from stage 1 of another plan, as its metadata says.
+///
+/// # Errors
+/// "the model comes from another plan", or a folder that cannot be read.
+pub fn check_origin(folder: &Path, plan: &Plan) -> Result<()> {
+    for file in dit::weight_files(folder)? {
+        let file = TensorFile::open(&file)?;
+        let stated = file
+            .metadata()
+            .get(PLAN_KEY)
+            .map(|text| Plan::parse(&format!("{}: {PLAN_KEY}", file.place()), text.clone()));
+        let same =
+            stated.map(|stated| Ok::<_, Error>(stated?.stage1_identity() == plan.stage1_identity())).transpose()?;
+        if same != Some(true) {
+            return Err(Error::usage(folder.display().to_string(), "the model comes from another plan")
+                .is(if same.is_none() { "a model without a plan" } else { "other grafts or settings of stage 1" })
+                .must("distilled by the plan of this run folder")
+                .fix("use another --run folder, or remove this model and distil again"));
+        }
+    }
+    Ok(())
+}
+
 /// A digest of all parameters, names and shapes: tells whether two models are the same to the bit.
 ///
 /// # Errors
@@ -108,7 +141,7 @@ pub fn digest(model: &Dit) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nn::operators::{self, Site, Spec};
+    use crate::nn::operators::{self, Spec};
     use crate::nn::{Builder, Scheme};
     use crate::tensor::Device;
 
@@ -134,7 +167,8 @@ mod tests {
             &mut builder.below("blocks").below("1").below("attn"),
         )
         .unwrap();
-        let model = graft(&base, [(&a, &store)]).unwrap();
+        let config = grafted_config(&base.config, std::slice::from_ref(&a)).unwrap();
+        let model = graft(&base, config, [(&a, &store)]).unwrap();
         assert_eq!(model.config.blocks[1].attn.kind, "hyena_x");
         let mut own = 0;
         for (_, p) in model.params.iter() {
@@ -155,7 +189,9 @@ mod tests {
     #[test]
     fn a_store_without_the_parameters_is_refused() {
         let a = Assignment::new(1, Site::Attn, Spec::new("hyena_x"));
-        let error = graft(&base(), [(&a, &ParamStore::default())]).unwrap_err().to_string();
+        let base = base();
+        let config = grafted_config(&base.config, std::slice::from_ref(&a)).unwrap();
+        let error = graft(&base, config, [(&a, &ParamStore::default())]).unwrap_err().to_string();
         assert!(error.contains("blocks.1.attn.in_proj.weight: no value"), "{error}");
     }
 }

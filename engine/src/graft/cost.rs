@@ -39,12 +39,16 @@ pub struct ModelCost {
     pub attn: SiteCost,
     /// All channel mixers.
     pub mlp: SiteCost,
+    /// All merges of pairs that run in parallel.
+    pub merge: SiteCost,
     /// Trainable parameters, everything included.
     pub params: usize,
     /// FLOPs of a forward pass for one image, everything included.
     pub flops: f64,
     /// Tokens of an image.
     pub tokens: usize,
+    /// Blocks that run one after another, where two in parallel count as one.
+    pub serial_depth: usize,
 }
 
 /// Cost of all operators of a kind at one kind of site.
@@ -127,11 +131,19 @@ impl<'c> Counter<'c> {
         }
         let plain = DitConfig::plain_block(c.heads, 4.0);
         let plain_sites = self.site(Site::Attn, &plain.attn)?.params + self.site(Site::Mlp, &plain.mlp)?.params;
+        let (pairs, n, d) = (c.pairs.len(), c.tokens() as f64, c.width as f64);
+        let merge = SiteCost {
+            params: pairs * (2 * c.width * c.width + c.width),
+            flops_operator: 0.0,
+            flops_projections: pairs as f64 * 4.0 * n * d * d,
+        };
         // `parameters` counts plain blocks: what remains without their operators is the rest of every model.
         let plain_model = DitConfig { blocks: vec![plain; c.depth()], ..c.clone() };
-        let rest = plain_model.parameters() - c.depth() * plain_sites;
-        let flops = attn.flops() + mlp.flops() + flops_around(c);
-        Ok(ModelCost { attn, mlp, params: attn.params + mlp.params + rest, flops, tokens: c.tokens() })
+        let rest = plain_model.parameters() - merge.params - c.depth() * plain_sites;
+        let flops = attn.flops() + mlp.flops() + merge.flops() + flops_around(c);
+        let (tokens, serial_depth) = (c.tokens(), c.serial_depth());
+        let params = attn.params + mlp.params + merge.params + rest;
+        Ok(ModelCost { attn, mlp, merge, params, flops, tokens, serial_depth })
     }
 }
 
@@ -146,16 +158,14 @@ fn flops_around(c: &DitConfig) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::graft::assemble::grafted_config;
     use crate::graft::plan::tests::plan;
     use crate::nn::operators::REGISTRY;
 
     fn grafted(layers: &str, site: &str, operator: &str) -> (ModelCost, ModelCost) {
         let base = DitConfig::named("DiT-XL/2").unwrap();
-        let text = format!("[[graft]]\nsite = \"{site}\"\nlayers = {layers}\noperator = {operator}\n");
-        let mut after = base.clone();
-        for a in plan(&text).unwrap().resolve(&base).unwrap() {
-            *after.spec_mut(a.block, a.site).unwrap() = a.spec;
-        }
+        let text = format!("[[graft]]\nsite = \"{site}\"\nlayers = {layers}\n{operator}\n");
+        let after = grafted_config(&base, &plan(&text).unwrap().resolve(&base).unwrap()).unwrap();
         (Counter::new(&base).model().unwrap(), Counter::new(&after).model().unwrap())
     }
 
@@ -178,7 +188,7 @@ mod tests {
         let mut checked = 0;
         for (kind, half, most) in TABLE_4_ATTN.iter().filter(|(kind, ..)| REGISTRY.iter().any(|k| k.name == *kind)) {
             for (layers, [op, projections, params]) in [("\"every-other\"", half), ("\"3-of-4\"", most)] {
-                let (before, after) = grafted(layers, "attn", &format!("{{ kind = \"{kind}\" }}"));
+                let (before, after) = grafted(layers, "attn", &format!("operator = {{ kind = \"{kind}\" }}"));
                 near(percent(before.attn.flops_operator, after.attn.flops_operator), *op, kind);
                 if !projections.is_nan() {
                     near(percent(before.attn.flops_projections, after.attn.flops_projections), *projections, kind);
@@ -209,7 +219,7 @@ mod tests {
     #[test]
     fn window_rows_of_table_4() {
         for (layers, op) in [("\"every-other\"", -48.24), ("\"3-of-4\"", -72.36), ("\"all\"", -96.48)] {
-            let (before, after) = grafted(layers, "attn", "{ kind = \"swa\", window = 4 }");
+            let (before, after) = grafted(layers, "attn", "operator = { kind = \"swa\", window = 4 }");
             near(percent(before.attn.flops_operator, after.attn.flops_operator), op, "swa");
             // Two projections as before.
             assert_eq!(before.attn.flops_projections, after.attn.flops_projections);
@@ -226,7 +236,7 @@ mod tests {
             ("{ kind = \"linear_attention\" }", 4.0 * 1152.0 * 73.0, 0),
             ("{ kind = \"kv_compress\" }", full / 4.0 + 2.0 * 1152.0 * 16.0 / 4.0, 8064),
         ] {
-            let (before, after) = grafted("\"all\"", "attn", operator);
+            let (before, after) = grafted("\"all\"", "attn", &format!("operator = {operator}"));
             assert_eq!(before.attn.flops_operator, 28.0 * 256.0 * full);
             assert_eq!(after.attn.flops_operator, 28.0 * 256.0 * per_query, "{operator}");
             assert_eq!(after.attn.params, before.attn.params + 28 * params, "{operator}");
@@ -236,7 +246,7 @@ mod tests {
     #[test]
     fn mlp_rows_of_table_4() {
         for (layers, ratio, change) in [("\"every-other\"", 3, -12.5), ("\"all\"", 6, 50.0)] {
-            let (before, after) = grafted(layers, "mlp", &format!("{{ kind = \"mlp\", ratio = {ratio} }}"));
+            let (before, after) = grafted(layers, "mlp", &format!("operator = {{ kind = \"mlp\", ratio = {ratio} }}"));
             assert_eq!(percent(before.mlp.flops(), after.mlp.flops()), change);
             // Biases do not all scale with the width; the table prints no more digits than this.
             assert!((percent(before.mlp.params as f64, after.mlp.params as f64) - change).abs() < 0.01);
@@ -245,11 +255,23 @@ mod tests {
 
     #[test]
     fn whole_model_is_as_published() {
-        let (base, after) = grafted("\"every-other\"", "attn", "{ kind = \"hyena_x\", taps = 4 }");
+        let (base, after) = grafted("\"every-other\"", "attn", "operator = { kind = \"hyena_x\", taps = 4 }");
         assert_eq!((base.params, base.tokens), (674_834_720, 256));
         assert_eq!(after.params - base.params, 14 * (5_330_304 - 5_313_024));
         // 118.62 GMAC, without the softmax that the operator count of table 4 includes.
         let softmax = 28.0 * 2.0 * 16.0 * 65_536.0;
         assert!(((base.flops - softmax) / 2.0 / 118.62e9 - 1.0).abs() < 1e-4, "{}", base.flops / 2.0);
+    }
+
+    #[test]
+    fn halved_depth_is_as_published() {
+        let (before, after) = grafted("\"all\"", "block-pair", "");
+        assert_eq!((before.serial_depth, after.serial_depth), (28, 14));
+        // 712.01 M parameters, 5.5 % more (arXiv 2506.05340, §6).
+        assert_eq!((after.params, after.merge.params), (712_009_760, 14 * 2_655_360));
+        assert_eq!(format!("{:.2}", after.params as f64 / 1e6), "712.01");
+        assert_eq!(format!("{:.1}", percent(before.params as f64, after.params as f64)), "5.5");
+        assert_eq!((before.attn, before.mlp), (after.attn, after.mlp));
+        assert_eq!(after.flops - before.flops, 14.0 * 4.0 * 256.0 * 1152.0 * 1152.0);
     }
 }

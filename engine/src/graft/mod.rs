@@ -14,6 +14,7 @@
 //! | [`distill`] | stage 1: every site learns to imitate the operator it replaces |
 //! | [`finetune`] | stage 2: the grafted model is trained on the diffusion loss |
 //! | [`run`] | the run folder: stages in order, each resumed where it was left |
+//! | `pair` | stage 1 of restructuring: two blocks in parallel learn to give what they gave in sequence |
 //! | [`science`] | studies: many grafts of one base in one table |
 //! | [`ablate`] | what each of the stages contributes |
 //! | [`summary`] | what a run has reached, as one JSON file |
@@ -29,6 +30,7 @@ pub mod gpu;
 pub mod import;
 pub mod locality;
 mod page;
+mod pair;
 pub mod plan;
 pub mod run;
 pub mod science;

@@ -5,7 +5,7 @@
 //! model = "assets/fashion-dit/model"
 //!
 //! [[graft]]
-//! site = "attn"                              # attn or mlp
+//! site = "attn"                              # attn, mlp or block-pair
 //! layers = "every-other"                     # a pattern of `select`, or a list: [1, 3, 5]
 //! operator = { kind = "hyena_x", taps = 4 }
 //! start = "teacher"                          # random (the default) or teacher
@@ -16,7 +16,9 @@
 //! dir = "data-cache/fashion-mnist"
 //! ```
 //!
-//! `[distill]`, `[finetune]`, `[eval]` and `[select]` may follow; see [`super::settings`]. Layers count from 0. A plan may hold any
+//! A graft of site `block-pair` has no operator: its layers count pairs, and the blocks 2j and 2j + 1 of a pair get the
+//! same input and run in parallel. `[distill]`, `[finetune]`, `[eval]` and `[select]` may follow; see
+//! [`super::settings`]. Layers count from 0. A plan may hold any
 //! number of grafts, so operators can be mixed in one model. What is wrong is said with file, line and column.
 
 use super::select::{Layers, Measured};
@@ -72,7 +74,7 @@ pub(super) struct Graft {
 /// A site of one block with the operator that it gets.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Assignment {
-    /// Block, from 0.
+    /// Block, from 0; of site `block-pair` the number of the pair.
     pub block: usize,
     /// Site in the block.
     pub site: Site,
@@ -91,12 +93,35 @@ impl Assignment {
     }
 }
 
-impl fmt::Display for Assignment {
-    /// `blocks.3.attn`: the name below which the operator's parameters stand.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "blocks.{}.{}", self.block, self.site)
+impl Assignment {
+    /// The blocks whose parameters belong to the site, wholly or in part.
+    pub fn blocks(&self) -> std::ops::RangeInclusive<usize> {
+        match self.site {
+            Site::BlockPair => 2 * self.block..=2 * self.block + 1,
+            _ => self.block..=self.block,
+        }
+    }
+
+    /// Whether a parameter of the whole model belongs to the site.
+    pub fn owns(&self, name: &str) -> bool {
+        let below = |prefix: &str| name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'));
+        let in_blocks = || self.blocks().any(|block| below(&format!("blocks.{block}")));
+        below(&self.to_string()) || self.site == Site::BlockPair && in_blocks()
     }
 }
+
+impl fmt::Display for Assignment {
+    /// `blocks.3.attn` or `pairs.1`: the name below which the site's own parameters stand.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.site {
+            Site::BlockPair => write!(f, "pairs.{}", self.block),
+            site => write!(f, "blocks.{}.{site}", self.block),
+        }
+    }
+}
+
+/// What stands for the operator of a pair of blocks.
+const PARALLEL: &str = "parallel";
 
 type OperatorText = BTreeMap<Spanned<String>, Spanned<toml::Value>>;
 
@@ -124,7 +149,7 @@ struct BaseText {
 struct GraftText {
     site: Spanned<String>,
     layers: Spanned<Layers>,
-    operator: Spanned<OperatorText>,
+    operator: Option<Spanned<OperatorText>>,
     start: Option<Spanned<Start>>,
     loss: Option<Loss>,
 }
@@ -185,20 +210,29 @@ impl Plan {
     pub fn resolve(&self, base: &DitConfig) -> Result<Vec<Assignment>> {
         let mut sites: BTreeMap<(usize, Site), Assignment> = BTreeMap::new();
         for graft in &self.grafts {
-            let operator = operator(graft.operator.get_ref(), graft.site, base.block_dims())
-                .map_err(|e| e.context(self.source.place(&graft.operator.span())))?;
             let (start, span) = (*graft.start.get_ref(), graft.start.span());
-            if start == Start::Teacher && operator.teacher_names().is_empty() {
-                let kind = &graft.operator.get_ref().kind;
-                return Err(self
-                    .source
-                    .error(&span, format!("operator {kind} has no parameter that the teacher has too"))
-                    .must("\"random\" for this operator"));
-            }
-            for (block, span) in self.layers(graft, base.depth())? {
-                let spec = operator.spec();
-                let assignment = Assignment { block, site: graft.site, spec, start, loss: graft.loss };
-                if let Some(first) = sites.insert((block, graft.site), assignment) {
+            let spec = match graft.site {
+                Site::BlockPair => graft.operator.get_ref().clone(),
+                _ => {
+                    let operator = operator(graft.operator.get_ref(), graft.site, base.block_dims())
+                        .map_err(|e| e.context(self.source.place(&graft.operator.span())))?;
+                    if start == Start::Teacher && operator.teacher_names().is_empty() {
+                        let kind = &graft.operator.get_ref().kind;
+                        return Err(self
+                            .source
+                            .error(&span, format!("operator {kind} has no parameter that the teacher has too"))
+                            .must("\"random\" for this operator"));
+                    }
+                    operator.spec()
+                }
+            };
+            for (block, span) in self.layers(graft, graft.site.count(base.depth()))? {
+                if graft.site == Site::BlockPair && base.pairs.contains(&block) {
+                    let problem = format!("pair {block} of the base runs in parallel already");
+                    return Err(self.source.error(&span, problem).must("a pair that runs in sequence"));
+                }
+                let assignment = Assignment { block, site: graft.site, spec: spec.clone(), start, loss: graft.loss };
+                if let Some(first) = sites.insert((*assignment.blocks().end(), graft.site), assignment) {
                     let problem = format!("two grafts claim {} of layer {block}", graft.site);
                     return Err(self
                         .source
@@ -228,6 +262,12 @@ impl Plan {
     /// A usage error at the layers of a graft.
     pub(super) fn layers_error(&self, graft: &Graft, problem: impl Into<String>) -> Error {
         self.source.error(&graft.layers.span(), problem)
+    }
+
+    /// What makes two results of stage 1 on the same base the same: as [`Plan::identity`], stage 2 left out.
+    pub fn stage1_identity(&self) -> String {
+        let plan = Plan { finetune: FinetuneConfig::default(), ..self.clone() };
+        plan.identity()
     }
 
     /// What makes two runs of this plan on the same base the same: everything but places, the frequency of checkpoints
@@ -272,17 +312,27 @@ fn read_graft(source: &SourceText, graft: GraftText) -> Result<Graft> {
     let site = match graft.site.get_ref().as_str() {
         "attn" => Site::Attn,
         "mlp" => Site::Mlp,
-        "block-pair" => {
-            return Err(source
-                .error(&graft.site.span(), "this version cannot graft pairs of blocks")
-                .must("\"attn\" or \"mlp\"")
-                .fix("replace operators inside the blocks instead"));
+        "block-pair" => Site::BlockPair,
+        _ => {
+            let must = "\"attn\", \"mlp\" or \"block-pair\"";
+            return Err(source.error(&graft.site.span(), "no such site").must(must));
         }
-        _ => return Err(source.error(&graft.site.span(), "no such site").must("\"attn\" or \"mlp\"")),
+    };
+    let operator = match (site, graft.operator) {
+        (Site::BlockPair, None) => Spanned::new(graft.site.span(), Spec::new(PARALLEL)),
+        (Site::BlockPair, Some(given)) => {
+            return Err(source
+                .error(&given.span(), "a pair of blocks takes no operator")
+                .must("absent")
+                .fix("operators inside the blocks are grafts of their own, in the same plan"));
+        }
+        (_, Some(operator)) => read_operator(source, site, operator)?,
+        (_, None) => {
+            return Err(source.error(&graft.site.span(), "the graft has no operator").must("operator = { kind = … }"));
+        }
     };
     let measured = graft.layers.get_ref().measured(source, &graft.layers.span())?;
     let start = graft.start.unwrap_or_else(|| Spanned::new(0..0, Start::Random));
-    let operator = read_operator(source, site, graft.operator)?;
     Ok(Graft { site, layers: graft.layers, measured, chosen: None, operator, start, loss: graft.loss })
 }
 
@@ -370,8 +420,13 @@ pub(super) mod tests {
     fn errors_say_where_and_what() {
         let good = "{ kind = \"hyena_x\" }";
         let rows = [
-            (graft("\"ffn\"", "\"all\"", good), "plan.toml:7:8: no such site; is \"ffn\"; must be \"attn\" or \"mlp\""),
-            (graft("\"block-pair\"", "\"all\"", good), "plan.toml:7:8: this version cannot graft pairs of blocks"),
+            (
+                graft("\"ffn\"", "\"all\"", good),
+                "plan.toml:7:8: no such site; is \"ffn\"; must be \"attn\", \"mlp\" or \"block-pair\"",
+            ),
+            (graft("\"block-pair\"", "\"all\"", good), "plan.toml:9:12: a pair of blocks takes no operator"),
+            ("[[graft]]\nsite = \"attn\"\nlayers = [1]\n".into(), "plan.toml:7:8: the graft has no operator"),
+            ("[[graft]]\nsite = \"block-pair\"\nlayers = [2]\n".into(), "plan.toml:8:11: layer out of range; is 2"),
             (graft("\"attn\"", "\"some\"", good), "plan.toml:8:10: unknown layer pattern; is \"some\""),
             (graft("\"attn\"", "[1, 4]", good), "plan.toml:8:14: layer out of range; is 4; must be 0 to 3"),
             (graft("\"attn\"", "[1, 1]", good), "layer listed twice"),
@@ -440,6 +495,21 @@ pub(super) mod tests {
             let found = message(&text);
             assert!(found.contains(expected), "{found}\n  should hold: {expected}");
         }
+    }
+
+    #[test]
+    fn pairs_are_counted_apart_and_stand_behind_their_blocks() {
+        let text = graft("\"attn\"", "[1, 2]", "{ kind = \"hyena_x\" }")
+            + "[[graft]]\nsite = \"block-pair\"\nlayers = \"all\"\n";
+        let found = plan(&text).unwrap().resolve(&DitConfig::plain(5, 8, 2)).unwrap();
+        let names: Vec<String> = found.iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["blocks.1.attn", "pairs.0", "blocks.2.attn", "pairs.1"]);
+        assert!(found[3].owns("blocks.2.attn.qkv.bias") && found[3].owns("blocks.3.adaLN_modulation.1.bias"));
+        assert!(found[3].owns("pairs.1.merge.weight") && !found[3].owns("blocks.20.attn.qkv.bias"));
+        assert!(!found[3].owns("pairs.11.merge.weight") && !found[2].owns("blocks.2.mlp.fc1.bias"));
+        let parallel = DitConfig { pairs: vec![1], ..DitConfig::plain(5, 8, 2) };
+        let error = plan(&text).unwrap().resolve(&parallel).unwrap_err().to_string();
+        assert!(error.contains("pair 1 of the base runs in parallel already"), "{error}");
     }
 
     #[test]

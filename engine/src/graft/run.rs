@@ -189,6 +189,7 @@ pub fn finetune(run: &RunFolder, data: &RunData, device: &Device, report: &mut R
             .must("a distilled model")
             .fix("run `graft distill PLAN --run DIR` to its end first"));
     }
+    assemble::check_origin(&folder, plan)?;
     let grafted = dit::load(&folder, device)?;
     let fingerprint = fingerprint(plan, &assemble::digest(&grafted)?);
     let mut finetuner = Finetuner::open(grafted, &plan.finetune, &run.finetune_folder(), fingerprint)?;
@@ -250,5 +251,5 @@ pub fn finish(run: &RunFolder, evaluation: Option<Evaluation>) -> Result<Summary
 
 /// What a checkpoint must have come from: this plan, on a start with this digest.
 fn fingerprint(plan: &Plan, start: &str) -> String {
-    hash::sha256(format!("{} {start}", plan.identity()).as_bytes())
+    format!("plan={:.16} base={start:.16}", hash::sha256(plan.identity().as_bytes()))
 }

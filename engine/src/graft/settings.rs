@@ -56,13 +56,15 @@ pub struct LossConfig {
     pub attn: Loss,
     /// Of channel mixers.
     pub mlp: Loss,
+    /// Of pairs of blocks.
+    pub pair: Loss,
     /// Where the Huber loss turns from square to absolute.
     pub huber_delta: f32,
 }
 
 impl Default for LossConfig {
     fn default() -> Self {
-        LossConfig { attn: Loss::L1, mlp: Loss::L2, huber_delta: 1.0 }
+        LossConfig { attn: Loss::L1, mlp: Loss::L2, pair: Loss::L1, huber_delta: 1.0 }
     }
 }
 
@@ -84,6 +86,7 @@ impl LossConfig {
         match site {
             Site::Attn => self.attn,
             Site::Mlp => self.mlp,
+            Site::BlockPair => self.pair,
         }
     }
 
@@ -364,6 +367,7 @@ mod tests {
         assert_eq!(loss.params(Site::Attn).kind, 0);
         assert_eq!((loss.params(Site::Mlp).kind, loss.params(Site::Mlp).delta), (2, 0.5));
         assert_eq!(LossConfig::default().params(Site::Mlp).kind, 1);
+        assert_eq!(LossConfig::default().params(Site::BlockPair).kind, 0);
     }
 
     #[test]

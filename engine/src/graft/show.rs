@@ -74,8 +74,12 @@ impl Plan {
         let mut text = format!("[base]\nmodel = {}\n", path(&self.base).map_err(|e| refuse(&e))?);
         for g in grafts {
             text += &format!("\n[[graft]]\nsite = \"{}\"\nlayers = {}\n", g.site, g.layers);
-            text += &format!("operator = {}{}\n", operator(&g.spec), remarks(&g.spec));
-            text += &format!("start = {}\nloss = {}\n", word(&g.start)?, word(&g.loss)?);
+            // A pair has no operator to choose, and starts as its blocks.
+            if g.site != Site::BlockPair {
+                text += &format!("operator = {}{}\n", operator(&g.spec), remarks(&g.spec));
+                text += &format!("start = {}\n", word(&g.start)?);
+            }
+            text += &format!("loss = {}\n", word(&g.loss)?);
         }
         let sections = Sections {
             data: &self.data,

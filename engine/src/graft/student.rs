@@ -1,8 +1,9 @@
-//! One site in stage 1: an operator that learns to imitate the one it replaces.
+//! One site in stage 1: an operator (or a pair of blocks) that learns to imitate what it replaces.
 //!
 //! A student has its own parameters and its own optimiser, and sees nothing of the others: what it becomes does not
 //! depend on which other sites are grafted.
 
+use super::pair::PairNet;
 use super::plan::Assignment;
 use super::settings::{DistillConfig, Start};
 use crate::autograd::{Graph, ParamStore, Precision, Var};
@@ -14,12 +15,20 @@ use crate::tensor::{Device, Tensor};
 use crate::train::optimizer::AdamW;
 use serde::Serialize;
 
-/// An operator in training.
+/// What a student runs.
+pub(super) enum Net {
+    /// An operator of a block.
+    Operator(Box<dyn Operator>),
+    /// Two blocks in parallel.
+    Pair(Box<PairNet>),
+}
+
+/// An operator or a pair of blocks in training.
 pub(super) struct Student {
     pub assignment: Assignment,
     pub params: ParamStore,
     pub optimiser: AdamW,
-    operator: Box<dyn Operator>,
+    net: Net,
     loss: loss_regression::Params,
     precision: Precision,
 }
@@ -65,12 +74,28 @@ impl Student {
         if assignment.start == Start::Teacher {
             copy_teacher(&mut params, operator.as_ref(), &assignment, teacher)?;
         }
+        Student::assemble(assignment, params, Net::Operator(operator), config)
+    }
+
+    /// A student of parameters that are already there.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn assemble(assignment: Assignment, params: ParamStore, net: Net, config: &DistillConfig) -> Result<Student> {
         let optimiser = AdamW::new(config.optimizer, &params)?;
         let loss = match assignment.loss {
             Some(own) => config.loss.params_of(own),
             None => config.loss.params(assignment.site),
         };
-        Ok(Student { assignment, params, optimiser, operator, loss, precision: config.dtype.into() })
+        Ok(Student { assignment, params, optimiser, net, loss, precision: config.dtype.into() })
+    }
+
+    /// The pair of blocks, where that is what trains: it must be shown the condition of every batch.
+    pub fn pair(&mut self) -> Option<&mut PairNet> {
+        match &mut self.net {
+            Net::Pair(pair) => Some(pair),
+            Net::Operator(_) => None,
+        }
     }
 
     /// One update towards `target` for `input`, both `[B, N, D]`; returns the loss before it.
@@ -114,7 +139,11 @@ impl Student {
 
     /// Loss and output.
     fn compare<'m>(&'m self, g: &Graph<'m>, input: &Tensor, target: &Tensor) -> Result<(Var, Var)> {
-        let output = self.operator.forward(g, &self.params, &Var::constant(input.clone()), None)?;
+        let input = Var::constant(input.clone());
+        let output = match &self.net {
+            Net::Operator(operator) => operator.forward(g, &self.params, &input, None)?,
+            Net::Pair(pair) => pair.forward(g, &self.params, &input)?,
+        };
         let loss = g.loss_regression(&output, &Var::constant(target.clone()), self.loss)?;
         Ok((loss, output))
     }

@@ -153,7 +153,9 @@ pub fn plan_memory(model: &Dit, request: &Request) -> MemoryPlan {
     let hidden = |b: &BlockSpec| (c.width as f64 * b.mlp.number("ratio", 4.0).unwrap_or(4.0)) as usize;
     let widest = c.blocks.iter().map(hidden).max().unwrap_or(0);
     // Stream, modulated stream, branch, its copy by heads; q, k and v; the hidden layer; mean, rstd and log-sum-exp.
-    let per_token = 4 * c.width + 3 * c.width + widest + 2 + c.heads;
+    let per_block = 4 * c.width + 3 * c.width + widest + 2 + c.heads;
+    // Blocks in parallel also keep the common input and the result of the first, then both differences.
+    let per_token = per_block + if c.pairs.is_empty() { 0 } else { 4 * c.width };
     let patch = c.patch * c.patch * (c.in_channels + c.out_channels());
     let image = c.in_channels * c.input_size * c.input_size;
     let per_sample = c.tokens() * (per_token + patch) + 16 * c.width + 8 * image;
