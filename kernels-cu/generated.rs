@@ -13,6 +13,7 @@ pub const OPS: &[OpInfo] = &[
     attention::INFO,
     axpy::INFO,
     branch_deltas::INFO,
+    conv2d::INFO,
     conv_silu::INFO,
     cross_attention::INFO,
     cross_entropy::INFO,
@@ -473,6 +474,89 @@ pub mod branch_deltas {
         { rows.push(check::directional("second", case.name, &second, &dsecond, |moved| check::dot(&forward(&x, &first, moved).0, &cotangent))); }
         rows
     }
+}
+
+/// Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.
+pub mod conv2d {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+        pub oh: usize,
+        pub ow: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Pixels from one output to the next, along both axes.
+        pub stride: usize,
+        /// Rows of zeros above the image; below it are as many as the last output reads.
+        pub pad_h: usize,
+        /// Columns of zeros left of the image; right of it are as many as the last output reads.
+        pub pad_w: usize,
+        /// Negative results become 0.
+        pub relu: bool,
+        /// Products of operands rounded to bf16, accumulated in f32; implied by a weight stored in bf16.
+        pub bf16: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, H, W, C]` f32: Images, channels last.
+        pub x: &'a [T],
+        /// `[F, Kh, Kw, C]` f32|bf16: One kernel per output channel.
+        pub filters: Weight<'a, T>,
+        /// `[F]` f32: Added to every pixel.
+        pub bias: Option<&'a [T]>,
+        /// `[B, Oh, Ow, F]` f32: Result.
+        pub y: &'a mut [T],
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, c, f, kh, kw, oh, ow, .. } = dims;
+        2*b*oh*ow*f*kh*kw*c
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, h, w, c, f, kh, kw, oh, ow, .. } = dims;
+        4*(b*h*w*c + f*kh*kw*c + b*oh*ow*f)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, h: 1, w: 1, c: 1, f: 1, kh: 1, kw: 1, oh: 1, ow: 1 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "pointwise", tier: Tier::Tiny, dims: Dims { b: 2, h: 5, w: 7, c: 37, f: 19, kh: 1, kw: 1, oh: 5, ow: 7 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "pointwise_strided", tier: Tier::Tiny, dims: Dims { b: 2, h: 6, w: 5, c: 9, f: 33, kh: 1, kw: 1, oh: 3, ow: 3 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "stem", tier: Tier::Tiny, dims: Dims { b: 2, h: 19, w: 23, c: 3, f: 32, kh: 3, kw: 3, oh: 9, ow: 11 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "same_3x3", tier: Tier::Tiny, dims: Dims { b: 2, h: 9, w: 8, c: 20, f: 35, kh: 3, kw: 3, oh: 9, ow: 8 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "same_5x5", tier: Tier::Tiny, dims: Dims { b: 1, h: 7, w: 7, c: 48, f: 31, kh: 5, kw: 5, oh: 7, ow: 7 }, params: Params { stride: 1, pad_h: 2, pad_w: 2, relu: true, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "wide_kernel", tier: Tier::Tiny, dims: Dims { b: 2, h: 5, w: 11, c: 17, f: 16, kh: 1, kw: 7, oh: 5, ow: 11 }, params: Params { stride: 1, pad_h: 0, pad_w: 3, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "tall_kernel", tier: Tier::Tiny, dims: Dims { b: 2, h: 11, w: 5, c: 17, f: 16, kh: 7, kw: 1, oh: 11, ow: 5 }, params: Params { stride: 1, pad_h: 3, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "kernel_larger_than_image", tier: Tier::Tiny, dims: Dims { b: 1, h: 2, w: 3, c: 5, f: 4, kh: 7, kw: 7, oh: 2, ow: 3 }, params: Params { stride: 1, pad_h: 3, pad_w: 3, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "padded_below_only", tier: Tier::Tiny, dims: Dims { b: 2, h: 8, w: 6, c: 12, f: 14, kh: 3, kw: 3, oh: 4, ow: 3 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "long_k_blocks", tier: Tier::Tiny, dims: Dims { b: 3, h: 17, w: 17, c: 64, f: 40, kh: 3, kw: 3, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "bf16_products", tier: Tier::Tiny, dims: Dims { b: 2, h: 9, w: 7, c: 21, f: 34, kh: 3, kw: 3, oh: 9, ow: 7 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "bf16_weight", tier: Tier::Tiny, dims: Dims { b: 1, h: 6, w: 6, c: 70, f: 18, kh: 3, kw: 3, oh: 6, ow: 6 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
+        Case { name: "inception_stem", tier: Tier::Real, dims: Dims { b: 8, h: 147, w: 147, c: 32, f: 64, kh: 3, kw: 3, oh: 147, ow: 147 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "inception_3x3", tier: Tier::Real, dims: Dims { b: 8, h: 73, w: 73, c: 80, f: 192, kh: 3, kw: 3, oh: 71, ow: 71 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "inception_1x7", tier: Tier::Real, dims: Dims { b: 8, h: 17, w: 17, c: 192, f: 192, kh: 1, kw: 7, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 0, pad_w: 3, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "inception_1x1", tier: Tier::Real, dims: Dims { b: 8, h: 17, w: 17, c: 768, f: 192, kh: 1, kw: 1, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_512", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_512_bf16", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None };
+
 }
 
 /// Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.

@@ -15,6 +15,7 @@ pub mod add_noise;
 pub mod attention;
 pub mod axpy;
 pub mod branch_deltas;
+pub mod conv2d;
 pub mod conv_silu;
 pub mod cross_attention;
 pub mod cross_entropy;

@@ -1,6 +1,7 @@
 //! The program from the outside: what it prints, writes and answers, run as a user would run it.
 
 mod errors;
+mod evaluation;
 mod help;
 mod plans;
 mod reports;

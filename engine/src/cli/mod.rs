@@ -8,6 +8,7 @@ mod eval;
 mod forward;
 mod graft_run;
 mod inspect;
+mod known;
 mod layers;
 mod locality;
 mod model_args;

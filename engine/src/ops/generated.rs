@@ -22,6 +22,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("attention", attention_conform),
     ("axpy", axpy_conform),
     ("branch_deltas", branch_deltas_conform),
+    ("conv2d", conv2d_conform),
     ("conv_silu", conv_silu_conform),
     ("cross_attention", cross_attention_conform),
     ("cross_entropy", cross_entropy_conform),
@@ -487,6 +488,74 @@ fn branch_deltas_conform(run: &mut Conform<'_>) -> Result<()> {
             if let Some(t) = &grads.x { io.result("dx", t)?; }
             if let Some(t) = &grads.first { io.result("dfirst", t)?; }
             if let Some(t) = &grads.second { io.result("dsecond", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.
+///
+/// ```text
+/// u[b,i,j,f] = bias[f] + sum_{p,q,c} x[b, i*stride + p - pad_h, j*stride + q - pad_w, c] * filters[f,p,q,c], x zero outside the image
+/// y = max(u, 0) where relu, else u
+/// ```
+/// - `x` `[B, H, W, C]` f32: Images, channels last.
+/// - `filters` `[F, Kh, Kw, C]` f32 or bf16: One kernel per output channel.
+/// - `bias` `[F]` f32, optional: Added to every pixel.
+/// - returns `y` `[B, Oh, Ow, F]` f32: Result.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn conv2d(x: &Tensor, filters: &Tensor, bias: Option<&Tensor>, oh: usize, ow: usize, params: kernels::generated::conv2d::Params) -> Result<Tensor> {
+    use kernels::generated::conv2d::{Dims, Forward};
+    let mut check = DimCheck::new("conv2d", &["B", "H", "W", "C", "F", "Kh", "Kw", "Oh", "Ow"]);
+    check.given("Oh", oh)?;
+    check.given("Ow", ow)?;
+    check.bind("x", x, &["B", "H", "W", "C"])?;
+    check.bind("filters", filters, &["F", "Kh", "Kw", "C"])?;
+    if let Some(t) = bias { check.bind("bias", t, &["F"])?; }
+    check.match_exprs("x", x, &["B", "H", "W", "C"])?;
+    check.match_exprs("filters", filters, &["F", "Kh", "Kw", "C"])?;
+    if let Some(t) = bias { check.match_exprs("bias", t, &["F"])?; }
+    want_dtype("conv2d", "x", x, &[DType::F32])?;
+    want_dtype("conv2d", "filters", filters, &[DType::F32, DType::BF16])?;
+    if let Some(t) = bias { want_dtype("conv2d", "bias", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, f: check.dim("F")?, kh: check.dim("Kh")?, kw: check.dim("Kw")?, oh: check.dim("Oh")?, ow: check.dim("Ow")? };
+    let Dims { h, w, kh, kw, oh, ow, .. } = dims;
+    require("conv2d", params.stride >= 1 && oh >= 1 && ow >= 1, "stride >= 1 && Oh >= 1 && Ow >= 1", "a stride and an output of at least one", || format!("{dims:?}, {params:?}"))?;
+    require("conv2d", params.pad_h < kh && params.pad_w < kw, "pad_h < Kh && pad_w < Kw", "padding below the kernel's size, so that the first output sees the image", || format!("{dims:?}, {params:?}"))?;
+    require("conv2d", (oh - 1) * params.stride < h + params.pad_h && (ow - 1) * params.stride < w + params.pad_w, "(Oh - 1) * stride < H + pad_h && (Ow - 1) * stride < W + pad_w", "an output whose last window begins inside the image", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("filters", Some(filters)), ("bias", bias)])?;
+    let Dims { b, f, oh, ow, .. } = dims;
+    let mut y = device.empty(&[b, oh, ow, f])?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    let args = Forward { dims, params, x: x.f32s()?, filters: filters.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::conv2d::cpu::forward(args),
+        DeviceKind::Oracle => kernels::conv2d::reference::forward(args),
+        other => return Err(no_path("conv2d", other)),
+    }
+    Ok(y)
+}
+
+fn conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::conv2d::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, h, w, c, f, kh, kw, oh, ow, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, h, w, c], Fill::Normal)?;
+            let filters = io.stored(io.draw(case.name, "filters", &[f, kh, kw, c], Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"filters"))?;
+            let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[f], Fill::Normal)?) };
+            let out = io.call("forward", || conv2d(&x, &filters, bias.as_ref(), oh, ow, params))?;
+            io.result("y", &out)?;
             Ok(())
         })?;
     }

@@ -5,6 +5,7 @@
 //! the loop allocates nothing: its tensors are made before it, operators recycle theirs through the device's pool.
 
 use super::cfg;
+use super::inpaint::{self, Known, Purpose};
 use super::schedule::Schedule;
 use super::solver::{NoiseScale, Plan, Sampler, Variance};
 use crate::autograd::{Graph, Precision, Var};
@@ -39,6 +40,8 @@ pub struct Request {
     pub semantics: Semantics,
     /// Starting noise `[n, C, S, S]` instead of that of the seeds.
     pub latents: Option<Tensor>,
+    /// Pixels that are known; the rest is filled in.
+    pub known: Option<Known>,
 }
 
 impl Request {
@@ -55,6 +58,7 @@ impl Request {
             precision: Precision::F32,
             semantics: Semantics::ORIGINAL,
             latents: None,
+            known: None,
         }
     }
 }
@@ -101,7 +105,11 @@ pub fn generate_watched(
         for labels in request.labels.chunks(request.batch) {
             let mut batch = Batch::new(model, request, &plan, labels, done)?;
             for step in 0..plan.steps.len() {
-                batch.step(step, watch.as_deref_mut())?;
+                let rounds = request.known.as_ref().map_or(1, |known| known.rounds(&plan, step));
+                for round in 0..rounds {
+                    batch.step(step, round, watch.as_deref_mut())?;
+                    batch.hold(step, round, round + 1 < rounds)?;
+                }
                 report(Progress { images: done, batch: labels.len(), step: step + 1 });
             }
             all.f32s_mut()?[done * image..][..labels.len() * image].copy_from_slice(batch.x.f32s()?);
@@ -168,7 +176,11 @@ fn check(model: &Dit, request: &Request) -> Result<Plan> {
         return Err(Error::usage("--latents", "wrong shape").is(latents.shape()).must(format!("{want:?}")));
     }
     let variance = if c.learn_sigma { Variance::Learned } else { Variance::FixedSmall };
-    request.sampler.plan(&Schedule::default(), request.steps, variance)
+    let plan = request.sampler.plan(&Schedule::default(), request.steps, variance)?;
+    if let Some(known) = &request.known {
+        known.check(want, &plan)?;
+    }
+    Ok(plan)
 }
 
 /// Images that run together, with every tensor the loop writes to.
@@ -179,11 +191,13 @@ struct Batch<'a> {
     graph: Graph<'a>,
     /// Seed of the first image of the batch.
     seed: u64,
+    /// Number of the first image of the batch.
+    first: usize,
     /// `[B, C, S·S]` current latents.
     x: Tensor,
     /// `[B, C, S·S]` clean estimate of the step before.
     x0: Option<Tensor>,
-    /// `[B, C, S·S]` fresh noise, where the plan uses any.
+    /// `[B, C, S·S]` fresh noise, where the plan uses any or pixels are known.
     noise: Option<Tensor>,
     /// `[B or 2B, C, S, S]` what the model sees.
     input: Tensor,
@@ -211,6 +225,10 @@ impl<'a> Batch<'a> {
             }
             None => draw(&mut x, seed, LATENT_STREAM)?,
         }
+        if let Some(known) = &request.known {
+            let noise = x.copy()?;
+            known.impose(first, x.f32s_mut()?, noise.f32s()?, inpaint::level(plan, 0))?;
+        }
         let guided = request.guidance != 1.0;
         let rows = if guided { 2 * b } else { b };
         let mut given: Vec<i32> = labels.to_vec();
@@ -223,9 +241,10 @@ impl<'a> Batch<'a> {
             request,
             graph: Graph::inference(request.precision),
             seed,
+            first,
             x,
             x0: None,
-            noise: if plan.needs_noise() { Some(device.empty(&flat)?) } else { None },
+            noise: if plan.needs_noise() || request.known.is_some() { Some(device.empty(&flat)?) } else { None },
             input: device.empty(&[rows, c.in_channels, side, side])?,
             times,
             labels: Tensor::from_i32(device, &[rows], &given)?,
@@ -233,8 +252,8 @@ impl<'a> Batch<'a> {
         })
     }
 
-    /// One evaluation of the model and the update that follows.
-    fn step(&mut self, index: usize, watch: Option<&mut Watch<'_>>) -> Result<()> {
+    /// One evaluation of the model and the update that follows; `round` counts repetitions of a step.
+    fn step(&mut self, index: usize, round: usize, watch: Option<&mut Watch<'_>>) -> Result<()> {
         let c = &self.model.config;
         let coefs = &self.plan.steps[index].coefs;
         cfg::double(self.x.f32s()?, self.input.f32s_mut()?);
@@ -263,7 +282,8 @@ impl<'a> Batch<'a> {
         };
         let noise = match &mut self.noise {
             Some(noise) if coefs.noise != NoiseScale::None => {
-                draw(noise, self.seed, step_stream(index as u64))?;
+                let repeated = || inpaint::stream(index, round, Purpose::Solver);
+                draw(noise, self.seed, if round == 0 { step_stream(index as u64) } else { repeated() })?;
                 Some(&*noise)
             }
             _ => None,
@@ -273,6 +293,20 @@ impl<'a> Batch<'a> {
         let previous = self.x0.as_ref().filter(|_| coefs.c1 != 0.0);
         let next = solver_step(&self.x, cond, null, noise, previous, params)?;
         (self.x, self.x0) = (next.x_next, Some(next.x0));
+        Ok(())
+    }
+
+    /// Puts the known pixels back after a step, at the level that it reached; and `again`: goes back up to the level
+    /// that it started from.
+    fn hold(&mut self, index: usize, round: usize, again: bool) -> Result<()> {
+        let (Some(known), Some(noise)) = (&self.request.known, &mut self.noise) else { return Ok(()) };
+        let reached = inpaint::level(self.plan, index + 1);
+        draw(noise, self.seed, inpaint::stream(index, round, Purpose::Known))?;
+        known.impose(self.first, self.x.f32s_mut()?, noise.f32s()?, reached)?;
+        if again {
+            draw(noise, self.seed, inpaint::stream(index, round, Purpose::Back))?;
+            inpaint::go_back(self.x.f32s_mut()?, noise.f32s()?, reached.0, inpaint::level(self.plan, index).0);
+        }
         Ok(())
     }
 }
