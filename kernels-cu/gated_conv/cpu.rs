@@ -22,8 +22,7 @@ pub fn forward(a: Forward<'_, f32>) {
 /// Backward pass.
 pub fn backward(a: Backward<'_, f32>) {
     let (short, inner) = ([a.short_weight, a.short_bias], [a.inner_weight, a.inner_bias]);
-    let out =
-        Gradients { dp: a.dp, short: [a.dshort_weight, a.dshort_bias], inner: [a.dinner_weight, a.dinner_bias] };
+    let out = Gradients { dp: a.dp, short: [a.dshort_weight, a.dshort_bias], inner: [a.dinner_weight, a.dinner_bias] };
     call(a.dims, a.params, short, inner).backward(a.p, a.dy, out);
 }
 

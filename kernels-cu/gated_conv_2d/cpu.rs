@@ -4,11 +4,7 @@ use crate::gated_conv::strips::{Call, Gradients};
 use crate::gated_conv::window::Window;
 use crate::generated::gated_conv_2d::{Backward, Dims, Forward};
 
-fn call<'w>(
-    Dims { gh, gw, c, k, .. }: Dims,
-    short: [Option<&'w [f32]>; 2],
-    inner: [Option<&'w [f32]>; 2],
-) -> Call<'w> {
+fn call<'w>(Dims { gh, gw, c, k, .. }: Dims, short: [Option<&'w [f32]>; 2], inner: [Option<&'w [f32]>; 2]) -> Call<'w> {
     let window = Window { grid: [gh, gw], size: [k, k], lead: [k / 2, k / 2] };
     Call { channels: c, reversed: 0, window, short, inner }
 }
@@ -22,8 +18,7 @@ pub fn forward(a: Forward<'_, f32>) {
 /// Backward pass.
 pub fn backward(a: Backward<'_, f32>) {
     let (short, inner) = ([a.short_weight, a.short_bias], [a.inner_weight, a.inner_bias]);
-    let out =
-        Gradients { dp: a.dp, short: [a.dshort_weight, a.dshort_bias], inner: [a.dinner_weight, a.dinner_bias] };
+    let out = Gradients { dp: a.dp, short: [a.dshort_weight, a.dshort_bias], inner: [a.dinner_weight, a.dinner_bias] };
     call(a.dims, short, inner).backward(a.p, a.dy, out);
 }
 

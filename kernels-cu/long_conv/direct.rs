@@ -122,7 +122,11 @@ mod tests {
                 for (o, out) in out.iter().enumerate() {
                     let place = |s: usize| usize::try_from(o as isize - s as isize - first).ok().filter(|i| *i < count);
                     let sum: f32 = (0..terms).filter_map(|s| Some(value(place(s)?)[0] * x[s][2][0])).sum();
-                    assert_eq!((out[1], out[2]), ([1.0; LANES], [begin + sum; LANES]), "{results} {terms} {first} {count} {o}");
+                    assert_eq!(
+                        (out[1], out[2]),
+                        ([1.0; LANES], [begin + sum; LANES]),
+                        "{results} {terms} {first} {count} {o}"
+                    );
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 pub mod cpu;
 mod direct;
+mod plan;
 mod spectrum;
 
 /// The oracle: plain loops, f64 accumulation.
@@ -88,9 +89,8 @@ mod tests {
             let (dims @ Dims { b, n, c, k, l }, params) = (case.dims, case.params);
             let draw = |name: &str, len, fill| draw_f32(case.name, name, len, fill);
             let (p, dy) = (draw("p", b * n * 3 * c, Fill::Normal), draw("dy", b * n * c, Fill::Normal));
-            let taps = |name: &str, len| {
-                (!case.absent.contains(&name)).then(|| draw(name, len, Fill::Uniform(-0.5, 0.5)))
-            };
+            let taps =
+                |name: &str, len| (!case.absent.contains(&name)).then(|| draw(name, len, Fill::Uniform(-0.5, 0.5)));
             let short = [taps("short_weight", 3 * c * k), taps("short_bias", 3 * c)];
             let [short_weight, short_bias] = short.each_ref().map(|t| t.as_deref());
             let (filter, skip) = (draw("filter", c * l, Fill::Uniform(-0.3, 0.3)), draw("skip", c, Fill::Normal));

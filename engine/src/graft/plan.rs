@@ -284,7 +284,11 @@ pub(super) mod tests {
         let names: Vec<String> = found.iter().map(|a| format!("{a} {}", a.spec)).collect();
         assert_eq!(
             names,
-            ["blocks.1.attn hyena_x(direction=causal, taps=4)", "blocks.2.mlp mlp(ratio=3)", "blocks.3.attn hyena_x(direction=causal, taps=4)"]
+            [
+                "blocks.1.attn hyena_x(direction=causal, taps=4)",
+                "blocks.2.mlp mlp(ratio=3)",
+                "blocks.3.attn hyena_x(direction=causal, taps=4)"
+            ]
         );
     }
 

@@ -44,6 +44,11 @@ impl Operator for Mlp {
     }
 
     fn teacher_names(&self) -> &'static [(&'static str, &'static str)] {
-        &[("fc1.weight", "fc1.weight"), ("fc1.bias", "fc1.bias"), ("fc2.weight", "fc2.weight"), ("fc2.bias", "fc2.bias")]
+        &[
+            ("fc1.weight", "fc1.weight"),
+            ("fc1.bias", "fc1.bias"),
+            ("fc2.weight", "fc2.weight"),
+            ("fc2.bias", "fc2.bias"),
+        ]
     }
 }

@@ -81,7 +81,8 @@ mod tests {
         let mut builder = Builder::new(&mut params, &device, 0, Scheme::Torch);
         let operator = operators::build(&Spec::new("mlp_hyena_x"), Site::Mlp, dims, &mut builder).unwrap();
         let g = Graph::inference(crate::autograd::Precision::F32);
-        let run = |n: usize| operator.forward(&g, &params, &Var::constant(Tensor::zeros(&device, &[1, n, 4]).unwrap()), None);
+        let run =
+            |n: usize| operator.forward(&g, &params, &Var::constant(Tensor::zeros(&device, &[1, n, 4]).unwrap()), None);
         assert_eq!(run(6).unwrap().tensor().shape().dims(), [1, 6, 4]);
         let message = run(8).unwrap_err().to_string();
         assert!(message.contains("is 8; must be 6") && message.contains("size it was grafted at"), "{message}");

@@ -212,7 +212,8 @@ pub struct Kind {
 }
 
 /// Every operator.
-pub const REGISTRY: &[Kind] = &[mha::KIND, hyena::SE, hyena::X, hyena::Y, hyena::GRID, long_conv::KIND, mlp::KIND, mlp_hyena_x::KIND];
+pub const REGISTRY: &[Kind] =
+    &[mha::KIND, hyena::SE, hyena::X, hyena::Y, hyena::GRID, long_conv::KIND, mlp::KIND, mlp_hyena_x::KIND];
 
 /// Creates an operator with new parameters, named below the builder's prefix.
 ///
