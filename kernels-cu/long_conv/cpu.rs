@@ -5,11 +5,11 @@
 //! filter are added in the order of the groups. A first pass works on strips and keeps its results there, a second one
 //! takes them to rows through what acts on rows: the gate q, or the transposed short filters.
 
-use super::direct::{CHANNELS, Diagonals, LANES_OF_ROW, Row, padded};
-use super::spectrum::{Transform, Waves, accumulate, multiply};
-use crate::gated_conv::strips::{Call, Filters, gradient_rows, strip_gradients};
-use crate::gated_conv::window::Window;
-use crate::generated::long_conv::{Backward, Dims, Forward, Params};
+use super::direct::{CHANNELS, Row};
+use super::plan::{Plan, Strip, Work, ZEROS};
+use super::spectrum::{Waves, accumulate, multiply};
+use crate::gated_conv::strips::{gradient_rows, strip_gradients};
+use crate::generated::long_conv::{Backward, Dims, Forward};
 use crate::simd::{LANES, vectorised};
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -18,158 +18,10 @@ use std::cell::RefCell;
 const GROUP: usize = 8;
 /// Tokens that one thread takes at a time in the passes over rows.
 const ROWS: usize = 64;
-/// Multiply-adds of the direct path that cost as much as one of the M·log₂ M steps of a transform of length M.
-const DIRECT_PER_TRANSFORM: usize = 18;
-
-/// A row of zeros.
-const ZEROS: Row = [[0.0; LANES]; LANES_OF_ROW];
-
-/// Memory of one thread.
-#[derive(Default)]
-struct Work {
-    /// The filter of a strip by lag, skip term included.
-    taps: Vec<Row>,
-    /// The filter's diagonals for each vector of the strip, forth and back.
-    ahead: [Diagonals; LANES_OF_ROW],
-    back: [Diagonals; LANES_OF_ROW],
-    lags: Diagonals,
-    /// k, v, u, gradient of the filter's output, the filter's output, gradient of u.
-    rows: [Vec<Row>; 6],
-    waves: Waves,
-}
-
 thread_local! {
     static WORK: RefCell<Work> = RefCell::default();
     /// Results of the strips, kept from call to call.
     static STAGE: RefCell<Vec<Row>> = const { RefCell::new(Vec::new()) };
-}
-
-/// At most [`CHANNELS`] channels, of one direction.
-#[derive(Clone, Copy)]
-struct Strip {
-    first: usize,
-    len: usize,
-    backward: bool,
-}
-
-impl Strip {
-    /// Vectors with channels in them.
-    fn vectors(self) -> usize {
-        self.len.div_ceil(LANES)
-    }
-}
-
-/// A call and how it is computed.
-struct Plan<'w> {
-    dims: Dims,
-    params: Params,
-    call: Call<'w>,
-    filters: Filters<'w>,
-    /// Absent for sums over diagonals.
-    transform: Option<Transform>,
-}
-
-impl<'w> Plan<'w> {
-    fn new(dims: Dims, params: Params, short: [Option<&'w [f32]>; 2]) -> Self {
-        let Dims { n, c, k, .. } = dims;
-        // Without short filters a window of one tap reads the token itself.
-        let window = if short[0].is_some() { Window::line(n, k, params.lead) } else { Window::line(n, 1, 0) };
-        let call = Call { channels: c, reversed: params.reversed, window, short, inner: [None, None] };
-        let mut plan = Plan { dims, params, call, filters: Filters::new(call), transform: None };
-        let (first, last) = plan.lags(false);
-        let pairs: usize = (first..=last).map(|lag| n.saturating_sub(lag.unsigned_abs())).sum();
-        let circle = plan.circle();
-        if pairs > DIRECT_PER_TRANSFORM * circle * circle.ilog2() as usize {
-            plan.transform = Some(Transform::at_least(circle));
-        }
-        plan
-    }
-
-    /// First and last lag of the filter.
-    fn lags(&self, backward: bool) -> (isize, isize) {
-        let (before, after) = (self.params.centre as isize, (self.dims.l - 1 - self.params.centre) as isize);
-        if backward { (-after, before) } else { (-before, after) }
-    }
-
-    /// Shortest circle on which no lag between two tokens is mistaken for another.
-    fn circle(&self) -> usize {
-        let (first, last) = self.lags(false);
-        self.dims.n + (self.dims.n - 1).min(first.unsigned_abs().max(last.unsigned_abs()))
-    }
-
-    fn strips(&self) -> usize {
-        let reversed = self.params.reversed;
-        (self.dims.c - reversed).div_ceil(CHANNELS) + reversed.div_ceil(CHANNELS)
-    }
-
-    fn strip(&self, index: usize) -> Strip {
-        let ahead = self.dims.c - self.params.reversed;
-        let (begin, end, index, backward) = match index.checked_sub(ahead.div_ceil(CHANNELS)) {
-            None => (0, ahead, index, false),
-            Some(index) => (ahead, self.dims.c, index, true),
-        };
-        let first = begin + index * CHANNELS;
-        Strip { first, len: CHANNELS.min(end - first), backward }
-    }
-
-    fn window(&self, strip: Strip) -> Window {
-        self.call.window_of(strip.first)
-    }
-
-    /// The tap of the filter that is the `i`-th lag of a strip.
-    fn tap(&self, strip: Strip, i: usize) -> usize {
-        if strip.backward { self.dims.l - 1 - i } else { i }
-    }
-
-    /// Sample `sample` of a tensor `[B, N, width]`.
-    fn sample<'x>(&self, x: &'x [f32], width: usize, sample: usize) -> &'x [f32] {
-        &x[sample * self.dims.n * width..][..self.dims.n * width]
-    }
-
-    /// q, k or v of a strip, padded with zeros.
-    #[inline(always)]
-    fn load(&self, strip: Strip, part: usize, p: &[f32], out: &mut Vec<Row>) {
-        let window = self.window(strip);
-        out.clear();
-        out.resize(padded(self.dims.n), ZEROS);
-        for t in 0..self.dims.n {
-            self.filters.short(&window, part, p, t, strip.first, &mut out[t].as_flattened_mut()[..strip.len]);
-        }
-    }
-
-    /// Prepares the filter of a strip.
-    fn prepare(&self, strip: Strip, filter: &[f32], skip: &[f32], work: &mut Work) {
-        let Dims { n, l, .. } = self.dims;
-        let (first, last) = self.lags(strip.backward);
-        work.taps.clear();
-        work.taps.resize(l, ZEROS);
-        for channel in 0..strip.len {
-            let taps = &filter[(strip.first + channel) * l..][..l];
-            (0..l).for_each(|i| work.taps[i].as_flattened_mut()[channel] = taps[self.tap(strip, i)]);
-            work.taps[(-first) as usize].as_flattened_mut()[channel] += skip[strip.first + channel];
-        }
-        let Some(transform) = &self.transform else {
-            for v in 0..strip.vectors() {
-                work.ahead[v].set([n, n], first, l, |i| work.taps[i][v]);
-                work.back[v].set([n, n], -last, l, |i| work.taps[l - 1 - i][v]);
-            }
-            return;
-        };
-        work.waves.fit(transform, strip.len);
-        let Waves { wave, filters, scratch, .. } = &mut work.waves;
-        for (channel, spectrum) in filters.chunks_exact_mut(transform.bins()).enumerate() {
-            wave.fill(0.0);
-            self.places(strip, transform).for_each(|(i, place)| wave[place] = work.taps[i].as_flattened()[channel]);
-            transform.forward(wave, spectrum, scratch);
-        }
-    }
-
-    /// The lags between two tokens: (which, its place on the circle).
-    fn places(&self, strip: Strip, transform: &Transform) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (most, len, (first, _)) = (self.dims.n - 1, transform.len as isize, self.lags(strip.backward));
-        let lags = (0..self.dims.l).map(move |i| (i, first + i as isize));
-        lags.filter(move |(_, lag)| lag.unsigned_abs() <= most).map(move |(i, lag)| (i, lag.rem_euclid(len) as usize))
-    }
 }
 
 fn gather(x: &[Row], channel: usize, wave: &mut [f32]) {
@@ -453,7 +305,7 @@ fn to_rows(plan: &Plan<'_>, stage: &[Row], sample: usize, from: usize, dp: &mut 
 
 #[cfg(test)]
 mod tests {
-    use super::super::reference;
+    use super::super::{reference, spectrum::Transform};
     use super::*;
     use crate::Tier;
     use crate::check::{Fill, Tolerance, assert_close, draw_f32};

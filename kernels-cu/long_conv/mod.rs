@@ -2,6 +2,7 @@
 
 pub mod cpu;
 mod direct;
+mod plan;
 mod spectrum;
 
 /// The oracle: plain loops, f64 accumulation.

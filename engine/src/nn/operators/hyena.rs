@@ -230,7 +230,8 @@ mod tests {
 
     fn output(spec: &Spec, x: &[f32]) -> Vec<f32> {
         let (operator, params) = built(spec).unwrap();
-        let x = Tensor::from_f32(&Device::cpu(), &[1, 12, 6], x).unwrap();
+        let device = params.iter().next().unwrap().1.value.device();
+        let x = Tensor::from_f32(device, &[1, 12, 6], x).unwrap();
         let g = Graph::inference(crate::autograd::Precision::F32);
         operator.forward(&g, &params, &Var::constant(x), None).unwrap().tensor().to_vec().unwrap()
     }

@@ -172,9 +172,9 @@ mod tests {
         (operators::build(&spec, Site::Attn, DIMS, &mut builder).unwrap(), params)
     }
 
-    fn input(n: usize) -> Tensor {
+    fn input(params: &ParamStore, n: usize) -> Tensor {
         let x: Vec<f32> = (0..n * 6).map(|i| (i as f32 * 0.7).sin()).collect();
-        Tensor::from_f32(&Device::cpu(), &[1, n, 6], &x).unwrap()
+        Tensor::from_f32(params.iter().next().unwrap().1.value.device(), &[1, n, 6], &x).unwrap()
     }
 
     /// Tokens whose output changes when token 5 does.
@@ -184,9 +184,9 @@ mod tests {
             let g = Graph::inference(Precision::F32);
             operator.forward(&g, &params, &Var::constant(x), None).unwrap().tensor().to_vec().unwrap()
         };
-        let mut moved = input(12);
+        let mut moved = input(&params, 12);
         moved.f32s_mut().unwrap()[30..36].iter_mut().for_each(|v| *v += 1.0);
-        let (before, after) = (run(input(12)), run(moved));
+        let (before, after) = (run(input(&params, 12)), run(moved));
         (0..12).filter(|t| before[t * 6..][..6] != after[t * 6..][..6]).collect()
     }
 
@@ -201,7 +201,7 @@ mod tests {
     fn runs_at_another_number_of_tokens() {
         let (operator, params) = built("centred");
         let g = Graph::inference(Precision::F32);
-        let y = operator.forward(&g, &params, &Var::constant(input(20)), None).unwrap();
+        let y = operator.forward(&g, &params, &Var::constant(input(&params, 20)), None).unwrap();
         assert_eq!(y.tensor().shape().dims(), [1, 20, 6]);
     }
 
@@ -212,12 +212,12 @@ mod tests {
         let cotangent: Vec<f32> = (0..72).map(|i| (i as f32 * 1.3).cos()).collect();
         let loss = |params: &ParamStore| {
             let g = Graph::inference(Precision::F32);
-            let y = operator.forward(&g, params, &Var::constant(input(12)), None).unwrap();
+            let y = operator.forward(&g, params, &Var::constant(input(params, 12)), None).unwrap();
             y.tensor().to_vec().unwrap().iter().zip(&cotangent).map(|(y, c)| f64::from(y * c)).sum::<f64>()
         };
         let g = Graph::training(Precision::F32);
-        let y = operator.forward(&g, &params, &Var::constant(input(12)), None).unwrap();
-        let cotangent_tensor = Tensor::from_f32(&Device::cpu(), &[1, 12, 6], &cotangent).unwrap();
+        let y = operator.forward(&g, &params, &Var::constant(input(&params, 12)), None).unwrap();
+        let cotangent_tensor = Tensor::from_f32(y.tensor().device(), &[1, 12, 6], &cotangent).unwrap();
         let grads = g.backward_from(&y, cotangent_tensor).unwrap();
         let ids: Vec<ParamId> = params.iter().map(|(id, _)| id).collect();
         for id in ids {
@@ -225,7 +225,7 @@ mod tests {
             let mut at = |i: usize, step: f32| {
                 let mut moved = value.to_vec().unwrap();
                 moved[i] += step;
-                let moved = Tensor::from_f32(&Device::cpu(), value.shape().dims(), &moved).unwrap();
+                let moved = Tensor::from_f32(value.device(), value.shape().dims(), &moved).unwrap();
                 params.set(id, moved).unwrap();
                 loss(&params)
             };
