@@ -4,7 +4,7 @@
 //! what the heads share over fixed groups of them.
 
 pub use super::backward::backward;
-use super::scan::{CHUNK, Scan, decays, multiply, padded_rows, scale_rows};
+use super::scan::{Bundle, CHUNK, Scan, fade, multiply, rows, scale_rows};
 use crate::attention::layout::with_scratch;
 use crate::attention::tiles::{Rows, Sum, pack, padded, product, product_transposed};
 use crate::generated::mamba2::{Dims, Forward};
@@ -25,7 +25,12 @@ pub fn forward(a: Forward<'_, f32>) {
     let [mut shared, mut by_head] = SPARE.take();
     scan.prepare(&mut shared);
     by_head.resize(a.y.len(), 0.0);
-    by_head.par_chunks_mut(n * e).enumerate().for_each(|(i, y)| head_forward(&scan, i / h, i % h, &shared, y));
+    by_head.par_chunks_mut(h * n * e).enumerate().for_each(|(sample, y)| {
+        let most = Bundle::most(e);
+        y.par_chunks_mut(most * n * e).enumerate().for_each(|(i, y)| {
+            bundle_forward(&scan, &Bundle { sample, heads: i * most..h.min((i + 1) * most) }, &shared, y);
+        });
+    });
     let (results, skip, residual) = (&by_head, a.skip, a.residual);
     a.y.par_chunks_mut(h * e).enumerate().with_min_len(16).for_each(|(row, y)| {
         let (sample, time) = (row / n, scan.order.token(row % n));
@@ -52,39 +57,44 @@ pub fn forward(a: Forward<'_, f32>) {
     SPARE.set([shared, by_head]);
 }
 
-/// The scan of one head; `y [N, E]` in the order of the scan.
-fn head_forward(scan: &Scan<'_>, sample: usize, head: usize, shared: &[f32], y: &mut [f32]) {
-    let Dims { e, k, .. } = scan.dims;
-    let (wide, times) = (padded(e), scan.chunks() * CHUNK);
-    let (square, tall) = (CHUNK * CHUNK, CHUNK * wide);
-    let lengths = [times, times, square, square, CHUNK, tall, tall, tall, k * wide, k * wide];
+/// The scan of a bundle; `y [heads, N, E]` in the order of the scan.
+fn bundle_forward(scan: &Scan<'_>, of: &Bundle, shared: &[f32], y: &mut [f32]) {
+    let Dims { n, e, k, .. } = scan.dims;
+    let (heads, wide, times) = (of.heads.len(), padded(e), scan.chunks() * CHUNK);
+    let (columns, square) = (heads * wide, CHUNK * CHUNK);
+    let (tall, state) = (CHUNK * columns, k * columns);
+    let lengths = [heads * times, heads * times, heads * square, square, heads * CHUNK, tall, tall, tall, state, state];
     with_scratch(lengths, |[dt, decay, within, weights, since, xs, packed, read, state, packed_state]| {
-        scan.steps(shared, sample, head, dt, decay);
-        for (chunk, y) in y.chunks_mut(CHUNK * e).enumerate() {
-            let common = scan.shared(shared, sample, chunk);
-            let (from, last) = (chunk * CHUNK, chunk + 1 == scan.chunks());
-            decays(&decay[from..][..CHUNK], within, since);
-            scan.load(scan.xbc, scan.width(), [sample, head, chunk], &dt[from..][..CHUNK], xs);
-            multiply(within, common.cb, weights);
+        scan.steps(shared, of, dt, decay);
+        for chunk in 0..scan.chunks() {
+            let common = scan.shared(shared, of.sample, chunk);
+            scan.decays(chunk, decay, within, since);
+            scan.load(scan.xbc, scan.width(), of, chunk, Some(dt), xs);
             // What comes from before the chunk, faded, then what comes from within it.
             if chunk > 0 {
-                pack(padded_rows(state, e), k, packed_state);
-                product(common.c, CHUNK, packed_state, e, Sum { data: read, stride: wide, add: false });
-                scale_rows(read, wide, since);
+                pack(rows(state, columns), k, packed_state);
+                product(common.c, CHUNK, packed_state, columns, Sum { data: read, stride: columns, add: false });
+                scale_rows(read, heads, wide, since, CHUNK);
             }
-            pack(padded_rows(xs, e), CHUNK, packed);
-            let weights = Rows { data: weights, stride: CHUNK, width: CHUNK };
-            product(weights, CHUNK, packed, e, Sum { data: read, stride: wide, add: chunk > 0 });
-            for (y, read) in y.chunks_exact_mut(e).zip(read.chunks_exact(wide)) {
-                y.copy_from_slice(&read[..e]);
+            for g in 0..heads {
+                multiply(&within[g * square..], common.cb, weights);
+                pack(Rows { data: &xs[g * wide..], stride: columns, width: wide }, CHUNK, packed);
+                let read = Sum { data: &mut read[g * wide..], stride: columns, add: chunk > 0 };
+                product(rows(weights, CHUNK), CHUNK, packed, wide, read);
             }
-            if !last {
-                scale_rows(xs, wide, &within[square - CHUNK..]);
-                if chunk > 0 {
-                    scale_rows(state, k * wide, &since[CHUNK - 1..]);
+            for (i, read) in read.chunks_exact(columns).take(scan.live(chunk)).enumerate() {
+                for g in 0..heads {
+                    y[(g * n + chunk * CHUNK + i) * e..][..e].copy_from_slice(&read[g * wide..][..e]);
                 }
-                pack(padded_rows(xs, e), CHUNK, packed);
-                product_transposed(common.b, CHUNK, packed, e, Sum { data: state, stride: wide, add: chunk > 0 });
+            }
+            if chunk + 1 < scan.chunks() {
+                scale_rows(xs, heads, wide, &within[square - CHUNK..], square);
+                if chunk > 0 {
+                    fade(state, wide, since);
+                }
+                pack(rows(xs, columns), CHUNK, packed);
+                let state = Sum { data: state, stride: columns, add: chunk > 0 };
+                product_transposed(common.b, CHUNK, packed, columns, state);
             }
         }
     });

@@ -7,10 +7,11 @@
 
 use crate::Order;
 use crate::attention::layout::with_scratch;
-use crate::attention::tiles::{Rows, Sum, copy, pack_transposed, padded, product};
+use crate::attention::tiles::{Rows, Sum, WIDTH, copy, pack_transposed, padded, product};
 use crate::generated::mamba2::{Dims, Params};
 use crate::simd::{exp_decay, softplus, vectorised};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Tokens of a chunk: products within it cost as much as those with the state at twice the size of a usual head.
 pub const CHUNK: usize = 32;
@@ -99,27 +100,38 @@ impl<'a> Scan<'a> {
         });
     }
 
-    /// Step sizes and decays of one head, for all times of all chunks.
-    pub fn steps(&self, shared: &[f32], sample: usize, head: usize, dt: &mut [f32], decay: &mut [f32]) {
-        let (n, h) = (self.dims.n, self.dims.h);
-        for (chunk, dt) in dt.chunks_exact_mut(CHUNK).enumerate() {
-            let raw = self.shared(shared, sample, chunk).raw;
-            for (i, dt) in dt.iter_mut().enumerate() {
-                *dt = raw[i * h + head];
-            }
-        }
-        let (bias, rate) = (self.dt_bias[head], self.rate(head));
-        vectorised(
-            #[inline(always)]
-            || {
-                for time in 0..n {
-                    dt[time] = softplus(dt[time] + bias);
-                    decay[time] = exp_decay(rate * dt[time]);
+    /// Step sizes and decays of some heads, for all times of all chunks, head by head.
+    pub fn steps(&self, shared: &[f32], of: &Bundle, dt: &mut [f32], decay: &mut [f32]) {
+        let (n, h, times) = (self.dims.n, self.dims.h, self.chunks() * CHUNK);
+        let heads = dt.chunks_exact_mut(times).zip(decay.chunks_exact_mut(times));
+        for (head, (dt, decay)) in of.heads.clone().zip(heads) {
+            for (chunk, dt) in dt.chunks_exact_mut(CHUNK).enumerate() {
+                let raw = self.shared(shared, of.sample, chunk).raw;
+                for (i, dt) in dt.iter_mut().enumerate() {
+                    *dt = raw[i * h + head];
                 }
-            },
-        );
-        dt[n..].fill(0.0);
-        decay[n..].fill(1.0);
+            }
+            let (bias, rate) = (self.dt_bias[head], self.rate(head));
+            vectorised(
+                #[inline(always)]
+                || {
+                    for time in 0..n {
+                        dt[time] = softplus(dt[time] + bias);
+                        decay[time] = exp_decay(rate * dt[time]);
+                    }
+                },
+            );
+            dt[n..].fill(0.0);
+            decay[n..].fill(1.0);
+        }
+    }
+
+    /// Decays within a chunk, head by head: see [`decays`].
+    pub fn decays(&self, chunk: usize, decay: &[f32], within: &mut [f32], since: &mut [f32]) {
+        let heads = within.chunks_exact_mut(CHUNK * CHUNK).zip(since.chunks_exact_mut(CHUNK));
+        for (decay, (within, since)) in decay.chunks_exact(self.chunks() * CHUNK).zip(heads) {
+            decays(&decay[chunk * CHUNK..][..CHUNK], within, since);
+        }
     }
 
     /// d(ln a)/d(dt) of a head, negative.
@@ -127,26 +139,47 @@ impl<'a> Scan<'a> {
         -f64::from(self.a_log[head]).exp() as f32
     }
 
-    /// Copies the columns of a head of one chunk out of rows of `width` values, times a factor of each time; rows of
-    /// padded length.
-    pub fn load(&self, from: &[f32], width: usize, [sample, head, chunk]: [usize; 3], factor: &[f32], out: &mut [f32]) {
-        let (e, live) = (self.dims.e, self.live(chunk));
+    /// Copies the columns of some heads of one chunk out of rows of `width` values, each head padded to whole vectors;
+    /// times the factor of head and time where there are factors, head by head over all times.
+    pub fn load(&self, from: &[f32], width: usize, of: &Bundle, chunk: usize, factor: Option<&[f32]>, out: &mut [f32]) {
+        let (e, wide, live) = (self.dims.e, padded(self.dims.e), self.live(chunk));
+        let (first, times) = (chunk * CHUNK, self.chunks() * CHUNK);
         vectorised(
             #[inline(always)]
             || {
-                for (i, out) in out.chunks_exact_mut(padded(e)).enumerate() {
-                    if i < live {
-                        let row = self.row(sample, chunk * CHUNK + i);
-                        copy(&from[row * width + head * e..][..e], out);
-                        for v in out.iter_mut() {
-                            *v *= factor[i];
-                        }
-                    } else {
+                for (i, out) in out.chunks_exact_mut(of.heads.len() * wide).enumerate() {
+                    if i >= live {
                         out.fill(0.0);
+                        continue;
+                    }
+                    let row = &from[self.row(of.sample, first + i) * width + of.heads.start * e..];
+                    for (g, out) in out.chunks_exact_mut(wide).enumerate() {
+                        copy(&row[g * e..][..e], out);
+                        if let Some(factor) = factor {
+                            let factor = factor[g * times + first + i];
+                            for v in out.iter_mut() {
+                                *v *= factor;
+                            }
+                        }
                     }
                 }
             },
         );
+    }
+}
+
+/// Heads of one sample that are computed together: side by side they fill the columns of a product, whose left factor,
+/// B or C, they share.
+#[derive(Clone, Debug)]
+pub struct Bundle {
+    pub sample: usize,
+    pub heads: Range<usize>,
+}
+
+impl Bundle {
+    /// Heads of a bundle, at most: as many as fill four vectors.
+    pub fn most(e: usize) -> usize {
+        (4 * WIDTH / padded(e)).max(1)
     }
 }
 
@@ -163,9 +196,9 @@ pub struct Shared<'a> {
     pub raw: &'a [f32],
 }
 
-/// Rows of `e` values, padded to whole vectors.
-pub fn padded_rows(data: &[f32], e: usize) -> Rows<'_> {
-    Rows { data, stride: padded(e), width: e }
+/// Whole rows.
+pub fn rows(data: &[f32], width: usize) -> Rows<'_> {
+    Rows { data, stride: width, width }
 }
 
 #[inline(always)]
@@ -175,7 +208,7 @@ fn flushed(x: f32) -> f32 {
 
 /// Fills `within` with L (zero above the diagonal) and `since` with cum from the decays of a chunk. The last row of L
 /// is what remains of each token at the end of the chunk, the last value of cum what remains of the state before it.
-pub fn decays(decay: &[f32], within: &mut [f32], since: &mut [f32]) {
+fn decays(decay: &[f32], within: &mut [f32], since: &mut [f32]) {
     vectorised(
         #[inline(always)]
         || {
@@ -211,14 +244,34 @@ pub fn multiply(a: &[f32], b: &[f32], out: &mut [f32]) {
     );
 }
 
-/// Multiplies each row of `rows` by its factor.
-pub fn scale_rows(rows: &mut [f32], width: usize, factor: &[f32]) {
+/// Multiplies the `wide` columns of each head by the head's factor of the row; factors of two heads are `stride` apart.
+pub fn scale_rows(rows: &mut [f32], heads: usize, wide: usize, factor: &[f32], stride: usize) {
     vectorised(
         #[inline(always)]
         || {
-            for (row, f) in rows.chunks_exact_mut(width).zip(factor) {
-                for v in row {
-                    *v *= f;
+            for (i, row) in rows.chunks_exact_mut(heads * wide).enumerate() {
+                for (g, row) in row.chunks_exact_mut(wide).enumerate() {
+                    let factor = factor[g * stride + i];
+                    for v in row.iter_mut() {
+                        *v *= factor;
+                    }
+                }
+            }
+        },
+    );
+}
+
+/// Multiplies every row of the `wide` columns of each head by the head's decay over a whole chunk.
+pub fn fade(state: &mut [f32], wide: usize, since: &[f32]) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for row in state.chunks_exact_mut(since.len() / CHUNK * wide) {
+                for (g, row) in row.chunks_exact_mut(wide).enumerate() {
+                    let all = since[g * CHUNK + CHUNK - 1];
+                    for v in row.iter_mut() {
+                        *v *= all;
+                    }
                 }
             }
         },

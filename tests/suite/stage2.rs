@@ -176,9 +176,10 @@ fn output_distillation_lowers_the_gap_to_the_base_model() {
         run_all(&text, &dir.join(name), &mut go_on).unwrap().unwrap();
         gap(&base, &dir.join(name).join("stage2"))
     };
-    let (without, with) = (train("without", ""), train("with", "output_distill = 20.0\n"));
-    let start = gap(&base, &dir.join("with/stage1"));
-    assert!(with < 0.8 * start && with < 0.5 * without, "start {start}, without {without}, with {with}");
+    // The diffusion loss pulls away from an untrained base; the larger the weight of the term, the less.
+    let gaps = ["", "output_distill = 2.0\n", "output_distill = 20.0\n"]
+        .map(|terms| train(&format!("run{}", terms.len()), terms));
+    assert!(gaps[1] < 0.5 * gaps[0] && gaps[2] < 0.5 * gaps[1], "{gaps:?}");
 }
 
 #[test]
