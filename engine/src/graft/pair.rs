@@ -2,8 +2,8 @@
 //!
 //! A pair is one regression unit (arXiv 2506.05340, §6). Its student owns both blocks, which start as they are in the
 //! base, and the merge, which starts as the plain sum of what the blocks add. Operators that the same plan grafts
-//! inside the blocks belong to the pair's student: they start as they would alone and learn through the pair's loss, so that each
-//! parameter is trained by one student alone.
+//! inside the blocks belong to the pair's student: they start as they would alone and learn through the pair's loss, so
+//! that each parameter is trained by one student alone.
 
 use super::assemble::grafted_config;
 use super::plan::Assignment;
