@@ -432,18 +432,17 @@ pub(crate) fn extra_dims<'a>(c: &'a Contract, gradient: &'a Gradient) -> Vec<&'a
         .collect()
 }
 
-/// How to read dim `d` off the forward inputs.
+/// How to read dim `d` off the forward inputs: off one that is always there, else off the first that is.
 fn dim_source(c: &Contract, d: &str) -> String {
-    for t in &c.input {
-        if let Some(axis) = t.shape.iter().position(|s| s == d) {
-            return if t.optional {
-                format!("{}.map_or(0, |v| v.tensor().dim({axis}))", t.name)
-            } else {
-                format!("{}.tensor().dim({axis})", t.name)
-            };
-        }
+    let holders = || c.input.iter().filter_map(|t| Some((t, t.shape.iter().position(|s| s == d)?)));
+    if let Some((t, axis)) = holders().find(|(t, _)| !t.optional) {
+        return format!("{}.tensor().dim({axis})", t.name);
     }
-    d.to_lowercase()
+    let optional = holders().map(|(t, axis)| format!("{}.map(|v| v.tensor().dim({axis}))", t.name));
+    match optional.reduce(|first, next| format!("{first}.or({next})")) {
+        Some(found) => format!("{found}.unwrap_or(0)"),
+        None => d.to_lowercase(),
+    }
 }
 
 /// The recording method: forward now, backward on the tape.

@@ -87,7 +87,7 @@ pub fn bytes(dir: &Path, stage: &str) -> Vec<u8> {
     std::fs::read(dir.join(stage).join(WEIGHTS)).unwrap()
 }
 
-fn copy_tree(from: &Path, to: &Path) {
+pub(super) fn copy_tree(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();

@@ -10,5 +10,6 @@ mod malicious;
 mod plans;
 mod properties;
 mod science;
+mod stage2;
 mod tidy;
 mod torch_file;

@@ -1,10 +1,10 @@
 //! The time that a GPU is predicted to need for a model: a roofline, not a measurement.
 //!
 //! ```text
-//! time of a part = max(FLOPs / (peak · share), bytes / (bandwidth · share))
+//! time of a part = max(FLOPs / (peak · share), bytes / (bandwidth · share), 2 µs)
 //! ```
 //! Peaks are the makers' (dense bf16, SXM boards); the shares are what well-made kernels hold. Activations and weights
-//! are bf16. A site has two kinds of parts: its products with weights, read off the shapes of its parameters, and its
+//! are bf16; the least time is an assumption about kernels in a captured graph. A site has two kinds of parts: its products with weights, read off the shapes of its parameters, and its
 //! core, which is the rest of its FLOPs and reads what the first product wrote and writes what the last one reads.
 
 use crate::autograd::ParamStore;
@@ -21,6 +21,9 @@ const BF16: f64 = 2.0;
 /// What a softmax or scan core reaches of the rate of plain products, where it is bound by arithmetic at all: scores
 /// need exponentials, and head widths that are no multiple of the tensor cores' tile waste part of it.
 const CORE_SHARE: f64 = 0.64;
+
+/// Least seconds of a part: what a kernel takes to start and to drain.
+const LEAST: f64 = 2e-6;
 
 /// A GPU in numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -59,7 +62,7 @@ impl Gpu {
     /// Seconds for a part.
     fn seconds(&self, part: Part) -> f64 {
         let arithmetic = part.flops / (self.peak * self.peak_share * part.share);
-        arithmetic.max(part.bytes / (self.bandwidth * self.bandwidth_share))
+        arithmetic.max(part.bytes / (self.bandwidth * self.bandwidth_share)).max(LEAST)
     }
 }
 
@@ -150,7 +153,7 @@ fn parts(config: &DitConfig, site: Site, spec: &Spec, batch: usize) -> Result<Ve
 }
 
 /// What stands around the sites: per block a modulation table and two normalised, modulated streams (gates and
-/// residuals ride on the last products), and the ends of the model.
+/// residuals ride on the last products), the merges of parallel pairs, and the ends of the model.
 fn around(c: &DitConfig, batch: usize) -> Vec<Part> {
     let (b, d) = (batch as f64, c.width as f64);
     let rows = b * c.tokens() as f64;
@@ -159,6 +162,8 @@ fn around(c: &DitConfig, batch: usize) -> Vec<Part> {
     for _ in 0..c.depth() {
         parts.extend([product(b, d, 6.0 * d), stream(2.0 * rows * d), stream(2.0 * rows * d)]);
     }
+    // Blocks of a parallel pair take as long as in sequence: what running them at once saves is not counted.
+    parts.extend(c.pairs.iter().map(|_| product(rows, 2.0 * d, d)));
     parts.extend([
         product(rows, patch * c.in_channels as f64, d),
         product(b, 256.0, d),
@@ -211,6 +216,7 @@ mod tests {
         let gpu: Gpu = "h100".parse().unwrap();
         let weight = 2.0 * 1152.0 * 6912.0;
         near(gpu.seconds(product(1.0, 1152.0, 6912.0)), weight / (0.90 * 3.35e12));
+        assert_eq!(gpu.seconds(product(1.0, 16.0, 16.0)), LEAST);
     }
 
     #[test]

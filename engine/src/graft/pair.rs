@@ -2,7 +2,7 @@
 //!
 //! A pair is one regression unit (arXiv 2506.05340, §6). Its student owns both blocks, which start as they are in the
 //! base, and the merge, which starts as the plain sum of what the blocks add. Operators that the same plan grafts
-//! inside the blocks belong to the pair's student: they start as they would alone and learn through the pair's loss, so
+//! inside the blocks belong to the pair's student: they start as their graft says and learn through the pair's loss, so
 //! that each parameter is trained by one student alone.
 
 use super::assemble::grafted_config;
@@ -115,6 +115,12 @@ mod tests {
         }
         let random = value("blocks.2.attn.in_proj.weight");
         assert!(random.iter().any(|v| *v != 0.0) && random.iter().all(|v| v.abs() <= 8f32.sqrt().recip()));
+        let warm =
+            plan(&text.replacen("}\n", "}\nstart = \"teacher\"\n", 1)).unwrap().resolve(&teacher.config).unwrap();
+        let warm = &super::students(&teacher, &warm, &DistillConfig::default()).unwrap()[1].params;
+        let taken = warm.get(warm.find("blocks.2.attn.in_proj.weight").unwrap()).value.to_vec().unwrap();
+        let qkv = teacher.params.get(teacher.params.find("blocks.2.attn.qkv.weight").unwrap());
+        assert_eq!(taken, qkv.value.to_vec().unwrap());
         let merge = value("pairs.1.merge.weight");
         assert_eq!(
             (merge.iter().filter(|v| **v == 1.0).count(), merge.iter().filter(|v| **v != 0.0).count()),

@@ -279,6 +279,7 @@ impl Plan {
         let mut distill = self.distill.clone();
         let mut finetune = self.finetune.clone();
         (distill.checkpoint_every, finetune.checkpoint_every) = (1, 1);
+        finetune.lora.iter_mut().for_each(|lora| lora.keep_adapters = false);
         let layers = |graft: &Graft| match graft.layers.get_ref() {
             Layers::Pattern(name) => serde_json::json!(name),
             Layers::List(list) => serde_json::json!(list.iter().map(|l| *l.get_ref()).collect::<Vec<_>>()),
@@ -335,10 +336,15 @@ fn read_graft(source: &SourceText, graft: GraftText) -> Result<Graft> {
         }
     };
     let measured = graft.layers.get_ref().measured(source, &graft.layers.span())?;
-    if site == Site::BlockPair && measured.is_some() {
-        return Err(source
-            .error(&graft.layers.span(), "pairs of blocks are not chosen by measuring")
-            .must("\"all\", \"every-other\", \"3-of-4\", \"deep:n\" or a list of pairs such as [0, 2]"));
+    if site == Site::BlockPair {
+        if measured.is_some() {
+            return Err(source
+                .error(&graft.layers.span(), "pairs of blocks are not chosen by what the base model does")
+                .must("a list of pairs, or a pattern such as \"all\""));
+        }
+        if let Some(start) = &graft.start {
+            return Err(source.error(&start.span(), "a pair of blocks starts as its blocks are").must("absent"));
+        }
     }
     let start = graft.start.unwrap_or_else(|| Spanned::new(0..0, Start::Random));
     Ok(Graft { site, layers: graft.layers, measured, chosen: None, operator, start, loss: graft.loss })
@@ -420,7 +426,11 @@ pub(super) mod tests {
         let names: Vec<String> = found.iter().map(|a| format!("{a} {}", a.spec)).collect();
         assert_eq!(
             names,
-            ["blocks.1.attn hyena_x(taps=4)", "blocks.2.mlp mlp(ratio=3)", "blocks.3.attn hyena_x(taps=4)"]
+            [
+                "blocks.1.attn hyena_x(direction=causal, taps=4)",
+                "blocks.2.mlp mlp(ratio=3)",
+                "blocks.3.attn hyena_x(direction=causal, taps=4)"
+            ]
         );
     }
 
@@ -455,7 +465,7 @@ pub(super) mod tests {
             ),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", tap = 3 }"),
-                "plan.toml:9:32: operator hyena_x has no such option; is tap; must be one of taps",
+                "plan.toml:9:32: operator hyena_x has no such option; is tap; must be one of taps, direction",
             ),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = \"3\" }"),
@@ -486,6 +496,14 @@ pub(super) mod tests {
             (
                 graft("\"attn\"", "\"all\"", good) + "loss = \"l3\"\n",
                 "plan.toml:10:8: unknown variant `l3`; must be one of `l1`, `l2`, `huber`",
+            ),
+            (
+                "[[graft]]\nsite = \"block-pair\"\nlayers = \"auto:0.5\"\n".into(),
+                "plan.toml:8:10: pairs of blocks are not chosen by what the base model does",
+            ),
+            (
+                "[[graft]]\nsite = \"block-pair\"\nlayers = \"all\"\nstart = \"teacher\"\n".into(),
+                "plan.toml:9:9: a pair of blocks starts as its blocks are",
             ),
             (graft("\"attn\"", "\"auto:2\"", good), "plan.toml:8:10: not a number of layers; is \"auto:2\""),
             (

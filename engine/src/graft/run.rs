@@ -6,6 +6,7 @@
 //! | `layers.json`, `locality.json`, `select/` | layers that the base model decided, and from what |
 //! | `distill/`, `finetune/` | checkpoint, loss log and held-out residuals of the two stages |
 //! | `random/`, `stage1/`, `stage2/` | models: sites as initialised (the control), distilled, finetuned |
+//! | `stage2-adapter/` | stage 2's adapters in PEFT's layout, where the plan keeps them |
 //! | `samples-*.png`, `report.html` | pictures of every stage, and the page that compares them |
 //! | `summary.json` | costs, residuals, losses, scores, times |
 //!
@@ -16,7 +17,7 @@ use super::assemble::{self, Stage};
 use super::choose;
 use super::distill::{self, Distiller};
 use super::evaluate::{self, Evaluation};
-use super::finetune::Finetuner;
+use super::finetune::{Finetuner, Start};
 use super::page;
 use super::plan::Plan;
 use super::summary::Summary;
@@ -127,6 +128,11 @@ impl RunFolder {
         self.dir.join("finetune")
     }
 
+    /// Folder of stage 2's adapters, where they are kept.
+    pub fn adapter_folder(&self) -> PathBuf {
+        self.dir.join("stage2-adapter")
+    }
+
     /// Folder of the model of a stage.
     pub fn model_folder(&self, stage: Stage) -> PathBuf {
         self.dir.join(match stage {
@@ -190,14 +196,31 @@ pub fn finetune(run: &RunFolder, data: &RunData, device: &Device, report: &mut R
             .fix("run `graft distill PLAN --run DIR` to its end first"));
     }
     assemble::check_origin(&folder, plan)?;
-    let grafted = dit::load(&folder, device)?;
-    let fingerprint = fingerprint(plan, &assemble::digest(&grafted)?);
-    let mut finetuner = Finetuner::open(grafted, &plan.finetune, &run.finetune_folder(), fingerprint)?;
+    let mut finetuner = stage2(run, &folder, &run.finetune_folder(), device)?;
     let finished = finetuner.run(&data.train, &mut |p| report(Event::Finetune(p)))?;
+    if finished && plan.finetune.lora().keep_adapters {
+        finetuner.save_adapters(&run.adapter_folder())?;
+    }
     if finished && !run.has(Stage::Finetuned) {
         run.save(&finetuner.model()?, Stage::Finetuned)?;
     }
     Ok(finished)
+}
+
+/// Stage 2 of a run's plan on the model in `from`, with its checkpoint in `to`.
+///
+/// # Errors
+/// A model that cannot be read, and those of [`Finetuner::open`].
+pub(super) fn stage2(run: &RunFolder, from: &Path, to: &Path, device: &Device) -> Result<Finetuner> {
+    let plan = &run.plan;
+    let grafted = dit::load(from, device)?;
+    let mut fingerprint = fingerprint(plan, &assemble::digest(&grafted)?);
+    let sites = run.decided()?.resolve(&dit::describe(&plan.base)?)?;
+    let base = if plan.finetune.needs_base() { Some(dit::load(&plan.base, device)?) } else { None };
+    if let Some(base) = &base {
+        fingerprint += &format!(" teacher:{}", assemble::digest(base)?);
+    }
+    Finetuner::open(Start { grafted, sites: &sites, base }, &plan.finetune, to, fingerprint)
 }
 
 /// Both stages, from where they were left; returns whether they are finished.

@@ -153,7 +153,7 @@ impl Student {
 ///
 /// # Errors
 /// Where it has none of them: a plan that asks for this start must not get another.
-fn copy_teacher(
+pub(super) fn copy_teacher(
     params: &mut ParamStore,
     operator: &dyn Operator,
     assignment: &Assignment,

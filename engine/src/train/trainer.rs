@@ -4,6 +4,7 @@ use super::batches::Batches;
 use super::checkpoint;
 use super::objective::{diffusion_loss, noise_batch};
 use super::optimizer::{AdamW, AdamWSettings};
+use super::teacher::{Teacher, Terms, taught_loss};
 use crate::autograd::{Graph, Precision};
 use crate::error::{Error, Result};
 use crate::io::atomic::{RunLock, ensure_writable_dir};
@@ -50,12 +51,17 @@ pub struct Progress {
     pub lr: f64,
     /// Images per second of the update.
     pub images_per_second: f64,
+    /// What the loss is the sum of, where there is a teacher.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub terms: Option<Terms>,
 }
 
 /// A model in training.
 pub struct Trainer {
     /// The model; its parameters are the raw, not the averaged ones.
     pub model: Dit,
+    /// Who adds terms to the loss.
+    pub teacher: Option<Teacher>,
     optimiser: AdamW,
     settings: LoopSettings,
     schedule: Schedule,
@@ -83,6 +89,7 @@ impl Trainer {
         checkpoint::restore(&folder.join(CHECKPOINT), &mut [(&mut model.params, &mut optimiser)], &fingerprint)?;
         Ok(Trainer {
             model,
+            teacher: None,
             optimiser,
             settings,
             schedule: Schedule::default(),
@@ -130,16 +137,19 @@ impl Trainer {
         let null = self.model.config.classes as i32;
         let noised = noise_batch(&device, &self.schedule, &batch, null, s.label_dropout, s.seed, step)?;
         let run = Run { checkpoint: s.activation_checkpointing, ..Run::default() };
-        let (loss, grads) = {
+        let (loss, terms, grads) = {
             let g = Graph::training(s.precision);
-            let loss = diffusion_loss(&g, &self.model, &noised, run)?;
+            let (loss, terms) = match &self.teacher {
+                Some(teacher) => taught_loss(&g, &self.model, &noised, run, teacher).map(|(l, terms)| (l, Some(terms))),
+                None => diffusion_loss(&g, &self.model, &noised, run).map(|loss| (loss, None)),
+            }?;
             let value = f64::from(loss.tensor().f32s()?[0]);
             if !value.is_finite() {
                 return Err(Error::failure(format!("step {step}"), "the loss is not finite")
                     .is(value)
                     .fix("lower the learning rate, or resume from the last checkpoint with f32 products"));
             }
-            (value, g.backward(&loss)?)
+            (value, terms, g.backward(&loss)?)
         };
         let lr = self.optimiser.settings.lr_at(step, s.steps);
         let grad_norm = self.optimiser.update(&mut self.model.params, &grads, lr)?;
@@ -151,17 +161,18 @@ impl Trainer {
             grad_norm,
             lr,
             images_per_second: s.batch as f64 / seconds,
+            terms,
         })
     }
 
-    /// The model with the averaged parameters (the raw ones where no average is kept).
+    /// The model with the averaged parameters (the raw ones where no average is kept), adapters included.
     ///
     /// # Errors
     /// When memory runs out.
     pub fn averaged(&self) -> Result<Dit> {
         let device = self.model.device().clone();
         let mut model = Dit::new(self.model.config.clone(), &device, 0)?;
-        model.params.copy_from(&self.model.params)?;
+        model.params = self.model.params.duplicate();
         for slot in self.optimiser.slots() {
             if let Some(ema) = &slot.ema {
                 let shape = model.params.get(slot.id).value.shape();

@@ -1,3 +1,5 @@
+//! Configurations of every kind, as the released code has them, and the mistakes that they contain.
+
 use super::*;
 use crate::graft::settings::Start;
 use crate::io::files::test_dir;

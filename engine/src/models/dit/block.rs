@@ -1,6 +1,6 @@
 //! The blocks of a DiT: one after another, or two in parallel with a learned merge (arXiv 2506.05340, §6).
 
-use super::{BlockSpec, EPS, Observer, Semantics, modulation};
+use super::{BlockSpec, EPS, Semantics, Watcher, modulation};
 use crate::autograd::{Graph, ParamStore, Var};
 use crate::error::Result;
 use crate::nn::operators::{self, BlockDims, Operator, Site};
@@ -64,7 +64,7 @@ impl Block {
         x: &Var,
         condition: &Var,
         semantics: Semantics,
-        mut observer: Option<&mut &mut Observer<'_>>,
+        mut observer: Option<&mut &mut Watcher<'_>>,
     ) -> Result<Var> {
         let modulation = modulation(g, params, &self.modulation, condition, 6)?;
         let sites =
@@ -80,7 +80,7 @@ impl Block {
                 }
                 Some(observer) => {
                     let branch = operator.forward(g, params, &h, None)?;
-                    observer(self.index, site, h.tensor(), branch.tensor())?;
+                    observer(self.index, site, &h, &branch)?;
                     g.gate_residual(&x, &modulation, &branch, contracts::gate_residual::Params { gate_row: rows.gate })?
                 }
             };
@@ -124,7 +124,7 @@ impl Pair {
         x: &Var,
         condition: &Var,
         run: (Semantics, bool),
-        mut observer: Option<&mut &mut Observer<'_>>,
+        mut observer: Option<&mut &mut Watcher<'_>>,
     ) -> Result<Var> {
         let (semantics, residual) = run;
         let [first, second] = &self.blocks;
@@ -179,7 +179,7 @@ impl Unit {
         x: &Var,
         condition: &Var,
         semantics: Semantics,
-        observer: Option<&mut &mut Observer<'_>>,
+        observer: Option<&mut &mut Watcher<'_>>,
     ) -> Result<Var> {
         match self {
             Unit::Single(block) => block.forward(g, params, x, condition, semantics, observer),

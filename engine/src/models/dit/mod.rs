@@ -3,6 +3,7 @@
 //! Layer numbering, token order and formulas are those of the original implementation; `Semantics` states the two
 //! places where the diffusers implementation differs.
 
+mod adapter;
 mod block;
 mod config;
 mod convert;
@@ -11,6 +12,7 @@ mod load;
 mod names;
 mod save;
 
+pub use adapter::save_adapter;
 pub(crate) use block::Pair;
 pub use config::{BlockSpec, DitConfig};
 pub use convert::{Conversion, convert};
@@ -23,7 +25,7 @@ use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::nn::operators::{self, Operator, Site};
 use crate::nn::{Builder, Init, Linear, Scheme};
-use crate::ops::{self, act, contracts, sinusoid};
+use crate::ops::{act, contracts, sinusoid};
 use crate::tensor::{Device, Tensor};
 use block::{Block, Unit};
 
@@ -72,6 +74,9 @@ impl Default for Run {
 /// `block-pair` of number j, whether it runs in sequence or in parallel: its input is the residual stream before the
 /// pair, its output what the pair adds to it.
 pub type Observer<'o> = dyn FnMut(usize, Site, &Tensor, &Tensor) -> Result<()> + 'o;
+
+/// An [`Observer`] that sees the tensors in their graph.
+pub type Watcher<'o> = dyn FnMut(usize, Site, &Var, &Var) -> Result<()> + 'o;
 
 /// A diffusion transformer with its parameters.
 #[derive(Debug)]
@@ -165,7 +170,27 @@ impl Dit {
         t: &Tensor,
         y: &Tensor,
         run: Run,
-        mut observer: Option<&mut Observer<'_>>,
+        observer: Option<&mut Observer<'_>>,
+    ) -> Result<Var> {
+        let Some(observer) = observer else { return self.forward_watched(g, x, t, y, run, None) };
+        let mut watcher =
+            |block: usize, site, input: &Var, output: &Var| observer(block, site, input.tensor(), output.tensor());
+        self.forward_watched(g, x, t, y, run, Some(&mut watcher))
+    }
+
+    /// [`Dit::forward`] that shows input and output of every site to `watcher`, as parts of the graph. Blocks then keep
+    /// what they computed: [`Run::checkpoint`] is without effect.
+    ///
+    /// # Errors
+    /// As [`Dit::forward`], and those of the watcher.
+    pub fn forward_watched<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        x: &Var,
+        t: &Tensor,
+        y: &Tensor,
+        run: Run,
+        mut observer: Option<&mut Watcher<'_>>,
     ) -> Result<Var> {
         let c = &self.config;
         let side = c.input_size;
@@ -184,11 +209,11 @@ impl Dit {
             h = match &mut observer {
                 Some(observer) => {
                     if unit.begins_pair() {
-                        pair_input = Some(h.tensor().clone());
+                        pair_input = Some(h.clone());
                     }
                     let out = unit.forward(g, &self.params, &h, &condition, semantics, Some(observer))?;
                     if let (Some(pair), Some(input)) = (unit.completes(), &pair_input) {
-                        observer(pair, Site::BlockPair, input, &difference(out.tensor(), input)?)?;
+                        observer(pair, Site::BlockPair, input, &g.sub(&out, input)?)?;
                     }
                     out
                 }
@@ -227,13 +252,6 @@ impl Dit {
         let condition = g.embed(&table, y, Some(&h), contracts::embed::Params { act: act::SILU })?;
         g.reshape(&condition, &[b, 1, self.config.width])
     }
-}
-
-/// a − b of equal shapes.
-fn difference(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let mut out = a.copy()?.reshape(&[a.len()])?;
-    ops::axpy(&b.reshape(&[b.len()])?, &mut out, contracts::axpy::Params { alpha: -1.0 })?;
-    out.reshape(a.shape().dims())
 }
 
 /// The modulation table `[B, rows, D]` that a layer makes of the condition.

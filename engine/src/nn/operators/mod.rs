@@ -7,8 +7,11 @@ mod heads;
 mod hyena;
 mod kv_compress;
 mod linear_attention;
+mod long_conv;
+mod mamba2;
 mod mha;
 mod mlp;
+mod mlp_hyena_x;
 mod neighborhood;
 mod recognise;
 mod swa;
@@ -161,6 +164,17 @@ impl Spec {
         }
     }
 
+    /// Hidden width of a channel mixer of the given ratio.
+    fn hidden(&self, width: usize, ratio: f64) -> Result<usize> {
+        let hidden = (width as f64 * ratio) as usize;
+        if hidden == 0 || !ratio.is_finite() || ratio > 1024.0 {
+            return Err(Error::usage(format!("{}: ratio", self.kind), "gives no usable width")
+                .is(ratio)
+                .must("a positive ratio of at most 1024"));
+        }
+        Ok(hidden)
+    }
+
     /// An option that is one of `words`; the first is the default.
     fn choice(&self, option: &str, words: &[&'static str]) -> Result<&'static str> {
         let given = match self.options.get(option) {
@@ -248,8 +262,21 @@ pub struct Kind {
 }
 
 /// Every operator. Of two with the same tensors the published one stands first: [`recognise()`] takes the first.
-pub const REGISTRY: &[Kind] =
-    &[mha::KIND, swa::KIND, neighborhood::KIND, linear_attention::KIND, kv_compress::KIND, hyena::X, mlp::KIND];
+pub const REGISTRY: &[Kind] = &[
+    mha::KIND,
+    swa::KIND,
+    neighborhood::KIND,
+    linear_attention::KIND,
+    kv_compress::KIND,
+    hyena::SE,
+    hyena::X,
+    hyena::Y,
+    hyena::GRID,
+    long_conv::KIND,
+    mamba2::KIND,
+    mlp::KIND,
+    mlp_hyena_x::KIND,
+];
 
 /// Creates an operator with new parameters, named below the builder's prefix.
 ///
@@ -321,8 +348,8 @@ mod tests {
     #[test]
     fn wide_windows_are_full_attention() {
         let dims = BlockDims { width: 8, heads: 2, grid: [3, 3] };
-        let device = Device::cpu();
         let (teacher, mha) = parameters(&Spec::new("mha"), dims);
+        let device = teacher.get(teacher.find("qkv.weight").unwrap()).value.device().clone();
         let wave: Vec<f32> = (0..2 * 9 * 8).map(|i| (i as f32 * 0.37).sin()).collect();
         let x = Var::constant(crate::tensor::Tensor::from_f32(&device, &[2, 9, 8], &wave).unwrap());
         let g = Graph::inference(crate::autograd::Precision::F32);
