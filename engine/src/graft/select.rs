@@ -67,7 +67,8 @@ impl Layers {
         found.map(Some).ok_or_else(|| text.error(span, "not a number of layers").must(must))
     }
 
-    /// The layers of a model with `depth` of what is called `word` (blocks, or pairs of them), in rising order; `span` is where the plan says them.
+    /// The layers of a model with `depth` of what is called `word` (blocks, or pairs of them), in rising order; `span` is
+    /// where the plan says them.
     ///
     /// # Errors
     /// An unknown pattern, a measured one, a layer that the model does not have, a layer listed twice, or none at all.
