@@ -12,6 +12,7 @@ pub const OPS: &[OpInfo] = &[
     add_noise::INFO,
     attention::INFO,
     axpy::INFO,
+    branch_deltas::INFO,
     cross_attention::INFO,
     cross_entropy::INFO,
     embed::INFO,
@@ -38,6 +39,9 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     let mut rows = Vec::new();
     for case in attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(attention::gradcheck(case).into_iter().map(|row| ("attention", case.name, row)));
+    }
+    for case in branch_deltas::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(branch_deltas::gradcheck(case).into_iter().map(|row| ("branch_deltas", case.name, row)));
     }
     for case in cross_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(cross_attention::gradcheck(case).into_iter().map(|row| ("cross_attention", case.name, row)));
@@ -351,6 +355,96 @@ pub mod axpy {
 
     pub const INFO: OpInfo = OpInfo { name: "axpy", summary: "Adds a multiple of a tensor to another in place.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block"], tolerance: None };
 
+}
+
+/// What two parallel blocks add to their common input, side by side: what the merge of a block pair reads.
+pub mod branch_deltas {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub d: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, D]` f32: Common input of both blocks.
+        pub x: &'a [T],
+        /// `[B, N, D]` f32: Result of the first block.
+        pub first: &'a [T],
+        /// `[B, N, D]` f32: Result of the second block.
+        pub second: &'a [T],
+        /// `[B, N, 2, D]` f32: Both differences; a row of 2·D values is what a linear layer takes.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 2, D]` f32: Both differences; a row of 2·D values is what a linear layer takes.
+        pub dy: &'a [T],
+        /// `[B, N, D]` f32: Common input of both blocks.
+        pub dx: Option<&'a mut [T]>,
+        /// `[B, N, D]` f32: Result of the first block.
+        pub dfirst: Option<&'a mut [T]>,
+        /// `[B, N, D]` f32: Result of the second block.
+        pub dsecond: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        2*b*n*d
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        20*b*n*d
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, d: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 2, n: 33, d: 320 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, d: 1152 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "branch_deltas", summary: "What two parallel blocks add to their common input, side by side: what the merge of a block pair reads.", backward: true, cases: &["odd", "one", "wide", "dit_xl_256"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, d, .. } = dims;
+        let x = check::draw_f64(case.name, "x", b * n * d, Fill::Normal);
+        let first = check::draw_f64(case.name, "first", b * n * d, Fill::Normal);
+        let second = check::draw_f64(case.name, "second", b * n * d, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * 2 * d, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64], first: &[f64], second: &[f64]| {
+            let mut y = vec![0.0f64; b * n * 2 * d];
+            super::super::branch_deltas::reference::forward(Forward { dims, params, x: x, first: first, second: second, y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&x, &first, &second);
+        let mut dx = vec![0.0f64; b * n * d];
+        let mut dfirst = vec![0.0f64; b * n * d];
+        let mut dsecond = vec![0.0f64; b * n * d];
+        super::super::branch_deltas::reference::backward(Backward { dims, params, dy: &cotangent, dx: Some(&mut dx[..]), dfirst: Some(&mut dfirst[..]), dsecond: Some(&mut dsecond[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &first, &second).0, &cotangent))); }
+        { rows.push(check::directional("first", case.name, &first, &dfirst, |moved| check::dot(&forward(&x, moved, &second).0, &cotangent))); }
+        { rows.push(check::directional("second", case.name, &second, &dsecond, |moved| check::dot(&forward(&x, &first, moved).0, &cotangent))); }
+        rows
+    }
 }
 
 /// Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.

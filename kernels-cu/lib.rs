@@ -14,6 +14,7 @@ pub mod adamw;
 pub mod add_noise;
 pub mod attention;
 pub mod axpy;
+pub mod branch_deltas;
 pub mod cross_attention;
 pub mod cross_entropy;
 pub mod embed;

@@ -2,6 +2,7 @@
 
 mod errors;
 mod help;
+mod plans;
 mod reports;
 mod sampling;
 mod support;

@@ -41,12 +41,49 @@ fn inspect_shows_models_and_files() {
     let tensors = succeed(&here, &["inspect", "model/diffusion_pytorch_model.safetensors"]).text();
     assert!(tensors.contains("transformer_blocks.1.attn1.to_q.weight") && tensors.contains("[32, 32]"), "{tensors}");
     let torch = succeed(&here, &["inspect", &golden("dit_original/pickle_checkpoint/model/flat.pt")]).text();
-    assert!(torch.contains("blocks.0.attn.qkv.weight"), "{torch}");
+    for word in ["blocks.0.attn.qkv.weight", "blocks, width 24", "mha(heads="] {
+        assert!(torch.contains(word), "{word} is not in {torch}");
+    }
     refuse(&here, &["inspect", "none"], 1, &["none", "no such file"]);
     std::fs::write(here.join("a.png"), b"no").unwrap();
     refuse(&here, &["inspect", "a.png"], 1, &["a.png", "damaged png"]);
     std::fs::write(here.join("a.txt"), b"no").unwrap();
     refuse(&here, &["inspect", "a.txt"], 1, &["unknown kind of file"]);
+}
+
+#[test]
+fn models_are_converted_there_and_back() {
+    let here = folder("convert");
+    model(&here, 1);
+    let original = succeed(&here, &["convert", "model", "a", "--to", "original"]).text();
+    assert!(original.contains("a: 2 blocks, original names, f32"), "{original}");
+    assert_eq!(crate::support::entries(&here.join("a")), ["config.json", "model.safetensors"]);
+    succeed(&here, &["convert", "a", "b", "--to", "diffusers"]);
+    let bytes = |dir: &str| std::fs::read(here.join(dir).join("diffusion_pytorch_model.safetensors")).unwrap();
+    assert!(bytes("model") == bytes("b"));
+    // The classes' names came along, and a converted model draws the same picture.
+    let draw = |dir: &str, to: &str| {
+        succeed(&here, &["sample", "--model", dir, "--class", "bag", "--steps", "2", "--output-latents", to]);
+        std::fs::read(here.join(to)).unwrap().len()
+    };
+    assert_eq!(draw("model", "m.safetensors"), draw("a", "n.safetensors"));
+    let json = parsed(&succeed(&here, &["convert", "--json", "a", "c", "--to", "original", "--dtype", "bf16"]).text());
+    assert_eq!((&json["layout"], &json["dtype"], &json["depth"]), (&"original".into(), &"bf16".into(), &2.into()));
+    refuse(
+        &here,
+        &["convert", "model", "b", "--to", "original"],
+        2,
+        &["b", "the folder is not empty", "nothing was overwritten"],
+    );
+    refuse(
+        &here,
+        &["convert", "model", "d", "--to", "original", "--window", "3"],
+        2,
+        &["--window", "does not leave this open"],
+    );
+    refuse(&here, &["convert", "model", "d", "--to", "original", "--window", "0"], 2, &["--window", "at least 1"]);
+    refuse(&here, &["convert", "none", "d", "--to", "original"], 1, &["none", "no such file or folder"]);
+    assert!(!here.join("d").exists());
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+pub const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
 pub fn folder(name: &str) -> PathBuf {
     let dir = std::env::temp_dir().join(format!("graft-suite-{}-{name}", std::process::id()));
@@ -25,6 +25,11 @@ pub fn folder(name: &str) -> PathBuf {
 
 /// A base with four blocks in which every branch matters: nothing is zero as in a fresh model.
 pub fn base(dir: &Path) -> PathBuf {
+    base_with(dir, 0.05)
+}
+
+/// As [`base`], with the standard deviation of what is added to every weight.
+fn base_with(dir: &Path, deviation: f32) -> PathBuf {
     let sizes = DitConfig { patch: 2, input_size: 8, in_channels: 1, classes: 3, ..DitConfig::plain(4, 16, 2) };
     let mut model = Dit::new(sizes, &Device::cpu(), 1).unwrap();
     let ids: Vec<_> = model.params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
@@ -32,7 +37,7 @@ pub fn base(dir: &Path) -> PathBuf {
         let mut value = model.params.get(id).value.copy().unwrap();
         let mut noise = vec![0.0; value.len()];
         Philox::new(2, i as u64).fill_normal(&mut noise);
-        value.f32s_mut().unwrap().iter_mut().zip(&noise).for_each(|(v, n)| *v += 0.05 * n);
+        value.f32s_mut().unwrap().iter_mut().zip(&noise).for_each(|(v, n)| *v += deviation * n);
         model.params.set(id, value).unwrap();
     }
     let path = dir.join("base");
@@ -58,7 +63,7 @@ pub fn data() -> RunData {
     RunData { train: images(48, 1), held_out: images(24, 2) }
 }
 
-fn plan(base: &Path, grafts: &str, distill: &str, finetune: &str) -> Plan {
+pub fn plan(base: &Path, grafts: &str, distill: &str, finetune: &str) -> Plan {
     let text = format!(
         "[base]\nmodel = {:?}\n[data]\nkind = \"mnist\"\ndir = \"none\"\n{grafts}\n\
          [distill]\nbatch = 8\nheld_out = 2\n{distill}\n[finetune]\nbatch = 8\n{finetune}\n\
@@ -68,9 +73,9 @@ fn plan(base: &Path, grafts: &str, distill: &str, finetune: &str) -> Plan {
     Plan::parse("plan.toml", text).unwrap()
 }
 
-const HYENA: &str = "[[graft]]\nsite = \"attn\"\nlayers = \"every-other\"\noperator = { kind = \"hyena_x\" }\n";
+pub const HYENA: &str = "[[graft]]\nsite = \"attn\"\nlayers = \"every-other\"\noperator = { kind = \"hyena_x\" }\n";
 
-fn run_all(plan: &Plan, dir: &Path, report: &mut run::Report<'_>) -> Result<Option<Summary>> {
+pub fn run_all(plan: &Plan, dir: &Path, report: &mut run::Report<'_>) -> Result<Option<Summary>> {
     run::run(&RunFolder::create(plan.clone(), dir)?, &data(), &Device::cpu(), report)
 }
 
@@ -78,7 +83,7 @@ pub fn go_on(_: Event<'_>) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-fn bytes(dir: &Path, stage: &str) -> Vec<u8> {
+pub fn bytes(dir: &Path, stage: &str) -> Vec<u8> {
     std::fs::read(dir.join(stage).join(WEIGHTS)).unwrap()
 }
 
@@ -191,6 +196,7 @@ fn a_run_stopped_or_killed_anywhere_ends_in_the_same_bytes() {
             first.get_or_insert(match e {
                 Event::Distill(p) => ("distill", p.step),
                 Event::Finetune(p) => ("finetune", p.step),
+                Event::Choose(_) => ("choose", 0),
                 Event::Evaluate(..) => ("evaluate", 0),
             });
             ControlFlow::Continue(())
@@ -260,6 +266,22 @@ fn what_cannot_be_run_is_refused_before_anything_changes() {
     assert!(
         message(run_all(&deep, &dir.join("deep"), &mut go_on)).contains("layer out of range; is 4; must be 0 to 3")
     );
+    // Another base at the same place, after stage 1 has begun; and a distilled model of another plan.
+    let begun = dir.join("begun");
+    run_all(&text, &begun, &mut |_| ControlFlow::Break(())).unwrap();
+    let kept = dir.join("kept");
+    std::fs::rename(&base, &kept).unwrap();
+    base_with(&dir, 0.06);
+    assert!(message(run_all(&text, &begun, &mut go_on)).contains("checkpoint of another run (another base)"));
+    std::fs::remove_dir_all(&base).unwrap();
+    std::fs::rename(&kept, &base).unwrap();
+    let foreign = dir.join("foreign");
+    run_all(&plan(&base, HYENA, "steps = 1", "steps = 2"), &foreign, &mut go_on).unwrap().unwrap();
+    let mixed = dir.join("mixed");
+    copy_tree(&foreign.join("stage1"), &mixed.join("stage1"));
+    let folder = RunFolder::create(text.clone(), &mixed).unwrap();
+    let other = run::finetune(&folder, &data(), &Device::cpu(), &mut go_on).unwrap_err().to_string();
+    assert!(other.contains("the model comes from another plan; is other grafts or settings of stage 1"), "{other}");
     assert!(RunFolder::open(&dir.join("nothing")).map(|_| ()).unwrap_err().to_string().contains("not a run folder"));
     assert!(before == bytes(&run_dir, "stage2"));
 }
@@ -275,4 +297,64 @@ fn a_diverging_site_is_named_and_the_last_good_checkpoint_stays() {
     let file = safetensors::TensorFile::open(&dir.join("run/distill/checkpoint.safetensors")).unwrap();
     assert!(file.iter().all(|t| t.to_f32().unwrap().iter().all(|v| v.is_finite())));
     assert!(!dir.join("run/stage1/config.json").exists());
+}
+
+const PAIRS: &str = "[[graft]]\nsite = \"block-pair\"\nlayers = \"all\"\n\
+                     [[graft]]\nsite = \"attn\"\nlayers = [3]\noperator = { kind = \"hyena_x\" }\n";
+
+#[test]
+fn blocks_learn_to_run_in_parallel() {
+    let dir = folder("pairs");
+    // Branches so strong that running blocks side by side changes the result.
+    let base = base_with(&dir, 0.2);
+    let text = plan(
+        &base,
+        PAIRS,
+        "steps = 80\ncheckpoint_every = 15\noptimizer = { lr = 2e-3, schedule = \"cosine\" }",
+        "steps = 20\noptimizer = { lr = 1e-3, warmup = 2 }",
+    );
+    let mut killed = false;
+    let whole = dir.join("whole");
+    let summary = run_all(&text, &whole, &mut |e| {
+        if let Event::Distill(p) = e
+            && p.step == 22
+        {
+            copy_tree(&whole, &dir.join("killed"));
+            killed = true;
+        }
+        ControlFlow::Continue(())
+    });
+    let summary = summary.unwrap().unwrap();
+    let names: Vec<&str> = summary.sites.iter().map(|s| s.site.as_str()).collect();
+    assert_eq!(names, ["pairs.0", "blocks.3.attn", "pairs.1"]);
+    for site in summary.sites.iter().filter(|s| s.site.starts_with("pairs")) {
+        let (before, after) = (site.residual_initial.unwrap(), site.residual_distilled.unwrap());
+        assert!(after.loss < 0.9 * before.loss && after.relative < before.relative, "{site:?}");
+    }
+    // The operator inside a pair learns through the pair.
+    assert!(summary.sites[1].residual_initial.is_none());
+    assert_eq!((summary.cost_before.serial_depth, summary.cost_after.serial_depth), (4, 2));
+    let merges = 2 * (2 * 16 * 16 + 16);
+    let hyena = 3 * 16 * 5;
+    assert_eq!(summary.cost_after.params, summary.cost_before.params + merges + hyena);
+    // The control starts from the base's blocks; both stages change blocks and merge.
+    let device = Device::cpu();
+    let load = |stage: &str| dit::load(&whole.join(stage), &device).unwrap();
+    let (start, distilled, tuned) = (load("random"), load("stage1"), load("stage2"));
+    let base = dit::load(&base, &device).unwrap();
+    assert_eq!((&tuned.config.pairs, tuned.config.blocks[3].attn.kind.as_str()), (&vec![0, 1], "hyena_x"));
+    for name in
+        ["blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.bias", "pairs.1.merge.weight", "blocks.3.attn.in_proj.bias"]
+    {
+        let value = |model: &Dit| model.params.get(model.params.find(name).unwrap()).value.to_vec().unwrap();
+        assert!(base.params.find(name).is_none() || value(&base) == value(&start), "{name}");
+        assert!(value(&start) != value(&distilled) && value(&distilled) != value(&tuned), "{name}");
+    }
+    assert_eq!(tuned.params.elements() - start.params.elements(), 0);
+    // Killed and resumed, the run ends in the same bytes.
+    assert!(killed);
+    run_all(&text, &dir.join("killed"), &mut go_on).unwrap().unwrap();
+    for stage in ["stage1", "stage2"] {
+        assert!(bytes(&whole, stage) == bytes(&dir.join("killed"), stage), "{stage} differs");
+    }
 }

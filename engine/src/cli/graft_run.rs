@@ -59,6 +59,7 @@ pub fn finetune(args: &RunArgs) -> Result<()> {
     stage(&folder, &device, args, run::finetune)
 }
 
+/// Updates of the two stages.
 fn steps(folder: &RunFolder) -> [u64; 2] {
     [folder.plan.distill.steps, folder.plan.finetune.steps]
 }
@@ -87,6 +88,9 @@ fn conclude(folder: &RunFolder, summary: Option<&Summary>, args: &RunArgs) -> Re
     if args.json {
         println!("{:#}", summary.json()?);
         return Ok(());
+    }
+    for line in super::layers::chosen(&folder.decided()?) {
+        println!("{line}");
     }
     println!("{:<16} {:<20} {:<20} {:>10} {:>10}", "site", "before", "after", "initial", "distilled");
     for s in &summary.sites {
@@ -140,7 +144,12 @@ impl<'d> Bars<'d> {
             Event::Distill(p) => (0, p.step, p.mean_loss(), p.images_per_second),
             Event::Finetune(p) => (1, p.step, p.loss, p.images_per_second),
             Event::Evaluate(done, total) => {
-                self.sampling(done, total);
+                self.counted(2, "compare", done, total);
+                return ControlFlow::Continue(());
+            }
+            Event::Choose(p) => {
+                // Two bars: one for the sampling, one for each short stage 1.
+                self.counted(if p.what == "locality" { 3 } else { 4 }, p.what, p.done, p.total);
                 return ControlFlow::Continue(());
             }
         };
@@ -160,10 +169,10 @@ impl<'d> Bars<'d> {
         if self.left == Some(0) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
-    fn sampling(&mut self, done: u64, total: u64) {
-        if self.bar.as_ref().is_none_or(|(shown, _)| *shown != 2) {
+    fn counted(&mut self, stage: usize, what: &'static str, done: u64, total: u64) {
+        if self.bar.as_ref().is_none_or(|(shown, _)| *shown != stage) {
             self.finish();
-            self.bar = Some((2, progress::bar(total, "compare")));
+            self.bar = Some((stage, progress::bar(total, what)));
         }
         if let Some((_, bar)) = &self.bar {
             bar.set_position(done);

@@ -1,11 +1,15 @@
 //! The command line: the only room that prints and exits.
 
+mod ablate;
 mod classifier;
+mod convert;
 mod doctor;
 mod eval;
 mod forward;
 mod graft_run;
 mod inspect;
+mod layers;
+mod locality;
 mod model_args;
 pub mod op;
 mod out;
@@ -60,7 +64,7 @@ impl From<Dtype> for Precision {
 enum Command {
     /// Train a model from scratch; resumes by itself.
     Pretrain(pretrain::Args),
-    /// Check or explain a grafting plan.
+    /// Check and explain a grafting plan, fill in its defaults, or import one.
     Plan(plan::Args),
     /// Graft a model: distil, finetune, summarise; resumes by itself.
     Run(graft_run::PlanArgs),
@@ -70,6 +74,8 @@ enum Command {
     Finetune(graft_run::RunArgs),
     /// Many grafts of one base under the same settings, scored in one table; resumes by itself.
     Science(science::Args),
+    /// What each stage of a graft contributes: none, either, both, and the self-graft beside them.
+    Ablate(ablate::Args),
     /// Train the small network that scores look through; the trained one ships with the program.
     #[command(hide = true)]
     Classifier(classifier::Args),
@@ -79,6 +85,10 @@ enum Command {
     Sample(sample::Args),
     /// One forward pass on tensors from a file.
     Forward(forward::Args),
+    /// Measure how near its own token the attention of each layer stays, as a table and a heat map.
+    Locality(locality::Args),
+    /// Write a model under the names of another layout, bit for bit.
+    Convert(convert::Args),
     /// Show what a model, a tensor file or a picture is.
     Inspect(inspect::Args),
     /// Operators: list them, run one, check all against the oracle.
@@ -117,15 +127,18 @@ fn execute(cli: Cli) -> Result<()> {
     }
     match cli.command {
         Command::Pretrain(args) => pretrain::run(&args),
-        Command::Plan(args) => plan::run(&args),
+        Command::Plan(args) => plan::run(&args, cli.json),
         Command::Run(args) => graft_run::run(&args),
         Command::Distill(args) => graft_run::distill(&args),
         Command::Finetune(args) => graft_run::finetune(&args),
         Command::Science(args) => science::run(&args),
+        Command::Ablate(args) => ablate::run(&args, cli.json),
         Command::Classifier(args) => classifier::run(&args),
         Command::Eval(args) => eval::run(&args, cli.json),
         Command::Sample(args) => sample::run(&args),
         Command::Forward(args) => forward::run(&args),
+        Command::Locality(args) => locality::run(&args, cli.json),
+        Command::Convert(args) => convert::run(&args, cli.json),
         Command::Inspect(args) => inspect::run(&args, cli.json),
         Command::Op(args) => op::run(&args, cli.json),
         Command::Doctor => doctor::run(cli.json),

@@ -1,13 +1,22 @@
-//! `graft plan check|show P`.
+//! `graft plan check|show|import`.
 
+use super::{layers, out, progress, table::Table};
+use crate::backend::Device;
 use crate::error::{Error, Result};
 use crate::graft::assemble::grafted_config;
-use crate::graft::cost::{Counter, ModelCost, percent};
-use crate::graft::plan::{Assignment, Plan};
+use crate::graft::choose;
+use crate::graft::cost::{Counter, KindCost, ModelCost, percent};
+use crate::graft::gpu::Prediction;
+use crate::graft::import;
+use crate::graft::plan::Plan;
+use crate::graft::run::RunData;
+use crate::io::atomic;
 use crate::models::dit::{self, DitConfig};
 use crate::nn::operators::Site;
-use serde_json::json;
-use std::path::PathBuf;
+use crate::report::format::{count, seconds};
+use serde_json::{Value, json};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 
 /// Arguments.
 #[derive(clap::Args)]
@@ -18,103 +27,195 @@ pub struct Args {
 
 #[derive(clap::Subcommand)]
 enum Action {
-    /// Say whether a plan can be run, and what is wrong where it cannot.
-    Check {
-        /// Plan file.
-        plan: PathBuf,
-    },
-    /// Explain the model that results: operators by layer, parameters, FLOPs, and the change against the base.
+    /// Check a plan and explain the model that results: operators, parameters, FLOPs, predicted times.
+    Check(CheckArgs),
+    /// Print a plan with every default filled in, as TOML.
     Show {
         /// Plan file.
         plan: PathBuf,
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
+    },
+    /// Turn a YAML configuration of the paper's released code into a plan.
+    Import {
+        /// Configuration for sampling, stage 1 or stage 2.
+        config: PathBuf,
+        /// Plan file to write; standard output where not given.
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// Folder or file of the base model.
+        #[arg(long, value_name = "MODEL")]
+        base: Option<PathBuf>,
     },
 }
 
+#[derive(clap::Args)]
+struct CheckArgs {
+    /// Plan file.
+    plan: PathBuf,
+    /// Run folder whose layers are shown where the base model decides them; they are chosen and kept there where it has
+    /// none yet.
+    #[arg(long, value_name = "DIR")]
+    run: Option<PathBuf>,
+    /// GPU to predict times for: h100, a100 or h200; all where not given.
+    #[arg(long, value_name = "NAME")]
+    gpu: Option<String>,
+    /// Samples of a forward pass in the prediction; an image with guidance is two.
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    batch: u64,
+}
+
 /// Runs the command.
-pub fn run(args: &Args) -> Result<()> {
-    let path = match &args.action {
-        Action::Check { plan } | Action::Show { plan, .. } => plan,
-    };
+pub fn run(args: &Args, json: bool) -> Result<()> {
+    match &args.action {
+        Action::Check(args) => check(args, json),
+        Action::Show { plan } => {
+            let text = Plan::read(plan)?.completed()?;
+            if json { out::line(format!("{:#}", as_json(&text)?)) } else { out::bytes(text.as_bytes()) }
+        }
+        Action::Import { config, output, base } => import_plan(config, output.as_deref(), base.as_deref(), json),
+    }
+}
+
+fn as_json(text: &str) -> Result<Value> {
+    let table: toml::Table = text.parse().map_err(|e| Error::failure("plan", format!("{e}")))?;
+    serde_json::to_value(table).map_err(|e| Error::failure("plan", e.to_string()))
+}
+
+fn check(args: &CheckArgs, as_json: bool) -> Result<()> {
+    let path = &args.plan;
     let plan = Plan::read(path)?;
     let base = dit::describe(&plan.base).map_err(|e| e.context(path.display()))?;
+    let plan = if plan.needs_choice() { decide(plan, args.run.as_deref())? } else { plan };
     let assignments = plan.resolve(&base)?;
     let grafted = grafted_config(&base, &assignments)?;
-    let (before, after) = (Counter::new(&base).model()?, Counter::new(&grafted).model()?);
-    match args.action {
-        Action::Check { .. } => {
-            println!("{}: good; {} of {} sites change", path.display(), assignments.len(), 2 * base.depth());
-        }
-        Action::Show { json: true, .. } => println!("{:#}", as_json(&assignments, &grafted, &before, &after)?),
-        Action::Show { json: false, .. } => {
-            println!("{} on {}\n", path.display(), plan.base.display());
-            print_layers(&assignments, &grafted)?;
-            println!();
-            print_costs(&before, &after);
-        }
+    let costs = [Counter::new(&base).model()?, Counter::new(&grafted).model()?];
+    let kinds = Counter::new(&grafted).kinds()?;
+    let batch = args.batch as usize;
+    let predict = |config: &DitConfig| layers::predictions(config, args.gpu.as_deref(), batch);
+    let predicted = [predict(&base)?, predict(&grafted)?];
+    let rows = layers::rows(&grafted, &assignments, &predicted[1])?;
+    if as_json {
+        let changed: Vec<String> = assignments.iter().map(ToString::to_string).collect();
+        let record = json!({
+            "plan": path.display().to_string(), "base": plan.base.display().to_string(), "grafted": changed,
+            "chosen": plan.chosen(), "layers": layers::json(&rows), "pairs": grafted.pairs, "kinds": kinds, "tokens": costs[1].tokens,
+            "before": costs[0], "after": costs[1], "change_percent": change(&costs),
+            "predicted": { "batch": batch, "measured": false, "before": predicted[0], "after": predicted[1] },
+        });
+        return out::line(format!("{record:#}"));
     }
-    Ok(())
-}
-
-fn as_json(
-    assignments: &[Assignment],
-    grafted: &DitConfig,
-    before: &ModelCost,
-    after: &ModelCost,
-) -> Result<serde_json::Value> {
-    let changed: Vec<String> = assignments.iter().map(ToString::to_string).collect();
-    let layers: Vec<_> = grafted.blocks.iter().map(|b| json!({ "attn": b.attn, "mlp": b.mlp })).collect();
-    let costs = serde_json::to_value([before, after]).map_err(|e| Error::failure("plan", e.to_string()))?;
-    Ok(json!({ "grafted": changed, "layers": layers, "before": costs[0], "after": costs[1] }))
-}
-
-fn print_layers(assignments: &[Assignment], grafted: &DitConfig) -> Result<()> {
-    let mut counter = Counter::new(grafted);
-    println!("{:>5}  {:<24} {:<24} {:>12} {:>10}   (* grafted)", "layer", "attn", "mlp", "parameters", "MFLOP");
-    for (i, block) in grafted.blocks.iter().enumerate() {
-        let mark = |site, spec: &dyn std::fmt::Display| {
-            let grafted = assignments.iter().any(|a| a.block == i && a.site == site);
-            format!("{spec}{}", if grafted { " *" } else { "" })
-        };
-        let (attn, mlp) = (counter.site(Site::Attn, &block.attn)?, counter.site(Site::Mlp, &block.mlp)?);
-        println!(
-            "{i:>5}  {:<24} {:<24} {:>12} {:>10.3}",
-            mark(Site::Attn, &block.attn),
-            mark(Site::Mlp, &block.mlp),
-            attn.params + mlp.params,
-            (attn.flops() + mlp.flops()) / 1e6
-        );
-    }
-    Ok(())
-}
-
-fn print_costs(before: &ModelCost, after: &ModelCost) {
-    let million = |flops: f64| format!("{:.3} M", flops / 1e6);
-    println!("{:<28} {:>16} {:>16} {:>9}", "for one image", "base", "grafted", "change");
-    let row = |what: &str, text: [String; 2], values: [f64; 2]| {
-        println!("{what:<28} {:>16} {:>16} {:>+8.2}%", text[0], text[1], percent(values[0], values[1]));
+    let depth = match costs.each_ref().map(|c| c.serial_depth) {
+        [before, after] if before == after => String::new(),
+        [before, after] => format!("; serial depth {before} -> {after}"),
     };
-    for (name, b, a) in [("attn", &before.attn, &after.attn), ("mlp", &before.mlp, &after.mlp)] {
-        let pairs = [
-            ("operator FLOP", b.flops_operator, a.flops_operator),
-            ("projection FLOP", b.flops_projections, a.flops_projections),
-        ];
-        for (what, b, a) in pairs.into_iter().filter(|(_, b, a)| *b > 0.0 || *a > 0.0) {
-            row(&format!("{name}: {what}"), [million(b), million(a)], [b, a]);
-        }
-        row(
-            &format!("{name}: parameters"),
-            [b.params.to_string(), a.params.to_string()],
-            [b.params as f64, a.params as f64],
-        );
+    let operators = assignments.iter().filter(|a| a.site != Site::BlockPair).count();
+    let mut text = format!("{}: good; {operators} of {} sites change{depth}\n", path.display(), 2 * base.depth());
+    for line in layers::chosen(&plan) {
+        text += &format!("{line}\n");
     }
-    row("model: FLOP", [million(before.flops), million(after.flops)], [before.flops, after.flops]);
-    row(
-        "model: parameters",
-        [before.params.to_string(), after.params.to_string()],
-        [before.params as f64, after.params as f64],
-    );
-    println!("{:<28} {:>16} {:>16}", "tokens", before.tokens, after.tokens);
+    text += &format!("\n{}{}\n\n", layers::table(&rows), layers::remark(batch));
+    text += &format!("{}\n{}\n{}", kind_table(&kinds), cost_table(&costs), time_table(&predicted));
+    out::bytes(text.as_bytes())
+}
+
+/// The plan with the layers that the base model decides.
+fn decide(plan: Plan, run: Option<&Path>) -> Result<Plan> {
+    let base = dit::load(&plan.base, &Device::cpu())?;
+    if let Some(run) = run {
+        atomic::ensure_writable_dir(run)?;
+    }
+    let data = match run {
+        Some(_) => Some(RunData::load(&plan.data)?),
+        None => None,
+    };
+    let bar = progress::bar(1, "layers");
+    let decided = choose::choose(&plan, &base, run, data.as_ref(), &mut |p| {
+        bar.set_message(p.what);
+        bar.set_length(p.total);
+        bar.set_position(p.done);
+        ControlFlow::Continue(())
+    })?;
+    bar.finish();
+    // Nothing breaks off above, so that there is a decision.
+    Ok(decided.unwrap_or(plan))
+}
+
+/// Changes as the paper's table 4 counts them, in per cent.
+fn change([before, after]: &[ModelCost; 2]) -> Value {
+    let site = |b: &crate::graft::cost::SiteCost, a: &crate::graft::cost::SiteCost| {
+        json!({
+            "flops_operator": percent(b.flops_operator, a.flops_operator),
+            "flops_projections": percent(b.flops_projections, a.flops_projections),
+            "parameters": percent(b.params as f64, a.params as f64),
+        })
+    };
+    json!({
+        "attn": site(&before.attn, &after.attn), "mlp": site(&before.mlp, &after.mlp),
+        "flops": percent(before.flops, after.flops),
+        "parameters": percent(before.params as f64, after.params as f64),
+    })
+}
+
+fn kind_table(kinds: &[KindCost]) -> Table {
+    let all: f64 = kinds.iter().map(|k| k.cost.flops()).sum();
+    let mut table = Table::new(&["operator", "site", "sites", "parameters", "FLOP of an image", "share of all sites"]);
+    for k in kinds {
+        table.row([
+            k.kind.clone(),
+            k.site.to_string(),
+            k.sites.to_string(),
+            k.cost.params.to_string(),
+            count(k.cost.flops()),
+            format!("{:.1} %", 100.0 * k.cost.flops() / all),
+        ]);
+    }
+    table
+}
+
+fn cost_table([before, after]: &[ModelCost; 2]) -> Table {
+    let mut table = Table::new(&["for one image", "base", "grafted", "change"]);
+    let mut row = |what: String, b: f64, a: f64, write: fn(f64) -> String| {
+        table.row([what, write(b), write(a), format!("{:+.2} %", percent(b, a))]);
+    };
+    let whole: fn(f64) -> String = |v| format!("{v:.0}");
+    for (name, b, a) in
+        [("attn", &before.attn, &after.attn), ("mlp", &before.mlp, &after.mlp), ("merge", &before.merge, &after.merge)]
+    {
+        if a.params == 0 && b.params == 0 {
+            continue;
+        }
+        row(format!("{name}: operator FLOP"), b.flops_operator, a.flops_operator, count);
+        if b.flops_projections > 0.0 || a.flops_projections > 0.0 {
+            row(format!("{name}: projection FLOP"), b.flops_projections, a.flops_projections, count);
+        }
+        row(format!("{name}: parameters"), b.params as f64, a.params as f64, whole);
+    }
+    row("model: FLOP".into(), before.flops, after.flops, count);
+    row("model: parameters".into(), before.params as f64, after.params as f64, whole);
+    row("tokens".into(), before.tokens as f64, after.tokens as f64, whole);
+    row("serial depth".into(), before.serial_depth as f64, after.serial_depth as f64, whole);
+    table
+}
+
+fn time_table([before, after]: &[Vec<Prediction>; 2]) -> Table {
+    let mut table = Table::new(&["predicted, not measured", "base", "grafted", "speed"]);
+    for (b, a) in before.iter().zip(after) {
+        let (b, gpu, a) = (b.total(), a.gpu, a.total());
+        table.row([format!("{gpu}: forward pass"), seconds(b), seconds(a), format!("{:.2} x", b / a)]);
+    }
+    table
+}
+
+fn import_plan(config: &Path, output: Option<&Path>, base: Option<&Path>, as_json: bool) -> Result<()> {
+    let imported = import::read(config, base)?;
+    for warning in imported.warnings.iter().filter(|_| !as_json) {
+        eprintln!("warning: {warning}");
+    }
+    if let Some(output) = output {
+        atomic::write_bytes(output, imported.plan.as_bytes())?;
+    }
+    match (as_json, output) {
+        (true, _) => out::line(format!("{:#}", json!({ "plan": imported.plan, "warnings": imported.warnings }))),
+        (false, Some(output)) => out::line(output.display()),
+        (false, None) => out::bytes(imported.plan.as_bytes()),
+    }
 }

@@ -4,12 +4,16 @@ use super::plan::{Assignment, Plan};
 use crate::autograd::ParamStore;
 use crate::error::{Error, Result};
 use crate::io::hash;
+use crate::io::safetensors::TensorFile;
 use crate::models::dit::{self, Dit, DitConfig, SaveAs};
+use crate::nn::operators::Site;
 use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Metadata key under which a grafted folder carries its plan.
 pub const PLAN_KEY: &str = "graft.plan";
+/// Metadata key under which it lists the layers that the base model decided, as JSON `[[site, pattern, layers], …]`.
+pub const LAYERS_KEY: &str = "graft.layers";
 /// Metadata key under which a grafted folder says how far its training went.
 pub const STAGE_KEY: &str = "graft.stage";
 
@@ -35,35 +39,43 @@ impl Stage {
     }
 }
 
-/// The base's sizes with the operators of the plan.
+/// The base's sizes with the operators and the parallel pairs of the plan.
 ///
 /// # Errors
-/// A block that the base does not have.
+/// A block or pair that the base does not have.
 pub fn grafted_config(base: &DitConfig, assignments: &[Assignment]) -> Result<DitConfig> {
     let mut config = base.clone();
     for a in assignments {
+        if a.site == Site::BlockPair {
+            config.pairs.push(a.block);
+            continue;
+        }
         let spec = config.spec_mut(a.block, a.site);
         *spec
             .ok_or_else(|| Error::failure(a.to_string(), "no such block").must(format!("one of {}", base.depth())))? =
             a.spec.clone();
     }
+    config.pairs.sort_unstable();
+    config.check()?;
     Ok(config)
 }
 
-/// The grafted model: parameters of grafted sites from their own stores, all others from the base.
+/// The grafted model: parameters of trained sites from their own stores, all others from the base.
 ///
 /// Values are shared with the stores until training writes to them.
 ///
 /// # Errors
 /// A parameter that neither the base nor its site's store has in the right shape.
-pub fn graft<'s>(base: &Dit, sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>) -> Result<Dit> {
+pub fn graft<'s>(
+    base: &Dit,
+    config: DitConfig,
+    sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>,
+) -> Result<Dit> {
     let sites: Vec<(&Assignment, &ParamStore)> = sites.into_iter().collect();
-    let assignments: Vec<Assignment> = sites.iter().map(|(a, _)| (*a).clone()).collect();
-    let mut model = Dit::new(grafted_config(&base.config, &assignments)?, base.device(), 0)?;
+    let mut model = Dit::new(config, base.device(), 0)?;
     let names: Vec<_> = model.params.iter().map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in names {
-        let site =
-            sites.iter().find(|(a, _)| name.strip_prefix(&a.to_string()).is_some_and(|rest| rest.starts_with('.')));
+        let site = sites.iter().find(|(a, _)| a.owns(&name));
         let store = site.map_or(&base.params, |(_, store)| store);
         let found = store.find(&name).ok_or_else(|| {
             Error::failure(&name, "no value for a parameter of the grafted model")
@@ -79,11 +91,38 @@ pub fn graft<'s>(base: &Dit, sites: impl IntoIterator<Item = (&'s Assignment, &'
 /// # Errors
 /// When the folder cannot be written.
 pub fn save(model: &Dit, folder: &Path, plan: &Plan, stage: Stage) -> Result<()> {
-    let metadata = BTreeMap::from([
+    let mut metadata = BTreeMap::from([
         (PLAN_KEY.to_string(), plan.text().to_string()),
         (STAGE_KEY.to_string(), stage.name().to_string()),
     ]);
+    let chosen = plan.chosen();
+    if !chosen.is_empty() {
+        metadata.insert(LAYERS_KEY.to_string(), serde_json::json!(chosen).to_string());
+    }
     dit::save(model, folder, SaveAs::F32, &metadata)
+}
+
+/// Refuses a distilled model that comes from stage 1 of another plan, as its metadata says.
+///
+/// # Errors
+/// "the model comes from another plan", or a folder that cannot be read.
+pub fn check_origin(folder: &Path, plan: &Plan) -> Result<()> {
+    for file in dit::weight_files(folder)? {
+        let file = TensorFile::open(&file)?;
+        let stated = file
+            .metadata()
+            .get(PLAN_KEY)
+            .map(|text| Plan::parse(&format!("{}: {PLAN_KEY}", file.place()), text.clone()));
+        let same =
+            stated.map(|stated| Ok::<_, Error>(stated?.stage1_identity() == plan.stage1_identity())).transpose()?;
+        if same != Some(true) {
+            return Err(Error::usage(folder.display().to_string(), "the model comes from another plan")
+                .is(if same.is_none() { "a model without a plan" } else { "other grafts or settings of stage 1" })
+                .must("distilled by the plan of this run folder")
+                .fix("use another --run folder, or remove this model and distil again"));
+        }
+    }
+    Ok(())
 }
 
 /// A digest of all parameters, names and shapes: tells whether two models are the same to the bit.
@@ -102,7 +141,7 @@ pub fn digest(model: &Dit) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nn::operators::{self, Site, Spec};
+    use crate::nn::operators::{self, Spec};
     use crate::nn::{Builder, Scheme};
     use crate::tensor::Device;
 
@@ -118,7 +157,7 @@ mod tests {
     #[test]
     fn only_the_grafted_site_changes() {
         let base = base();
-        let a = Assignment { block: 1, site: Site::Attn, spec: Spec::new("hyena_x").with("taps", 4.0) };
+        let a = Assignment::new(1, Site::Attn, Spec::new("hyena_x").with("taps", 4.0));
         let mut store = ParamStore::default();
         let mut builder = Builder::new(&mut store, base.device(), 9, Scheme::Torch);
         operators::build(
@@ -128,7 +167,8 @@ mod tests {
             &mut builder.below("blocks").below("1").below("attn"),
         )
         .unwrap();
-        let model = graft(&base, [(&a, &store)]).unwrap();
+        let config = grafted_config(&base.config, std::slice::from_ref(&a)).unwrap();
+        let model = graft(&base, config, [(&a, &store)]).unwrap();
         assert_eq!(model.config.blocks[1].attn.kind, "hyena_x");
         let mut own = 0;
         for (_, p) in model.params.iter() {
@@ -148,8 +188,10 @@ mod tests {
 
     #[test]
     fn a_store_without_the_parameters_is_refused() {
-        let a = Assignment { block: 1, site: Site::Attn, spec: Spec::new("hyena_x") };
-        let error = graft(&base(), [(&a, &ParamStore::default())]).unwrap_err().to_string();
+        let a = Assignment::new(1, Site::Attn, Spec::new("hyena_x"));
+        let base = base();
+        let config = grafted_config(&base.config, std::slice::from_ref(&a)).unwrap();
+        let error = graft(&base, config, [(&a, &ParamStore::default())]).unwrap_err().to_string();
         assert!(error.contains("blocks.1.attn.in_proj.weight: no value"), "{error}");
     }
 }

@@ -5,10 +5,10 @@
 //! not train). As in the other loops, a step draws everything from (seed, step), so that a resumed run equals an
 //! unbroken one to the bit.
 
-use super::assemble;
 use super::plan::Assignment;
 use super::settings::DistillConfig;
 use super::student::{ResidualSums, Student};
+use super::{assemble, pair};
 use crate::autograd::{Graph, Var};
 use crate::error::{Error, Result};
 use crate::io::atomic::{RunLock, ensure_writable_dir};
@@ -68,6 +68,7 @@ struct HeldOut {
 /// The sites of a plan in training beside their teacher.
 pub struct Distiller<'t> {
     teacher: &'t Dit,
+    assignments: Vec<Assignment>,
     students: Vec<Student>,
     config: DistillConfig,
     schedule: Schedule,
@@ -92,13 +93,12 @@ impl<'t> Distiller<'t> {
     ) -> Result<Self> {
         ensure_writable_dir(folder)?;
         let lock = RunLock::acquire(folder)?;
-        let dims = teacher.config.block_dims();
-        let students = assignments.iter().map(|a| Student::new(a.clone(), dims, teacher.device(), config));
-        let mut students: Vec<Student> = students.collect::<Result<_>>()?;
+        let mut students = pair::students(teacher, assignments, config)?;
         let mut parts: Vec<_> = students.iter_mut().map(|s| (&mut s.params, &mut s.optimiser)).collect();
         checkpoint::restore(&folder.join(CHECKPOINT), &mut parts, &fingerprint)?;
-        let (config, folder) = (config.clone(), folder.to_path_buf());
-        Ok(Distiller { teacher, students, config, schedule: Schedule::default(), folder, fingerprint, _lock: lock })
+        let (assignments, config, folder) = (assignments.to_vec(), config.clone(), folder.to_path_buf());
+        let schedule = Schedule::default();
+        Ok(Distiller { teacher, assignments, students, config, schedule, folder, fingerprint, _lock: lock })
     }
 
     /// Updates done so far.
@@ -111,7 +111,7 @@ impl<'t> Distiller<'t> {
     /// # Errors
     /// When memory runs out.
     pub fn model(&self) -> Result<Dit> {
-        assemble::graft(self.teacher, self.students.iter().map(|s| (&s.assignment, &s.params)))
+        self.assembled(&self.students)
     }
 
     /// The teacher with the sites as they were initialised.
@@ -119,11 +119,12 @@ impl<'t> Distiller<'t> {
     /// # Errors
     /// When memory runs out.
     pub fn initial_model(&self) -> Result<Dit> {
-        let dims = self.teacher.config.block_dims();
-        let fresh =
-            self.students.iter().map(|s| Student::new(s.assignment.clone(), dims, self.teacher.device(), &self.config));
-        let fresh: Vec<Student> = fresh.collect::<Result<_>>()?;
-        assemble::graft(self.teacher, fresh.iter().map(|s| (&s.assignment, &s.params)))
+        self.assembled(&pair::students(self.teacher, &self.assignments, &self.config)?)
+    }
+
+    fn assembled(&self, students: &[Student]) -> Result<Dit> {
+        let config = assemble::grafted_config(&self.teacher.config, &self.assignments)?;
+        assemble::graft(self.teacher, config, students.iter().map(|s| (&s.assignment, &s.params)))
     }
 
     /// Trains to the last step, or until `report` breaks; a checkpoint is written either way. Residuals on `held_out`
@@ -187,6 +188,10 @@ impl<'t> Distiller<'t> {
         let null = teacher.config.classes as i32;
         let noised = noise_batch(device, &self.schedule, &batch, null, 0.0, self.config.seed, step)?;
         let g = Graph::inference(self.config.dtype.into());
+        if students.iter_mut().any(|s| s.pair().is_some()) {
+            let condition = teacher.condition(&g, &noised.t, &noised.y, Run::default().semantics)?;
+            students.iter_mut().filter_map(Student::pair).for_each(|pair| pair.condition(condition.tensor()));
+        }
         let mut observer = |block: usize, site: Site, input: &Tensor, output: &Tensor| match students
             .iter_mut()
             .find(|s| s.assignment.block == block && s.assignment.site == site)

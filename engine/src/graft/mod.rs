@@ -4,26 +4,39 @@
 //! |---|---|
 //! | [`plan`] | the TOML file that says what is replaced and how it is trained |
 //! | [`select`] | layer patterns |
+//! | [`choose`] | the layers of patterns that depend on what the base model does |
+//! | [`locality`] | how near the diagonal the attention of each layer stays |
+//! | [`import`] | the authors' YAML configurations as plans |
 //! | [`settings`] | the stages' settings and their published defaults |
 //! | [`cost`] | parameters and FLOPs of the model that results |
+//! | [`gpu`] | the time that GPUs are predicted to need for it |
 //! | [`assemble`] | base model + trained sites → grafted model, and its folder |
 //! | [`distill`] | stage 1: every site learns to imitate the operator it replaces |
 //! | [`finetune`] | stage 2: the grafted model is trained on the diffusion loss |
 //! | [`run`] | the run folder: stages in order, each resumed where it was left |
+//! | `pair` | stage 1 of restructuring: two blocks in parallel learn to give what they gave in sequence |
 //! | [`science`] | studies: many grafts of one base in one table |
+//! | [`ablate`] | what each of the stages contributes |
 //! | [`summary`] | what a run has reached, as one JSON file |
 
+pub mod ablate;
 pub mod assemble;
+pub mod choose;
 pub mod cost;
 pub mod distill;
 pub mod evaluate;
 pub mod finetune;
+pub mod gpu;
+pub mod import;
+pub mod locality;
 mod page;
+mod pair;
 pub mod plan;
 pub mod run;
 pub mod science;
 pub mod select;
 pub mod settings;
+mod show;
 mod student;
 pub mod summary;
 mod text;

@@ -5,26 +5,30 @@
 //! model = "assets/fashion-dit/model"
 //!
 //! [[graft]]
-//! site = "attn"                              # attn or mlp
-//! layers = "every-other"                     # all, every-other, 3-of-4, deep:n, or a list: [1, 3, 5]
+//! site = "attn"                              # attn, mlp or block-pair
+//! layers = "every-other"                     # a pattern of `select`, or a list: [1, 3, 5]
 //! operator = { kind = "hyena_x", taps = 4 }
+//! start = "teacher"                          # random (the default) or teacher
+//! loss = "l1"                                # l1, l2 or huber; the stage's by site where not given
 //!
 //! [data]
 //! kind = "fashion-mnist"
 //! dir = "data-cache/fashion-mnist"
 //! ```
 //!
-//! `[distill]`, `[finetune]` and `[eval]` may follow; see [`super::settings`]. Layers count from 0. A plan may hold any
+//! A graft of site `block-pair` has no operator: its layers count pairs, and the blocks 2j and 2j + 1 of a pair get the
+//! same input and run in parallel. `[distill]`, `[finetune]`, `[eval]` and `[select]` may follow; see
+//! [`super::settings`]. Layers count from 0. A plan may hold any
 //! number of grafts, so operators can be mixed in one model. What is wrong is said with file, line and column.
 
-use super::select::Layers;
-use super::settings::{DistillConfig, EvalConfig, FinetuneConfig};
+use super::select::{Layers, Measured};
+use super::settings::{DistillConfig, EvalConfig, FinetuneConfig, Loss, SelectConfig, Start};
 use super::text::SourceText;
 use crate::autograd::ParamStore;
 use crate::error::{Error, Result};
 use crate::io::files;
 use crate::models::dit::DitConfig;
-use crate::nn::operators::{self, BlockDims, OptionValue, REGISTRY, Site, Spec};
+use crate::nn::operators::{self, BlockDims, Operator, OptionValue, REGISTRY, Site, Spec};
 use crate::nn::{Builder, Scheme};
 use crate::tensor::Device;
 use crate::train::config::DataConfig;
@@ -47,35 +51,77 @@ pub struct Plan {
     pub finetune: FinetuneConfig,
     /// Comparison of the models before and after.
     pub eval: EvalConfig,
-    grafts: Vec<Graft>,
+    /// How layers are measured that the base model decides.
+    pub select: SelectConfig,
+    pub(super) grafts: Vec<Graft>,
     source: SourceText,
 }
 
 /// One `[[graft]]`: a site in some layers becomes another operator.
 #[derive(Clone, Debug)]
-struct Graft {
-    site: Site,
-    layers: Spanned<Layers>,
-    operator: Spanned<Spec>,
+pub(super) struct Graft {
+    pub site: Site,
+    pub layers: Spanned<Layers>,
+    /// The pattern in `layers`, where the base model's behaviour decides.
+    pub measured: Option<Measured>,
+    /// What it decided.
+    pub chosen: Option<Vec<usize>>,
+    pub operator: Spanned<Spec>,
+    pub start: Spanned<Start>,
+    pub loss: Option<Loss>,
 }
 
 /// A site of one block with the operator that it gets.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Assignment {
-    /// Block, from 0.
+    /// Block, from 0; of site `block-pair` the number of the pair.
     pub block: usize,
     /// Site in the block.
     pub site: Site,
     /// Operator with all its options.
     pub spec: Spec,
+    /// Where it starts.
+    pub start: Start,
+    /// Loss of stage 1, where it is not the stage's.
+    pub loss: Option<Loss>,
+}
+
+impl Assignment {
+    /// An operator that starts at its own initialisation and takes the stage's loss.
+    pub fn new(block: usize, site: Site, spec: Spec) -> Assignment {
+        Assignment { block, site, spec, start: Start::Random, loss: None }
+    }
+}
+
+impl Assignment {
+    /// The blocks whose parameters belong to the site, wholly or in part.
+    pub fn blocks(&self) -> std::ops::RangeInclusive<usize> {
+        match self.site {
+            Site::BlockPair => 2 * self.block..=2 * self.block + 1,
+            _ => self.block..=self.block,
+        }
+    }
+
+    /// Whether a parameter of the whole model belongs to the site.
+    pub fn owns(&self, name: &str) -> bool {
+        let below = |prefix: &str| name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'));
+        let in_blocks = || self.blocks().any(|block| below(&format!("blocks.{block}")));
+        below(&self.to_string()) || self.site == Site::BlockPair && in_blocks()
+    }
 }
 
 impl fmt::Display for Assignment {
-    /// `blocks.3.attn`: the name below which the operator's parameters stand.
+    /// `blocks.3.attn` or `pairs.1`: the name below which the site's own parameters stand.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "blocks.{}.{}", self.block, self.site)
+        match self.site {
+            Site::BlockPair => write!(f, "pairs.{}", self.block),
+            site => write!(f, "blocks.{}.{site}", self.block),
+        }
     }
 }
+
+/// What stands for the operator of a pair of blocks.
+const PARALLEL: &str = "parallel";
 
 type OperatorText = BTreeMap<Spanned<String>, Spanned<toml::Value>>;
 
@@ -89,6 +135,7 @@ struct PlanText {
     distill: Option<Spanned<DistillConfig>>,
     finetune: Option<Spanned<FinetuneConfig>>,
     eval: Option<Spanned<EvalConfig>>,
+    select: Option<Spanned<SelectConfig>>,
 }
 
 #[derive(Deserialize)]
@@ -102,7 +149,9 @@ struct BaseText {
 struct GraftText {
     site: Spanned<String>,
     layers: Spanned<Layers>,
-    operator: Spanned<OperatorText>,
+    operator: Option<Spanned<OperatorText>>,
+    start: Option<Spanned<Start>>,
+    loss: Option<Loss>,
 }
 
 impl Plan {
@@ -132,9 +181,15 @@ impl Plan {
             distill: section(&source, raw.distill, DistillConfig::check)?,
             finetune: section(&source, raw.finetune, FinetuneConfig::check)?,
             eval: section(&source, raw.eval, EvalConfig::check)?,
+            select: section(&source, raw.select, SelectConfig::check)?,
             grafts,
             source,
         })
+    }
+
+    /// The file, as messages call it.
+    pub(super) fn name(&self) -> &str {
+        &self.source.name
     }
 
     /// The plan as it was written.
@@ -142,20 +197,42 @@ impl Plan {
         &self.source.text
     }
 
+    /// Whether some layers are decided by what the base model does, and are not yet.
+    pub fn needs_choice(&self) -> bool {
+        self.grafts.iter().any(|g| g.measured.is_some() && g.chosen.is_none())
+    }
+
     /// Every site that changes, in the order of the model, for a base of these sizes.
     ///
     /// # Errors
-    /// A layer that the base does not have, a site that two grafts claim, or an operator that cannot take the base's
-    /// sizes.
+    /// A layer that the base does not have, a site that two grafts claim, an operator that cannot take the base's
+    /// sizes or has nothing to take from the teacher, or layers that the base model has yet to decide.
     pub fn resolve(&self, base: &DitConfig) -> Result<Vec<Assignment>> {
         let mut sites: BTreeMap<(usize, Site), Assignment> = BTreeMap::new();
         for graft in &self.grafts {
-            let spec = complete(graft.operator.get_ref(), graft.site, base.block_dims())
-                .map_err(|e| e.context(self.source.place(&graft.operator.span())))?;
-            let chosen = graft.layers.get_ref().select(base.depth(), &self.source, graft.layers.span())?;
-            for (block, span) in chosen {
-                let assignment = Assignment { block, site: graft.site, spec: spec.clone() };
-                if let Some(first) = sites.insert((block, graft.site), assignment) {
+            let (start, span) = (*graft.start.get_ref(), graft.start.span());
+            let spec = match graft.site {
+                Site::BlockPair => graft.operator.get_ref().clone(),
+                _ => {
+                    let operator = operator(graft.operator.get_ref(), graft.site, base.block_dims())
+                        .map_err(|e| e.context(self.source.place(&graft.operator.span())))?;
+                    if start == Start::Teacher && operator.teacher_names().is_empty() {
+                        let kind = &graft.operator.get_ref().kind;
+                        return Err(self
+                            .source
+                            .error(&span, format!("operator {kind} has no parameter that the teacher has too"))
+                            .must("\"random\" for this operator"));
+                    }
+                    operator.spec()
+                }
+            };
+            for (block, span) in self.layers(graft, graft.site.count(base.depth()))? {
+                if graft.site == Site::BlockPair && base.pairs.contains(&block) {
+                    let problem = format!("pair {block} of the base runs in parallel already");
+                    return Err(self.source.error(&span, problem).must("a pair that runs in sequence"));
+                }
+                let assignment = Assignment { block, site: graft.site, spec: spec.clone(), start, loss: graft.loss };
+                if let Some(first) = sites.insert((*assignment.blocks().end(), graft.site), assignment) {
                     let problem = format!("two grafts claim {} of layer {block}", graft.site);
                     return Err(self
                         .source
@@ -168,8 +245,33 @@ impl Plan {
         Ok(sites.into_values().collect())
     }
 
+    /// Layers of a graft with the part of the plan that names them.
+    pub(super) fn layers(&self, graft: &Graft, depth: usize) -> Result<Vec<super::select::Chosen>> {
+        let span = graft.layers.span();
+        match (&graft.chosen, graft.measured) {
+            (Some(chosen), _) => Ok(chosen.iter().map(|layer| (*layer, span.clone())).collect()),
+            (None, Some(_)) => Err(self
+                .source
+                .error(&span, "these layers are decided by what the base model does, which was not measured")
+                .must("a choice made with the base model at hand")
+                .fix("`graft plan check` measures and says the list; `graft run` and `graft distill` do so by themselves")),
+            (None, None) => graft.layers.get_ref().select(depth, &self.source, span),
+        }
+    }
+
+    /// A usage error at the layers of a graft.
+    pub(super) fn layers_error(&self, graft: &Graft, problem: impl Into<String>) -> Error {
+        self.source.error(&graft.layers.span(), problem)
+    }
+
+    /// What makes two results of stage 1 on the same base the same: as [`Plan::identity`], stage 2 left out.
+    pub fn stage1_identity(&self) -> String {
+        let plan = Plan { finetune: FinetuneConfig::default(), ..self.clone() };
+        plan.identity()
+    }
+
     /// What makes two runs of this plan on the same base the same: everything but places, the frequency of checkpoints
-    /// and how the result is compared.
+    /// and how the result is compared. A default counts the same whether it is written or left out.
     pub fn identity(&self) -> String {
         let mut distill = self.distill.clone();
         let mut finetune = self.finetune.clone();
@@ -178,10 +280,24 @@ impl Plan {
             Layers::Pattern(name) => serde_json::json!(name),
             Layers::List(list) => serde_json::json!(list.iter().map(|l| *l.get_ref()).collect::<Vec<_>>()),
         };
-        let grafts: Vec<_> =
-            self.grafts.iter().map(|g| serde_json::json!([g.site, layers(g), g.operator.get_ref()])).collect();
-        serde_json::json!({ "data": self.data.kind, "distill": distill, "finetune": finetune, "grafts": grafts })
-            .to_string()
+        let graft = |g: &Graft| {
+            let mut parts =
+                vec![serde_json::json!(g.site), layers(g), serde_json::json!(g.operator.get_ref().with_defaults())];
+            if *g.start.get_ref() != Start::Random {
+                parts.push(serde_json::json!({ "start": g.start.get_ref() }));
+            }
+            if let Some(loss) = g.loss.filter(|l| *l != self.distill.loss.of(g.site)) {
+                parts.push(serde_json::json!({ "loss": loss }));
+            }
+            serde_json::Value::Array(parts)
+        };
+        let grafts: Vec<_> = self.grafts.iter().map(graft).collect();
+        let mut identity =
+            serde_json::json!({ "data": self.data.kind, "distill": distill, "finetune": finetune, "grafts": grafts });
+        if self.grafts.iter().any(|g| g.measured.is_some()) {
+            identity["select"] = serde_json::json!(self.select);
+        }
+        identity.to_string()
     }
 }
 
@@ -196,15 +312,28 @@ fn read_graft(source: &SourceText, graft: GraftText) -> Result<Graft> {
     let site = match graft.site.get_ref().as_str() {
         "attn" => Site::Attn,
         "mlp" => Site::Mlp,
-        "block-pair" => {
-            return Err(source
-                .error(&graft.site.span(), "this version cannot graft pairs of blocks")
-                .must("\"attn\" or \"mlp\"")
-                .fix("replace operators inside the blocks instead"));
+        "block-pair" => Site::BlockPair,
+        _ => {
+            let must = "\"attn\", \"mlp\" or \"block-pair\"";
+            return Err(source.error(&graft.site.span(), "no such site").must(must));
         }
-        _ => return Err(source.error(&graft.site.span(), "no such site").must("\"attn\" or \"mlp\"")),
     };
-    Ok(Graft { site, layers: graft.layers, operator: read_operator(source, site, graft.operator)? })
+    let operator = match (site, graft.operator) {
+        (Site::BlockPair, None) => Spanned::new(graft.site.span(), Spec::new(PARALLEL)),
+        (Site::BlockPair, Some(given)) => {
+            return Err(source
+                .error(&given.span(), "a pair of blocks takes no operator")
+                .must("absent")
+                .fix("operators inside the blocks are grafts of their own, in the same plan"));
+        }
+        (_, Some(operator)) => read_operator(source, site, operator)?,
+        (_, None) => {
+            return Err(source.error(&graft.site.span(), "the graft has no operator").must("operator = { kind = … }"));
+        }
+    };
+    let measured = graft.layers.get_ref().measured(source, &graft.layers.span())?;
+    let start = graft.start.unwrap_or_else(|| Spanned::new(0..0, Start::Random));
+    Ok(Graft { site, layers: graft.layers, measured, chosen: None, operator, start, loss: graft.loss })
 }
 
 /// Checks kind and options against the registry while their places in the file are still known.
@@ -250,11 +379,10 @@ fn option_value(value: &toml::Value) -> Option<OptionValue> {
     number.map(OptionValue::Number).or_else(|| value.as_str().map(OptionValue::from))
 }
 
-/// The specification with every option filled in; building the operator once shows whether it can be.
-fn complete(spec: &Spec, site: Site, dims: BlockDims) -> Result<Spec> {
+/// The operator of a site; building it once shows whether it can be.
+pub(super) fn operator(spec: &Spec, site: Site, dims: BlockDims) -> Result<Box<dyn Operator>> {
     let (mut scratch, device) = (ParamStore::default(), Device::cpu());
-    let operator = operators::build(spec, site, dims, &mut Builder::new(&mut scratch, &device, 0, Scheme::Torch))?;
-    Ok(operator.spec())
+    operators::build(spec, site, dims, &mut Builder::new(&mut scratch, &device, 0, Scheme::Unset))
 }
 
 #[cfg(test)]
@@ -292,8 +420,13 @@ pub(super) mod tests {
     fn errors_say_where_and_what() {
         let good = "{ kind = \"hyena_x\" }";
         let rows = [
-            (graft("\"ffn\"", "\"all\"", good), "plan.toml:7:8: no such site; is \"ffn\"; must be \"attn\" or \"mlp\""),
-            (graft("\"block-pair\"", "\"all\"", good), "plan.toml:7:8: this version cannot graft pairs of blocks"),
+            (
+                graft("\"ffn\"", "\"all\"", good),
+                "plan.toml:7:8: no such site; is \"ffn\"; must be \"attn\", \"mlp\" or \"block-pair\"",
+            ),
+            (graft("\"block-pair\"", "\"all\"", good), "plan.toml:9:12: a pair of blocks takes no operator"),
+            ("[[graft]]\nsite = \"attn\"\nlayers = [1]\n".into(), "plan.toml:7:8: the graft has no operator"),
+            ("[[graft]]\nsite = \"block-pair\"\nlayers = [2]\n".into(), "plan.toml:8:11: layer out of range; is 2"),
             (graft("\"attn\"", "\"some\"", good), "plan.toml:8:10: unknown layer pattern; is \"some\""),
             (graft("\"attn\"", "[1, 4]", good), "plan.toml:8:14: layer out of range; is 4; must be 0 to 3"),
             (graft("\"attn\"", "[1, 1]", good), "layer listed twice"),
@@ -331,6 +464,19 @@ pub(super) mod tests {
                 "plan.toml:12:11: two grafts claim attn of layer 2",
             ),
             (graft("\"attn\"", "3", good), "plan.toml:8:10: invalid type"),
+            (
+                graft("\"attn\"", "\"all\"", good) + "start = \"warm\"\n",
+                "plan.toml:10:9: unknown variant `warm`; must be `random` or `teacher`",
+            ),
+            (
+                graft("\"attn\"", "\"all\"", good) + "loss = \"l3\"\n",
+                "plan.toml:10:8: unknown variant `l3`; must be one of `l1`, `l2`, `huber`",
+            ),
+            (graft("\"attn\"", "\"auto:2\"", good), "plan.toml:8:10: not a number of layers; is \"auto:2\""),
+            (
+                graft("\"attn\"", "\"all\"", good) + "[select]\nsteps = 0\n",
+                "plan.toml:10:1: select: steps: nothing to do",
+            ),
             (String::new(), "the plan grafts nothing"),
             (
                 graft("\"attn\"", "\"all\"", good) + "[distill]\nstep = 3\n",
@@ -352,6 +498,21 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn pairs_are_counted_apart_and_stand_behind_their_blocks() {
+        let text = graft("\"attn\"", "[1, 2]", "{ kind = \"hyena_x\" }")
+            + "[[graft]]\nsite = \"block-pair\"\nlayers = \"all\"\n";
+        let found = plan(&text).unwrap().resolve(&DitConfig::plain(5, 8, 2)).unwrap();
+        let names: Vec<String> = found.iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["blocks.1.attn", "pairs.0", "blocks.2.attn", "pairs.1"]);
+        assert!(found[3].owns("blocks.2.attn.qkv.bias") && found[3].owns("blocks.3.adaLN_modulation.1.bias"));
+        assert!(found[3].owns("pairs.1.merge.weight") && !found[3].owns("blocks.20.attn.qkv.bias"));
+        assert!(!found[3].owns("pairs.11.merge.weight") && !found[2].owns("blocks.2.mlp.fc1.bias"));
+        let parallel = DitConfig { pairs: vec![1], ..DitConfig::plain(5, 8, 2) };
+        let error = plan(&text).unwrap().resolve(&parallel).unwrap_err().to_string();
+        assert!(error.contains("pair 1 of the base runs in parallel already"), "{error}");
+    }
+
+    #[test]
     fn identity_leaves_out_what_does_not_change_the_result() {
         let of =
             |rest: &str| plan(&(graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\" }") + rest)).unwrap().identity();
@@ -360,5 +521,37 @@ pub(super) mod tests {
             of("[eval]\nsamples = 5\n[distill]\nsteps = 9\ncheckpoint_every = 2\n")
         );
         assert_ne!(of("[distill]\nsteps = 9\n"), of("[distill]\nsteps = 8\n"));
+        // Only measured layers depend on how they are measured.
+        assert_eq!(of("[select]\nsteps = 9\n"), of(""));
+        let local = |rest: &str| {
+            let text = graft("\"attn\"", "\"top-local:2\"", "{ kind = \"hyena_x\" }") + rest;
+            plan(&text).unwrap().identity()
+        };
+        assert_ne!(local("[select]\nsteps = 9\n"), local(""));
+        assert_eq!(local("[select]\nsteps = 10\n"), local(""));
+    }
+
+    #[test]
+    fn identity_does_not_ask_whether_a_default_was_written() {
+        let of = |text: String| plan(&text).unwrap().identity();
+        let short = graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\" }");
+        let long = graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = 4 }");
+        assert_eq!(of(short.clone()), of(long.clone() + "start = \"random\"\nloss = \"l1\"\n"));
+        for other in ["start = \"teacher\"\n", "loss = \"l2\"\n", "loss = \"huber\"\n"] {
+            assert_ne!(of(short.clone()), of(short.clone() + other));
+        }
+    }
+
+    #[test]
+    fn layers_that_the_model_decides_ask_for_it() {
+        let text = graft("\"attn\"", "\"top-local:2\"", "{ kind = \"hyena_x\" }");
+        let mut plan = plan(&text).unwrap();
+        assert!(plan.needs_choice());
+        let message = plan.resolve(&DitConfig::plain(4, 8, 2)).unwrap_err().to_string();
+        assert!(message.starts_with("plan.toml:8:10: these layers are decided by"), "{message}");
+        plan.grafts[0].chosen = Some(vec![0, 3]);
+        let found = plan.resolve(&DitConfig::plain(4, 8, 2)).unwrap();
+        assert_eq!(found.iter().map(|a| a.block).collect::<Vec<_>>(), [0, 3]);
+        assert!(!plan.needs_choice());
     }
 }

@@ -3,6 +3,7 @@
 //! | in the folder | what |
 //! |---|---|
 //! | `plan.toml` | the plan as it was when the run began |
+//! | `layers.json`, `locality.json`, `select/` | layers that the base model decided, and from what |
 //! | `distill/`, `finetune/` | checkpoint, loss log and held-out residuals of the two stages |
 //! | `random/`, `stage1/`, `stage2/` | models: sites as initialised (the control), distilled, finetuned |
 //! | `samples-*.png`, `report.html` | pictures of every stage, and the page that compares them |
@@ -12,6 +13,7 @@
 //! moment, kill included, goes on from its last checkpoint when it is started again.
 
 use super::assemble::{self, Stage};
+use super::choose;
 use super::distill::{self, Distiller};
 use super::evaluate::{self, Evaluation};
 use super::finetune::Finetuner;
@@ -69,6 +71,8 @@ impl RunData {
 /// A word from a stage in progress.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'e> {
+    /// A step of the choice of layers that the base model decides.
+    Choose(choose::Progress),
     /// An update of stage 1.
     Distill(&'e distill::Progress),
     /// An update of stage 2.
@@ -137,8 +141,16 @@ impl RunFolder {
         self.model_folder(stage).join("config.json").exists()
     }
 
+    /// The plan with the layers that the base model has decided.
+    ///
+    /// # Errors
+    /// A damaged file.
+    pub fn decided(&self) -> Result<Plan> {
+        choose::kept(&self.plan, &self.dir)
+    }
+
     fn save(&self, model: &dit::Dit, stage: Stage) -> Result<()> {
-        assemble::save(model, &self.model_folder(stage), &self.plan, stage)
+        assemble::save(model, &self.model_folder(stage), &self.decided()?, stage)
     }
 }
 
@@ -148,8 +160,9 @@ impl RunFolder {
 /// # Errors
 /// Those of the base model, the data and [`Distiller`].
 pub fn distill(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
-    let plan = &run.plan;
-    let base = dit::load(&plan.base, device)?;
+    let base = dit::load(&run.plan.base, device)?;
+    let chosen = choose::choose(&run.plan, &base, Some(&run.dir), Some(data), &mut |p| report(Event::Choose(p)))?;
+    let Some(plan) = &chosen else { return Ok(false) };
     let assignments = plan.resolve(&base.config)?;
     let fingerprint = fingerprint(plan, &assemble::digest(&base)?);
     let mut distiller = Distiller::open(&base, &assignments, &plan.distill, &run.distill_folder(), fingerprint)?;
@@ -176,6 +189,7 @@ pub fn finetune(run: &RunFolder, data: &RunData, device: &Device, report: &mut R
             .must("a distilled model")
             .fix("run `graft distill PLAN --run DIR` to its end first"));
     }
+    assemble::check_origin(&folder, plan)?;
     let grafted = dit::load(&folder, device)?;
     let fingerprint = fingerprint(plan, &assemble::digest(&grafted)?);
     let mut finetuner = Finetuner::open(grafted, &plan.finetune, &run.finetune_folder(), fingerprint)?;
@@ -186,11 +200,11 @@ pub fn finetune(run: &RunFolder, data: &RunData, device: &Device, report: &mut R
     Ok(finished)
 }
 
-/// Everything: stage 1, stage 2, comparison, report. Returns the summary, or nothing where `report` broke off.
+/// Both stages, from where they were left; returns whether they are finished.
 ///
 /// # Errors
 /// Those of [`distill`] and [`finetune`].
-pub fn run(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<Option<Summary>> {
+pub fn train(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
     let mut stopped = false;
     let mut watched = |event: Event<'_>| {
         let flow = report(event);
@@ -199,7 +213,15 @@ pub fn run(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report
     };
     let distilled = distill(run, data, device, &mut watched)?;
     // Who stops at the very last update of stage 1 does not want stage 2 to begin.
-    if !distilled || stopped || !finetune(run, data, device, report)? {
+    Ok(distilled && !stopped && finetune(run, data, device, report)?)
+}
+
+/// Everything: stage 1, stage 2, comparison, report. Returns the summary, or nothing where `report` broke off.
+///
+/// # Errors
+/// Those of [`distill`] and [`finetune`].
+pub fn run(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<Option<Summary>> {
+    if !train(run, data, device, report)? {
         return Ok(None);
     }
     let evaluation = evaluate::evaluate(run, data, device, &mut |done, total| {
@@ -229,5 +251,5 @@ pub fn finish(run: &RunFolder, evaluation: Option<Evaluation>) -> Result<Summary
 
 /// What a checkpoint must have come from: this plan, on a start with this digest.
 fn fingerprint(plan: &Plan, start: &str) -> String {
-    hash::sha256(format!("{} {start}", plan.identity()).as_bytes())
+    format!("plan={:.16} base={start:.16}", hash::sha256(plan.identity().as_bytes()))
 }

@@ -56,13 +56,15 @@ pub struct LossConfig {
     pub attn: Loss,
     /// Of channel mixers.
     pub mlp: Loss,
+    /// Of pairs of blocks.
+    pub pair: Loss,
     /// Where the Huber loss turns from square to absolute.
     pub huber_delta: f32,
 }
 
 impl Default for LossConfig {
     fn default() -> Self {
-        LossConfig { attn: Loss::L1, mlp: Loss::L2, huber_delta: 1.0 }
+        LossConfig { attn: Loss::L1, mlp: Loss::L2, pair: Loss::L1, huber_delta: 1.0 }
     }
 }
 
@@ -79,18 +81,94 @@ pub enum Loss {
 }
 
 impl LossConfig {
-    /// Settings of the loss operator for a site.
-    pub fn params(&self, site: Site) -> loss_regression::Params {
-        let loss = match site {
+    /// The loss of a site that no graft gives its own.
+    pub fn of(&self, site: Site) -> Loss {
+        match site {
             Site::Attn => self.attn,
             Site::Mlp => self.mlp,
-        };
+            Site::BlockPair => self.pair,
+        }
+    }
+
+    /// Settings of the loss operator for a site.
+    pub fn params(&self, site: Site) -> loss_regression::Params {
+        self.params_of(self.of(site))
+    }
+
+    /// Settings of the loss operator for a loss.
+    pub fn params_of(&self, loss: Loss) -> loss_regression::Params {
         let kind = match loss {
             Loss::L1 => 0,
             Loss::L2 => 1,
             Loss::Huber => 2,
         };
         loss_regression::Params { kind, delta: self.huber_delta }
+    }
+}
+
+/// Where a grafted operator starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Start {
+    /// At its own initialisation, as published.
+    #[default]
+    Random,
+    /// At the teacher's parameters where it has one of the same name, shape and meaning.
+    Teacher,
+}
+
+/// How layers are measured where a plan leaves their choice to the base model (`top-local:n`, `low-local:n`,
+/// `auto:ratio`).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SelectConfig {
+    /// Half width of the band of the locality; 32, or an eighth of the tokens where these are fewer than 256.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub k: Option<usize>,
+    /// Images sampled for the locality.
+    pub samples: usize,
+    /// Sampling steps of each.
+    pub steps: usize,
+    /// Classifier-free guidance scale of the sampling.
+    pub guidance: f64,
+    /// Updates of the short stage 1 of `auto:ratio`.
+    pub updates: u64,
+    /// Images of each of them.
+    pub batch: usize,
+    /// Seed of the sampling and of the short stage 1.
+    pub seed: u64,
+}
+
+impl Default for SelectConfig {
+    fn default() -> Self {
+        SelectConfig { k: None, samples: 16, steps: 10, guidance: 1.5, updates: 100, batch: 32, seed: 0 }
+    }
+}
+
+impl SelectConfig {
+    /// The half width for a model with `tokens`.
+    pub fn band(&self, tokens: usize) -> usize {
+        self.k.unwrap_or_else(|| (tokens / 8).clamp(1, 32))
+    }
+
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// Names the setting.
+    pub fn check(&self) -> Result<()> {
+        let counts = [
+            ("samples", self.samples as u64),
+            ("steps", self.steps as u64),
+            ("updates", self.updates),
+            ("batch", self.batch as u64),
+        ];
+        at_least_one("select", &counts)?;
+        if !self.guidance.is_finite() {
+            return Err(Error::usage("select: guidance", "not a finite number")
+                .is(self.guidance)
+                .must("a finite number, 1 for no guidance"));
+        }
+        Ok(())
     }
 }
 
@@ -289,6 +367,14 @@ mod tests {
         assert_eq!(loss.params(Site::Attn).kind, 0);
         assert_eq!((loss.params(Site::Mlp).kind, loss.params(Site::Mlp).delta), (2, 0.5));
         assert_eq!(LossConfig::default().params(Site::Mlp).kind, 1);
+        assert_eq!(LossConfig::default().params(Site::BlockPair).kind, 0);
+    }
+
+    #[test]
+    fn the_band_is_an_eighth_of_few_tokens() {
+        let select = SelectConfig::default();
+        assert_eq!([4, 49, 64, 256, 16_384].map(|n| select.band(n)), [1, 6, 8, 32, 32]);
+        assert_eq!(SelectConfig { k: Some(3), ..select }.band(256), 3);
     }
 
     #[test]

@@ -71,7 +71,7 @@ impl Summary {
     /// # Errors
     /// A missing base model, or a damaged log.
     pub fn gather(run: &RunFolder) -> Result<Summary> {
-        let plan = &run.plan;
+        let plan = &run.decided()?;
         let base = dit::describe(&plan.base)?;
         let assignments = plan.resolve(&base)?;
         let after = super::assemble::grafted_config(&base, &assignments)?;
@@ -103,17 +103,19 @@ pub(super) fn read_log(path: &Path) -> Result<Vec<Value>> {
 
 fn site(a: &Assignment, base: &DitConfig, held_out: &[Value]) -> SiteSummary {
     let name = a.to_string();
-    let before = base.blocks.get(a.block).map(|b| match a.site {
-        Site::Attn => &b.attn,
-        Site::Mlp => &b.mlp,
-    });
+    let block = base.blocks.get(a.block);
+    let before = match a.site {
+        Site::Attn => block.map(|b| b.attn.to_string()),
+        Site::Mlp => block.map(|b| b.mlp.to_string()),
+        Site::BlockPair => Some("serial".to_string()),
+    };
     let residual = |line: Option<&Value>| {
         let values = line?.get("sites")?.get(&name)?;
         Some(Residual { loss: values.get("loss")?.as_f64()?, relative: values.get("relative")?.as_f64()? })
     };
     let step = |line: &&Value| line["step"].as_u64();
     SiteSummary {
-        before: before.map_or_else(String::new, ToString::to_string),
+        before: before.unwrap_or_default(),
         after: a.spec.to_string(),
         residual_initial: residual(held_out.iter().find(|l| step(l) == Some(0))),
         residual_distilled: residual(held_out.iter().rfind(|l| step(l) > Some(0))),

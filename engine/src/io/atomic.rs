@@ -89,6 +89,46 @@ pub fn remove(path: &Path) -> Result<()> {
     std::fs::remove_file(path).map_err(|e| Error::io(path, "remove", &e))
 }
 
+/// Checks that a new folder may take this name: nothing is there, or an empty folder.
+///
+/// # Errors
+/// "the folder is not empty", or a file of that name.
+pub fn vacant(path: &Path) -> Result<()> {
+    if !path.exists() || path.is_dir() && files::list(path)?.is_empty() {
+        return Ok(());
+    }
+    let problem = if path.is_dir() { "the folder is not empty" } else { "there is a file of this name" };
+    Err(Error::usage(path.display().to_string(), problem)
+        .must("a new or empty folder")
+        .fix("nothing was overwritten; choose another name"))
+}
+
+/// Fills a new folder through `fill`, all or nothing: it takes its name once it is complete.
+///
+/// # Errors
+/// Those of [`vacant`] and `fill`, or when the folder cannot be created; nothing temporary is left behind then.
+pub fn write_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    vacant(path)?;
+    let parent = folder_of(path);
+    std::fs::create_dir_all(&parent).map_err(|e| Error::io(&parent, "create the folder", &e))?;
+    let temporary = temporary_name(path, &parent);
+    std::fs::create_dir(&temporary).map_err(|e| Error::io(&temporary, "create the folder", &e))?;
+    let place = || -> io::Result<()> {
+        if path.exists() {
+            // Only an empty folder can be removed like this.
+            std::fs::remove_dir(path)?;
+        }
+        std::fs::rename(&temporary, path)?;
+        sync_folder(&parent)
+    };
+    let result = fill(&temporary).and_then(|()| place().map_err(|e| Error::io(path, "write", &e)));
+    if result.is_err() {
+        // Best effort: the error above is the one worth reporting.
+        let _ = std::fs::remove_dir_all(&temporary);
+    }
+    result
+}
+
 /// Creates a folder (and its parents) if need be and proves that files can be written in it, so that a long run
 /// fails before it starts rather than at its first checkpoint.
 ///

@@ -9,6 +9,7 @@
 //! | [`safetensors`] | one safetensors file: strict reader, deterministic writer |
 //! | [`weights`] | a model folder's weights: one safetensors file or its shards |
 //! | [`json`] | JSON as Python writes it |
+//! | [`yaml`] | YAML configurations, every node with its line and column |
 //! | [`archive`] | uncompressed zip archives as byte ranges of a map |
 //! | [`pickle`], [`torch_zip`] | `torch.save` checkpoints, read without executing anything |
 //! | [`png`], [`grid`], [`font`] | pictures, labelled contact sheets |
@@ -40,3 +41,4 @@ pub mod torch_zip;
 mod unpickle;
 mod unpickle_globals;
 pub mod weights;
+pub mod yaml;

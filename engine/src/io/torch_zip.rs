@@ -61,9 +61,11 @@ impl<B: AsRef<[u8]>> TorchFile<B> {
     pub fn parse(place: &str, bytes: B) -> Result<Self> {
         check_magic(place, bytes.as_ref())?;
         let zip = StoredZip::parse(place, bytes)?;
-        let name = zip.names().find(|name| *name == PICKLE || name.ends_with("/data.pkl")).map(str::to_owned);
-        let Some(name) = name else {
-            return Err(not_torch(place, "a zip archive without data.pkl"));
+        let pickles = zip.names().filter(|name| *name == PICKLE || name.ends_with("/data.pkl"));
+        let name = match pickles.collect::<Vec<_>>()[..] {
+            [only] => only.to_owned(),
+            [] => return Err(not_torch(place, "a zip archive without data.pkl")),
+            _ => return Err(not_torch(place, "a zip archive with two data.pkl")),
         };
         let prefix = name[..name.len() - PICKLE.len()].to_owned();
         let order = format!("{prefix}byteorder");
@@ -93,7 +95,8 @@ impl<B: AsRef<[u8]>> TorchFile<B> {
     /// not tensors are training state and are left out; a `module.` prefix is removed.
     ///
     /// # Errors
-    /// "no tensors in the checkpoint", or "duplicate tensor name" after removing the prefix.
+    /// "no tensors in the checkpoint", "duplicate tensor name" after removing the prefix, a storage that is missing or
+    /// compressed, or "size does not match" when it is not as long as the pickle says.
     pub fn state_dict(&self) -> Result<BTreeMap<&str, TorchTensor<'_, B>>> {
         let root = self.pickle.root();
         let nested = WEIGHT_KEYS.iter().filter_map(|key| self.pickle.get(root, key));
@@ -108,6 +111,26 @@ impl<B: AsRef<[u8]>> TorchFile<B> {
             .fix("save model.state_dict() with torch.save"))
     }
 
+    /// Refuses a tensor whose storage is absent, or not as long as the pickle says; no stored bytes are read for it.
+    fn check_storage(&self, name: &str, tensor: &TensorRef) -> Result<()> {
+        let entry = self.entry(tensor);
+        let Some(stored) = self.zip.len_of(&entry) else {
+            return self.zip.get(&entry).map(|_| ()).map_err(|e| e.context(printable(name)));
+        };
+        if Some(stored) == tensor.storage_len.checked_mul(tensor.dtype.bits() / 8) {
+            return Ok(());
+        }
+        Err(Error::failure(format!("{}: {}", self.place(), printable(name)), "size does not match shape and dtype")
+            .is(format!("{stored} bytes of storage"))
+            .must(format!("{} elements of {}", tensor.storage_len, tensor.dtype))
+            .fix("the file is damaged: download or save it again"))
+    }
+
+    /// Name of the archive's entry that holds the storage of a tensor.
+    fn entry(&self, tensor: &TensorRef) -> String {
+        format!("{}data/{}", self.prefix, tensor.storage)
+    }
+
     fn tensors<'a>(&'a self, object: &'a Object) -> Result<BTreeMap<&'a str, TorchTensor<'a, B>>> {
         let mut latest = BTreeMap::new();
         if let Object::Dict(pairs) = object {
@@ -115,6 +138,7 @@ impl<B: AsRef<[u8]>> TorchFile<B> {
                 if let (Object::Str(name), Object::Tensor(tensor)) =
                     (self.pickle.object(key), self.pickle.object(value))
                 {
+                    self.check_storage(name, tensor)?;
                     latest.insert(&**name, &**tensor);
                 }
             }
@@ -136,6 +160,9 @@ impl<B: AsRef<[u8]>> TorchFile<B> {
 fn check_magic(place: &str, bytes: &[u8]) -> Result<()> {
     if bytes.starts_with(b"PK\x03\x04") {
         return Ok(());
+    }
+    if bytes.starts_with(b"version https://git-lfs") {
+        return Err(not_torch(place, "a pointer of Git LFS, not the file itself").fix("fetch it with git lfs pull"));
     }
     // Before torch 1.6 a checkpoint was a row of bare pickles.
     if bytes.starts_with(&[0x80, 0x02]) {
@@ -170,19 +197,13 @@ impl<'a, B: AsRef<[u8]>> TorchTensor<'a, B> {
     /// Little-endian elements in row-major order; a copy only when the tensor is stored otherwise.
     ///
     /// # Errors
-    /// "size does not match" when the storage is not as long as the pickle says, or a damaged archive entry.
+    /// A missing, compressed or damaged archive entry.
     pub fn bytes(&self) -> Result<Cow<'a, [u8]>> {
         let tensor = self.tensor;
-        // Storages have byte-wide elements only, and `TensorRef::fits` bounded all products by the storage.
+        // Storages have byte-wide elements only, `TensorRef::fits` bounded all products by the storage, and
+        // `check_storage` has compared its length.
         let width = tensor.dtype.bits() / 8;
-        let name = format!("{}data/{}", self.file.prefix, tensor.storage);
-        let storage = self.file.zip.get(&name).map_err(|e| e.context(printable(self.name)))?;
-        if Some(storage.len()) != tensor.storage_len.checked_mul(width) {
-            return Err(Error::failure(self.place(), "size does not match shape and dtype")
-                .is(format!("{} bytes of storage", storage.len()))
-                .must(format!("{} elements of {}", tensor.storage_len, tensor.dtype))
-                .fix("the file is damaged: download or save it again"));
-        }
+        let storage = self.file.zip.get(&self.file.entry(tensor)).map_err(|e| e.context(printable(self.name)))?;
         if tensor.is_empty() {
             return Ok(Cow::Borrowed(&[]));
         }

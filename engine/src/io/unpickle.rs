@@ -75,7 +75,10 @@ impl<'a> Machine<'a> {
                 // A frame only announces the bytes that follow.
                 self.take::<8>()?;
             }
-            b'(' => self.marks.push(self.stack.len()),
+            b'(' => {
+                self.spend(1)?;
+                self.marks.push(self.stack.len());
+            }
             b'0' => {
                 self.pop()?;
             }

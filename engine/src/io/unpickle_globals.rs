@@ -44,8 +44,8 @@ impl Machine<'_> {
             (Global::RebuildTensor, &[storage, offset, shape, strides, _, _])
             | (Global::RebuildTensor, &[storage, offset, shape, strides, _, _, _]) => {
                 let tensor = self.tensor(storage, offset, shape, strides)?;
-                // A dimension weighs more than an object does.
-                self.spend(4 * tensor.shape.len())?;
+                // A tensor and each of its dimensions weigh more than an object does.
+                self.spend(8 + 4 * tensor.shape.len())?;
                 Object::Tensor(Box::new(tensor))
             }
             (Global::RebuildParameter, &[tensor, _, _]) => {

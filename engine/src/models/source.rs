@@ -5,6 +5,7 @@ use crate::io::map::Mapped;
 use crate::io::safetensors::TensorFile;
 use crate::io::torch_zip::{TorchFile, TorchTensor};
 use crate::io::weights::ShardedFile;
+use crate::nn::operators::Shapes;
 use std::collections::BTreeSet;
 
 /// A tensor found in a file.
@@ -30,6 +31,10 @@ pub trait Source {
     fn names(&self) -> BTreeSet<String>;
     /// One tensor.
     fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>>;
+    /// Shapes of all tensors.
+    fn shapes(&self) -> Shapes {
+        self.names().into_iter().filter_map(|n| Some((n.clone(), self.tensor(&n)?.shape().to_vec()))).collect()
+    }
     /// Gives memory that reading took back to the system.
     fn release(&self);
 }
@@ -119,6 +124,10 @@ impl Source for TorchWeights {
     fn tensor(&self, name: &str) -> Option<Box<dyn StoredTensor + '_>> {
         let mut dict = self.file.state_dict().ok()?;
         dict.remove(name).map(|t| Box::new(t) as Box<dyn StoredTensor + '_>)
+    }
+    fn shapes(&self) -> Shapes {
+        let dict = self.file.state_dict();
+        dict.map(|d| d.iter().map(|(k, t)| (k.to_string(), t.shape().to_vec())).collect()).unwrap_or_default()
     }
     fn release(&self) {
         self.file.release();

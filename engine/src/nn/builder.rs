@@ -22,6 +22,8 @@ pub enum Init {
     Normal(f32),
     /// Uniform in (−bound, bound).
     Uniform(f32),
+    /// Identity matrices of this many rows, side by side.
+    Eye(usize),
 }
 
 impl Init {
@@ -123,6 +125,10 @@ fn fill(out: &mut [f32], init: Init, mut rng: Philox) {
         Init::Normal(std) => {
             rng.fill_normal(out);
             out.iter_mut().for_each(|v| *v *= std);
+        }
+        Init::Eye(rows) => {
+            let columns = out.len() / rows.max(1);
+            out.iter_mut().enumerate().for_each(|(i, v)| *v = f32::from(u8::from(i % columns % rows == i / columns)));
         }
         Init::Uniform(bound) => out.iter_mut().for_each(|v| *v = bound * (2.0 * rng.uniform() - 1.0)),
     }

@@ -30,7 +30,7 @@ impl Linear {
     /// # Errors
     /// When the shapes do not fit.
     pub fn forward(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, activation: usize) -> Result<Var> {
-        self.run(g, params, x, None, activation, None)
+        self.run(g, params, x, None, activation, (None, None))
     }
 
     /// `x·wᵀ + b + pos[n]` for a table `pos [N, out]`.
@@ -38,7 +38,7 @@ impl Linear {
     /// # Errors
     /// When the shapes do not fit.
     pub fn forward_with_rows(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, pos: &Var) -> Result<Var> {
-        self.run(g, params, x, Some(pos), act::NONE, None)
+        self.run(g, params, x, Some(pos), act::NONE, (None, None))
     }
 
     /// `x·wᵀ + b`, then the block's epilogue where there is one.
@@ -46,7 +46,16 @@ impl Linear {
     /// # Errors
     /// When the shapes do not fit.
     pub fn project(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, epilogue: Option<Epilogue<'_>>) -> Result<Var> {
-        self.run(g, params, x, None, act::NONE, epilogue)
+        let gate = epilogue.map(|e| (e.modulation, e.gate_row));
+        self.run(g, params, x, None, act::NONE, (gate, epilogue.map(|e| e.residual)))
+    }
+
+    /// `x·wᵀ + b`, added to a residual stream where there is one.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn forward_onto(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, residual: Option<&Var>) -> Result<Var> {
+        self.run(g, params, x, None, act::NONE, (None, residual))
     }
 
     fn run(
@@ -56,13 +65,12 @@ impl Linear {
         x: &Var,
         pos: Option<&Var>,
         activation: usize,
-        epilogue: Option<Epilogue<'_>>,
+        (gate, residual): (Option<(&Var, usize)>, Option<&Var>),
     ) -> Result<Var> {
         let weight = g.param(params, self.weight);
         let bias = self.bias.map(|id| g.param(params, id));
-        let gate_row = epilogue.map_or(0, |e| e.gate_row);
+        let gate_row = gate.map_or(0, |(_, row)| row);
         let settings = gemm::Params { act: activation, gate_row, bf16: g.precision() == Precision::Bf16 };
-        let (gate, residual) = (epilogue.map(|e| e.modulation), epilogue.map(|e| e.residual));
-        g.gemm(x, &weight, bias.as_ref(), pos, gate, residual, settings)
+        g.gemm(x, &weight, bias.as_ref(), pos, gate.map(|(table, _)| table), residual, settings)
     }
 }

@@ -21,6 +21,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("add_noise", add_noise_conform),
     ("attention", attention_conform),
     ("axpy", axpy_conform),
+    ("branch_deltas", branch_deltas_conform),
     ("cross_attention", cross_attention_conform),
     ("cross_entropy", cross_entropy_conform),
     ("embed", embed_conform),
@@ -335,6 +336,129 @@ fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
             let mut y = io.draw(case.name, "y", &[l], Fill::Normal)?;
             let out = io.call("forward", || axpy(&x, &mut y, params))?;
             io.result("y", &y)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Gradients of [`branch_deltas`]; absent where not asked for.
+pub struct BranchDeltasGrads {
+    /// `[B, N, D]` f32
+    pub x: Option<Tensor>,
+    /// `[B, N, D]` f32
+    pub first: Option<Tensor>,
+    /// `[B, N, D]` f32
+    pub second: Option<Tensor>,
+}
+
+/// What two parallel blocks add to their common input, side by side: what the merge of a block pair reads.
+///
+/// ```text
+/// y[b,n,0,d] = first[b,n,d] - x[b,n,d];  y[b,n,1,d] = second[b,n,d] - x[b,n,d]
+/// ```
+/// - `x` `[B, N, D]` f32: Common input of both blocks.
+/// - `first` `[B, N, D]` f32: Result of the first block.
+/// - `second` `[B, N, D]` f32: Result of the second block.
+/// - returns `y` `[B, N, 2, D]` f32: Both differences; a row of 2·D values is what a linear layer takes.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn branch_deltas(x: &Tensor, first: &Tensor, second: &Tensor, params: kernels::generated::branch_deltas::Params) -> Result<Tensor> {
+    use kernels::generated::branch_deltas::{Dims, Forward};
+    let mut check = DimCheck::new("branch_deltas", &["B", "N", "D"]);
+    check.bind("x", x, &["B", "N", "D"])?;
+    check.bind("first", first, &["B", "N", "D"])?;
+    check.bind("second", second, &["B", "N", "D"])?;
+    check.match_exprs("x", x, &["B", "N", "D"])?;
+    check.match_exprs("first", first, &["B", "N", "D"])?;
+    check.match_exprs("second", second, &["B", "N", "D"])?;
+    want_dtype("branch_deltas", "x", x, &[DType::F32])?;
+    want_dtype("branch_deltas", "first", first, &[DType::F32])?;
+    want_dtype("branch_deltas", "second", second, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let device = x.device().clone();
+    check.same_device(&device, &[("first", Some(first)), ("second", Some(second))])?;
+    let Dims { b, n, d, .. } = dims;
+    let mut y = device.empty(&[b, n, 2, d])?;
+
+    let args = Forward { dims, params, x: x.f32s()?, first: first.f32s()?, second: second.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::branch_deltas::cpu::forward(args),
+        DeviceKind::Oracle => kernels::branch_deltas::reference::forward(args),
+        other => return Err(no_path("branch_deltas", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`branch_deltas`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn branch_deltas_backward(dy: &Tensor, want_x: bool, want_first: bool, want_second: bool, params: kernels::generated::branch_deltas::Params) -> Result<BranchDeltasGrads> {
+    use kernels::generated::branch_deltas::{Backward, Dims};
+    let mut check = DimCheck::new("branch_deltas", &["B", "N", "D"]);
+    check.bind("dy", dy, &["B", "N", "2", "D"])?;
+    check.match_exprs("dy", dy, &["B", "N", "2", "D"])?;
+    want_dtype("branch_deltas", "dy", dy, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { b, n, d, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty(&[b, n, d])?) } else { None };
+    let mut grad_first = if want_first { Some(device.empty(&[b, n, d])?) } else { None };
+    let mut grad_second = if want_second { Some(device.empty(&[b, n, d])?) } else { None };
+
+    let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dfirst: match &mut grad_first { Some(t) => Some(t.f32s_mut()?), None => None }, dsecond: match &mut grad_second { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::branch_deltas::cpu::backward(args),
+        DeviceKind::Oracle => kernels::branch_deltas::reference::backward(args),
+        other => return Err(no_path("branch_deltas", other)),
+    }
+    Ok(BranchDeltasGrads { x: grad_x, first: grad_first, second: grad_second })
+}
+
+impl Graph<'_> {
+    /// [`branch_deltas`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn branch_deltas(&self, x: &Var, first: &Var, second: &Var, params: kernels::generated::branch_deltas::Params) -> Result<Var> {
+        let sources = [self.source(x), self.source(first), self.source(second)];
+        let record = sources.iter().any(Option::is_some);
+        let out = branch_deltas(x.tensor(), first.tensor(), second.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved = 0;
+        Ok(self.record("branch_deltas", out, saved, move |dy, grads| {
+            let found = branch_deltas_backward(dy, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.first)?;
+            grads.add(sources[2], found.second)?;
+            Ok(())
+        }))
+    }
+}
+
+fn branch_deltas_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::branch_deltas::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, d, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, n, d], Fill::Normal)?;
+            let first = io.draw(case.name, "first", &[b, n, d], Fill::Normal)?;
+            let second = io.draw(case.name, "second", &[b, n, d], Fill::Normal)?;
+            let out = io.call("forward", || branch_deltas(&x, &first, &second, params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, n, 2, d], Fill::Normal)?;
+            let grads = io.call("backward", || branch_deltas_backward(&dy, true, true, true, params))?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.first { io.result("dfirst", t)?; }
+            if let Some(t) = &grads.second { io.result("dsecond", t)?; }
             Ok(())
         })?;
     }

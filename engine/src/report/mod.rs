@@ -1,11 +1,13 @@
 //! Reports for people: one self-contained HTML file each, without scripts and without anything fetched from outside.
 //!
 //! [`html`] guarantees balanced, escaped markup; [`chart`] draws into it as SVG; [`graft_run`] is the report of a
-//! grafting run, [`science`] that of a study. Everything is a function of the data given, so the same run gives the same bytes.
+//! grafting run, [`science`] that of a study; [`heat`] draws a table of numbers as a picture. Everything is a function of
+//! the data given, so the same run gives the same bytes.
 
 pub mod chart;
 pub mod format;
 pub mod graft_run;
+pub mod heat;
 pub mod html;
 mod parts;
 pub mod science;

@@ -11,6 +11,7 @@ use crate::autograd::{Graph, Precision, Var};
 use crate::backend::cpu::on_workers;
 use crate::error::{Error, Result};
 use crate::models::dit::{BlockSpec, Dit, Run, Semantics};
+use crate::nn::operators::Site;
 use crate::ops::solver_step;
 use crate::tensor::{Device, Tensor};
 use graft_kernels::rng::{LATENT_STREAM, Philox, image_seed, step_stream};
@@ -69,12 +70,28 @@ pub struct Progress {
     pub step: usize,
 }
 
+/// Sees input and output of every site at every evaluation: `(block, site, input, output)`, each `[B or 2B, N, D]`.
+pub type Watch<'w> = dyn FnMut(usize, Site, &Tensor, &Tensor) -> Result<()> + Send + 'w;
+
 /// Samples all images of a request: `[n, C, S, S]`. `report` is called after every step.
 ///
 /// # Errors
 /// A usage error when a label, step count, batch, guidance or shape cannot be; a failure when memory runs out or the
 /// result is not finite.
 pub fn generate(model: &Dit, request: &Request, report: &mut (dyn FnMut(Progress) + Send)) -> Result<Tensor> {
+    generate_watched(model, request, report, None)
+}
+
+/// [`generate`] that shows input and output of every site to `watch`.
+///
+/// # Errors
+/// As [`generate`], and those of `watch`.
+pub fn generate_watched(
+    model: &Dit,
+    request: &Request,
+    report: &mut (dyn FnMut(Progress) + Send),
+    mut watch: Option<&mut Watch<'_>>,
+) -> Result<Tensor> {
     let c = &model.config;
     let plan = check(model, request)?;
     let (n, image) = (request.labels.len(), c.in_channels * c.input_size * c.input_size);
@@ -84,7 +101,7 @@ pub fn generate(model: &Dit, request: &Request, report: &mut (dyn FnMut(Progress
         for labels in request.labels.chunks(request.batch) {
             let mut batch = Batch::new(model, request, &plan, labels, done)?;
             for step in 0..plan.steps.len() {
-                batch.step(step)?;
+                batch.step(step, watch.as_deref_mut())?;
                 report(Progress { images: done, batch: labels.len(), step: step + 1 });
             }
             all.f32s_mut()?[done * image..][..labels.len() * image].copy_from_slice(batch.x.f32s()?);
@@ -128,7 +145,9 @@ pub fn plan_memory(model: &Dit, request: &Request) -> MemoryPlan {
     let hidden = |b: &BlockSpec| (c.width as f64 * b.mlp.number("ratio", 4.0).unwrap_or(4.0)) as usize;
     let widest = c.blocks.iter().map(hidden).max().unwrap_or(0);
     // Stream, modulated stream, branch, its copy by heads; q, k and v; the hidden layer; mean, rstd and log-sum-exp.
-    let per_token = 4 * c.width + 3 * c.width + widest + 2 + c.heads;
+    let per_block = 4 * c.width + 3 * c.width + widest + 2 + c.heads;
+    // Blocks in parallel also keep the common input and the result of the first, then both differences.
+    let per_token = per_block + if c.pairs.is_empty() { 0 } else { 4 * c.width };
     let patch = c.patch * c.patch * (c.in_channels + c.out_channels());
     let image = c.in_channels * c.input_size * c.input_size;
     let per_sample = c.tokens() * (per_token + patch) + 16 * c.width + 8 * image;
@@ -231,13 +250,21 @@ impl<'a> Batch<'a> {
     }
 
     /// One evaluation of the model and the update that follows.
-    fn step(&mut self, index: usize) -> Result<()> {
+    fn step(&mut self, index: usize, watch: Option<&mut Watch<'_>>) -> Result<()> {
         let c = &self.model.config;
         let coefs = &self.plan.steps[index].coefs;
         cfg::double(self.x.f32s()?, self.input.f32s_mut()?);
         let run = Run { semantics: self.request.semantics, checkpoint: false };
         let input = Var::constant(self.input.clone());
-        let out = self.model.forward(&self.graph, &input, &self.times[index], &self.labels, run)?.into_tensor();
+        let (times, labels) = (&self.times[index], &self.labels);
+        let out = match watch {
+            None => self.model.forward(&self.graph, &input, times, labels, run)?,
+            Some(watch) => {
+                let mut observer = |block: usize, site: Site, x: &Tensor, y: &Tensor| watch(block, site, x, y);
+                self.model.forward_observed(&self.graph, &input, times, labels, run, Some(&mut observer))?
+            }
+        };
+        let out = out.into_tensor();
         let out = out.into_shape(&[self.input.dim(0), c.out_channels(), c.input_size * c.input_size])?;
         drop(input);
         let (cond, null) = match &mut self.halves {

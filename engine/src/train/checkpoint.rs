@@ -69,8 +69,9 @@ pub fn restore(path: &Path, parts: &mut [(&mut ParamStore, &mut AdamW)], fingerp
             .must(must)
             .fix("use another --run folder, or the configuration this run was started with")
     };
-    if file.metadata().get(FINGERPRINT).map(String::as_str) != Some(fingerprint) {
-        return Err(other_run(FINGERPRINT, file.metadata().get(FINGERPRINT), fingerprint));
+    let found = file.metadata().get(FINGERPRINT);
+    if found.map(String::as_str) != Some(fingerprint) {
+        return Err(other_run(&differing(found, fingerprint), found, fingerprint));
     }
     let step = file.metadata().get(STEP).and_then(|s| s.parse().ok());
     let step = step.ok_or_else(|| other_run(STEP, file.metadata().get(STEP), "a number"))?;
@@ -87,6 +88,14 @@ pub fn restore(path: &Path, parts: &mut [(&mut ParamStore, &mut AdamW)], fingerp
         optimiser.step = step;
     }
     Ok(true)
+}
+
+/// The parts `name=value` in which two fingerprints differ.
+fn differing(found: Option<&String>, wanted: &str) -> String {
+    let parts = found.map(String::as_str).unwrap_or_default().split(' ').zip(wanted.split(' '));
+    let names = parts.filter(|(a, b)| a != b).filter_map(|(_, b)| b.split_once('=')).map(|(name, _)| name);
+    let names = names.collect::<Vec<_>>().join(" and ");
+    if names.is_empty() { FINGERPRINT.to_string() } else { format!("another {names}") }
 }
 
 /// State of one store as a file holds it.
@@ -165,5 +174,12 @@ mod tests {
         assert_eq!(values(&a), before);
         let error = restore(&path, &mut [(&mut a.0, &mut a.1)], "other").unwrap_err();
         assert_eq!(error.problem(), "checkpoint of another run (graft.run)");
+        save(&path, [(&saved.0, &saved.1)], "plan=1 base=2").unwrap();
+        let problem = |run: &str, a: &mut (ParamStore, AdamW)| {
+            restore(&path, &mut [(&mut a.0, &mut a.1)], run).unwrap_err().problem().to_string()
+        };
+        assert_eq!(problem("plan=1 base=3", &mut a), "checkpoint of another run (another base)");
+        assert_eq!(problem("plan=0 base=3", &mut a), "checkpoint of another run (another plan and base)");
+        assert_eq!(values(&a), before);
     }
 }

@@ -15,7 +15,7 @@ const MEMBERS: [(&str, &str, &[&str]); 6] = [
 ];
 
 /// Crates from outside that were looked at and taken: each is the well-kept standard for its job.
-const APPROVED: [&str; 23] = [
+const APPROVED: [&str; 24] = [
     "approx",
     "bytemuck",
     "clap",
@@ -37,6 +37,7 @@ const APPROVED: [&str; 23] = [
     "sha2",
     "tar",
     "toml",
+    "yaml-rust2",
     "zip",
     // Ours.
     "graft-*",

@@ -142,14 +142,7 @@ impl<'s> Runner<'s> {
 
     fn graft(&self, job: Job<'_>, plan: Plan, folder: &Path, report: &mut Report<'_>) -> Result<Option<JobResult>> {
         let run = RunFolder::create(plan, folder)?;
-        let mut stopped = false;
-        let mut watched = |event: Event<'_>| {
-            let flow = report(event);
-            stopped |= flow.is_break();
-            flow
-        };
-        let distilled = run::distill(&run, &self.data, self.device, &mut watched)?;
-        if !distilled || stopped || !run::finetune(&run, &self.data, self.device, report)? {
+        if !run::train(&run, &self.data, self.device, report)? {
             return Ok(None);
         }
         let summary = Summary::gather(&run)?;

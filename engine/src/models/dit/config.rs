@@ -33,6 +33,8 @@ pub struct DitConfig {
     pub norm_eps: f32,
     /// Operators of every block.
     pub blocks: Vec<BlockSpec>,
+    /// Pairs that run in parallel, in rising order: pair j is the blocks 2j and 2j + 1.
+    pub pairs: Vec<usize>,
 }
 
 /// Published sizes: name, depth, width, heads.
@@ -52,6 +54,7 @@ impl DitConfig {
             classes: 1000,
             norm_eps: 1e-5,
             blocks: vec![Self::plain_block(heads, 4.0); depth],
+            pairs: Vec::new(),
         }
     }
 
@@ -86,6 +89,11 @@ impl DitConfig {
         self.blocks.len()
     }
 
+    /// Blocks that run one after another, where two in parallel count as one.
+    pub fn serial_depth(&self) -> usize {
+        self.depth() - self.pairs.len()
+    }
+
     /// Patches along a side.
     pub fn grid(&self) -> usize {
         self.input_size / self.patch
@@ -106,12 +114,14 @@ impl DitConfig {
         BlockDims { width: self.width, heads: self.heads, grid: [self.grid(), self.grid()] }
     }
 
-    /// Mutable specification of a site.
+    /// Mutable specification of the operator at a site of a block.
     pub fn spec_mut(&mut self, block: usize, site: Site) -> Option<&mut Spec> {
-        self.blocks.get_mut(block).map(|b| match site {
-            Site::Attn => &mut b.attn,
-            Site::Mlp => &mut b.mlp,
-        })
+        let block = self.blocks.get_mut(block)?;
+        match site {
+            Site::Attn => Some(&mut block.attn),
+            Site::Mlp => Some(&mut block.mlp),
+            Site::BlockPair => None,
+        }
     }
 
     /// Checks that the sizes make a model.
@@ -124,6 +134,13 @@ impl DitConfig {
         };
         if self.blocks.is_empty() || self.depth() > 1000 {
             return wrong("depth", self.depth().to_string(), "1 to 1000 blocks");
+        }
+        if !self.pairs.is_sorted_by(|a, b| a < b) || self.pairs.last().is_some_and(|j| *j >= self.depth() / 2) {
+            return wrong(
+                "parallel pairs",
+                format!("{:?}", self.pairs),
+                &format!("rising numbers below {}, as there are {} blocks", self.depth() / 2, self.depth()),
+            );
         }
         if self.width == 0 || !self.width.is_multiple_of(4) || self.width > 65_536 {
             return wrong("width", self.width.to_string(), "a multiple of 4 up to 65536");
@@ -151,7 +168,7 @@ impl DitConfig {
         Ok(())
     }
 
-    /// Trainable parameters of the model with plain blocks of these sizes (a count, nothing is allocated).
+    /// Trainable parameters of the model with softmax attention and its MLPs (a count, nothing is allocated).
     pub fn parameters(&self) -> usize {
         let d = self.width;
         let linear = |inputs: usize, outputs: usize| inputs * outputs + outputs;
@@ -165,6 +182,7 @@ impl DitConfig {
             + linear(d, d)
             + (self.classes + 1) * d
             + self.blocks.iter().map(block).sum::<usize>()
+            + self.pairs.len() * linear(2 * d, d)
             + linear(d, 2 * d)
             + linear(d, patch_values * self.out_channels())
     }

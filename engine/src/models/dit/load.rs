@@ -1,6 +1,7 @@
 //! Loading: finds out layout and sizes, checks every tensor, then fills a model. Nothing is half-loaded.
 
-use super::names::{Layout, diffusers_copies, diffusers_parts};
+use super::infer::{self, Assumed};
+use super::names::{Layout, POSITIONS, diffusers_copies, diffusers_parts};
 use super::{Dit, DitConfig};
 use crate::autograd::ParamId;
 use crate::error::{Error, Result};
@@ -14,16 +15,15 @@ use std::path::{Path, PathBuf};
 
 /// Metadata key under which a folder carries the operators of its blocks.
 pub(super) const OPERATORS_KEY: &str = "graft.operators";
+/// Metadata key under which a folder carries the pairs of blocks that run in parallel; absent where none do.
+pub(super) const PAIRS_KEY: &str = "graft.pairs";
 
 /// Loads a DiT from a diffusers folder, a folder with an original `.pt`, or a `.pt` or safetensors file.
 ///
 /// # Errors
 /// One line that names the file, the tensor, what it is and what it must be.
 pub fn load(path: &Path, device: &Device) -> Result<Dit> {
-    let (config, source) = open(path)?;
-    let mut model = Dit::build(config, device, 0, Scheme::Unset)?;
-    fill(&mut model, source.as_ref())?;
-    Ok(model)
+    open(path)?.load(device)
 }
 
 /// Sizes and operators of a model folder or file, without its weights.
@@ -31,7 +31,16 @@ pub fn load(path: &Path, device: &Device) -> Result<Dit> {
 /// # Errors
 /// As [`load`].
 pub fn describe(path: &Path) -> Result<DitConfig> {
-    Ok(open(path)?.0)
+    Ok(open(path)?.config)
+}
+
+/// Options of operators that a checkpoint leaves open, so that the published values are taken. Folders that this
+/// program wrote leave nothing open.
+///
+/// # Errors
+/// As [`load`].
+pub fn assumptions(path: &Path) -> Result<Vec<Assumed>> {
+    Ok(open(path)?.assumed)
 }
 
 /// The files that hold the weights of a model folder or file, in order.
@@ -50,32 +59,58 @@ pub fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(weights::open_weights(path)?.shards().iter().map(|shard| PathBuf::from(shard.place())).collect())
 }
 
-fn open(path: &Path) -> Result<(DitConfig, Box<dyn Source>)> {
+/// A checkpoint whose sizes and operators are known.
+pub(super) struct Opened {
+    pub config: DitConfig,
+    pub assumed: Vec<Assumed>,
+    pub metadata: BTreeMap<String, String>,
+    pub source: Box<dyn Source>,
+}
+
+impl Opened {
+    /// Makes the model and fills it.
+    pub fn load(self, device: &Device) -> Result<Dit> {
+        let mut model = Dit::build(self.config, device, 0, Scheme::Unset)?;
+        fill(&mut model, self.source.as_ref())?;
+        Ok(model)
+    }
+}
+
+pub(super) fn open(path: &Path) -> Result<Opened> {
     if !path.exists() {
         return Err(Error::failure(path.display().to_string(), "no such file or folder")
             .must("a model folder or checkpoint")
             .fix("check --model"));
+    }
+    if path.is_dir()
+        && let Some(found) = only_pickle(path)?
+    {
+        return open(&found);
     }
     if is_pickle(path) {
         let source: Box<dyn Source> = Box::new(TorchWeights::open(path)?);
         let beside = path.parent().map(|p| p.join("config.json")).filter(|p| p.is_file());
         let config = match beside {
             Some(file) => configure(&json::read(&file)?, &file, &BTreeMap::new())?,
-            None => infer(source.as_ref())?,
+            None => infer::sizes(source.as_ref())?,
         };
-        return Ok((config, source));
+        return finish(config, BTreeMap::new(), source);
     }
     let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
     let config_path = folder.join("config.json");
-    if path.is_dir()
-        && let Some(found) = only_pickle(path)?
-    {
-        return open(&found);
-    }
     let config_json = json::read(&config_path)?;
     let opened = weights::open_weights(path)?;
     let config = configure(&config_json, &config_path, opened.metadata())?;
-    Ok((config, Box::new(opened)))
+    finish(config, opened.metadata().clone(), Box::new(opened))
+}
+
+/// Where nothing states the operators, they are told by the tensors of the original layout.
+fn finish(mut config: DitConfig, metadata: BTreeMap<String, String>, source: Box<dyn Source>) -> Result<Opened> {
+    let assumed = match metadata.contains_key(OPERATORS_KEY) {
+        true => Vec::new(),
+        false => infer::operators(&mut config, source.as_ref())?,
+    };
+    Ok(Opened { config, assumed, metadata, source })
 }
 
 fn is_pickle(path: &Path) -> bool {
@@ -133,6 +168,12 @@ fn configure(config: &Value, path: &Path, metadata: &BTreeMap<String, String>) -
                 }
             }
         }
+    }
+    if let Some(text) = metadata.get(PAIRS_KEY) {
+        found.pairs = serde_json::from_str(text).map_err(|e| {
+            Error::failure(&place, format!("metadata {PAIRS_KEY} cannot be read: {e}"))
+                .must("the text that this program wrote")
+        })?;
     }
     found.check().map_err(|e| e.context(&place))?;
     Ok(found)
@@ -192,6 +233,7 @@ impl Reader<'_> {
             in_channels: self.whole("in_channels")?.unwrap_or(4),
             learn_sigma,
             classes: self.whole("num_classes")?.unwrap_or(1000),
+            norm_eps: self.number("norm_eps", 1e-5) as f32,
             blocks: vec![block; depth],
             ..DitConfig::plain(depth, width, heads)
         })
@@ -218,52 +260,6 @@ impl Reader<'_> {
     }
 }
 
-/// Reads the sizes of an original checkpoint off its tensors; the number of heads is that of the published width.
-fn infer(source: &dyn Source) -> Result<DitConfig> {
-    let place = source.place();
-    let shape = |name: &str| -> Result<Vec<usize>> {
-        let t = source.tensor(name).ok_or_else(|| {
-            Error::failure(format!("{place}: {name}"), "missing tensor").must("present in an original DiT checkpoint")
-        })?;
-        Ok(t.shape().to_vec())
-    };
-    let names = source.names();
-    if Layout::of(names.iter().map(String::as_str)) != Some(Layout::Original) {
-        return Err(Error::failure(&place, "unknown layout")
-            .is(format!("{} tensors, none named blocks.*", names.len()))
-            .must("an original DiT checkpoint, or a folder with config.json"));
-    }
-    let unexpected = |name: &str, found: &[usize]| {
-        Error::failure(format!("{place}: {name}"), "wrong shape").is(format!("{found:?}"))
-    };
-    let patch_shape = shape("x_embedder.proj.weight")?;
-    let &[width, in_channels, patch, _] = patch_shape.as_slice() else {
-        return Err(unexpected("x_embedder.proj.weight", &patch_shape));
-    };
-    let pos = shape("pos_embed")?;
-    let &[1, tokens, _] = pos.as_slice() else { return Err(unexpected("pos_embed", &pos)) };
-    let outputs = shape("final_layer.linear.bias")?;
-    let labels = shape("y_embedder.embedding_table.weight")?;
-    let per_patch = in_channels.saturating_mul(patch).saturating_mul(patch);
-    let heads = DitConfig::heads_of_width(width).ok_or_else(|| {
-        Error::failure(&place, "the number of heads cannot be told from the file")
-            .is(format!("width {width}"))
-            .must("a published width (384, 768, 1024, 1152)")
-            .fix("put a config.json with num_heads beside the checkpoint")
-    })?;
-    let depth = (0..1000).take_while(|i| names.contains(&format!("blocks.{i}.adaLN_modulation.1.weight"))).count();
-    let config = DitConfig {
-        patch,
-        input_size: tokens.isqrt().saturating_mul(patch),
-        in_channels,
-        learn_sigma: outputs.first() == Some(&per_patch.saturating_mul(2)),
-        classes: labels.first().map_or(0, |n| n.saturating_sub(1)),
-        ..DitConfig::plain(depth, width, heads)
-    };
-    config.check().map_err(|e| e.context(&place))?;
-    Ok(config)
-}
-
 /// Fills every parameter, after all names were checked.
 fn fill(model: &mut Dit, source: &dyn Source) -> Result<()> {
     let names = source.names();
@@ -278,6 +274,8 @@ fn fill(model: &mut Dit, source: &dyn Source) -> Result<()> {
         .map(|(id, p)| {
             let parts = match layout {
                 Layout::Original => vec![p.name.clone()],
+                // Stored only where it is not the table that follows from the sizes.
+                Layout::Diffusers if p.name == "pos_embed" && names.contains(POSITIONS) => vec![POSITIONS.to_string()],
                 Layout::Diffusers => diffusers_parts(&p.name),
             };
             (id, parts)

@@ -3,37 +3,32 @@
 //! Layer numbering, token order and formulas are those of the original implementation; `Semantics` states the two
 //! places where the diffusers implementation differs.
 
+mod block;
 mod config;
+mod convert;
+mod infer;
 mod load;
 mod names;
 mod save;
 
+pub(crate) use block::Pair;
 pub use config::{BlockSpec, DitConfig};
-pub use load::{describe, load, to_bf16, weight_files};
+pub use convert::{Conversion, convert};
+pub use infer::Assumed;
+pub use load::{assumptions, describe, load, to_bf16, weight_files};
+pub use names::Layout;
 pub use save::{SaveAs, save};
 
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::nn::operators::{self, Operator, Site};
-use crate::nn::{Builder, Epilogue, Init, Linear, Scheme};
-use crate::ops::{act, contracts, sinusoid};
+use crate::nn::{Builder, Init, Linear, Scheme};
+use crate::ops::{self, act, contracts, sinusoid};
 use crate::tensor::{Device, Tensor};
+use block::{Block, Unit};
 
 /// Width of the timestep sinusoid.
 pub(crate) const FREQUENCIES: usize = 256;
-
-/// Rows of a block's modulation table, in the order of the checkpoint.
-mod row {
-    pub const ATTN: Rows = Rows { shift: 0, scale: 1, gate: 2 };
-    pub const MLP: Rows = Rows { shift: 3, scale: 4, gate: 5 };
-
-    #[derive(Clone, Copy)]
-    pub struct Rows {
-        pub shift: usize,
-        pub scale: usize,
-        pub gate: usize,
-    }
-}
 
 /// Details in which implementations of the same model differ.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,7 +66,11 @@ impl Default for Run {
     }
 }
 
-/// Sees input and output (before the gate) of every site: `(block, site, input, output)`, each `[B, N, D]`.
+/// Sees input and output of every site: `(block, site, input, output)`, each `[B, N, D]`.
+///
+/// Outputs of `attn` and `mlp` are those before the gate. Every pair of blocks (2j, 2j + 1) is shown as site
+/// `block-pair` of number j, whether it runs in sequence or in parallel: its input is the residual stream before the
+/// pair, its output what the pair adds to it.
 pub type Observer<'o> = dyn FnMut(usize, Site, &Tensor, &Tensor) -> Result<()> + 'o;
 
 /// A diffusion transformer with its parameters.
@@ -85,16 +84,9 @@ pub struct Dit {
     pos_embed: ParamId,
     t_embedder: [Linear; 2],
     labels: ParamId,
-    blocks: Vec<Block>,
+    units: Vec<Unit>,
     final_modulation: Linear,
     final_linear: Linear,
-}
-
-#[derive(Debug)]
-struct Block {
-    attn: Box<dyn Operator>,
-    mlp: Box<dyn Operator>,
-    modulation: Linear,
 }
 
 impl Dit {
@@ -123,20 +115,22 @@ impl Dit {
             t.linear_from("mlp.2", &[d, d], Init::Normal(0.02), Init::Zeros)?,
         ];
         let labels = b.param("y_embedder.embedding_table.weight", &[config.classes + 1, d], Init::Normal(0.02))?;
-        let mut blocks = Vec::with_capacity(config.depth());
-        for (i, spec) in config.blocks.iter().enumerate() {
-            let mut block = b.below(&format!("blocks.{i}"));
-            blocks.push(Block {
-                attn: operators::build(&spec.attn, Site::Attn, dims, &mut block.below("attn"))?,
-                mlp: operators::build(&spec.mlp, Site::Mlp, dims, &mut block.below("mlp"))?,
-                modulation: block.linear_from("adaLN_modulation.1", &[6 * d, d], Init::Zeros, Init::Zeros)?,
-            });
+        let (mut units, mut index) = (Vec::with_capacity(config.serial_depth()), 0);
+        while let Some(spec) = config.blocks.get(index) {
+            if config.pairs.contains(&(index / 2)) {
+                let specs = [spec, &config.blocks[index + 1]];
+                units.push(Unit::Pair(Pair::build(index / 2, specs, dims, &mut b)?));
+                index += 2;
+            } else {
+                units.push(Unit::Single(Block::build(index, spec, dims, &mut b)?));
+                index += 1;
+            }
         }
         let mut last = b.below("final_layer");
         let outputs = config.patch * config.patch * config.out_channels();
         let final_linear = last.linear_from("linear", &[outputs, d], Init::Zeros, Init::Zeros)?;
         let final_modulation = last.linear_from("adaLN_modulation.1", &[2 * d, d], Init::Zeros, Init::Zeros)?;
-        Ok(Dit { config, params, x_embedder, pos_embed, t_embedder, labels, blocks, final_modulation, final_linear })
+        Ok(Dit { config, params, x_embedder, pos_embed, t_embedder, labels, units, final_modulation, final_linear })
     }
 
     /// Device that holds the parameters.
@@ -146,11 +140,7 @@ impl Dit {
 
     /// The operator at a site.
     pub fn operator(&self, block: usize, site: Site) -> Option<&dyn Operator> {
-        let block = self.blocks.get(block)?;
-        Some(match site {
-            Site::Attn => block.attn.as_ref(),
-            Site::Mlp => block.mlp.as_ref(),
-        })
+        self.units.iter().find_map(|unit| unit.operator(block, site))
     }
 
     /// Predicts noise (and variance values where the model has them).
@@ -188,16 +178,27 @@ impl Dit {
         let tokens = g.patchify(x, c.patch, c.grid(), c.grid(), contracts::patchify::Params {})?;
         let pos = g.reshape(&g.param(&self.params, self.pos_embed), &[c.tokens(), c.width])?;
         let mut h = self.embed(g, &tokens, &pos)?;
-        for index in 0..self.blocks.len() {
+        let semantics = run.semantics;
+        let mut pair_input = None;
+        for unit in &self.units {
             h = match &mut observer {
-                Some(observer) => self.block(g, index, &h, &condition, run, Some(observer))?,
+                Some(observer) => {
+                    if unit.begins_pair() {
+                        pair_input = Some(h.tensor().clone());
+                    }
+                    let out = unit.forward(g, &self.params, &h, &condition, semantics, Some(observer))?;
+                    if let (Some(pair), Some(input)) = (unit.completes(), &pair_input) {
+                        observer(pair, Site::BlockPair, input, &difference(out.tensor(), input)?)?;
+                    }
+                    out
+                }
                 None if run.checkpoint && g.is_recording() => g.checkpoint(&[&h, &condition], move |g, inputs| {
-                    self.block(g, index, &inputs[0], &inputs[1], run, None)
+                    unit.forward(g, &self.params, &inputs[0], &inputs[1], semantics, None)
                 })?,
-                None => self.block(g, index, &h, &condition, run, None)?,
+                None => unit.forward(g, &self.params, &h, &condition, semantics, None)?,
             };
         }
-        let modulation = self.modulation(g, &self.final_modulation, &condition, 2)?;
+        let modulation = modulation(g, &self.params, &self.final_modulation, &condition, 2)?;
         let h = g.ln_modulate(&h, &modulation, contracts::ln_modulate::Params { shift: 0, scale: 1, eps: EPS })?;
         let out = self.final_linear.forward(g, &self.params, &h, act::NONE)?;
         g.unpatchify(&out, c.out_channels(), c.patch, c.grid(), c.grid(), contracts::unpatchify::Params {})
@@ -214,7 +215,7 @@ impl Dit {
     }
 
     /// SiLU(timestep embedding + label embedding), `[B, 1, D]`: every use of the condition begins with this SiLU.
-    fn condition(&self, g: &Graph<'_>, t: &Tensor, y: &Tensor, semantics: Semantics) -> Result<Var> {
+    pub(crate) fn condition(&self, g: &Graph<'_>, t: &Tensor, y: &Tensor, semantics: Semantics) -> Result<Var> {
         let settings = contracts::sinusoid::Params { denominator: semantics.frequency_denominator };
         let waves = sinusoid(t, FREQUENCIES, settings)?;
         let b = waves.dim(0);
@@ -226,43 +227,19 @@ impl Dit {
         let condition = g.embed(&table, y, Some(&h), contracts::embed::Params { act: act::SILU })?;
         g.reshape(&condition, &[b, 1, self.config.width])
     }
+}
 
-    fn modulation(&self, g: &Graph<'_>, layer: &Linear, condition: &Var, rows: usize) -> Result<Var> {
-        let m = layer.forward(g, &self.params, condition, act::NONE)?;
-        g.reshape(&m, &[condition.dim(0), rows, self.config.width])
-    }
+/// a − b of equal shapes.
+fn difference(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let mut out = a.copy()?.reshape(&[a.len()])?;
+    ops::axpy(&b.reshape(&[b.len()])?, &mut out, contracts::axpy::Params { alpha: -1.0 })?;
+    out.reshape(a.shape().dims())
+}
 
-    fn block(
-        &self,
-        g: &Graph<'_>,
-        index: usize,
-        x: &Var,
-        condition: &Var,
-        run: Run,
-        mut observer: Option<&mut &mut Observer<'_>>,
-    ) -> Result<Var> {
-        let block = &self.blocks[index];
-        let modulation = self.modulation(g, &block.modulation, condition, 6)?;
-        let sites =
-            [(Site::Attn, &block.attn, row::ATTN, EPS), (Site::Mlp, &block.mlp, row::MLP, run.semantics.mlp_norm_eps)];
-        let mut x = x.clone();
-        for (site, operator, rows, eps) in sites {
-            let settings = contracts::ln_modulate::Params { shift: rows.shift, scale: rows.scale, eps };
-            let h = g.ln_modulate(&x, &modulation, settings)?;
-            x = match &mut observer {
-                None => {
-                    let epilogue = Epilogue { residual: &x, modulation: &modulation, gate_row: rows.gate };
-                    operator.forward(g, &self.params, &h, Some(epilogue))?
-                }
-                Some(observer) => {
-                    let branch = operator.forward(g, &self.params, &h, None)?;
-                    observer(index, site, h.tensor(), branch.tensor())?;
-                    g.gate_residual(&x, &modulation, &branch, contracts::gate_residual::Params { gate_row: rows.gate })?
-                }
-            };
-        }
-        Ok(x)
-    }
+/// The modulation table `[B, rows, D]` that a layer makes of the condition.
+fn modulation(g: &Graph<'_>, params: &ParamStore, layer: &Linear, condition: &Var, rows: usize) -> Result<Var> {
+    let m = layer.forward(g, params, condition, act::NONE)?;
+    g.reshape(&m, &[condition.dim(0), rows, condition.dim(2)])
 }
 
 /// Floating-point operations and parameters of one operator at a site of a model, without building the model.

@@ -2,7 +2,7 @@
 
 use super::DitConfig;
 
-/// Which layout a set of names is in.
+/// Names of a model's tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
     /// `blocks.0.attn.qkv.weight` …
@@ -25,6 +25,9 @@ impl Layout {
         })
     }
 }
+
+/// Name in a diffusers folder of a position table that does not follow from the sizes; usually absent.
+pub(super) const POSITIONS: &str = "pos_embed.pos_embed";
 
 /// The diffusers tensors that hold one of our parameters, to be joined along the first axis; empty where the layout
 /// does not store it.

@@ -1,8 +1,8 @@
-//! Saving in the diffusers folder layout.
+//! Saving: the diffusers folder, or the names of the original in a folder of the same kind.
 
-use super::Dit;
-use super::load::OPERATORS_KEY;
-use super::names::{diffusers_copies, diffusers_parts};
+use super::load::{OPERATORS_KEY, PAIRS_KEY};
+use super::names::{Layout, POSITIONS, diffusers_copies, diffusers_parts};
+use super::{Dit, DitConfig, position_table};
 use crate::error::Result;
 use crate::io::dtype::FileDtype;
 use crate::io::safetensors::{self, TensorRecord};
@@ -10,7 +10,7 @@ use crate::io::{atomic, json};
 use crate::nn::operators::Site;
 use crate::tensor::Tensor;
 use half::bf16;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -24,32 +24,32 @@ pub enum SaveAs {
     Bf16,
 }
 
+/// Name, shape and values of a tensor to be saved.
+type Named = (String, Vec<usize>, Vec<f32>);
+
 /// Writes `config.json` and `diffusion_pytorch_model.safetensors` to `folder`, in diffusers' names (its copies of the
 /// embedders included, so that it can load a plain model). Operators and `extra` go to the metadata.
 ///
 /// # Errors
 /// When the folder cannot be written; an older file is never left half-overwritten.
 pub fn save(model: &Dit, folder: &Path, dtype: SaveAs, extra: &BTreeMap<String, String>) -> Result<()> {
+    save_in(model, folder, Layout::Diffusers, dtype, extra)
+}
+
+/// As [`save`], in either layout. The original's names go to `model.safetensors`, the position table among them.
+pub(super) fn save_in(
+    model: &Dit,
+    folder: &Path,
+    layout: Layout,
+    dtype: SaveAs,
+    extra: &BTreeMap<String, String>,
+) -> Result<()> {
     atomic::ensure_writable_dir(folder)?;
     let c = &model.config;
-    let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
-    for (_, param) in model.params.iter() {
-        let parts = diffusers_parts(&param.name);
-        let mut shape = param.value.shape().dims().to_vec();
-        if parts.is_empty() {
-            continue;
-        }
-        shape[0] /= parts.len();
-        let values = Tensor::to_vec(&param.value)?;
-        let chunk = values.len() / parts.len();
-        for (name, values) in parts.into_iter().zip(values.chunks(chunk.max(1))) {
-            tensors.push((name, shape.clone(), values.to_vec()));
-        }
-    }
-    for (copy, original) in diffusers_copies(c) {
-        let found = tensors.iter().find(|(name, ..)| *name == original).map(|(_, s, v)| (s.clone(), v.clone()));
-        tensors.extend(found.map(|(shape, values)| (copy, shape, values)));
-    }
+    let tensors = match layout {
+        Layout::Original => original(model)?,
+        Layout::Diffusers => diffusers(model)?,
+    };
     let specs: Vec<_> = (0..c.depth())
         .map(|i| {
             let spec = |site| model.operator(i, site).map(|o| o.spec());
@@ -59,9 +59,12 @@ pub fn save(model: &Dit, folder: &Path, dtype: SaveAs, extra: &BTreeMap<String, 
     let mut metadata = extra.clone();
     metadata.insert("format".into(), "pt".into());
     metadata.insert(OPERATORS_KEY.into(), json!(specs).to_string());
+    metadata.remove(PAIRS_KEY);
+    if !c.pairs.is_empty() {
+        metadata.insert(PAIRS_KEY.into(), json!(c.pairs).to_string());
+    }
     let records = tensors.iter().map(|(name, shape, values)| match dtype {
-        SaveAs::F32 => TensorRecord::f32(name.clone(), shape, values),
-        SaveAs::Bf16 => {
+        SaveAs::Bf16 if !is_positions(name) => {
             let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
             TensorRecord {
                 name: name.clone(),
@@ -70,29 +73,85 @@ pub fn save(model: &Dit, folder: &Path, dtype: SaveAs, extra: &BTreeMap<String, 
                 bytes: Cow::Owned(bytemuck::cast_slice(&rounded).to_vec()),
             }
         }
+        _ => TensorRecord::f32(name.clone(), shape, values),
     });
-    safetensors::write(&folder.join("diffusion_pytorch_model.safetensors"), records, &metadata)?;
+    let (file, config) = match layout {
+        Layout::Original => ("model.safetensors", original_config(c)),
+        Layout::Diffusers => ("diffusion_pytorch_model.safetensors", diffusers_config(c)),
+    };
+    safetensors::write(&folder.join(file), records, &metadata)?;
     // Last, so that a folder with a configuration is a complete one.
-    json::write(
-        &folder.join("config.json"),
-        &json!({
-            "_class_name": "DiTTransformer2DModel",
-            "activation_fn": "gelu-approximate",
-            "attention_bias": true,
-            "attention_head_dim": c.width / c.heads,
-            "dropout": 0.0,
-            "in_channels": c.in_channels,
-            "norm_elementwise_affine": false,
-            "norm_eps": c.norm_eps,
-            "norm_num_groups": 32,
-            "norm_type": "ada_norm_zero",
-            "num_attention_heads": c.heads,
-            "num_embeds_ada_norm": c.classes,
-            "num_layers": c.depth(),
-            "out_channels": c.out_channels(),
-            "patch_size": c.patch,
-            "sample_size": c.input_size,
-            "upcast_attention": false,
-        }),
-    )
+    json::write(&folder.join("config.json"), &config)
+}
+
+/// Whether a tensor is the fixed position table, which is never rounded.
+pub(super) fn is_positions(name: &str) -> bool {
+    name == "pos_embed" || name == POSITIONS
+}
+
+fn original(model: &Dit) -> Result<Vec<Named>> {
+    let own = model.params.iter();
+    own.map(|(_, p)| Ok((p.name.clone(), p.value.shape().dims().to_vec(), p.value.to_vec()?))).collect()
+}
+
+fn diffusers(model: &Dit) -> Result<Vec<Named>> {
+    let c = &model.config;
+    let mut tensors: Vec<Named> = Vec::new();
+    for (_, param) in model.params.iter() {
+        let mut parts = diffusers_parts(&param.name);
+        let mut shape = param.value.shape().dims().to_vec();
+        let values = Tensor::to_vec(&param.value)?;
+        if parts.is_empty() {
+            if values == position_table(c.grid(), c.width) {
+                continue;
+            }
+            parts.push(POSITIONS.to_string());
+        }
+        shape[0] /= parts.len();
+        let chunk = values.len() / parts.len();
+        for (name, values) in parts.into_iter().zip(values.chunks(chunk.max(1))) {
+            tensors.push((name, shape.clone(), values.to_vec()));
+        }
+    }
+    for (copy, original) in diffusers_copies(c) {
+        let found = tensors.iter().find(|(name, ..)| *name == original).map(|(_, s, v)| (s.clone(), v.clone()));
+        tensors.extend(found.map(|(shape, values)| (copy, shape, values)));
+    }
+    Ok(tensors)
+}
+
+fn original_config(c: &DitConfig) -> Value {
+    json!({
+        "depth": c.depth(),
+        "hidden_size": c.width,
+        "in_channels": c.in_channels,
+        "input_size": c.input_size,
+        "learn_sigma": c.learn_sigma,
+        "norm_eps": c.norm_eps,
+        "num_classes": c.classes,
+        "num_heads": c.heads,
+        "patch_size": c.patch,
+    })
+}
+
+fn diffusers_config(c: &DitConfig) -> Value {
+    json!({
+        "_class_name": "DiTTransformer2DModel",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": true,
+        "attention_head_dim": c.width / c.heads,
+        "dropout": 0.0,
+        "in_channels": c.in_channels,
+        "norm_elementwise_affine": false,
+        "norm_eps": c.norm_eps,
+        "norm_num_groups": 32,
+        "norm_type": "ada_norm_zero",
+        "num_attention_heads": c.heads,
+        "num_embeds_ada_norm": c.classes,
+        "num_layers": c.depth(),
+        "out_channels": c.out_channels(),
+        "patch_size": c.patch,
+        "sample_size": c.input_size,
+        "upcast_attention": false,
+    })
 }

@@ -1,6 +1,6 @@
 //! Hyena operators: gated short convolutions over the tokens in raster order (arXiv 2506.05340, table 3).
 
-use super::{BlockDims, Kind, Operator, Site, SiteFlops, Spec};
+use super::{BlockDims, Kind, Operator, Shapes, Site, SiteFlops, Spec};
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::Result;
 use crate::nn::{Builder, Epilogue, Init, Linear};
@@ -63,5 +63,9 @@ impl Operator for HyenaX {
             ("out_proj.weight", "proj.weight"),
             ("out_proj.bias", "proj.bias"),
         ]
+    }
+
+    fn told_by(&self, shapes: &Shapes, _dims: BlockDims) -> Option<Spec> {
+        Some(Spec::new(X.name).with("taps", *shapes.get("short_filter.weight")?.last()? as f64))
     }
 }

@@ -1,6 +1,6 @@
 //! The two-layer perceptron of a transformer block, of any width.
 
-use super::{BlockDims, Kind, Operator, Site, SiteFlops, Spec};
+use super::{BlockDims, Kind, Operator, Shapes, Site, SiteFlops, Spec};
 use crate::autograd::{Graph, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::nn::{Builder, Epilogue, Linear};
@@ -55,5 +55,13 @@ impl Operator for Mlp {
             ("fc2.weight", "fc2.weight"),
             ("fc2.bias", "fc2.bias"),
         ]
+    }
+
+    fn told_by(&self, shapes: &Shapes, dims: BlockDims) -> Option<Spec> {
+        let hidden = *shapes.get("fc1.weight")?.first()?;
+        let ratio = hidden as f64 / dims.width as f64;
+        // The quotient may be rounded down, and the width that it gives with it.
+        let exact = (dims.width as f64 * ratio) as usize == hidden;
+        Some(Spec::new(KIND.name).with("ratio", if exact { ratio } else { ratio.next_up() }))
     }
 }

@@ -10,7 +10,10 @@ mod linear_attention;
 mod mha;
 mod mlp;
 mod neighborhood;
+mod recognise;
 mod swa;
+
+pub use recognise::{Recognised, Shapes, recognisable, recognise, recognise_alone};
 
 use super::{Builder, Epilogue};
 use crate::autograd::{Graph, ParamStore, Var};
@@ -19,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// A place in a block that holds an operator.
+/// A place in a model that grafting can change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Site {
@@ -27,6 +30,19 @@ pub enum Site {
     Attn,
     /// Channel mixing.
     Mlp,
+    /// Two consecutive blocks (2j, 2j + 1), counted in pairs. It holds no operator: the blocks run in parallel.
+    #[serde(rename = "block-pair")]
+    BlockPair,
+}
+
+impl Site {
+    /// Places of this kind in a model with `depth` blocks.
+    pub fn count(self, depth: usize) -> usize {
+        match self {
+            Site::BlockPair => depth / 2,
+            _ => depth,
+        }
+    }
 }
 
 impl fmt::Display for Site {
@@ -34,6 +50,7 @@ impl fmt::Display for Site {
         f.write_str(match self {
             Site::Attn => "attn",
             Site::Mlp => "mlp",
+            Site::BlockPair => "block-pair",
         })
     }
 }
@@ -107,6 +124,21 @@ impl Spec {
     pub fn with(mut self, option: &str, value: impl Into<OptionValue>) -> Spec {
         self.options.insert(option.to_string(), value.into());
         self
+    }
+
+    /// With every option that has a default of its own, rather than the model's, filled in.
+    pub fn with_defaults(&self) -> Spec {
+        let mut spec = self.clone();
+        let kind = REGISTRY.iter().find(|k| k.name == self.kind);
+        for (option, default) in kind.into_iter().flat_map(|k| k.options) {
+            // A default such as "the model's" is a remark, not a value.
+            let is_word = default.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '-' | '+' | '.'));
+            if is_word && !default.is_empty() && !spec.options.contains_key(*option) {
+                let value = default.parse().map_or_else(|_| OptionValue::from(*default), OptionValue::Number);
+                spec.options.insert((*option).to_string(), value);
+            }
+        }
+        spec
     }
 
     /// An option that is a number.
@@ -188,6 +220,18 @@ pub trait Operator: Send + Sync + fmt::Debug {
     fn teacher_names(&self) -> &'static [(&'static str, &'static str)] {
         &[]
     }
+
+    /// The operator of this kind whose parameters may have these shapes, for checkpoints that do not name their
+    /// operators; asked of one with default options. Whoever has options that change shapes reads them off here.
+    fn told_by(&self, _shapes: &Shapes, _dims: BlockDims) -> Option<Spec> {
+        Some(self.spec())
+    }
+
+    /// Options that the shapes of the parameters do not tell, so that the published values are taken, which are the
+    /// defaults; named where published checkpoints leave them open.
+    fn untold(&self) -> &'static [&'static str] {
+        &[]
+    }
 }
 
 /// An entry of the registry.
@@ -203,7 +247,7 @@ pub struct Kind {
     build: fn(&Spec, BlockDims, &mut Builder<'_>) -> Result<Box<dyn Operator>>,
 }
 
-/// Every operator.
+/// Every operator. Of two with the same tensors the published one stands first: [`recognise()`] takes the first.
 pub const REGISTRY: &[Kind] =
     &[mha::KIND, swa::KIND, neighborhood::KIND, linear_attention::KIND, kv_compress::KIND, hyena::X, mlp::KIND];
 

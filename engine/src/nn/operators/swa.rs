@@ -52,4 +52,8 @@ impl Operator for Swa {
             ("out_proj.bias", "proj.bias"),
         ]
     }
+
+    fn untold(&self) -> &'static [&'static str] {
+        &["window"]
+    }
 }
