@@ -159,6 +159,7 @@ void Worker::requeue() {
     Fiber* f = self();
     uint64_t before = progress;
     wake(f);
+    at_warp = (f->warp_state->global + 1) % unsigned(ready_lanes.size());
     progress = before;
     Fiber* next = pick();
     if (next != f) swap(f, next);

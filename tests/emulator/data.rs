@@ -1,7 +1,7 @@
 //! Inputs of probes as bytes, and comparisons of what came back.
 
 use graft_kernels::check::SplitMix64;
-use graft_tools::emu::{Argument, Case, Outcome, Program};
+use graft_tools::emu::{Argument, Build, Case, Outcome, Program};
 
 pub fn words(values: &[u32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
@@ -73,4 +73,9 @@ pub fn close(got: &[f32], want: &[f64], relative: f64) -> Result<(), String> {
         Some(i) => Err(format!("element {i} is {}, not {}", got[i], want[i])),
         None => Ok(()),
     }
+}
+
+/// Schedules to try: the checkers' builds are slow.
+pub fn seeds(p: &Program) -> std::ops::Range<u64> {
+    if p.build == Build::Plain { 0..4 } else { 0..1 }
 }

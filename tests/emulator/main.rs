@@ -68,7 +68,11 @@ fn run(toolchain: &Toolchain, rows: &[Row]) -> ExitCode {
     let mut sources: Vec<(&str, Build)> = rows.iter().map(|r| (r.source, r.build)).collect();
     sources.sort_by_key(|(source, build)| (build.name(), *source));
     sources.dedup();
-    // The runtime of each build first: every program of that build waits for it.
+    let builds: Vec<Build> = Build::ALL.into_iter().filter(|b| sources.iter().any(|(_, of)| of == b)).collect();
+    if let Some(e) = parallel(&builds, |b| toolchain.prepare(*b)).into_iter().find_map(Result::err) {
+        println!("emulator: FAIL the runtime does not compile: {e}");
+        return ExitCode::FAILURE;
+    }
     let compiled = parallel(&sources, |(source, build)| toolchain.compile(source, *build));
     println!("emulator: {} programs ready after {:.1} s", sources.len(), start.elapsed().as_secs_f64());
     let results = parallel(rows, |row| {

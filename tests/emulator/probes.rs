@@ -184,7 +184,7 @@ fn atomics(p: &Program) -> Result<(), String> {
 
 fn flags(p: &Program) -> Result<(), String> {
     let v: Vec<u32> = (0..32).map(|i| i + 7).collect();
-    for seed in 0..3 {
+    for seed in seeds(p) {
         let mut case = Case::default();
         let buffers = [case.buffer(&words(&v)), case.buffer(&[0; 128]), case.buffer(&[0; 4])];
         let args = buffers.map(|b| Argument::Pointer(b, 0));

@@ -180,7 +180,7 @@ fn chain(p: &Program) -> Result<(), String> {
         v.chunks(rows * 16).flat_map(|t| tile(rows, 16, t, to_bf16)).collect()
     };
     let (image_a, image_b) = (image(&a, 64), image(&b, 72));
-    for seed in 0..4 {
+    for seed in seeds(p) {
         let mut case = Case::default();
         let buffers = [case.buffer(&image_a), case.buffer(&image_b), case.buffer(&vec![0; 128 * 36 * 4])];
         let [x, y, out] = buffers.map(|i| Argument::Pointer(i, 0));

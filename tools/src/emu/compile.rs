@@ -5,6 +5,7 @@ use std::fmt;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How kernels are compiled for the emulator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,7 +123,7 @@ impl Toolchain {
     /// What the compiler said; warnings count.
     pub fn compile(&self, source: &str, build: Build) -> Result<Program, String> {
         let path = self.root.join(source);
-        let runtime = self.runtime(build)?;
+        let runtime = self.prepare(build)?;
         let mut hash = self.hash(build.kernel_flags());
         if let Some(folder) = path.parent() {
             hash_folder(&mut hash, folder)?;
@@ -146,8 +147,12 @@ impl Toolchain {
         }
     }
 
-    /// The folder with the runtime and the driver of a build.
-    fn runtime(&self, build: Build) -> Result<PathBuf, String> {
+    /// Compiles the runtime and the driver of a build, which every program of it needs; gives their folder. Prepare
+    /// a build before compiling several programs of it at once.
+    ///
+    /// # Errors
+    /// As [`Toolchain::compile`].
+    pub fn prepare(&self, build: Build) -> Result<PathBuf, String> {
         let folder = self.folder(self.hash(build.runtime_flags()))?;
         let emulator = self.root.join("kernels-cu/emu");
         let source = |name: &str| emulator.join(name).display().to_string();
@@ -187,7 +192,9 @@ impl Toolchain {
         if output.is_file() {
             return Ok(());
         }
-        let unfinished = output.with_extension(format!("{}.tmp", std::process::id()));
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let unfinished = output.with_extension(format!("{}-{number}.tmp", std::process::id()));
         let mut command = Command::new(&self.compiler);
         command.args(FLAGS).args(self.target).args(flags).args(inputs).arg("-o").arg(&unfinished);
         let result = command.output().map_err(|e| format!("{}: {e}", self.compiler))?;
