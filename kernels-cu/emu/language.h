@@ -46,7 +46,7 @@ inline void __syncwarp(uint32_t mask = ~0u, EMU_AT) { emu::syncwarp(mask, at); }
 // An order of this thread's own accesses; nothing to do where threads of a block share a processor.
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __nanosleep(unsigned) { emu::yield_point(); }
+inline void __nanosleep(unsigned, EMU_AT) { emu::spin(at); }
 
 // ---- warps ----
 namespace emu {

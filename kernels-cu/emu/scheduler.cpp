@@ -84,10 +84,6 @@ void Worker::run_group(uint64_t group) {
     pending.clear(), mbarrier_waiters.clear(), cluster_waiters.clear(), grid_waiters.clear();
     cluster_arrived = 0, cluster_phase = 0;
     before_done = !grid->shape.dependent || !grid->before, wants_before = false;
-#ifdef EMU_TSAN
-    main.seen.fiber = __tsan_get_current_fiber();
-    __tsan_release(&start_sync);
-#endif
     // Blocks of a cluster are neighbours in the grid.
     dim3 g = shape.grid, c = shape.cluster;
     uint64_t cx = g.x / c.x, cy = g.y / c.y;
@@ -105,6 +101,11 @@ void Worker::run_group(uint64_t group) {
         place_block(b, index, rank);
         for (unsigned t = 0; t < threads; t++) start_fiber(b.slot * warps_per_block * 32 + t, b, b.warps[t / 32], t);
     }
+#ifdef EMU_TSAN
+    // Threads have seen what this one did up to here, the making of their fibers included.
+    main.seen.fiber = __tsan_get_current_fiber();
+    __tsan_release(&start_sync);
+#endif
     for (;;) {
         swap(&main, pick());
         if (!wants_before || !error.empty()) break;

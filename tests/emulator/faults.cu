@@ -45,7 +45,7 @@ extern "C" __global__ void fault_rows(const float* x, float* out, int n, int fau
             bar_sync(1, 128);
     }
     if (fault == 14) {
-        if (warp < 2)
+        if (warp < 1)
             bar_sync(1, 64);
         else
             bar_sync(1, 128);
@@ -105,6 +105,7 @@ extern "C" __global__ void fault_pipeline(const uint16_t* a, const uint16_t* b, 
         if (t < 32) mma_m16n8k16<bf16>(d, fa, fb[0], fb[1]);
         __syncthreads();
     }
+    if (fault == 2) cp_async_wait<0>();
     if (fault == 4) cp_async(base, a);
     int g = lane / 4, c = lane % 4 * 2;
     float* o = out + blockIdx.x * 128;
@@ -147,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(160)
                 tma_load(base + s * kStage + kTile, &mb, {i * 64, 0}, full + 8 * s);
             }
         }
-        if (fault == 19) setmaxnreg_inc<240>();
+        if (fault == 19) setmaxnreg_inc<256>();
         return;
     }
     REG(float, d, [32]);

@@ -33,7 +33,7 @@ const FAULTS: &[(&str, u32, &str, Build, Shows)] = &[
     ("rows", 6, "a read past the last row", Asan, Report("heap-buffer-overflow")),
     ("rows", 7, "a write past the output", Plain, Report("memory beside buffer 1 was written")),
     ("rows", 7, "a write past the output", Asan, Report("heap-buffer-overflow")),
-    ("rows", 8, "a lane that exits early", Plain, Report("have exited")),
+    ("rows", 8, "a lane that exits early", Plain, Report("for a lane that exits")),
     ("rows", 9, "a lane outside of its own mask", Plain, Report("the calling lane is not in its mask")),
     ("rows", 10, "no __syncwarp between lanes", Tsan, Race),
     ("rows", 11, "a shuffle from a lane outside of the mask", Plain, Report("reads lane 20, which is not in mask")),

@@ -123,7 +123,9 @@ impl Case {
         let folder = program.driver.parent().unwrap_or(Path::new(".")).join(name);
         std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
         let outcome = self.run_in(&folder, program, seed, counters);
-        let _ = std::fs::remove_dir_all(&folder);
+        if std::env::var_os("EMU_KEEP").is_none() {
+            let _ = std::fs::remove_dir_all(&folder);
+        }
         outcome
     }
 
