@@ -4,10 +4,10 @@
 //! index). `smem NAME MN MAJOR LBO SBO OFFSET TYPE` gives where each element (mn, k) of an MN × 64 tile of 16-bit
 //! numbers lies in bytes, and the fields of the descriptor of its k-slice from 16 on.
 
+use super::Row;
 use super::data::*;
 use super::probes_sm90::SWIZZLE_OF_TYPE;
 use super::wgmma::{self, add_images};
-use super::Row;
 use graft_tools::codegen::workspace_root;
 use graft_tools::emu::{Argument, Build, Case, Program};
 use half::bf16;
@@ -132,8 +132,7 @@ fn products(p: &Program, n: usize, checks: usize) -> Result<(), String> {
     let of_c = &t.fragments[&format!("wgmma_c{n}")];
     for (i, name) in names.iter().enumerate() {
         let out = to_floats(&result.buffers[4 * i + 3]);
-        let want: Vec<f32> =
-            of_c.iter().map(|c| (16..32).map(|k| a(c % 64, k) * b(c / 64, k)).sum()).collect();
+        let want: Vec<f32> = of_c.iter().map(|c| (16..32).map(|k| a(c % 64, k) * b(c / 64, k)).sum()).collect();
         same(&out, &want).map_err(|e| format!("{name}: {e}"))?;
     }
     Ok(())

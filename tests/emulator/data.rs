@@ -40,7 +40,14 @@ pub fn random_floats(name: &str, n: usize, scale: f64) -> Vec<f32> {
 }
 
 /// Runs a kernel of one block over an input and an output buffer; gives the output.
-pub fn simple(program: &Program, kernel: &str, threads: u32, smem: u32, input: &[u8], out: usize) -> Result<Vec<u8>, String> {
+pub fn simple(
+    program: &Program,
+    kernel: &str,
+    threads: u32,
+    smem: u32,
+    input: &[u8],
+    out: usize,
+) -> Result<Vec<u8>, String> {
     let mut case = Case::default();
     let (i, o) = (case.buffer(input), case.buffer(&vec![0xcc; out]));
     case.launch(kernel, 1, threads, smem, &[Argument::Pointer(i, 0), Argument::Pointer(o, 0)]);

@@ -146,8 +146,7 @@ fn pipeline(p: &Program, fault: u32, seed: u64) -> Result<(Outcome, bool), Strin
     let (a, b) = (small_integers("pipe a", tiles * 256, 5), small_integers("pipe b", tiles * 128, 5));
     let bits = |v: &[f32]| halves(&v.iter().map(|x| bf16::from_f32(*x).to_bits()).collect::<Vec<u16>>());
     let mut case = Case::default();
-    let buffers =
-        [case.buffer(&bits(&a)), case.buffer(&bits(&b)), case.buffer(&vec![0; 2048]), case.buffer(&[0; 4])];
+    let buffers = [case.buffer(&bits(&a)), case.buffer(&bits(&b)), case.buffer(&vec![0; 2048]), case.buffer(&[0; 4])];
     let [x, y, o, c] = buffers.map(|i| Argument::Pointer(i, 0));
     // Regions of 512 and 256 bytes, each with its red zone.
     let smem = 2 * (512 + 256) + 4 * 128;

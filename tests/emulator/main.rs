@@ -8,6 +8,7 @@ mod clean;
 mod cute;
 mod data;
 mod faults;
+mod ops;
 mod probes;
 mod probes_sm90;
 mod wgmma;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
     rows.extend(cute::rows());
     rows.extend(faults::rows());
     rows.extend(clean::rows(soak));
+    rows.extend(ops::rows());
     rows.retain(|r| format!("{} {}", r.name, r.build).contains(&filter));
     match Toolchain::find(&workspace_root()) {
         Ok(toolchain) => run(&toolchain, &rows),

@@ -140,8 +140,7 @@ fn numbers(p: &Program) -> Result<(), String> {
 fn special(p: &Program) -> Result<(), String> {
     let v: Vec<f32> = (0..32).map(|i| 0.1 + i as f32 * 0.06).collect();
     let out = to_floats(&simple(p, "probe_special", 32, 0, &floats(&v), 640)?);
-    let functions: [fn(f64) -> f64; 5] =
-        [f64::exp2, f64::log2, f64::recip, |x| x.sqrt().recip(), f64::tanh];
+    let functions: [fn(f64) -> f64; 5] = [f64::exp2, f64::log2, f64::recip, |x| x.sqrt().recip(), f64::tanh];
     let want: Vec<f64> = functions.iter().flat_map(|f| v.iter().map(move |x| f(f64::from(*x)))).collect();
     // tanh.approx is good to 2^-11, the others to 2^-22.
     close(&out[..128], &want[..128], 1e-5)?;

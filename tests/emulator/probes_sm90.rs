@@ -62,7 +62,10 @@ fn stmatrix(p: &Program) -> Result<(), String> {
 
 fn mma_e4m3(p: &Program) -> Result<(), String> {
     // Codes of small whole numbers and halves: products and sums are exact.
-    let codes: Vec<u8> = random_bytes("e4m3", 24 * 32).iter().map(|b| [0x00, 0x38, 0xb8, 0x40, 0xc4, 0x30][usize::from(b % 6)]).collect();
+    let codes: Vec<u8> = random_bytes("e4m3", 24 * 32)
+        .iter()
+        .map(|b| [0x00, 0x38, 0xb8, 0x40, 0xc4, 0x30][usize::from(b % 6)])
+        .collect();
     let out = to_floats(&simple(p, "probe_mma_e4m3", 32, 0, &codes, 512)?);
     let dot = |m: usize, n: usize| (0..32).map(|i| e4m3(codes[m * 32 + i]) * e4m3(codes[512 + n * 32 + i])).sum();
     same(&out, &(0..128).map(|i| dot(i / 8, i % 8)).collect::<Vec<f32>>())
@@ -199,7 +202,8 @@ fn tma_store(p: &Program) -> Result<(), String> {
             block: vec![32, 4],
         };
         let (x, y) = (16u32, 4u32);
-        let args = [map, Argument::from(x), Argument::from(y), Argument::from(512u32), add.into(), Argument::Pointer(i, 0)];
+        let args =
+            [map, Argument::from(x), Argument::from(y), Argument::from(512u32), add.into(), Argument::Pointer(i, 0)];
         case.launch("probe_tma_store", 1, 32, 512, &args);
         let out = to_floats(&finished(case.run(p, 0, false)?)?.buffers[t]);
         let mut want = before.clone();
@@ -219,7 +223,13 @@ fn tma_store(p: &Program) -> Result<(), String> {
     let (dims, block) = (vec![64, 1], vec![64, 1]);
     let map = Argument::Map { element: 9, swizzle: 0, buffer: (t, 0), dims, strides: vec![128], block };
     let zero = || Argument::from(0u32);
-    case.launch("probe_tma_store", 1, 32, 128, &[map, zero(), zero(), 128u32.into(), 1u32.into(), Argument::Pointer(i, 0)]);
+    case.launch(
+        "probe_tma_store",
+        1,
+        32,
+        128,
+        &[map, zero(), zero(), 128u32.into(), 1u32.into(), Argument::Pointer(i, 0)],
+    );
     let out = &finished(case.run(p, 0, false)?)?.buffers[t];
     same(out, &halves(&[bf16::from_f32(256.0).to_bits(); 64]))
 }

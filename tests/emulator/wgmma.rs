@@ -119,8 +119,7 @@ fn types(p: &Program) -> Result<(), String> {
         let (m, k) = (t / 32 * 16 + t % 32 / 4 + i % 2 * 8, i / 2 * 8 + t % 4 * 2 + e);
         u32::from(to_f16(a[m * 16 + k]))
     };
-    let registers: Vec<u32> =
-        (0..512).map(|i| fragment(i / 4, i % 4, 0) | fragment(i / 4, i % 4, 1) << 16).collect();
+    let registers: Vec<u32> = (0..512).map(|i| fragment(i / 4, i % 4, 0) | fragment(i / 4, i % 4, 1) << 16).collect();
     let desc_b = descriptor(n as u32 * 16, 128, 0);
     let dot = |m: usize, c: usize| (0..16).map(|k| a[m * 16 + k] * b[c * 16 + k]).sum();
     for kernel in ["wgmma_ss_f16", "wgmma_rs_f16"] {
@@ -176,9 +175,8 @@ pub fn add_images(case: &mut Case, kernel: &str, a: &[u8], b: &[u8], registers: 
 
 fn chain(p: &Program) -> Result<(), String> {
     let (a, b) = (small_integers("chain a", 4 * 64 * 16, 5), small_integers("chain b", 4 * 72 * 16, 5));
-    let image = |v: &[f32], rows: usize| -> Vec<u8> {
-        v.chunks(rows * 16).flat_map(|t| tile(rows, 16, t, to_bf16)).collect()
-    };
+    let image =
+        |v: &[f32], rows: usize| -> Vec<u8> { v.chunks(rows * 16).flat_map(|t| tile(rows, 16, t, to_bf16)).collect() };
     let (image_a, image_b) = (image(&a, 64), image(&b, 72));
     for seed in seeds(p) {
         let mut case = Case::default();

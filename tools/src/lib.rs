@@ -2,5 +2,6 @@
 
 pub mod codegen;
 pub mod emu;
+pub mod nvcc;
 pub mod results;
 pub mod tidy;

@@ -158,7 +158,8 @@ impl Case {
 
 /// The race checker needs its addresses where it expects them, which randomisation may prevent.
 fn command(program: &Program) -> Command {
-    let fixed = program.build == Build::Tsan && Command::new("setarch").args(["-R", "true"]).output().is_ok_and(|o| o.status.success());
+    let fixed = program.build == Build::Tsan
+        && Command::new("setarch").args(["-R", "true"]).output().is_ok_and(|o| o.status.success());
     if !fixed {
         return Command::new(&program.driver);
     }
@@ -221,9 +222,7 @@ pub struct Outcome {
 impl Outcome {
     /// The words of the report that say what is wrong, without the stacks.
     pub fn summary(&self) -> String {
-        let telling = |l: &&str| {
-            ["emulator: ", "SUMMARY: ", "runtime error: "].iter().any(|word| l.contains(word))
-        };
+        let telling = |l: &&str| ["emulator: ", "SUMMARY: ", "runtime error: "].iter().any(|word| l.contains(word));
         let mut lines: Vec<&str> = self.report.lines().filter(telling).collect();
         lines.dedup();
         lines.truncate(3);

@@ -79,8 +79,7 @@ pub struct Program {
 }
 
 /// Flags of every compilation. GPUs fuse multiply and add; so does the host where it can.
-const FLAGS: [&str; 7] =
-    ["-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"];
+const FLAGS: [&str; 7] = ["-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"];
 
 impl Toolchain {
     /// The compiler named by `CXX`, else `g++`, `clang++` or `c++`; `root` is that of the repository.
@@ -169,7 +168,8 @@ impl Toolchain {
     fn hash(&self, flags: &[&str]) -> Sha256 {
         let mut hash = Sha256::new();
         hash.update(self.sources);
-        for text in [self.compiler.as_str(), self.version.as_str()].iter().chain(self.target).chain(&FLAGS).chain(flags) {
+        for text in [self.compiler.as_str(), self.version.as_str()].iter().chain(self.target).chain(&FLAGS).chain(flags)
+        {
             hash.update(text);
             hash.update([0]);
         }
@@ -211,9 +211,8 @@ fn hash_folder(hash: &mut Sha256, folder: &Path) -> Result<(), String> {
     let entries = std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     let mut files: Vec<PathBuf> = entries.filter_map(|e| e.ok()).map(|e| e.path()).filter(|p| p.is_file()).collect();
     files.sort();
-    let is_source = |p: &&PathBuf| {
-        p.extension().and_then(|e| e.to_str()).is_some_and(|e| ["h", "cpp", "cu", "cuh"].contains(&e))
-    };
+    let is_source =
+        |p: &&PathBuf| p.extension().and_then(|e| e.to_str()).is_some_and(|e| ["h", "cpp", "cu", "cuh"].contains(&e));
     for file in files.iter().filter(is_source) {
         hash.update(file.file_name().map(|n| n.as_encoded_bytes()).unwrap_or_default());
         hash.update(std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?);
