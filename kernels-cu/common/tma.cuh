@@ -20,8 +20,8 @@ PTX_FN void tma_prefetch_map(const TensorMap* map) {
 }
 
 #define PTX_TMA_LOAD(dims, coords, policy_at, ...)                                                                    \
-    asm volatile("cp.async.bulk.tensor." dims ".shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint" \
-                 " [%0], [%1, {" coords "}], [%2], %" policy_at ";"                                                    \
+    asm volatile("cp.async.bulk.tensor." dims ".shared::cluster.global.tile.mbarrier::complete_tx::bytes"              \
+                 ".L2::cache_hint [%0], [%1, {" coords "}], [%2], %" policy_at ";"                                     \
                  ::"r"(dst), "l"(map), "r"(bar), __VA_ARGS__, "l"(Policy) : "memory")
 #define PTX_TMA_MULTICAST(dims, coords, mask_at, policy_at, ...)                                              \
     asm volatile("cp.async.bulk.tensor." dims ".shared::cluster.global.tile.mbarrier::complete_tx::bytes"      \
@@ -69,7 +69,8 @@ PTX_FN void tma_load_multicast(uint32_t dst, const TensorMap* map, const int (&c
         PTX_DO(PTX_TMA_MULTICAST("4d", "%3, %4, %5, %6", "7", "8", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])),
                emu::tma_load(dst, map, c, R, bar, blocks, at));
     else
-        PTX_DO(PTX_TMA_MULTICAST("5d", "%3, %4, %5, %6, %7", "8", "9", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])),
+        PTX_DO(PTX_TMA_MULTICAST("5d", "%3, %4, %5, %6, %7", "8", "9",
+                   "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])),
                emu::tma_load(dst, map, c, R, bar, blocks, at));
 }
 // Stores the box from `src`; part of the next bulk group.
@@ -86,10 +87,12 @@ template <int R> PTX_FN void tma_store(const TensorMap* map, const int (&c)[R], 
         PTX_DO(PTX_TMA_STORE("cp.async.bulk.tensor", "3d", "%2, %3, %4", "r"(c[0]), "r"(c[1]), "r"(c[2])),
                emu::tma_store(map, c, R, src, false, at));
     else if constexpr (R == 4)
-        PTX_DO(PTX_TMA_STORE("cp.async.bulk.tensor", "4d", "%2, %3, %4, %5", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])),
+        PTX_DO(PTX_TMA_STORE("cp.async.bulk.tensor", "4d", "%2, %3, %4, %5",
+                   "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])),
                emu::tma_store(map, c, R, src, false, at));
     else
-        PTX_DO(PTX_TMA_STORE("cp.async.bulk.tensor", "5d", "%2, %3, %4, %5, %6", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])),
+        PTX_DO(PTX_TMA_STORE("cp.async.bulk.tensor", "5d", "%2, %3, %4, %5, %6",
+                   "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])),
                emu::tma_store(map, c, R, src, false, at));
 #undef PTX_TMA_KIND
 }
@@ -107,10 +110,12 @@ template <int R> PTX_FN void tma_reduce_add(const TensorMap* map, const int (&c)
         PTX_DO(PTX_TMA_STORE("cp.reduce.async.bulk.tensor", "3d", "%2, %3, %4", "r"(c[0]), "r"(c[1]), "r"(c[2])),
                emu::tma_store(map, c, R, src, true, at));
     else if constexpr (R == 4)
-        PTX_DO(PTX_TMA_STORE("cp.reduce.async.bulk.tensor", "4d", "%2, %3, %4, %5", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])),
+        PTX_DO(PTX_TMA_STORE("cp.reduce.async.bulk.tensor", "4d", "%2, %3, %4, %5",
+                   "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])),
                emu::tma_store(map, c, R, src, true, at));
     else
-        PTX_DO(PTX_TMA_STORE("cp.reduce.async.bulk.tensor", "5d", "%2, %3, %4, %5, %6", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])),
+        PTX_DO(PTX_TMA_STORE("cp.reduce.async.bulk.tensor", "5d", "%2, %3, %4, %5, %6",
+                   "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])),
                emu::tma_store(map, c, R, src, true, at));
 #undef PTX_TMA_KIND
 }

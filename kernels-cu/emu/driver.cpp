@@ -175,8 +175,8 @@ void work(Api& api, std::istream& text, std::istream& input, std::ostream& outpu
                 auto strides = numbers<uint64_t>(in, rank - 1);
                 auto box = numbers<uint32_t>(in, rank);
                 size = 128;
-                if (const char* e = api.tensor_map(a.value, element, rank, p, dims.data(), strides.data(), box.data(), swizzle))
-                    throw std::runtime_error(std::string("tensor map: ") + e);
+                const char* wrong = api.tensor_map(a.value, element, rank, p, dims.data(), strides.data(), box.data(), swizzle);
+                if (wrong) throw std::runtime_error(std::string("tensor map: ") + wrong);
             } else {
                 throw std::runtime_error("unknown item: " + line);
             }

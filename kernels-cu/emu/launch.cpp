@@ -48,7 +48,9 @@ void give_worker(const char* kernel, Worker* w) {
 }
 
 void check(const char* name, const Shape& s) {
-    auto bad = [name](const std::string& what) { throw std::runtime_error(std::string("launch of ") + name + ": " + what); };
+    auto bad = [name](const std::string& what) {
+        throw std::runtime_error(std::string("launch of ") + name + ": " + what);
+    };
     uint64_t threads = uint64_t(s.block.x) * s.block.y * s.block.z;
     uint64_t cluster = uint64_t(s.cluster.x) * s.cluster.y * s.cluster.z;
     if (!threads || threads > 1024) bad("a block has 1 to 1024 threads, not " + std::to_string(threads));

@@ -97,8 +97,8 @@ SharedAt resolve(uint32_t address, uint32_t bytes, At at) {
                                         f->cluster_size);
         b = f->worker->blocks[rank - 1].get();
         if (b != f->home && b->alive == 0)
-            die(at, "shared address %#x: block %u of the cluster has exited; a cluster barrier must come first", address,
-                rank - 1);
+            die(at, "shared address %#x: block %u of the cluster has exited; a cluster barrier must come first",
+                address, rank - 1);
     }
     if (!b->placed || offset < kWindow + b->shift || offset - kWindow + bytes > b->used)
         die(at, "shared address %#x (+%u) is outside the block's %zu bytes", address, bytes,

@@ -49,7 +49,8 @@ void add_element(Element e, char* to, const char* from) {
             uint16_t v;
             __builtin_memcpy(&v, from, 2);
             atomic_update<uint16_t>(to, [&](uint16_t seen) {
-                return e == Element::F16 ? to_f16(from_f16(seen) + from_f16(v)) : to_bf16(from_bf16(seen) + from_bf16(v));
+                if (e == Element::F16) return to_f16(from_f16(seen) + from_f16(v));
+                return to_bf16(from_bf16(seen) + from_bf16(v));
             });
             break;
         }

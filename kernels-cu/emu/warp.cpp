@@ -13,7 +13,8 @@ template <class F> void each_lane(uint32_t mask, F&& f) {
 uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, int operand, int width, At at) {
     static const char* const names[] = {"shfl.idx", "shfl.up", "shfl.down", "shfl.bfly"};
     const char* name = names[int(kind)];
-    if (width < 1 || width > 32 || (width & (width - 1))) die(at, "%s: width %d is no power of two up to 32", name, width);
+    if (width < 1 || width > 32 || (width & (width - 1)))
+        die(at, "%s: width %d is no power of two up to 32", name, width);
     struct Operand {
         uint64_t value;
         int operand, width;

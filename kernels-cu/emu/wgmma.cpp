@@ -74,7 +74,8 @@ void read_shared(Warp& warp, const WgmmaOp& op, Operands& x) {
         uint32_t m0 = warp.index % 4 * 16;
         if (!op.trans_a) {
             for (uint32_t r = 0; r < 16; r++)
-                for (uint32_t c = 0; c < 2; c++) fetch(block, op.type, a.k_major(m0 + r, c), op, &x.a[r][c * per_chunk]);
+                for (uint32_t c = 0; c < 2; c++)
+                    fetch(block, op.type, a.k_major(m0 + r, c), op, &x.a[r][c * per_chunk]);
         } else {
             for (uint32_t k = 0; k < k_size; k++)
                 for (uint32_t c = 0; c < 2; c++) {
@@ -92,7 +93,8 @@ void read_shared(Warp& warp, const WgmmaOp& op, Operands& x) {
             }
     } else {
         for (uint32_t k = 0; k < k_size; k++)
-            for (uint32_t c = 0; c < uint32_t(op.n) / 8; c++) fetch(block, op.type, b.mn_major(k, c), op, &x.b[k][c * 8]);
+            for (uint32_t c = 0; c < uint32_t(op.n) / 8; c++)
+                fetch(block, op.type, b.mn_major(k, c), op, &x.b[k][c * 8]);
     }
 }
 

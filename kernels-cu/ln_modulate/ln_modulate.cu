@@ -7,7 +7,7 @@
 // chunks lane, lane + 32 ... in registers, so the row is read once: statistics by two butterfly sums (mean first, then
 // the squares around it, which does not cancel), then the result from the same registers.
 //
-// Bound: memory, 4 bytes an element (2 read, 2 written) and nothing else of size: 4·B·N·D + 4·B·D + 8·B·N bytes. At
+// Bound: memory, 4 bytes an element (2 read, 2 written) and little else: 4·B·N·D + 4·B·D + 8·B·N bytes. At
 // B=2, N=16384, D=1152 that is 151 MB. A block of 4 warps has 4 rows, 9 KB, of loads in flight, and 7 blocks fit a
 // multiprocessor by registers (72 a thread): 64 KB, above the 40 KB or so that HBM3e needs at 1 µs of latency.
 //
@@ -75,8 +75,10 @@ __device__ __forceinline__ void rows_in_registers(const bf16* x, const bf16* mod
             const int at = lane + 32 * i;
             if (at >= chunks) continue;
             const uint4 a = __ldg(to_scale + at), b = __ldg(to_shift + at);
-            st_global_v4(to + at, make_uint4(modulate(v[i].x, a.x, b.x, mean, rstd), modulate(v[i].y, a.y, b.y, mean, rstd),
-                                             modulate(v[i].z, a.z, b.z, mean, rstd), modulate(v[i].w, a.w, b.w, mean, rstd)));
+            uint4 r;
+            r.x = modulate(v[i].x, a.x, b.x, mean, rstd), r.y = modulate(v[i].y, a.y, b.y, mean, rstd);
+            r.z = modulate(v[i].z, a.z, b.z, mean, rstd), r.w = modulate(v[i].w, a.w, b.w, mean, rstd);
+            st_global_v4(to + at, r);
         }
         if (lane == 0) mean_out[row] = mean, rstd_out[row] = rstd;
     }

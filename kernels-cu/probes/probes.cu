@@ -127,7 +127,8 @@ KERNEL_EXPORT(probe_numbers);
 extern "C" __global__ void probe_special(const float* in, float* out) {
     int i = threadIdx.x;
     float v = in[i];
-    out[i] = ex2(v), out[32 + i] = lg2(v), out[64 + i] = rcp_approx(v), out[96 + i] = rsqrt_approx(v), out[128 + i] = tanh_approx(v);
+    out[i] = ex2(v), out[32 + i] = lg2(v), out[64 + i] = rcp_approx(v);
+    out[96 + i] = rsqrt_approx(v), out[128 + i] = tanh_approx(v);
 }
 KERNEL_EXPORT(probe_special);
 
@@ -174,8 +175,8 @@ extern "C" __global__ void probe_barriers(const uint32_t* in, uint32_t* out) {
 }
 KERNEL_EXPORT(probe_barriers);
 
-// 8 blocks of 64. out[0]: sum of 1, out[1]: largest index, out[2]: times that the counter of 3 wrapped, out[3..4]: float
-// sums, out[5]: how many saw an earlier value of zero exchanged.
+// 8 blocks of 64. out[0]: sum of 1, out[1]: largest index, out[2]: times that the counter of 3 wrapped, out[3..4]:
+// float sums, out[5]: how many exchanged a zero.
 extern "C" __global__ void probe_atomics(uint32_t* out) {
     uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
     atomicAdd(out, 1u);

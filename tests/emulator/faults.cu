@@ -79,7 +79,8 @@ extern "C" __global__ void fault_pipeline(const uint16_t* a, const uint16_t* b, 
     // 64 threads: rows of 16 halves are two chunks of 16 bytes; warp 0 loads A, warp 1 loads B.
     auto load = [&](int tile, int stage) {
         if (t < 32)
-            cp_async(base + plan.stage(stage) + lane * 16 + (fault == 6 && lane == 5 ? 8 : 0), a + tile * 256 + lane * 8);
+            cp_async(base + plan.stage(stage) + lane * 16 + (fault == 6 && lane == 5 ? 8 : 0),
+                     a + tile * 256 + lane * 8);
         else if (lane < 16 + (fault == 8))
             cp_async(base + plan.second(stage) + lane * 16, b + tile * 128 + lane % 16 * 8);
         cp_async_commit();

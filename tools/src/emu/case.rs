@@ -113,7 +113,8 @@ impl Case {
         }
     }
 
-    /// Runs the case; `counters` asks for bank conflicts, sectors and rows.
+    /// Runs the case; `counters` asks for bank conflicts, sectors and rows. With `EMU_KEEP` set, the folder with the
+    /// case stays beside the program, to be run by hand.
     ///
     /// # Errors
     /// When the program cannot be started or its files not be written; a failing kernel is an [`Outcome`].

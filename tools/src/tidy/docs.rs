@@ -7,7 +7,7 @@ use toml::{Table, Value};
 const OP_FILES: [&str; 4] = ["op.toml", "mod.rs", "cpu.rs", "README.md"];
 
 /// Folders of `kernels-cu` that are no operators.
-const NO_OPERATORS: [&str; 4] = ["common", "emu", "examples", "benches"];
+const NO_OPERATORS: [&str; 5] = ["common", "emu", "probes", "examples", "benches"];
 
 /// Lines that the one-page overview may have.
 const PAGE: usize = 120;
