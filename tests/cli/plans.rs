@@ -23,9 +23,13 @@ fn check_explains_the_model_that_results() {
     model(&here, 1);
     plan(&here, "[1]", "");
     let text = succeed(&here, &["plan", "check", "plan.toml"]).text();
-    for word in
-        ["1 of 4 sites change", "hyena_x(taps=4) (grafted)", "mha(heads=4)", "tokens", "predicted, not measured"]
-    {
+    for word in [
+        "1 of 4 sites change",
+        "hyena_x(direction=causal, taps=4) (grafted)",
+        "mha(heads=4)",
+        "tokens",
+        "predicted, not measured",
+    ] {
         assert!(text.contains(word), "{word} is not in\n{text}");
     }
     for gpu in ["h100: forward pass", "a100: forward pass", "h200: forward pass"] {

@@ -60,7 +60,10 @@ fn a_published_file_loads_without_a_word_about_its_operators() {
     std::fs::write(&path, checkpoint("ema", &tensors(&model))).unwrap();
     let loaded = dit::load(&path, &Device::cpu()).unwrap();
     let block = &loaded.config.blocks[1];
-    assert_eq!((block.attn.to_string().as_str(), block.mlp.to_string().as_str()), ("hyena_x(taps=4)", "mlp(ratio=3)"));
+    assert_eq!(
+        (block.attn.to_string().as_str(), block.mlp.to_string().as_str()),
+        ("hyena_x(direction=causal, taps=4)", "mlp(ratio=3)")
+    );
     assert_eq!(loaded.config.blocks[0].attn.to_string(), "mha(heads=6)");
     assert_eq!(predict(&loaded), predict(&model));
     assert!(dit::assumptions(&path).unwrap().is_empty());

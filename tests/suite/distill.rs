@@ -283,7 +283,7 @@ fn checkpoints_of_another_plan_or_base_are_refused() {
         let name = format!("{stage}/checkpoint.safetensors");
         std::fs::copy(dir.join("run").join(&name), strange.join(&name)).unwrap();
         let error = run_all(&longer, &strange, &mut go_on).map(|_| ()).unwrap_err().to_string();
-        assert!(error.contains(&format!("{name}: checkpoint of another run (another plan)")), "{error}");
+        assert!(error.contains(&format!("{name}: checkpoint of another run (another plan")), "{error}");
     }
     // A damaged one.
     let path = dir.join("run/finetune/checkpoint.safetensors");

@@ -1,6 +1,7 @@
 //! A study from its file to its report, on a model small enough for every test run.
 
 use crate::graft::{base, data, folder, go_on};
+use graft_engine::graft::run::Event;
 use graft_engine::graft::science::{self, Runner, Study, Tier};
 use graft_engine::tensor::Device;
 use std::ops::ControlFlow;
@@ -48,8 +49,8 @@ fn every_job_runs_once_and_the_report_has_a_line_for_each() {
     // Broken off in stage 2 of a graft, a job leaves no result and goes on where it was.
     let hyena = study.jobs(Tier::Core)[2];
     let mut left = 8;
-    let stopped = runner.run(hyena, &mut |_| {
-        left -= 1;
+    let stopped = runner.run(hyena, &mut |e| {
+        left -= i32::from(matches!(e, Event::Distill(_) | Event::Finetune(_)));
         if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     assert!(stopped.unwrap().is_none() && hyena.result(&run).unwrap().is_none());
@@ -61,7 +62,10 @@ fn every_job_runs_once_and_the_report_has_a_line_for_each() {
         assert_eq!(again.identity, result.identity);
     }
     let graft = hyena.result(&run).unwrap().unwrap();
-    assert_eq!((graft.attention_replaced, graft.operators["hyena_x(taps=4)"], graft.stages.len()), (1.0, 4, 2));
+    assert_eq!(
+        (graft.attention_replaced, graft.operators["hyena_x(direction=causal, taps=4)"], graft.stages.len()),
+        (1.0, 4, 2)
+    );
     assert_eq!((graft.distill.unwrap().steps, graft.finetune.unwrap().steps), (6, 4));
     assert!(!hyena.folder(&run).join("finetune/checkpoint.safetensors").exists());
 

@@ -275,8 +275,8 @@ mod tests {
 
     #[test]
     fn direction_changes_no_cost() {
-        let (_, causal) = grafted("\"all\"", "attn", "{ kind = \"hyena_se\" }");
-        let (_, both) = grafted("\"all\"", "attn", "{ kind = \"hyena_se\", direction = \"bidirectional\" }");
+        let (_, causal) = grafted("\"all\"", "attn", "operator = { kind = \"hyena_se\" }");
+        let (_, both) = grafted("\"all\"", "attn", "operator = { kind = \"hyena_se\", direction = \"bidirectional\" }");
         assert_eq!(causal, both);
     }
 

@@ -40,26 +40,26 @@ impl Finetuner {
     /// A module of the adapters that fits no layer, a folder that cannot be written or that another process uses, or a
     /// checkpoint of another run.
     pub fn open(start: Start<'_>, config: &FinetuneConfig, folder: &Path, fingerprint: String) -> Result<Finetuner> {
-        let Start { mut grafted, sites, base } = start;
-        let whole = match config.method {
-            Method::Full => Vec::new(),
-            Method::Lora => adapt(&mut grafted, sites, config)?,
-        };
-        let teacher = match base.filter(|_| config.needs_base()) {
-            Some(model) => Some(Teacher {
-                model,
-                output: config.output_distill,
-                feature: config.feature_distill,
-                sites: sites.iter().map(|a| (a.block, a.site)).collect(),
-            }),
-            None if config.needs_base() => {
-                return Err(Error::failure("finetune", "no base model").must("one, for the distillation terms"));
-            }
-            None => None,
-        };
+        let (grafted, teacher, whole) = prepare(start, config)?;
         let mut trainer = Trainer::open(grafted, config.optimizer, config.loop_settings(), folder, fingerprint)?;
         trainer.teacher = teacher;
         Ok(Finetuner { trainer, steps: config.steps, whole })
+    }
+
+    /// As [`Finetuner::open`] without a folder: it can take single updates and leaves nothing behind.
+    ///
+    /// # Errors
+    /// As [`Finetuner::open`], folder and checkpoint apart.
+    pub(super) fn homeless(start: Start<'_>, config: &FinetuneConfig) -> Result<Finetuner> {
+        let (grafted, teacher, whole) = prepare(start, config)?;
+        let mut trainer = Trainer::homeless(grafted, config.optimizer, config.loop_settings())?;
+        trainer.teacher = teacher;
+        Ok(Finetuner { trainer, steps: config.steps, whole })
+    }
+
+    /// The loop, for single updates.
+    pub(super) fn trainer_mut(&mut self) -> &mut Trainer {
+        &mut self.trainer
     }
 
     /// Updates done so far.
@@ -94,6 +94,29 @@ impl Finetuner {
     pub fn save_adapters(&self, folder: &Path) -> Result<()> {
         dit::save_adapter(&self.trainer.averaged()?, folder, &self.whole)
     }
+}
+
+/// The model that trains, with its adapters; the frozen base, where its terms are asked for; and the names of the sites
+/// that train in full beside adapters.
+fn prepare(start: Start<'_>, config: &FinetuneConfig) -> Result<(Dit, Option<Teacher>, Vec<String>)> {
+    let Start { mut grafted, sites, base } = start;
+    let whole = match config.method {
+        Method::Full => Vec::new(),
+        Method::Lora => adapt(&mut grafted, sites, config)?,
+    };
+    let teacher = match base.filter(|_| config.needs_base()) {
+        Some(model) => Some(Teacher {
+            model,
+            output: config.output_distill,
+            feature: config.feature_distill,
+            sites: sites.iter().map(|a| (a.block, a.site)).collect(),
+        }),
+        None if config.needs_base() => {
+            return Err(Error::failure("finetune", "no base model").must("one, for the distillation terms"));
+        }
+        None => None,
+    };
+    Ok((grafted, teacher, whole))
 }
 
 /// Attaches adapters; returns the names of the sites that train in full.

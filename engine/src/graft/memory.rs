@@ -2,6 +2,7 @@
 
 use super::assemble;
 use super::distill::Distiller;
+use super::finetune::{Finetuner, Start};
 use super::parts::Part;
 use super::plan::{Assignment, Plan};
 use super::run::RunData;
@@ -14,7 +15,6 @@ use crate::nn::operators::Site;
 use crate::tensor::{Device, MemoryPlan, Tensor};
 use crate::train::batches::Batches;
 use crate::train::optimizer::AdamW;
-use crate::train::trainer::Trainer;
 
 /// Updates of a rehearsal: the second still finds buffers of new sizes where the first had gradients to keep.
 const UPDATES: u64 = 3;
@@ -86,21 +86,24 @@ fn learn_from_cache(distiller: &mut Distiller<'_>, base: &DitConfig, batch: usiz
 
 fn finetune(plan: &Plan, base: &DitConfig, assignments: &[Assignment], program: usize) -> Result<MemoryPlan> {
     let (config, device) = (&plan.finetune, Device::dry());
-    let model = Dit::unset(assemble::grafted_config(base, assignments)?, &device)?;
+    let grafted = Dit::unset(assemble::grafted_config(base, assignments)?, &device)?;
+    let teacher = if config.needs_base() { Some(Dit::unset(base.clone(), &device)?) } else { None };
+    let mut finetuner = Finetuner::homeless(Start { grafted, sites: assignments, base: teacher }, config)?;
+    let moments = state(finetuner.trainer_mut().optimiser(), false);
+    let average = state(finetuner.trainer_mut().optimiser(), true);
     let mut found = MemoryPlan::default();
     found.add("program and data", program);
-    found.add("parameters", model.params.bytes());
-    let mut trainer = Trainer::homeless(model, config.optimizer, config.loop_settings())?;
-    found.add("optimiser", state(trainer.optimiser(), false));
-    found.add("moving average", state(trainer.optimiser(), true));
+    found.add("parameters", device.held() - moments - average);
+    found.add("optimiser", moments);
+    found.add("moving average", average);
     let before = device.memory().live;
     let images = blank(base, config.batch);
     let mut batches = Batches::new(&images, config.batch, config.seed)?;
     device.reset_peak();
     for _ in 0..UPDATES {
-        trainer.update(&mut batches)?;
+        finetuner.trainer_mut().update(&mut batches)?;
     }
-    drop(trainer.averaged()?);
+    drop(finetuner.model()?);
     found.add_work("tape and gradients", &device, before);
     Ok(found)
 }

@@ -452,7 +452,7 @@ pub(super) mod tests {
             ),
             (
                 "[[graft]]\nsite = \"block-pair\"\nlayers = \"auto:0.5\"\n".into(),
-                "plan.toml:8:10: pairs of blocks are not chosen by measuring",
+                "plan.toml:8:10: pairs of blocks are not chosen by what the base model does",
             ),
             (graft("\"attn\"", "\"some\"", good), "plan.toml:8:10: unknown layer pattern; is \"some\""),
             (graft("\"attn\"", "[1, 4]", good), "plan.toml:8:14: layer out of range; is 4; must be 0 to 3"),

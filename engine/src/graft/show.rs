@@ -145,7 +145,7 @@ mod tests {
         // Nothing is left to be filled in: shown once more it is the same text.
         assert_eq!(again.completed().unwrap(), shown);
         for part in [
-            "layers = [3, 1]\noperator = { kind = \"hyena_x\", taps = 4 }\nstart = \"teacher\"\nloss = \"l1\"\n",
+            "layers = [3, 1]\noperator = { kind = \"hyena_x\", direction = \"causal\", taps = 4 }\nstart = \"teacher\"\nloss = \"l1\"\n",
             "operator = { kind = \"mha\" }   # heads: the model's\nstart = \"random\"\nloss = \"huber\"\n",
             "layers = \"top-local:2\"\noperator = { kind = \"mlp\", ratio = 1.5 }\n",
             "[distill.optimizer]\nlr = 0.003\n",

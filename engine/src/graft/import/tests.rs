@@ -43,7 +43,10 @@ fn a_configuration_for_sampling() {
     let (plan, warnings) = parsed(&text, &folder);
     let sites = plan.resolve(&DitConfig::named("DiT-XL/2").unwrap()).unwrap();
     let names: Vec<String> = sites.iter().map(|a| format!("{a} {}", a.spec)).collect();
-    assert_eq!(names, ["blocks.1.attn hyena_x(taps=3)", "blocks.3.attn hyena_x(taps=3)"]);
+    assert_eq!(
+        names,
+        ["blocks.1.attn hyena_x(direction=causal, taps=3)", "blocks.3.attn hyena_x(direction=causal, taps=3)"]
+    );
     assert_eq!((plan.base.as_path(), plan.eval.seed, sites[0].start), (Path::new("base"), 100, Start::Random));
     has(&warnings, &["c.yaml:9:26: the grafted checkpoint is no part", "c.yaml:16:3: unknown key colour is left out"]);
     assert_eq!(warnings.len(), 3, "{warnings:#?}");
@@ -136,11 +139,37 @@ fn windowed_attention_goes_by_either_name() {
     let folder = repository("import-swa", &[("sequence_mixers/swa.yaml", swa)]);
     for name in ["mha", "swa"] {
         let text = operator("mha", name, "sequence_mixers/swa.yaml") + "sample_config:\n  graft_indexes: [1]\n";
-        let found = import("c.yaml", &text, &folder, None);
-        match crate::nn::operators::REGISTRY.iter().any(|k| k.name == "swa") {
-            true => assert!(found.unwrap().plan.contains("kind = \"swa\", ")),
-            false => assert!(found.unwrap_err().to_string().contains("this version has no such operator")),
-        }
+        let found = import("c.yaml", &text, &folder, None).unwrap();
+        assert!(found.plan.contains("operator = { kind = \"swa\", window = 4 }"), "{}", found.plan);
+    }
+}
+
+#[test]
+fn every_published_operator_is_known() {
+    let files = [
+        ("mha", "hyena_se", HYENA, "{ kind = \"hyena_se\", taps = 3 }"),
+        ("mha", "hyena_y", HYENA, "{ kind = \"hyena_y\", taps = 3 }"),
+        (
+            "mha",
+            "mamba2",
+            "d_model: 1152\nd_state: 32\nd_conv: 3\nexpand: 2\nheaddim: 48\n",
+            "{ kind = \"mamba2\", state = 32, taps = 3, expand = 2, head_width = 48 }",
+        ),
+        (
+            "mlp",
+            "mlp_hyena_x",
+            "d_model: 1152\nl_max: 256\nexpansion_ratio: 2\norder: 2\nfused_bias_fc: True\nshort_filter_order: 4\n",
+            "{ kind = \"mlp_hyena_x\", ratio = 2, taps = 4 }",
+        ),
+    ];
+    for (site, name, text, want) in files {
+        let file = format!("mixers/{name}.yaml");
+        let folder = repository(&format!("import-{name}"), &[(&file, text)]);
+        let text = operator(site, name, &file) + "sample_config:\n  graft_indexes: [1]\n";
+        let found = import("c.yaml", &text, &folder, Some(Path::new("base"))).unwrap();
+        assert!(found.plan.contains(&format!("operator = {want}\n")), "{}", found.plan);
+        // Nothing to say but that the data must be named.
+        assert_eq!(found.warnings.len(), 1, "{:#?}", found.warnings);
     }
 }
 

@@ -99,7 +99,7 @@ mod tests {
 
     fn grafted(positions: f32) -> Dit {
         let mut config = DitConfig { input_size: 4, in_channels: 1, classes: 3, ..DitConfig::plain(4, 8, 2) };
-        config.blocks[1].attn = Spec::new("hyena_x").with("taps", 3.0);
+        config.blocks[1].attn = Spec::new("hyena_x").with("taps", 3.0).with("direction", "causal");
         config.blocks[2].mlp = Spec::new("mlp").with("ratio", 2.5);
         config.pairs = vec![1];
         config.norm_eps = 1e-3;

@@ -158,7 +158,10 @@ impl Hyena {
         sides: &[usize],
     ) -> Result<[Option<Var>; 2]> {
         let Some([weight, bias]) = filter else { return Ok([None, None]) };
-        let weight = g.reshape(&g.param(params, weight), &[channels, sides].concat())?;
+        // At most three axes of each kind; inference allocates nothing.
+        let (mut shape, rank) = ([0; 6], channels.len() + sides.len());
+        shape.iter_mut().zip(channels.iter().chain(sides)).for_each(|(axis, size)| *axis = *size);
+        let weight = g.reshape(&g.param(params, weight), &shape[..rank])?;
         Ok([Some(weight), Some(g.reshape(&g.param(params, bias), channels)?)])
     }
 }

@@ -116,7 +116,10 @@ mod tests {
             ];
             found(Site::Attn, &rows).unwrap()
         };
-        assert_eq!((hyena(4).as_str(), hyena(3).as_str()), ("hyena_x(taps=4)", "hyena_x(taps=3)"));
+        assert_eq!(
+            (hyena(4).as_str(), hyena(3).as_str()),
+            ("hyena_x(direction=causal, taps=4)", "hyena_x(direction=causal, taps=3)")
+        );
         for (kind, options) in [
             ("hyena_se", &[("taps", 3.0)][..]),
             ("hyena_y", &[("taps", 5.0)]),
