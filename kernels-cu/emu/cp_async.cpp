@@ -39,7 +39,7 @@ void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes, At at) {
     SharedAt to = resolve(dst, uint32_t(bytes), at);
     addressable(src, size_t(src_bytes), "cp.async source", at);
     addressable(to.p, size_t(bytes), "cp.async destination", at);
-    if (src_bytes) global(src, uint32_t(bytes), false, at);
+    if (src_bytes) count_global(src, uint32_t(src_bytes), false, at);
     unsigned g = f->copy_group % 4;
     release(f->seen, f->copy_sync[g].generic), acquire(f->copy_clock[g], f->copy_sync[g].generic);
     CpAsync c{dst, static_cast<const char*>(src), bytes, src_bytes, f->copy_group, f->copy_sequence++, at};

@@ -123,8 +123,12 @@ void* shared(uint32_t address, uint32_t bytes, bool store, At at) {
 
 void global(const void* p, uint32_t bytes, bool store, At at) {
     if (reinterpret_cast<uintptr_t>(p) % bytes) die(at, "global address %p is not aligned to %u bytes", p, bytes);
-    if (config().count) gather(reinterpret_cast<uintptr_t>(p), bytes, false, store, at);
+    count_global(p, bytes, store, at);
     addressable(p, bytes, "global memory", at);
+}
+
+void count_global(const void* p, uint32_t bytes, bool store, At at) {
+    if (config().count) gather(reinterpret_cast<uintptr_t>(p), bytes, false, store, at);
 }
 
 void addressable([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes, [[maybe_unused]] const char* what,

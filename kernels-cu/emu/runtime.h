@@ -314,6 +314,8 @@ SharedAt resolve(uint32_t address, uint32_t bytes, At);
 char* at_address(Block&, uint32_t address);
 // ASan: dies at the issuing line if a byte is poisoned.
 void addressable(const void* p, size_t bytes, const char* what, At);
+// An access to global memory, for the counters alone.
+void count_global(const void* p, uint32_t bytes, bool store, At);
 uint32_t swizzled(uint32_t address, uint32_t swizzle);
 void finish_cp_async(Fiber&, unsigned groups, unsigned sequences);
 // Counts an arrival and `bytes` landed at a barrier, as the copy engine.
