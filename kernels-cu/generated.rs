@@ -13,20 +13,28 @@ pub const OPS: &[OpInfo] = &[
     attention::INFO,
     axpy::INFO,
     branch_deltas::INFO,
+    conv2d::INFO,
+    conv_silu::INFO,
     cross_attention::INFO,
     cross_entropy::INFO,
     embed::INFO,
+    feature_gated_conv::INFO,
+    filter_window::INFO,
     gate_residual::INFO,
     gated_conv::INFO,
+    gated_conv_2d::INFO,
     gemm::INFO,
     kv_compress::INFO,
     linear_attention::INFO,
     ln_modulate::INFO,
+    long_conv::INFO,
     loss_diffusion::INFO,
     loss_regression::INFO,
+    mamba2::INFO,
     neighborhood_attention::INFO,
     patchify::INFO,
     philox::INFO,
+    rms_norm::INFO,
     sinusoid::INFO,
     solver_step::INFO,
     sum_squares::INFO,
@@ -43,6 +51,9 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     for case in branch_deltas::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(branch_deltas::gradcheck(case).into_iter().map(|row| ("branch_deltas", case.name, row)));
     }
+    for case in conv_silu::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(conv_silu::gradcheck(case).into_iter().map(|row| ("conv_silu", case.name, row)));
+    }
     for case in cross_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(cross_attention::gradcheck(case).into_iter().map(|row| ("cross_attention", case.name, row)));
     }
@@ -52,11 +63,20 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     for case in embed::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(embed::gradcheck(case).into_iter().map(|row| ("embed", case.name, row)));
     }
+    for case in feature_gated_conv::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(feature_gated_conv::gradcheck(case).into_iter().map(|row| ("feature_gated_conv", case.name, row)));
+    }
+    for case in filter_window::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(filter_window::gradcheck(case).into_iter().map(|row| ("filter_window", case.name, row)));
+    }
     for case in gate_residual::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(gate_residual::gradcheck(case).into_iter().map(|row| ("gate_residual", case.name, row)));
     }
     for case in gated_conv::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(gated_conv::gradcheck(case).into_iter().map(|row| ("gated_conv", case.name, row)));
+    }
+    for case in gated_conv_2d::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(gated_conv_2d::gradcheck(case).into_iter().map(|row| ("gated_conv_2d", case.name, row)));
     }
     for case in gemm::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(gemm::gradcheck(case).into_iter().map(|row| ("gemm", case.name, row)));
@@ -70,17 +90,26 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     for case in ln_modulate::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(ln_modulate::gradcheck(case).into_iter().map(|row| ("ln_modulate", case.name, row)));
     }
+    for case in long_conv::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(long_conv::gradcheck(case).into_iter().map(|row| ("long_conv", case.name, row)));
+    }
     for case in loss_diffusion::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(loss_diffusion::gradcheck(case).into_iter().map(|row| ("loss_diffusion", case.name, row)));
     }
     for case in loss_regression::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(loss_regression::gradcheck(case).into_iter().map(|row| ("loss_regression", case.name, row)));
     }
+    for case in mamba2::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(mamba2::gradcheck(case).into_iter().map(|row| ("mamba2", case.name, row)));
+    }
     for case in neighborhood_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(neighborhood_attention::gradcheck(case).into_iter().map(|row| ("neighborhood_attention", case.name, row)));
     }
     for case in patchify::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(patchify::gradcheck(case).into_iter().map(|row| ("patchify", case.name, row)));
+    }
+    for case in rms_norm::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(rms_norm::gradcheck(case).into_iter().map(|row| ("rms_norm", case.name, row)));
     }
     for case in unpatchify::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(unpatchify::gradcheck(case).into_iter().map(|row| ("unpatchify", case.name, row)));
@@ -447,6 +476,197 @@ pub mod branch_deltas {
     }
 }
 
+/// Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.
+pub mod conv2d {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+        pub oh: usize,
+        pub ow: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Pixels from one output to the next, along both axes.
+        pub stride: usize,
+        /// Rows of zeros above the image; below it are as many as the last output reads.
+        pub pad_h: usize,
+        /// Columns of zeros left of the image; right of it are as many as the last output reads.
+        pub pad_w: usize,
+        /// Negative results become 0.
+        pub relu: bool,
+        /// Products of operands rounded to bf16, accumulated in f32; implied by a weight stored in bf16.
+        pub bf16: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, H, W, C]` f32: Images, channels last.
+        pub x: &'a [T],
+        /// `[F, Kh, Kw, C]` f32|bf16: One kernel per output channel.
+        pub filters: Weight<'a, T>,
+        /// `[F]` f32: Added to every pixel.
+        pub bias: Option<&'a [T]>,
+        /// `[B, Oh, Ow, F]` f32: Result.
+        pub y: &'a mut [T],
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, c, f, kh, kw, oh, ow, .. } = dims;
+        2*b*oh*ow*f*kh*kw*c
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, h, w, c, f, kh, kw, oh, ow, .. } = dims;
+        4*(b*h*w*c + f*kh*kw*c + b*oh*ow*f)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, h: 1, w: 1, c: 1, f: 1, kh: 1, kw: 1, oh: 1, ow: 1 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "pointwise", tier: Tier::Tiny, dims: Dims { b: 2, h: 5, w: 7, c: 37, f: 19, kh: 1, kw: 1, oh: 5, ow: 7 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "pointwise_strided", tier: Tier::Tiny, dims: Dims { b: 2, h: 6, w: 5, c: 9, f: 33, kh: 1, kw: 1, oh: 3, ow: 3 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "stem", tier: Tier::Tiny, dims: Dims { b: 2, h: 19, w: 23, c: 3, f: 32, kh: 3, kw: 3, oh: 9, ow: 11 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "same_3x3", tier: Tier::Tiny, dims: Dims { b: 2, h: 9, w: 8, c: 20, f: 35, kh: 3, kw: 3, oh: 9, ow: 8 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "same_5x5", tier: Tier::Tiny, dims: Dims { b: 1, h: 7, w: 7, c: 48, f: 31, kh: 5, kw: 5, oh: 7, ow: 7 }, params: Params { stride: 1, pad_h: 2, pad_w: 2, relu: true, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "wide_kernel", tier: Tier::Tiny, dims: Dims { b: 2, h: 5, w: 11, c: 17, f: 16, kh: 1, kw: 7, oh: 5, ow: 11 }, params: Params { stride: 1, pad_h: 0, pad_w: 3, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "tall_kernel", tier: Tier::Tiny, dims: Dims { b: 2, h: 11, w: 5, c: 17, f: 16, kh: 7, kw: 1, oh: 11, ow: 5 }, params: Params { stride: 1, pad_h: 3, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "kernel_larger_than_image", tier: Tier::Tiny, dims: Dims { b: 1, h: 2, w: 3, c: 5, f: 4, kh: 7, kw: 7, oh: 2, ow: 3 }, params: Params { stride: 1, pad_h: 3, pad_w: 3, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "padded_below_only", tier: Tier::Tiny, dims: Dims { b: 2, h: 8, w: 6, c: 12, f: 14, kh: 3, kw: 3, oh: 4, ow: 3 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "long_k_blocks", tier: Tier::Tiny, dims: Dims { b: 3, h: 17, w: 17, c: 64, f: 40, kh: 3, kw: 3, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "bf16_products", tier: Tier::Tiny, dims: Dims { b: 2, h: 9, w: 7, c: 21, f: 34, kh: 3, kw: 3, oh: 9, ow: 7 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "bf16_weight", tier: Tier::Tiny, dims: Dims { b: 1, h: 6, w: 6, c: 70, f: 18, kh: 3, kw: 3, oh: 6, ow: 6 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
+        Case { name: "inception_stem", tier: Tier::Real, dims: Dims { b: 8, h: 147, w: 147, c: 32, f: 64, kh: 3, kw: 3, oh: 147, ow: 147 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "inception_3x3", tier: Tier::Real, dims: Dims { b: 8, h: 73, w: 73, c: 80, f: 192, kh: 3, kw: 3, oh: 71, ow: 71 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "inception_1x7", tier: Tier::Real, dims: Dims { b: 8, h: 17, w: 17, c: 192, f: 192, kh: 1, kw: 7, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 0, pad_w: 3, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "inception_1x1", tier: Tier::Real, dims: Dims { b: 8, h: 17, w: 17, c: 768, f: 192, kh: 1, kw: 1, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_512", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_512_bf16", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None };
+
+}
+
+/// Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.
+pub mod conv_silu {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub w: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// First column of `p` that is read.
+        pub offset: usize,
+        /// Go through the tokens from the last to the first.
+        pub reverse: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
+        pub p: &'a [T],
+        /// `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
+        pub weight: &'a [T],
+        /// `[C]` f32: Bias.
+        pub bias: &'a [T],
+        /// `[B, N, C]` f32: Convolved and activated columns.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, C]` f32: Convolved and activated columns.
+        pub dy: &'a [T],
+        /// `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
+        pub p: &'a [T],
+        /// `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
+        pub weight: &'a [T],
+        /// `[C]` f32: Bias.
+        pub bias: &'a [T],
+        /// `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
+        pub dp: Option<&'a mut [T]>,
+        /// `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
+        pub dweight: Option<&'a mut [T]>,
+        /// `[C]` f32: Bias.
+        pub dbias: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, c, k, .. } = dims;
+        b*n*c*(2*k + 5)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, c, k, .. } = dims;
+        4*(2*b*n*c + c*k + c)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, w: 53, c: 37, k: 4 }, params: Params { offset: 11, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "reversed", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, w: 53, c: 37, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_row", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, w: 8, c: 8, k: 3 }, params: Params { offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "more_taps_than_tokens", tier: Tier::Tiny, dims: Dims { b: 3, n: 3, w: 6, c: 5, k: 7 }, params: Params { offset: 1, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token_one_tap", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, w: 3, c: 1, k: 1 }, params: Params { offset: 2, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, w: 149, c: 131, k: 4 }, params: Params { offset: 16, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks_reversed", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, w: 149, c: 131, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, w: 656, c: 384, k: 4 }, params: Params { offset: 256, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "conv_silu", summary: "Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.", backward: true, cases: &["odd", "reversed", "whole_row", "more_taps_than_tokens", "one_token_one_tap", "blocks", "blocks_reversed", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 5e-5, rtol: 1e-5, rms: 3e-6 }) };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, w, c, k, .. } = dims;
+        let p = check::draw_f64(case.name, "p", b * n * w, Fill::Normal);
+        let weight = check::draw_f64(case.name, "weight", c * k, Fill::Uniform(-0.5f64, 0.5f64));
+        let bias = check::draw_f64(case.name, "bias", c, Fill::Uniform(-0.5f64, 0.5f64));
+        let cotangent = check::draw_f64(case.name, "dy", b * n * c, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |p: &[f64], weight: &[f64], bias: &[f64]| {
+            let mut y = vec![0.0f64; b * n * c];
+            super::super::conv_silu::reference::forward(Forward { dims, params, p: p, weight: weight, bias: bias, y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&p, &weight, &bias);
+        let mut dp = vec![0.0f64; b * n * w];
+        let mut dweight = vec![0.0f64; c * k];
+        let mut dbias = vec![0.0f64; c];
+        super::super::conv_silu::reference::backward(Backward { dims, params, dy: &cotangent, p: &p[..], weight: &weight[..], bias: &bias[..], dp: Some(&mut dp[..]), dweight: Some(&mut dweight[..]), dbias: Some(&mut dbias[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("p", case.name, &p, &dp, |moved| check::dot(&forward(moved, &weight, &bias).0, &cotangent))); }
+        { rows.push(check::directional("weight", case.name, &weight, &dweight, |moved| check::dot(&forward(&p, moved, &bias).0, &cotangent))); }
+        { rows.push(check::directional("bias", case.name, &bias, &dbias, |moved| check::dot(&forward(&p, &weight, moved).0, &cotangent))); }
+        rows
+    }
+}
+
 /// Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.
 pub mod cross_attention {
     use super::*;
@@ -747,6 +967,190 @@ pub mod embed {
     }
 }
 
+/// MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.
+pub mod feature_gated_conv {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 3, F]` f32: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
+        pub p: &'a [T],
+        /// `[N, K]` f32: Taps of each token, the earliest feature first.
+        pub weight: &'a [T],
+        /// `[N]` f32: Bias of each token.
+        pub bias: &'a [T],
+        /// `[B, N, F]` f32: Gated result, before the output projection.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, F]` f32: Gated result, before the output projection.
+        pub dy: &'a [T],
+        /// `[B, N, 3, F]` f32: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
+        pub p: &'a [T],
+        /// `[N, K]` f32: Taps of each token, the earliest feature first.
+        pub weight: &'a [T],
+        /// `[N]` f32: Bias of each token.
+        pub bias: &'a [T],
+        /// `[B, N, 3, F]` f32: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
+        pub dp: Option<&'a mut [T]>,
+        /// `[N, K]` f32: Taps of each token, the earliest feature first.
+        pub dweight: Option<&'a mut [T]>,
+        /// `[N]` f32: Bias of each token.
+        pub dbias: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, f, k, .. } = dims;
+        b*n*f*(6*k + 2)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, f, k, .. } = dims;
+        4*(4*b*n*f + n*k + n)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, f: 37, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "golden", tier: Tier::Tiny, dims: Dims { b: 2, n: 16, f: 80, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_chunk", tier: Tier::Tiny, dims: Dims { b: 1, n: 3, f: 301, k: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "more_taps_than_features", tier: Tier::Tiny, dims: Dims { b: 2, n: 2, f: 2, k: 9 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_of_everything", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, f: 1, k: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 4, n: 1, f: 19, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, f: 256, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, f: 2304, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "feature_gated_conv", summary: "MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.", backward: true, cases: &["odd", "golden", "over_a_chunk", "more_taps_than_features", "one_of_everything", "one_token", "fashion_b128", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }) };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, f, k, .. } = dims;
+        let p = check::draw_f64(case.name, "p", b * n * 3 * f, Fill::Normal);
+        let weight = check::draw_f64(case.name, "weight", n * k, Fill::Uniform(-0.5f64, 0.5f64));
+        let bias = check::draw_f64(case.name, "bias", n, Fill::Uniform(-0.5f64, 0.5f64));
+        let cotangent = check::draw_f64(case.name, "dy", b * n * f, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |p: &[f64], weight: &[f64], bias: &[f64]| {
+            let mut y = vec![0.0f64; b * n * f];
+            super::super::feature_gated_conv::reference::forward(Forward { dims, params, p: p, weight: weight, bias: bias, y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&p, &weight, &bias);
+        let mut dp = vec![0.0f64; b * n * 3 * f];
+        let mut dweight = vec![0.0f64; n * k];
+        let mut dbias = vec![0.0f64; n];
+        super::super::feature_gated_conv::reference::backward(Backward { dims, params, dy: &cotangent, p: &p[..], weight: &weight[..], bias: &bias[..], dp: Some(&mut dp[..]), dweight: Some(&mut dweight[..]), dbias: Some(&mut dbias[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("p", case.name, &p, &dp, |moved| check::dot(&forward(moved, &weight, &bias).0, &cotangent))); }
+        { rows.push(check::directional("weight", case.name, &weight, &dweight, |moved| check::dot(&forward(&p, moved, &bias).0, &cotangent))); }
+        { rows.push(check::directional("bias", case.name, &bias, &dbias, |moved| check::dot(&forward(&p, &weight, moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Exponential window over implicit filters, which are turned from lags by channels to channels by lags.
+pub mod filter_window {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub l: usize,
+        pub c: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// The lag that the window leaves as it is.
+        pub centre: usize,
+        /// Channels over which the decay goes from slow to fast; it starts again with the next ones.
+        pub period: usize,
+        /// Least decay per lag.
+        pub slow: f32,
+        /// Most decay per lag.
+        pub fast: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[L, C]` f32: Filters of every channel, lags first, as a network over positions gives them.
+        pub x: &'a [T],
+        /// `[C, L]` f32: Windowed filters, channels first.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[C, L]` f32: Windowed filters, channels first.
+        pub dy: &'a [T],
+        /// `[L, C]` f32: Filters of every channel, lags first, as a network over positions gives them.
+        pub dx: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { l, c, .. } = dims;
+        12*l*c
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { l, c, .. } = dims;
+        8*l*c
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { l: 19, c: 37 }, params: Params { centre: 0, period: 37, slow: 0.01, fast: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "centred_two_periods", tier: Tier::Tiny, dims: Dims { l: 41, c: 23 }, params: Params { centre: 20, period: 12, slow: 0.0, fast: 0.3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { l: 1, c: 1 }, params: Params { centre: 0, period: 1, slow: 1.0, fast: 2.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_centred", tier: Tier::Real, dims: Dims { l: 511, c: 1152 }, params: Params { centre: 255, period: 1152, slow: 0.01, fast: 0.06 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "filter_window", summary: "Exponential window over implicit filters, which are turned from lags by channels to channels by lags.", backward: true, cases: &["odd", "centred_two_periods", "one", "dit_xl_256_centred"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { l, c, .. } = dims;
+        let x = check::draw_f64(case.name, "x", l * c, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", c * l, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64]| {
+            let mut y = vec![0.0f64; c * l];
+            super::super::filter_window::reference::forward(Forward { dims, params, x: x, y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&x);
+        let mut dx = vec![0.0f64; l * c];
+        super::super::filter_window::reference::backward(Backward { dims, params, dy: &cotangent, dx: Some(&mut dx[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
+}
+
 /// Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.
 pub mod gate_residual {
     use super::*;
@@ -855,6 +1259,8 @@ pub mod gated_conv {
     pub struct Params {
         /// Taps before the current token: K - 1 is causal, (K - 1) / 2 is centred.
         pub lead: usize,
+        /// Channels, the last ones, that run against token order; half of them make a causal operator bidirectional.
+        pub reversed: usize,
     }
 
     pub struct Forward<'a, T> {
@@ -915,25 +1321,31 @@ pub mod gated_conv {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "se_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, c: 37, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "se_centred", tier: Tier::Tiny, dims: Dims { b: 3, n: 11, c: 17, k: 7 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "x_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, c: 40, k: 4 }, params: Params { lead: 3 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "x_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 6, c: 5, k: 3 }, params: Params { lead: 1 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "y_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 9, c: 33, k: 4 }, params: Params { lead: 3 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
-        Case { name: "y_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 13, c: 3, k: 4 }, params: Params { lead: 1 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, c: 9, k: 3 }, params: Params { lead: 1 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_tap", tier: Tier::Tiny, dims: Dims { b: 1, n: 5, c: 1, k: 1 }, params: Params { lead: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "more_taps_than_tokens", tier: Tier::Tiny, dims: Dims { b: 2, n: 5, c: 8, k: 7 }, params: Params { lead: 6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "anticausal", tier: Tier::Tiny, dims: Dims { b: 1, n: 8, c: 18, k: 3 }, params: Params { lead: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 301, c: 131, k: 4 }, params: Params { lead: 2 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "many_taps", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, c: 19, k: 64 }, params: Params { lead: 63 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, c: 128, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256_x", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 1152, k: 4 }, params: Params { lead: 3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, c: 37, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_centred", tier: Tier::Tiny, dims: Dims { b: 3, n: 11, c: 17, k: 7 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "x_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, c: 40, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "x_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 6, c: 5, k: 3 }, params: Params { lead: 1, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 9, c: 33, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 13, c: 3, k: 4 }, params: Params { lead: 1, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, c: 9, k: 3 }, params: Params { lead: 1, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_tap", tier: Tier::Tiny, dims: Dims { b: 1, n: 5, c: 1, k: 1 }, params: Params { lead: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "more_taps_than_tokens", tier: Tier::Tiny, dims: Dims { b: 2, n: 5, c: 8, k: 7 }, params: Params { lead: 6, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "anticausal", tier: Tier::Tiny, dims: Dims { b: 1, n: 8, c: 18, k: 3 }, params: Params { lead: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 301, c: 131, k: 4 }, params: Params { lead: 2, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "many_taps", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, c: 19, k: 64 }, params: Params { lead: 63, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_bidirectional", tier: Tier::Tiny, dims: Dims { b: 2, n: 21, c: 37, k: 4 }, params: Params { lead: 3, reversed: 18 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "x_bidirectional", tier: Tier::Tiny, dims: Dims { b: 1, n: 70, c: 33, k: 5 }, params: Params { lead: 4, reversed: 17 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_all_reversed", tier: Tier::Tiny, dims: Dims { b: 2, n: 9, c: 5, k: 4 }, params: Params { lead: 2, reversed: 5 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "bidirectional_blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 301, c: 131, k: 4 }, params: Params { lead: 3, reversed: 65 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "bidirectional_more_taps_than_tokens", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, c: 8, k: 7 }, params: Params { lead: 5, reversed: 4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, c: 128, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_x", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_bidirectional", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }) };
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "se_bidirectional", "x_bidirectional", "y_all_reversed", "bidirectional_blocks", "bidirectional_more_taps_than_tokens", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "dit_xl_256_bidirectional", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }) };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -968,6 +1380,131 @@ pub mod gated_conv {
     }
 }
 
+/// Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.
+pub mod gated_conv_2d {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, Gh, Gw, 3, C]` f32: Queries, keys and values of every token side by side, as the input projection writes them.
+        pub p: &'a [T],
+        /// `[3, C, K, K]` f32: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
+        pub short_weight: Option<&'a [T]>,
+        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        pub short_bias: Option<&'a [T]>,
+        /// `[C, K, K]` f32: Taps of the convolution on k * v; absent in the X form.
+        pub inner_weight: Option<&'a [T]>,
+        /// `[C]` f32: Bias of the convolution on k * v.
+        pub inner_bias: Option<&'a [T]>,
+        /// `[B, Gh, Gw, C]` f32: Gated result, before the output projection.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, Gh, Gw, C]` f32: Gated result, before the output projection.
+        pub dy: &'a [T],
+        /// `[B, Gh, Gw, 3, C]` f32: Queries, keys and values of every token side by side, as the input projection writes them.
+        pub p: &'a [T],
+        /// `[3, C, K, K]` f32: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
+        pub short_weight: Option<&'a [T]>,
+        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        pub short_bias: Option<&'a [T]>,
+        /// `[C, K, K]` f32: Taps of the convolution on k * v; absent in the X form.
+        pub inner_weight: Option<&'a [T]>,
+        /// `[C]` f32: Bias of the convolution on k * v.
+        pub inner_bias: Option<&'a [T]>,
+        /// `[B, Gh, Gw, 3, C]` f32: Queries, keys and values of every token side by side, as the input projection writes them.
+        pub dp: Option<&'a mut [T]>,
+        /// `[3, C, K, K]` f32: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
+        pub dshort_weight: Option<&'a mut [T]>,
+        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        pub dshort_bias: Option<&'a mut [T]>,
+        /// `[C, K, K]` f32: Taps of the convolution on k * v; absent in the X form.
+        pub dinner_weight: Option<&'a mut [T]>,
+        /// `[C]` f32: Bias of the convolution on k * v.
+        pub dinner_bias: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, gh, gw, c, k, .. } = dims;
+        b*gh*gw*c*(8*k*k + 2)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, gh, gw, c, k, .. } = dims;
+        4*(4*b*gh*gw*c + 4*c*k*k + 4*c)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "se_odd", tier: Tier::Tiny, dims: Dims { b: 2, gh: 5, gw: 7, c: 37, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "x_wide_grid", tier: Tier::Tiny, dims: Dims { b: 1, gh: 3, gw: 11, c: 18, k: 3 }, params: Params {  }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_tall_grid", tier: Tier::Tiny, dims: Dims { b: 2, gh: 9, gw: 2, c: 5, k: 3 }, params: Params {  }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "five_by_five", tier: Tier::Tiny, dims: Dims { b: 1, gh: 6, gw: 8, c: 19, k: 5 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "window_over_the_grid", tier: Tier::Tiny, dims: Dims { b: 2, gh: 2, gw: 3, c: 9, k: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, gh: 1, gw: 1, c: 9, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_tap", tier: Tier::Tiny, dims: Dims { b: 1, gh: 4, gw: 3, c: 1, k: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_row", tier: Tier::Tiny, dims: Dims { b: 1, gh: 1, gw: 13, c: 6, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, gh: 21, gw: 17, c: 131, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, gh: 7, gw: 7, c: 128, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, gh: 16, gw: 16, c: 1152, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_x", tier: Tier::Real, dims: Dims { b: 2, gh: 16, gw: 16, c: 1152, k: 3 }, params: Params {  }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, gh: 128, gw: 128, c: 1152, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv_2d", summary: "Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.", backward: true, cases: &["se_odd", "x_wide_grid", "y_tall_grid", "five_by_five", "window_over_the_grid", "one_token", "one_tap", "one_row", "blocks", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }) };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, gh, gw, c, k, .. } = dims;
+        let p = check::draw_f64(case.name, "p", b * gh * gw * 3 * c, Fill::Normal);
+        let short_weight = check::draw_f64(case.name, "short_weight", 3 * c * k * k, Fill::Uniform(-0.3f64, 0.3f64));
+        let short_bias = check::draw_f64(case.name, "short_bias", 3 * c, Fill::Uniform(-0.3f64, 0.3f64));
+        let inner_weight = check::draw_f64(case.name, "inner_weight", c * k * k, Fill::Uniform(-0.3f64, 0.3f64));
+        let inner_bias = check::draw_f64(case.name, "inner_bias", c, Fill::Uniform(-0.3f64, 0.3f64));
+        let cotangent = check::draw_f64(case.name, "dy", b * gh * gw * c, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |p: &[f64], short_weight: &[f64], short_bias: &[f64], inner_weight: &[f64], inner_bias: &[f64]| {
+            let mut y = vec![0.0f64; b * gh * gw * c];
+            super::super::gated_conv_2d::reference::forward(Forward { dims, params, p: p, short_weight: (!absent("short_weight")).then_some(short_weight), short_bias: (!absent("short_bias")).then_some(short_bias), inner_weight: (!absent("inner_weight")).then_some(inner_weight), inner_bias: (!absent("inner_bias")).then_some(inner_bias), y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&p, &short_weight, &short_bias, &inner_weight, &inner_bias);
+        let mut dp = vec![0.0f64; b * gh * gw * 3 * c];
+        let mut dshort_weight = vec![0.0f64; 3 * c * k * k];
+        let mut dshort_bias = vec![0.0f64; 3 * c];
+        let mut dinner_weight = vec![0.0f64; c * k * k];
+        let mut dinner_bias = vec![0.0f64; c];
+        super::super::gated_conv_2d::reference::backward(Backward { dims, params, dy: &cotangent, p: &p[..], short_weight: (!absent("short_weight")).then_some(&short_weight[..]), short_bias: (!absent("short_bias")).then_some(&short_bias[..]), inner_weight: (!absent("inner_weight")).then_some(&inner_weight[..]), inner_bias: (!absent("inner_bias")).then_some(&inner_bias[..]), dp: Some(&mut dp[..]), dshort_weight: (!absent("short_weight")).then_some(&mut dshort_weight[..]), dshort_bias: (!absent("short_bias")).then_some(&mut dshort_bias[..]), dinner_weight: (!absent("inner_weight")).then_some(&mut dinner_weight[..]), dinner_bias: (!absent("inner_bias")).then_some(&mut dinner_bias[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("p", case.name, &p, &dp, |moved| check::dot(&forward(moved, &short_weight, &short_bias, &inner_weight, &inner_bias).0, &cotangent))); }
+        if !absent("short_weight") { rows.push(check::directional("short_weight", case.name, &short_weight, &dshort_weight, |moved| check::dot(&forward(&p, moved, &short_bias, &inner_weight, &inner_bias).0, &cotangent))); }
+        if !absent("short_bias") { rows.push(check::directional("short_bias", case.name, &short_bias, &dshort_bias, |moved| check::dot(&forward(&p, &short_weight, moved, &inner_weight, &inner_bias).0, &cotangent))); }
+        if !absent("inner_weight") { rows.push(check::directional("inner_weight", case.name, &inner_weight, &dinner_weight, |moved| check::dot(&forward(&p, &short_weight, &short_bias, moved, &inner_bias).0, &cotangent))); }
+        if !absent("inner_bias") { rows.push(check::directional("inner_bias", case.name, &inner_bias, &dinner_bias, |moved| check::dot(&forward(&p, &short_weight, &short_bias, &inner_weight, moved).0, &cotangent))); }
+        rows
+    }
+}
+
 /// Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.
 pub mod gemm {
     use super::*;
@@ -983,7 +1520,7 @@ pub mod gemm {
 
     #[derive(Clone, Copy, Debug, PartialEq)]
     pub struct Params {
-        /// 0 none, 1 GELU (tanh approximation), 2 SiLU.
+        /// 0 none, 1 GELU (tanh approximation), 2 SiLU, 3 sine.
         pub act: usize,
         /// Row of `gate` that multiplies; unused without a gate.
         pub gate_row: usize,
@@ -1056,6 +1593,7 @@ pub mod gemm {
         Case { name: "plain_over_tile", tier: Tier::Tiny, dims: Dims { b: 2, n: 65, k: 129, f: 65, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
         Case { name: "gelu", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
         Case { name: "silu_vectors", tier: Tier::Tiny, dims: Dims { b: 3, n: 1, k: 130, f: 97, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "sine", tier: Tier::Tiny, dims: Dims { b: 1, n: 37, k: 17, f: 33, c: 0 }, params: Params { act: 3, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
         Case { name: "gelu_residual_pos", tier: Tier::Tiny, dims: Dims { b: 2, n: 7, k: 19, f: 33, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["bias", "gate"], bf16: &[], gradcheck: true },
         Case { name: "gate_residual", tier: Tier::Tiny, dims: Dims { b: 3, n: 17, k: 41, f: 48, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
         Case { name: "gate_everything", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, k: 16, f: 31, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &[], bf16: &[], gradcheck: true },
@@ -1076,7 +1614,7 @@ pub mod gemm {
         Case { name: "pixart_2k_fc1", tier: Tier::Real, dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1459,6 +1997,140 @@ pub mod ln_modulate {
     }
 }
 
+/// The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.
+pub mod long_conv {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub l: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Taps of the short filters before the current token; unused without them.
+        pub lead: usize,
+        /// Place of the current token in the long filter: 0 is causal, N - 1 with L = 2N - 1 sees the whole sequence.
+        pub centre: usize,
+        /// Channels, the last ones, that run against token order; half of them make a causal operator bidirectional.
+        pub reversed: usize,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+        pub p: &'a [T],
+        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first.
+        pub short_weight: Option<&'a [T]>,
+        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        pub short_bias: Option<&'a [T]>,
+        /// `[C, L]` f32: The long filter of each channel by lag: tap l reads the token l - centre places back.
+        pub filter: &'a [T],
+        /// `[C]` f32: Factor of the current k * v beside the filter.
+        pub skip: &'a [T],
+        /// `[B, N, C]` f32: Gated result, before the output projection.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, C]` f32: Gated result, before the output projection.
+        pub dy: &'a [T],
+        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+        pub p: &'a [T],
+        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first.
+        pub short_weight: Option<&'a [T]>,
+        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        pub short_bias: Option<&'a [T]>,
+        /// `[C, L]` f32: The long filter of each channel by lag: tap l reads the token l - centre places back.
+        pub filter: &'a [T],
+        /// `[C]` f32: Factor of the current k * v beside the filter.
+        pub skip: &'a [T],
+        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+        pub dp: Option<&'a mut [T]>,
+        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first.
+        pub dshort_weight: Option<&'a mut [T]>,
+        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        pub dshort_bias: Option<&'a mut [T]>,
+        /// `[C, L]` f32: The long filter of each channel by lag: tap l reads the token l - centre places back.
+        pub dfilter: Option<&'a mut [T]>,
+        /// `[C]` f32: Factor of the current k * v beside the filter.
+        pub dskip: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, c, k, l, .. } = dims;
+        b*n*c*(6*k + 4 + 2*l)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, c, k, l, .. } = dims;
+        4*(4*b*n*c + c*l + 3*c*k + 4*c)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, c: 37, k: 4, l: 19 }, params: Params { lead: 3, centre: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "centred", tier: Tier::Tiny, dims: Dims { b: 3, n: 13, c: 17, k: 3, l: 25 }, params: Params { lead: 1, centre: 12, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "bidirectional", tier: Tier::Tiny, dims: Dims { b: 2, n: 21, c: 35, k: 4, l: 21 }, params: Params { lead: 3, centre: 0, reversed: 17 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "no_short_filters", tier: Tier::Tiny, dims: Dims { b: 2, n: 11, c: 16, k: 0, l: 11 }, params: Params { lead: 0, centre: 0, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "filter_shorter_than_the_sequence", tier: Tier::Tiny, dims: Dims { b: 1, n: 23, c: 5, k: 2, l: 6 }, params: Params { lead: 1, centre: 2, reversed: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "filter_longer_than_the_sequence", tier: Tier::Tiny, dims: Dims { b: 1, n: 5, c: 3, k: 7, l: 17 }, params: Params { lead: 6, centre: 4, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, c: 9, k: 3, l: 1 }, params: Params { lead: 1, centre: 0, reversed: 4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "many_samples", tier: Tier::Tiny, dims: Dims { b: 19, n: 7, c: 4, k: 2, l: 7 }, params: Params { lead: 1, centre: 0, reversed: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "by_transform_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 1030, c: 3, k: 4, l: 1030 }, params: Params { lead: 3, centre: 0, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "by_transform_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 700, c: 5, k: 3, l: 1399 }, params: Params { lead: 1, centre: 699, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "by_transform_short_filter", tier: Tier::Tiny, dims: Dims { b: 1, n: 2100, c: 2, k: 1, l: 900 }, params: Params { lead: 0, centre: 200, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, c: 128, k: 4, l: 49 }, params: Params { lead: 3, centre: 0, reversed: 64 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4, l: 256 }, params: Params { lead: 3, centre: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_centred", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4, l: 511 }, params: Params { lead: 1, centre: 255, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_512", tier: Tier::Real, dims: Dims { b: 2, n: 1024, c: 1152, k: 4, l: 1024 }, params: Params { lead: 3, centre: 0, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 1152, k: 4, l: 16384 }, params: Params { lead: 3, centre: 0, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "long_conv", summary: "The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.", backward: true, cases: &["causal", "centred", "bidirectional", "no_short_filters", "filter_shorter_than_the_sequence", "filter_longer_than_the_sequence", "one_token", "many_samples", "by_transform_causal", "by_transform_centred", "by_transform_short_filter", "fashion_b128", "dit_xl_256", "dit_xl_256_centred", "dit_xl_512", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 2e-4, rtol: 1e-5, rms: 3e-6 }) };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, c, k, l, .. } = dims;
+        let p = check::draw_f64(case.name, "p", b * n * 3 * c, Fill::Normal);
+        let short_weight = check::draw_f64(case.name, "short_weight", 3 * c * k, Fill::Uniform(-0.5f64, 0.5f64));
+        let short_bias = check::draw_f64(case.name, "short_bias", 3 * c, Fill::Uniform(-0.5f64, 0.5f64));
+        let filter = check::draw_f64(case.name, "filter", c * l, Fill::Uniform(-0.3f64, 0.3f64));
+        let skip = check::draw_f64(case.name, "skip", c, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * c, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |p: &[f64], short_weight: &[f64], short_bias: &[f64], filter: &[f64], skip: &[f64]| {
+            let mut y = vec![0.0f64; b * n * c];
+            super::super::long_conv::reference::forward(Forward { dims, params, p: p, short_weight: (!absent("short_weight")).then_some(short_weight), short_bias: (!absent("short_bias")).then_some(short_bias), filter: filter, skip: skip, y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&p, &short_weight, &short_bias, &filter, &skip);
+        let mut dp = vec![0.0f64; b * n * 3 * c];
+        let mut dshort_weight = vec![0.0f64; 3 * c * k];
+        let mut dshort_bias = vec![0.0f64; 3 * c];
+        let mut dfilter = vec![0.0f64; c * l];
+        let mut dskip = vec![0.0f64; c];
+        super::super::long_conv::reference::backward(Backward { dims, params, dy: &cotangent, p: &p[..], short_weight: (!absent("short_weight")).then_some(&short_weight[..]), short_bias: (!absent("short_bias")).then_some(&short_bias[..]), filter: &filter[..], skip: &skip[..], dp: Some(&mut dp[..]), dshort_weight: (!absent("short_weight")).then_some(&mut dshort_weight[..]), dshort_bias: (!absent("short_bias")).then_some(&mut dshort_bias[..]), dfilter: Some(&mut dfilter[..]), dskip: Some(&mut dskip[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("p", case.name, &p, &dp, |moved| check::dot(&forward(moved, &short_weight, &short_bias, &filter, &skip).0, &cotangent))); }
+        if !absent("short_weight") { rows.push(check::directional("short_weight", case.name, &short_weight, &dshort_weight, |moved| check::dot(&forward(&p, moved, &short_bias, &filter, &skip).0, &cotangent))); }
+        if !absent("short_bias") { rows.push(check::directional("short_bias", case.name, &short_bias, &dshort_bias, |moved| check::dot(&forward(&p, &short_weight, moved, &filter, &skip).0, &cotangent))); }
+        { rows.push(check::directional("filter", case.name, &filter, &dfilter, |moved| check::dot(&forward(&p, &short_weight, &short_bias, moved, &skip).0, &cotangent))); }
+        { rows.push(check::directional("skip", case.name, &skip, &dskip, |moved| check::dot(&forward(&p, &short_weight, &short_bias, &filter, moved).0, &cotangent))); }
+        rows
+    }
+}
+
 /// Training loss of DiT: squared error of the noise plus the variational bound of the learned variance.
 pub mod loss_diffusion {
     use super::*;
@@ -1650,6 +2322,134 @@ pub mod loss_regression {
         super::super::loss_regression::reference::backward(Backward { dims, params, dloss: &cotangent, pred: &pred[..], target: &target[..], dpred: Some(&mut dpred[..]) });
         let mut rows = Vec::new();
         { rows.push(check::directional("pred", case.name, &pred, &dpred, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.
+pub mod mamba2 {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// First column of the step sizes in `p`.
+        pub dt_offset: usize,
+        /// Go through the tokens from the last to the first.
+        pub reverse: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
+        pub xbc: &'a [T],
+        /// `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+        pub p: &'a [T],
+        /// `[H]` f32: Added to the step sizes before softplus.
+        pub dt_bias: &'a [T],
+        /// `[H]` f32: Logarithm of the decay rate of each head.
+        pub a_log: &'a [T],
+        /// `[H]` f32: Factor of the direct path of each head (D in the literature).
+        pub skip: &'a [T],
+        /// `[B, N, H*E]` f32: Added to the result: that of the other direction.
+        pub residual: Option<&'a [T]>,
+        /// `[B, N, H*E]` f32: Result, head by head.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, H*E]` f32: Result, head by head.
+        pub dy: &'a [T],
+        /// `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
+        pub xbc: &'a [T],
+        /// `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+        pub p: &'a [T],
+        /// `[H]` f32: Added to the step sizes before softplus.
+        pub dt_bias: &'a [T],
+        /// `[H]` f32: Logarithm of the decay rate of each head.
+        pub a_log: &'a [T],
+        /// `[H]` f32: Factor of the direct path of each head (D in the literature).
+        pub skip: &'a [T],
+        /// `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
+        pub dxbc: Option<&'a mut [T]>,
+        /// `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+        pub dp: Option<&'a mut [T]>,
+        /// `[H]` f32: Added to the step sizes before softplus.
+        pub ddt_bias: Option<&'a mut [T]>,
+        /// `[H]` f32: Logarithm of the decay rate of each head.
+        pub da_log: Option<&'a mut [T]>,
+        /// `[H]` f32: Factor of the direct path of each head (D in the literature).
+        pub dskip: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, h, e, k, .. } = dims;
+        b*n*h*e*(5*k + 3)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, h, e, k, .. } = dims;
+        4*(2*b*n*h*e + 2*b*n*k + b*n*h)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, w: 11, h: 3, e: 5, k: 7 }, params: Params { dt_offset: 6, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "reversed", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, w: 11, h: 3, e: 5, k: 7 }, params: Params { dt_offset: 8, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, w: 1, h: 1, e: 1, k: 1 }, params: Params { dt_offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "published_widths", tier: Tier::Tiny, dims: Dims { b: 1, n: 96, w: 21, h: 9, e: 16, k: 64 }, params: Params { dt_offset: 12, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "wide_heads", tier: Tier::Tiny, dims: Dims { b: 1, n: 49, w: 2, h: 2, e: 70, k: 130 }, params: Params { dt_offset: 0, reverse: true }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, w: 656, h: 16, e: 16, k: 64 }, params: Params { dt_offset: 640, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, w, h, e, k, .. } = dims;
+        let xbc = check::draw_f64(case.name, "xbc", b * n * (h*e + 2*k), Fill::Normal);
+        let p = check::draw_f64(case.name, "p", b * n * w, Fill::Normal);
+        let dt_bias = check::draw_f64(case.name, "dt_bias", h, Fill::Uniform(-4f64, 0f64));
+        let a_log = check::draw_f64(case.name, "a_log", h, Fill::Uniform(0f64, 2.7f64));
+        let skip = check::draw_f64(case.name, "skip", h, Fill::Normal);
+        let residual = check::draw_f64(case.name, "residual", b * n * h*e, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * h*e, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |xbc: &[f64], p: &[f64], dt_bias: &[f64], a_log: &[f64], skip: &[f64]| {
+            let mut y = vec![0.0f64; b * n * h*e];
+            super::super::mamba2::reference::forward(Forward { dims, params, xbc: xbc, p: p, dt_bias: dt_bias, a_log: a_log, skip: skip, residual: (!absent("residual")).then_some(&residual[..]), y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&xbc, &p, &dt_bias, &a_log, &skip);
+        let mut dxbc = vec![0.0f64; b * n * (h*e + 2*k)];
+        let mut dp = vec![0.0f64; b * n * w];
+        let mut ddt_bias = vec![0.0f64; h];
+        let mut da_log = vec![0.0f64; h];
+        let mut dskip = vec![0.0f64; h];
+        super::super::mamba2::reference::backward(Backward { dims, params, dy: &cotangent, xbc: &xbc[..], p: &p[..], dt_bias: &dt_bias[..], a_log: &a_log[..], skip: &skip[..], dxbc: Some(&mut dxbc[..]), dp: Some(&mut dp[..]), ddt_bias: Some(&mut ddt_bias[..]), da_log: Some(&mut da_log[..]), dskip: Some(&mut dskip[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("xbc", case.name, &xbc, &dxbc, |moved| check::dot(&forward(moved, &p, &dt_bias, &a_log, &skip).0, &cotangent))); }
+        { rows.push(check::directional("p", case.name, &p, &dp, |moved| check::dot(&forward(&xbc, moved, &dt_bias, &a_log, &skip).0, &cotangent))); }
+        { rows.push(check::directional("dt_bias", case.name, &dt_bias, &ddt_bias, |moved| check::dot(&forward(&xbc, &p, moved, &a_log, &skip).0, &cotangent))); }
+        { rows.push(check::directional("a_log", case.name, &a_log, &da_log, |moved| check::dot(&forward(&xbc, &p, &dt_bias, moved, &skip).0, &cotangent))); }
+        { rows.push(check::directional("skip", case.name, &skip, &dskip, |moved| check::dot(&forward(&xbc, &p, &dt_bias, &a_log, moved).0, &cotangent))); }
         rows
     }
 }
@@ -1883,6 +2683,116 @@ pub mod philox {
 
     pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }) };
 
+}
+
+/// Root-mean-square norm with a weight, after a SiLU gate where there is one.
+pub mod rms_norm {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub d: usize,
+        pub w: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// First column of the gate in its row; unused without one.
+        pub gate_offset: usize,
+        /// Added to the mean square.
+        pub eps: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, D]` f32: Rows.
+        pub x: &'a [T],
+        /// `[B, N, W]` f32: Packed rows that hold the gate; the gradient is zero outside its columns.
+        pub gate: Option<&'a [T]>,
+        /// `[D]` f32: Factor of each column.
+        pub weight: &'a [T],
+        /// `[B, N, D]` f32: Normalised rows.
+        pub y: &'a mut [T],
+        /// `[B, N]` f32: Reciprocal root mean square of each row.
+        pub rstd: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, D]` f32: Normalised rows.
+        pub dy: &'a [T],
+        /// `[B, N, D]` f32: Rows.
+        pub x: &'a [T],
+        /// `[B, N, W]` f32: Packed rows that hold the gate; the gradient is zero outside its columns.
+        pub gate: Option<&'a [T]>,
+        /// `[D]` f32: Factor of each column.
+        pub weight: &'a [T],
+        /// `[B, N]` f32: Reciprocal root mean square of each row.
+        pub rstd: &'a [T],
+        /// `[B, N, D]` f32: Rows.
+        pub dx: Option<&'a mut [T]>,
+        /// `[B, N, W]` f32: Packed rows that hold the gate; the gradient is zero outside its columns.
+        pub dgate: Option<&'a mut [T]>,
+        /// `[D]` f32: Factor of each column.
+        pub dweight: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        10*b*n*d
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        4*(3*b*n*d + b*n + d)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "plain", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
+        Case { name: "gated", tier: Tier::Tiny, dims: Dims { b: 2, n: 7, d: 40, w: 101 }, params: Params { gate_offset: 13, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "gate_is_the_row", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, d: 8, w: 8 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 2, n: 81, d: 19, w: 24 }, params: Params { gate_offset: 5, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_column", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, d: 1, w: 0 }, params: Params { gate_offset: 0, eps: 0.01 }, absent: &["gate"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, d: 256, w: 656 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, d: 2304, w: 4880 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "t5_xxl_300", tier: Tier::Real, dims: Dims { b: 2, n: 300, d: 4096, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "gated", "gate_is_the_row", "blocks", "one_column", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, d, w, .. } = dims;
+        let x = check::draw_f64(case.name, "x", b * n * d, Fill::Normal);
+        let gate = check::draw_f64(case.name, "gate", b * n * w, Fill::Normal);
+        let weight = check::draw_f64(case.name, "weight", d, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * d, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64], gate: &[f64], weight: &[f64]| {
+            let mut y = vec![0.0f64; b * n * d];
+            let mut rstd = vec![0.0f64; b * n];
+            super::super::rms_norm::reference::forward(Forward { dims, params, x: x, gate: (!absent("gate")).then_some(gate), weight: weight, y: &mut y[..], rstd: &mut rstd[..] });
+            (y, rstd)
+        };
+        let (y, rstd) = forward(&x, &gate, &weight);
+        let mut dx = vec![0.0f64; b * n * d];
+        let mut dgate = vec![0.0f64; b * n * w];
+        let mut dweight = vec![0.0f64; d];
+        super::super::rms_norm::reference::backward(Backward { dims, params, dy: &cotangent, x: &x[..], gate: (!absent("gate")).then_some(&gate[..]), weight: &weight[..], rstd: &rstd[..], dx: Some(&mut dx[..]), dgate: (!absent("gate")).then_some(&mut dgate[..]), dweight: Some(&mut dweight[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &gate, &weight).0, &cotangent))); }
+        if !absent("gate") { rows.push(check::directional("gate", case.name, &gate, &dgate, |moved| check::dot(&forward(&x, moved, &weight).0, &cotangent))); }
+        { rows.push(check::directional("weight", case.name, &weight, &dweight, |moved| check::dot(&forward(&x, &gate, moved).0, &cotangent))); }
+        rows
+    }
 }
 
 /// Sinusoidal features of the timestep, cosines first, every step of the phase rounded to f32 as in DiT.

@@ -15,20 +15,28 @@ pub mod add_noise;
 pub mod attention;
 pub mod axpy;
 pub mod branch_deltas;
+pub mod conv2d;
+pub mod conv_silu;
 pub mod cross_attention;
 pub mod cross_entropy;
 pub mod embed;
+pub mod feature_gated_conv;
+pub mod filter_window;
 pub mod gate_residual;
 pub mod gated_conv;
+pub mod gated_conv_2d;
 pub mod gemm;
 pub mod kv_compress;
 pub mod linear_attention;
 pub mod ln_modulate;
+pub mod long_conv;
 pub mod loss_diffusion;
 pub mod loss_regression;
+pub mod mamba2;
 pub mod neighborhood_attention;
 pub mod patchify;
 pub mod philox;
+pub mod rms_norm;
 pub mod sinusoid;
 pub mod solver_step;
 pub mod sum_squares;
@@ -58,6 +66,22 @@ impl Real for f64 {
     }
     fn from_f64(value: f64) -> Self {
         value
+    }
+}
+
+/// The order in which an operator goes through the tokens of a sample.
+#[derive(Clone, Copy, Debug)]
+pub struct Order {
+    /// Tokens.
+    pub n: usize,
+    /// From the last token to the first.
+    pub reverse: bool,
+}
+
+impl Order {
+    /// The token at a time, and the time of a token: the same exchange.
+    pub fn token(self, time: usize) -> usize {
+        if self.reverse { self.n - 1 - time } else { time }
     }
 }
 

@@ -56,7 +56,10 @@ fn per_step(model: &Dit, request: &Request) -> Vec<usize> {
 fn no_allocation_after_the_warm_up() {
     let config = DitConfig { patch: 2, input_size: 16, in_channels: 3, classes: 10, ..DitConfig::plain(3, 64, 4) };
     let mut grafted = config.clone();
-    grafted.blocks[1].attn = Spec::new("hyena_x").with("taps", 4.0);
+    grafted.blocks[0].attn = Spec::new("hyena_2d").with("variant", "se");
+    grafted.blocks[0].mlp = Spec::new("mlp_hyena_x");
+    grafted.blocks[1].attn = Spec::new("hyena_x").with("taps", 4.0).with("direction", "bidirectional");
+    grafted.blocks[2].attn = Spec::new("long_conv").with("direction", "centred");
     let models = [("plain", config), ("grafted", grafted)].map(|(n, c)| (n, Dit::new(c, &Device::cpu(), 1).unwrap()));
     let mut report = String::new();
     for (name, model) in &models {

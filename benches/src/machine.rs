@@ -1,5 +1,9 @@
 //! The machine and the source that a measured row belongs to.
 
+use graft_engine::error::{Error, Result};
+use serde_json::Value;
+use std::fs::{OpenOptions, create_dir_all};
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -44,6 +48,18 @@ fn processor_ticks() -> Option<[f64; 2]> {
     let ticks: Vec<f64> = line.split_whitespace().filter_map(|w| w.parse().ok()).collect();
     // user, nice, system, idle, iowait, …
     Some([ticks.get(3)? + ticks.get(4)?, ticks.iter().take(8).sum()])
+}
+
+/// Adds a row to a file of rows, which is made with its folder if need be.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn append(path: &Path, row: &Value) -> Result<()> {
+    let folder = path.parent().unwrap_or(path);
+    create_dir_all(folder).map_err(|e| Error::io(folder, "make the folder", &e))?;
+    let mut file =
+        OpenOptions::new().create(true).append(true).open(path).map_err(|e| Error::io(path, "open the rows", &e))?;
+    writeln!(file, "{row}").map_err(|e| Error::io(path, "append a row", &e))
 }
 
 /// Middle value; the mean of the middle two where their number is even. NaN of nothing.

@@ -155,7 +155,10 @@ impl Prepared {
 }
 
 /// Gives every parameter small random values: a fresh DiT starts as the identity and would compare nothing.
-fn randomise(model: &mut Dit) -> Result<()> {
+///
+/// # Errors
+/// When memory runs out.
+pub fn randomise(model: &mut Dit) -> Result<()> {
     let trainable: Vec<_> =
         model.params.iter().filter(|(_, p)| p.trainable).map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in trainable {

@@ -323,14 +323,15 @@ fn forward(out: &mut String, c: &Contract) {
         }
     }));
     fields.extend(c.output.iter().map(|t| write(t, &t.name, &t.name, t.optional)));
-    let _ = writeln!(out, "    let args = Forward {{ {} }};", fields.join(", "));
-    out.push_str(&dispatch(c, "forward"));
     let names: Vec<&str> = c.output.iter().map(|t| t.name.as_str()).collect();
     let result = match names.len() {
         0 => "()".into(),
         1 => names[0].to_string(),
         _ => format!("{}Out {{ {} }}", camel(name), names.join(", ")),
     };
+    let _ = writeln!(out, "    if device.is_dry() {{\n        return Ok({result});\n    }}");
+    let _ = writeln!(out, "    let args = Forward {{ {} }};", fields.join(", "));
+    out.push_str(&dispatch(c, "forward"));
     let _ = writeln!(out, "    Ok({result})\n}}");
 }
 
@@ -410,8 +411,6 @@ fn backward(out: &mut String, c: &Contract, gradient: &Gradient) {
     let mut fields = vec!["dims".into(), "params".into(), format!("{dy}: {dy}.f32s()?")];
     fields.extend(needs.iter().map(|t| read(t, &t.name)));
     fields.extend(c.computed_grads().map(|t| write(t, &format!("d{}", t.name), &format!("grad_{}", t.name), true)));
-    let _ = writeln!(out, "    let args = Backward {{ {} }};", fields.join(", "));
-    out.push_str(&dispatch(c, "backward"));
     let grads: Vec<&Tensor> = c.computed_grads().collect();
     let value = if grads.len() > 1 {
         let fields: Vec<String> = grads.iter().map(|t| format!("{0}: grad_{0}", t.name)).collect();
@@ -419,6 +418,9 @@ fn backward(out: &mut String, c: &Contract, gradient: &Gradient) {
     } else {
         format!("grad_{}", grads[0].name)
     };
+    let _ = writeln!(out, "    if device.is_dry() {{\n        return Ok({value});\n    }}");
+    let _ = writeln!(out, "    let args = Backward {{ {} }};", fields.join(", "));
+    out.push_str(&dispatch(c, "backward"));
     let _ = writeln!(out, "    Ok({value})\n}}");
 }
 
@@ -432,18 +434,17 @@ pub(crate) fn extra_dims<'a>(c: &'a Contract, gradient: &'a Gradient) -> Vec<&'a
         .collect()
 }
 
-/// How to read dim `d` off the forward inputs.
+/// How to read dim `d` off the forward inputs: off one that is always there, else off the first that is.
 fn dim_source(c: &Contract, d: &str) -> String {
-    for t in &c.input {
-        if let Some(axis) = t.shape.iter().position(|s| s == d) {
-            return if t.optional {
-                format!("{}.map_or(0, |v| v.tensor().dim({axis}))", t.name)
-            } else {
-                format!("{}.tensor().dim({axis})", t.name)
-            };
-        }
+    let holders = || c.input.iter().filter_map(|t| Some((t, t.shape.iter().position(|s| s == d)?)));
+    if let Some((t, axis)) = holders().find(|(t, _)| !t.optional) {
+        return format!("{}.tensor().dim({axis})", t.name);
     }
-    d.to_lowercase()
+    let optional = holders().map(|(t, axis)| format!("{}.map(|v| v.tensor().dim({axis}))", t.name));
+    match optional.reduce(|first, next| format!("{first}.or({next})")) {
+        Some(found) => format!("{found}.unwrap_or(0)"),
+        None => d.to_lowercase(),
+    }
 }
 
 /// The recording method: forward now, backward on the tape.

@@ -59,7 +59,9 @@ impl Error {
         let fix = match source.kind() {
             std::io::ErrorKind::NotFound => "check the path",
             std::io::ErrorKind::PermissionDenied => "choose a place you may access, or change its permissions",
-            std::io::ErrorKind::StorageFull => "free disk space or choose another disk; nothing was overwritten",
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::FileTooLarge => {
+                "free disk space or choose another disk; nothing was overwritten"
+            }
             _ => "check the disk and the path",
         };
         Self::failure(path.display().to_string(), format!("cannot {action}: {source}")).fix(fix)

@@ -1,14 +1,15 @@
 //! CPU path: one head at a time in cache, heads and query ranges over threads.
 
 use super::dense::{self, Saved};
-use super::layout::{self, of_head, packed};
+use super::layout::{self, of_head, packed, sample, touch};
 use crate::generated::attention::{Backward, Forward};
 
 /// Forward pass.
 pub fn forward(a: Forward<'_, f32>) {
     let (dims, qkv, scale) = (a.dims, a.qkv, a.params.scale);
-    layout::forward(dims, a.y, a.lse, |sample, head, queries, y, lse| {
-        let [q, k, v] = packed(qkv, dims, sample, head);
+    let begin = |index| touch(sample(qkv, dims.b, index));
+    layout::forward(dims, a.y, a.lse, begin, |index, head, queries, y, lse| {
+        let [q, k, v] = packed(qkv, dims, index, head);
         dense::forward([q.from(queries.start), k, v], dims.n, scale, y, lse);
     });
 }
@@ -17,10 +18,11 @@ pub fn forward(a: Forward<'_, f32>) {
 pub fn backward(a: Backward<'_, f32>) {
     let Some(dqkv) = a.dqkv else { return };
     let (dims, qkv, scale) = (a.dims, a.qkv, a.params.scale);
-    layout::backward(dims, dqkv, |sample, head, grads| {
-        let lse = &a.lse[(sample * dims.h + head) * dims.n..][..dims.n];
-        let saved = Saved { y: of_head(a.y, dims, sample, head), dy: of_head(a.dy, dims, sample, head), lse };
-        dense::backward(packed(qkv, dims, sample, head), dims.n, scale, saved, grads);
+    let begin = |index| [qkv, a.y, a.dy].into_iter().for_each(|x| touch(sample(x, dims.b, index)));
+    layout::backward(dims, dqkv, begin, |index, head, grads| {
+        let lse = &a.lse[(index * dims.h + head) * dims.n..][..dims.n];
+        let saved = Saved { y: of_head(a.y, dims, index, head), dy: of_head(a.dy, dims, index, head), lse };
+        dense::backward(packed(qkv, dims, index, head), dims.n, scale, saved, grads);
     });
 }
 

@@ -48,42 +48,82 @@ pub fn packed<'a>(qkv: &'a [f32], Dims { n, h, e, .. }: Dims, sample: usize, hea
     [0, 1, 2].map(|p| part(qkv, 3, p, h, e, head))
 }
 
+/// One sample of `[B, …]`.
+pub fn sample(x: &[f32], b: usize, sample: usize) -> &[f32] {
+    let len = x.len() / b;
+    &x[sample * len..][..len]
+}
+
 /// Rows of one head in `[B, N, H, E]`.
 pub fn of_head<'a>(x: &'a [f32], Dims { n, h, e, .. }: Dims, sample: usize, head: usize) -> Rows<'a> {
     part(&x[sample * n * h * e..][..n * h * e], 1, 0, h, e, head)
 }
 
+/// Reads a sample front to back where it fits in the second-level cache: its heads then find their scattered rows
+/// there, which no prefetcher would foresee.
+pub fn touch(sample: &[f32]) {
+    if sample.len() <= 1 << 17 {
+        std::hint::black_box(sample.iter().step_by(WIDTH).fold(0, |bits, x| bits | x.to_bits()));
+    }
+}
+
+/// Whether whole samples are enough tasks for the threads.
+pub fn by_sample(b: usize) -> bool {
+    b >= 2 * rayon::current_num_threads()
+}
+
 /// Computes `y [B, N, H, E]` and one number per query, `rows [B, H, N]`, head by head.
 ///
-/// `task` is told sample, head and queries, and writes the rows of these queries one after the other. A query never
-/// depends on the split.
+/// `begin` is told of a sample whose heads follow on the same thread. `task` is told sample, head and queries, and
+/// writes the rows of these queries one after the other. A query never depends on the split.
 pub fn forward(
     Dims { b, n, h, e }: Dims,
     y: &mut [f32],
     rows: &mut [f32],
+    begin: impl Fn(usize) + Sync,
     task: impl Fn(usize, usize, Range<usize>, &mut [f32], &mut [f32]) + Sync,
 ) {
-    let queries = if b * h >= 2 * rayon::current_num_threads() { n } else { TASK };
-    // [B, H, N, E]: every task writes one piece, and the rows are laid out as [B, N, H, E] afterwards. Taken out of its
-    // cell, so that a call that this thread picks up while it waits finds an empty one.
-    let mut by_head = BY_HEAD.take();
-    if by_head.len() < y.len() {
-        by_head.resize(y.len(), 0.0);
+    if by_sample(b) {
+        y.par_chunks_mut(n * h * e).zip(rows.par_chunks_mut(h * n)).enumerate().for_each(|(sample, (y, rows))| {
+            begin(sample);
+            with_results(n * e, |of_head| {
+                for (head, rows) in rows.chunks_exact_mut(n).enumerate() {
+                    task(sample, head, 0..n, of_head, rows);
+                    for (token, row) in of_head.chunks_exact(e).enumerate() {
+                        y[(token * h + head) * e..][..e].copy_from_slice(row);
+                    }
+                }
+            });
+        });
+        return;
     }
-    let results = &mut by_head[..b * h * n * e];
-    results.par_chunks_mut(n * e).zip(rows.par_chunks_mut(n)).enumerate().for_each(|(index, (y, rows))| {
-        y.par_chunks_mut(queries * e).zip(rows.par_chunks_mut(queries)).enumerate().for_each(|(i, (y, rows))| {
-            let range = i * queries..i * queries + rows.len();
-            task(index / h, index % h, range, y, rows);
+    // [B, H, N, E]: every task writes one piece, and the rows are laid out as [B, N, H, E] afterwards.
+    with_results(b * h * n * e, |results| {
+        let queries = if b * h >= 2 * rayon::current_num_threads() { n } else { TASK };
+        results.par_chunks_mut(n * e).zip(rows.par_chunks_mut(n)).enumerate().for_each(|(index, (y, rows))| {
+            y.par_chunks_mut(queries * e).zip(rows.par_chunks_mut(queries)).enumerate().for_each(|(i, (y, rows))| {
+                let range = i * queries..i * queries + rows.len();
+                task(index / h, index % h, range, y, rows);
+            });
+        });
+        let results = &*results;
+        y.par_chunks_mut(h * e).with_min_len(TASK).enumerate().for_each(|(row, y)| {
+            let (sample, token) = (row / n, row % n);
+            for (head, y) in y.chunks_exact_mut(e).enumerate() {
+                y.copy_from_slice(&results[((sample * h + head) * n + token) * e..][..e]);
+            }
         });
     });
-    let results = &*results;
-    y.par_chunks_mut(h * e).with_min_len(TASK).enumerate().for_each(|(row, y)| {
-        let (sample, token) = (row / n, row % n);
-        for (head, y) in y.chunks_exact_mut(e).enumerate() {
-            y.copy_from_slice(&results[((sample * h + head) * n + token) * e..][..e]);
-        }
-    });
+}
+
+/// Memory for results by head. Taken out of its cell, so that a call that this thread picks up while it waits finds an
+/// empty one.
+fn with_results(len: usize, body: impl FnOnce(&mut [f32])) {
+    let mut by_head = BY_HEAD.take();
+    if by_head.len() < len {
+        by_head.resize(len, 0.0);
+    }
+    body(&mut by_head[..len]);
     BY_HEAD.set(by_head);
 }
 
@@ -98,15 +138,26 @@ pub fn split_parts<const PARTS: usize>(sample: &mut [f32], h: usize, e: usize) -
     heads
 }
 
-/// Calls `task` with sample, head and the rows of dq, dk, dv for every head of a packed gradient `[B, N, 3, H, E]`.
+/// Calls `task` with the index and the item of every head of a sample, over threads where samples are too few.
+pub fn for_heads<T: Send>(b: usize, heads: &mut [T], task: impl Fn(usize, &mut T) + Sync) {
+    if by_sample(b) {
+        heads.iter_mut().enumerate().for_each(|(head, item)| task(head, item));
+    } else {
+        heads.par_iter_mut().enumerate().for_each(|(head, item)| task(head, item));
+    }
+}
+
+/// Calls `task` with sample, head and the rows of dq, dk, dv for every head of a packed gradient `[B, N, 3, H, E]`;
+/// `begin` is told of a sample before its heads.
 pub fn backward(
-    Dims { n, h, e, .. }: Dims,
+    Dims { b, n, h, e }: Dims,
     dqkv: &mut [f32],
+    begin: impl Fn(usize) + Sync,
     task: impl Fn(usize, usize, &mut [RowsMut<'_>; 3]) + Sync,
 ) {
     dqkv.par_chunks_mut(n * 3 * h * e).enumerate().for_each(|(sample, dqkv)| {
-        let mut heads = split_parts::<3>(dqkv, h, e);
-        heads.par_iter_mut().enumerate().for_each(|(head, grads)| task(sample, head, grads));
+        begin(sample);
+        for_heads(b, &mut split_parts::<3>(dqkv, h, e), |head, grads| task(sample, head, grads));
     });
 }
 

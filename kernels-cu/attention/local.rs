@@ -5,7 +5,7 @@
 //! the keys that these read.
 
 use super::dense::{self, Saved, deltas, exponentials, score_gradients};
-use super::layout::{self, RowsMut, TASK, blocks, of_head, packed, widen, with_scratch, write};
+use super::layout::{self, RowsMut, TASK, blocks, of_head, packed, sample, touch, widen, with_scratch, write};
 use super::tiles::{Rows, padded};
 use crate::generated::attention::Dims;
 use crate::simd::arch;
@@ -51,8 +51,9 @@ pub fn attend(
     lse: &mut [f32],
 ) {
     let whole = leave_nothing_out(dims, &keys);
-    layout::forward(dims, y, lse, |sample, head, queries, y, lse| {
-        let [q, k, v] = packed(qkv, dims, sample, head);
+    let begin = |index| touch(sample(qkv, dims.b, index));
+    layout::forward(dims, y, lse, begin, |index, head, queries, y, lse| {
+        let [q, k, v] = packed(qkv, dims, index, head);
         if whole {
             dense::forward([q.from(queries.start), k, v], dims.n, scale, y, lse);
         } else {
@@ -70,10 +71,11 @@ pub fn attend_backward(
     dqkv: &mut [f32],
 ) {
     let whole = leave_nothing_out(dims, &keys);
-    layout::backward(dims, dqkv, |sample, head, grads| {
-        let [y, dy] = [y, dy].map(|x| of_head(x, dims, sample, head));
-        let saved = Saved { y, dy, lse: &lse[(sample * dims.h + head) * dims.n..][..dims.n] };
-        let inputs = packed(qkv, dims, sample, head);
+    let begin = |index| [qkv, y, dy].into_iter().for_each(|x| touch(sample(x, dims.b, index)));
+    layout::backward(dims, dqkv, begin, |index, head, grads| {
+        let [y, dy] = [y, dy].map(|x| of_head(x, dims, index, head));
+        let saved = Saved { y, dy, lse: &lse[(index * dims.h + head) * dims.n..][..dims.n] };
+        let inputs = packed(qkv, dims, index, head);
         if whole {
             dense::backward(inputs, dims.n, scale, saved, grads);
         } else {

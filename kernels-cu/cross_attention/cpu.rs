@@ -1,7 +1,7 @@
 //! CPU path: one head at a time in cache over the keys that count, heads and query ranges over threads.
 
 use crate::attention::dense::{self, Saved};
-use crate::attention::layout::{self, RowsMut, of_head, part, split_parts};
+use crate::attention::layout::{self, RowsMut, for_heads, of_head, part, sample, split_parts, touch};
 use crate::attention::tiles::Rows;
 use crate::generated::attention::Dims as Heads;
 use crate::generated::cross_attention::{Backward, Dims, Forward};
@@ -21,22 +21,39 @@ impl<'a> Inputs<'a> {
         Heads { b, n, h, e }
     }
 
-    fn head(&self, sample: usize, head: usize) -> ([Rows<'a>; 3], usize) {
-        let Dims { n, m, r, h, e, .. } = self.dims;
-        let q = &self.q[sample * n * r * h * e..][..n * r * h * e];
-        let kv = &self.kv[sample * m * 2 * h * e..][..m * 2 * h * e];
+    /// Queries, and keys and values, of one sample.
+    fn sample(&self, index: usize) -> (&'a [f32], &'a [f32]) {
+        (sample(self.q, self.dims.b, index), sample(self.kv, self.dims.b, index))
+    }
+
+    /// Has them in cache before the heads follow.
+    fn begin(&self, index: usize) {
+        let (q, kv) = self.sample(index);
+        touch(q);
+        touch(kv);
+    }
+
+    fn head(&self, index: usize, head: usize) -> ([Rows<'a>; 3], usize) {
+        let Dims { m, r, h, e, .. } = self.dims;
+        let (q, kv) = self.sample(index);
         let [k, v] = [0, 1].map(|p| part(kv, 2, p, h, e, head));
-        ([part(q, r, 0, h, e, head), k, v], self.counts.map_or(m, |counts| counts[sample] as usize))
+        ([part(q, r, 0, h, e, head), k, v], self.counts.map_or(m, |counts| counts[index] as usize))
     }
 }
 
 /// Forward pass.
 pub fn forward(a: Forward<'_, f32>) {
     let inputs = Inputs { dims: a.dims, q: a.q, kv: a.kv, counts: a.counts };
-    layout::forward(inputs.heads(), a.y, a.lse, |sample, head, queries, y, lse| {
-        let ([q, k, v], keys) = inputs.head(sample, head);
-        dense::forward([q.from(queries.start), k, v], keys, a.params.scale, y, lse);
-    });
+    layout::forward(
+        inputs.heads(),
+        a.y,
+        a.lse,
+        |index| inputs.begin(index),
+        |sample, head, queries, y, lse| {
+            let ([q, k, v], keys) = inputs.head(sample, head);
+            dense::forward([q.from(queries.start), k, v], keys, a.params.scale, y, lse);
+        },
+    );
 }
 
 /// Backward pass. Heads go over threads: each owns its rows of `dq` and `dkv`.
@@ -45,13 +62,15 @@ pub fn backward(a: Backward<'_, f32>) {
     let Dims { b, n, m, r, h, e } = a.dims;
     let (saved_y, dy, lse, scale) = (a.y, a.dy, a.lse, a.params.scale);
     let samples = samples(b, a.dq, n * r * h * e).into_par_iter().zip(samples(b, a.dkv, m * 2 * h * e));
-    samples.enumerate().for_each(|(sample, (dq, dkv))| {
+    samples.enumerate().for_each(|(index, (dq, dkv))| {
+        inputs.begin(index);
+        [saved_y, dy].into_iter().for_each(|x| touch(sample(x, b, index)));
         let heads = queries(dq, h, e, r).into_iter().zip(keys(dkv, h, e));
         let mut heads: Vec<[RowsMut<'_>; 3]> = heads.map(|(dq, [dk, dv])| [dq, dk, dv]).collect();
-        heads.par_iter_mut().enumerate().for_each(|(head, grads)| {
-            let [y, dy] = [saved_y, dy].map(|x| of_head(x, inputs.heads(), sample, head));
-            let saved = Saved { y, dy, lse: &lse[(sample * h + head) * n..][..n] };
-            let (parts, keys) = inputs.head(sample, head);
+        for_heads(b, &mut heads, |head, grads| {
+            let [y, dy] = [saved_y, dy].map(|x| of_head(x, inputs.heads(), index, head));
+            let saved = Saved { y, dy, lse: &lse[(index * h + head) * n..][..n] };
+            let (parts, keys) = inputs.head(index, head);
             dense::backward(parts, keys, scale, saved, grads);
         });
     });

@@ -1,102 +1,91 @@
 //! Hyena-SE, -X and -Y between their projections: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
-mod taps;
+pub(crate) mod oracle;
+pub(crate) mod strips;
+pub(crate) mod taps;
+pub(crate) mod window;
 
 /// The oracle: plain loops, f64 accumulation.
 pub mod reference {
+    use super::oracle::{Call, Conv, line};
     use crate::Real;
-    use crate::generated::gated_conv::{Backward, Dims, Forward};
+    use crate::generated::gated_conv::{Backward, Dims, Forward, Params};
 
-    /// Depthwise convolution along the tokens of `[N]` series, one channel; the identity without weights.
-    struct Conv {
-        lead: usize,
-        taps: Option<(Vec<f64>, f64)>,
-    }
-
-    impl Conv {
-        fn new<T: Real>(lead: usize, k: usize, channel: usize, weight: Option<&[T]>, bias: Option<&[T]>) -> Self {
-            let taps = |w: &[T]| w[channel * k..][..k].iter().map(|v| v.f64()).collect();
-            Conv { lead, taps: weight.map(|w| (taps(w), bias.map_or(0.0, |b| b[channel].f64()))) }
-        }
-
-        /// The input token that tap `j` of output token `t` reads, where there is one.
-        fn source(&self, t: usize, j: usize, n: usize) -> Option<usize> {
-            (t + j).checked_sub(self.lead).filter(|&s| s < n)
-        }
-
-        fn forward(&self, x: &[f64]) -> Vec<f64> {
-            let Some((w, bias)) = &self.taps else { return x.to_vec() };
-            let tap = |t: usize, j: usize| self.source(t, j, x.len()).map_or(0.0, |s| w[j] * x[s]);
-            (0..x.len()).map(|t| bias + (0..w.len()).map(|j| tap(t, j)).sum::<f64>()).collect()
-        }
-
-        /// Gradients of the input, the taps and the bias.
-        fn backward(&self, x: &[f64], dy: &[f64]) -> (Vec<f64>, Vec<f64>, f64) {
-            let Some((w, _)) = &self.taps else { return (dy.to_vec(), Vec::new(), 0.0) };
-            let (mut dx, mut dw) = (vec![0.0; x.len()], vec![0.0; w.len()]);
-            for (t, j) in (0..x.len()).flat_map(|t| (0..w.len()).map(move |j| (t, j))) {
-                if let Some(s) = self.source(t, j, x.len()) {
-                    dx[s] += w[j] * dy[t];
-                    dw[j] += x[s] * dy[t];
-                }
-            }
-            (dx, dw, dy.iter().sum())
-        }
-    }
-
-    fn product(a: &[f64], b: &[f64]) -> Vec<f64> {
-        a.iter().zip(b).map(|(x, y)| x * y).collect()
+    /// Runs `then` on the call that the tensors of a forward or backward pass describe.
+    fn with_call<T: Real, R>(
+        (Dims { b, n, c, k }, Params { lead, reversed }): (Dims, Params),
+        p: &[T],
+        short: [Option<&[T]>; 2],
+        inner: [Option<&[T]>; 2],
+        then: impl FnOnce(Call<'_, T>) -> R,
+    ) -> R {
+        let (ahead, back) = (line(n, lead, false), line(n, lead, true));
+        let filters = |ch: usize| {
+            let source: &dyn Fn(usize, usize) -> Option<usize> = if ch + reversed < c { &ahead } else { &back };
+            let part = |part: usize| Conv::new(source, k, part * c + ch, short[0], short[1]);
+            [part(0), part(1), part(2), Conv::new(source, k, ch, inner[0], inner[1])]
+        };
+        then(Call { dims: [b, n, c], p, filters: &filters })
     }
 
     /// Forward pass.
     pub fn forward<T: Real>(a: Forward<'_, T>) {
-        let Dims { b, n, c, k } = a.dims;
-        let lead = a.params.lead;
-        for (sample, ch) in (0..b).flat_map(|sample| (0..c).map(move |ch| (sample, ch))) {
-            let [q, key, value] = [0, 1, 2].map(|part| {
-                let x: Vec<f64> = (0..n).map(|t| a.p[((sample * n + t) * 3 + part) * c + ch].f64()).collect();
-                Conv::new(lead, k, part * c + ch, a.short_weight, a.short_bias).forward(&x)
-            });
-            let mixed = Conv::new(lead, k, ch, a.inner_weight, a.inner_bias).forward(&product(&key, &value));
-            product(&q, &mixed).iter().enumerate().for_each(|(t, y)| a.y[(sample * n + t) * c + ch] = T::from_f64(*y));
-        }
+        let (short, inner) = ([a.short_weight, a.short_bias], [a.inner_weight, a.inner_bias]);
+        with_call((a.dims, a.params), a.p, short, inner, |call| call.forward(a.y));
     }
 
-    /// Backward pass, the chain rule from the gates back through both convolutions.
-    pub fn backward<T: Real>(mut a: Backward<'_, T>) {
-        let Dims { b, n, c, k } = a.dims;
-        let lead = a.params.lead;
-        let (mut d_short, mut d_short_bias) = (vec![0.0f64; 3 * c * k], vec![0.0f64; 3 * c]);
-        let (mut d_inner, mut d_inner_bias) = (vec![0.0f64; c * k], vec![0.0f64; c]);
-        for (sample, ch) in (0..b).flat_map(|sample| (0..c).map(move |ch| (sample, ch))) {
-            let at = |part: usize, t: usize| ((sample * n + t) * 3 + part) * c + ch;
-            let x = [0, 1, 2].map(|part| (0..n).map(|t| a.p[at(part, t)].f64()).collect::<Vec<_>>());
-            let short = [0, 1, 2].map(|part| Conv::new(lead, k, part * c + ch, a.short_weight, a.short_bias));
-            let inner = Conv::new(lead, k, ch, a.inner_weight, a.inner_bias);
-            let [q, key, value] = [0, 1, 2].map(|part| short[part].forward(&x[part]));
-            let gated = product(&key, &value);
-            let dy: Vec<f64> = (0..n).map(|t| a.dy[(sample * n + t) * c + ch].f64()).collect();
-            let (d_gated, dw, db) = inner.backward(&gated, &product(&dy, &q));
-            dw.iter().enumerate().for_each(|(j, v)| d_inner[ch * k + j] += v);
-            d_inner_bias[ch] += db;
-            let d = [product(&dy, &inner.forward(&gated)), product(&d_gated, &value), product(&d_gated, &key)];
-            for part in 0..3 {
-                let (dx, dw, db) = short[part].backward(&x[part], &d[part]);
-                dw.iter().enumerate().for_each(|(j, v)| d_short[(part * c + ch) * k + j] += v);
-                d_short_bias[part * c + ch] += db;
-                if let Some(dp) = &mut a.dp {
-                    dx.iter().enumerate().for_each(|(t, v)| dp[at(part, t)] = T::from_f64(*v));
-                }
-            }
-        }
-        store(a.dshort_weight, &d_short);
-        store(a.dshort_bias, &d_short_bias);
-        store(a.dinner_weight, &d_inner);
-        store(a.dinner_bias, &d_inner_bias);
+    /// Backward pass.
+    pub fn backward<T: Real>(a: Backward<'_, T>) {
+        let (short, inner) = ([a.short_weight, a.short_bias], [a.inner_weight, a.inner_bias]);
+        let sums = with_call((a.dims, a.params), a.p, short, inner, |call| call.backward(a.dy));
+        sums.store(a.dp, [a.dshort_weight, a.dshort_bias], [a.dinner_weight, a.dinner_bias]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::reference;
+    use crate::generated::gated_conv::{Dims, Forward, Params};
+
+    /// y of three tokens of one channel, q = 1, k = 1, v = 1, 2, 3, inner taps 10 and 1.
+    fn inner_of_three_tokens(lead: usize, reversed: usize) -> [f64; 3] {
+        let mut y = [0.0f64; 3];
+        reference::forward(Forward {
+            dims: Dims { b: 1, n: 3, c: 1, k: 2 },
+            params: Params { lead, reversed },
+            p: &[1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 3.0],
+            short_weight: None,
+            short_bias: None,
+            inner_weight: Some(&[10.0, 1.0]),
+            inner_bias: Some(&[0.5]),
+            y: &mut y,
+        });
+        y
     }
 
-    fn store<T: Real>(out: Option<&mut [T]>, sums: &[f64]) {
-        out.into_iter().flatten().zip(sums).for_each(|(o, v)| *o = T::from_f64(*v));
+    #[test]
+    fn directions_by_hand() {
+        // Causal: 1, 10·1 + 2, 10·2 + 3. Centred on the first tap: the next token by the second. Backward: from the end.
+        assert_eq!(inner_of_three_tokens(1, 0), [1.5, 12.5, 23.5]);
+        assert_eq!(inner_of_three_tokens(0, 0), [12.5, 23.5, 30.5]);
+        assert_eq!(inner_of_three_tokens(1, 1), [21.5, 32.5, 3.5]);
+    }
+
+    #[test]
+    fn gates_and_short_filters_by_hand() {
+        // One channel, two tokens, taps (2, 1) of q alone: q = 1, 2·1 + 2 = 4; k = 3·1, 3·1 by bias; v = 5, 6 as given.
+        let mut y = [0.0f64; 2];
+        reference::forward(Forward {
+            dims: Dims { b: 1, n: 2, c: 1, k: 2 },
+            params: Params { lead: 1, reversed: 0 },
+            p: &[1.0, 7.0, 5.0, 2.0, 7.0, 6.0],
+            short_weight: Some(&[2.0, 1.0, 0.0, 0.0, 0.0, 1.0]),
+            short_bias: Some(&[0.0, 3.0, 0.0]),
+            inner_weight: None,
+            inner_bias: None,
+            y: &mut y,
+        });
+        assert_eq!(y, [15.0, 72.0]);
     }
 }

@@ -1,4 +1,4 @@
-//! Depthwise convolution along the tokens for one row of channels, four taps at a time.
+//! Depthwise convolution for one row of channels, four taps at a time.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -30,14 +30,18 @@ impl Drop for Filter<'_> {
 }
 
 impl<'a> Filter<'a> {
-    /// From the weights `[C, K]` and the bias `[C]`.
-    pub fn new(weight: &[f32], bias: &'a [f32], k: usize) -> Self {
+    /// From the weights `[C, K]` and the bias `[C]`; the last `reversed` channels run against token order, which is the
+    /// same as running with their taps in the other order.
+    pub fn new(weight: &[f32], bias: &'a [f32], k: usize, reversed: usize) -> Self {
         let channels = bias.len();
         let mut taps = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
         taps.clear();
         taps.resize(k.next_multiple_of(GROUP) * channels, 0.0);
         for (channel, weight) in weight.chunks_exact(k).enumerate() {
-            weight.iter().enumerate().for_each(|(j, w)| taps[j * channels + channel] = *w);
+            let backward = channel + reversed >= channels;
+            for (j, w) in weight.iter().enumerate() {
+                taps[if backward { k - 1 - j } else { j } * channels + channel] = *w;
+            }
         }
         Filter { taps, bias, channels }
     }
@@ -71,33 +75,33 @@ impl<'a> Filter<'a> {
     }
 }
 
-/// Gradients of taps and bias over `tokens`: `dw[j] += Σ_t dy(t)·x(t − lead + j)`, `db += Σ_t dy(t)`.
+/// Gradients of taps and bias over `tokens`: `dw[j] += Σ_t dy(t)·x(t − lead + j)`, `bias += Σ_t dy(t)` where wanted.
 ///
-/// `dw` holds rows of all channels, one per padded tap, the bias last; `first` and `len` choose the channels. `x` is
-/// asked for tokens outside the sequence too, wrapped below zero, and answers zeros. Four tokens at a time, so that the
-/// sums are loaded and stored once for sixteen products.
+/// `dw` holds rows of `stride` channels, one per padded tap; `first` and `len` choose the channels. `x` is asked for
+/// tokens outside the sequence too, wrapped below zero, and answers zeros. Four tokens at a time, so that the sums are
+/// loaded and stored once for sixteen products.
 #[inline(always)]
 pub fn filter_gradients<'a, 'b>(
     tokens: &Range<usize>,
     lead: usize,
-    taps: usize,
     dy: impl Fn(usize) -> &'a [f32],
     x: impl Fn(usize) -> &'b [f32],
     dw: &mut [f32],
-    first: usize,
-    len: usize,
+    mut bias: Option<&mut [f32]>,
+    stride: usize,
+    (first, len): (usize, usize),
 ) {
-    let (dw, bias) = dw.split_at_mut(dw.len() / (taps + 1) * taps);
-    let stride = bias.len();
-    let bias = &mut bias[first..][..len];
     for t in tokens.clone().step_by(GROUP) {
         let mut d: [&[f32]; GROUP] = [&ZEROS[..len]; GROUP];
         for i in 0..GROUP.min(tokens.end - t) {
             d[i] = &dy(t + i)[..len];
         }
         let [d0, d1, d2, d3] = d;
-        for i in 0..len {
-            bias[i] += (d0[i] + d1[i]) + (d2[i] + d3[i]);
+        if let Some(bias) = &mut bias {
+            let bias = &mut bias[first..][..len];
+            for i in 0..len {
+                bias[i] += (d0[i] + d1[i]) + (d2[i] + d3[i]);
+            }
         }
         for (group, dw) in dw.chunks_exact_mut(GROUP * stride).enumerate() {
             let row = |i: usize| &x((t + group * GROUP + i).wrapping_sub(lead))[..len];

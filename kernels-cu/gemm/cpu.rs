@@ -4,7 +4,7 @@ mod epilogue;
 
 use super::product::{Matrix, Output, Product, Values, run};
 use crate::Weight;
-use crate::generated::gemm::{Backward, Dims, Forward, Params};
+use crate::generated::gemm::{Backward, Dims, Forward};
 use epilogue::{Epilogue, accumulate, pre_gradient};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -12,17 +12,17 @@ use std::borrow::Cow;
 /// Forward pass.
 pub fn forward(a: Forward<'_, f32>) {
     let Dims { b, n, k, f, .. } = a.dims;
-    let (w, bf16) = weight(a.w, k, a.params);
+    let (w, bf16) = weight(a.w, k, a.params.bf16);
     let product = Product::new([b * n, k, f], Matrix::f32(a.x, [k, 1]), w.transposed(), bf16).of_vectors(n == 1);
     let epilogue =
         Epilogue { dims: a.dims, params: a.params, bias: a.bias, pos: a.pos, gate: a.gate, residual: a.residual };
     run(&product, Output::new(a.y, a.pre, f, [b * n, f]), &|row, from, y, pre| epilogue.row(row, from, y, pre));
 }
 
-/// The weight as a matrix, and whether products are bf16.
-fn weight(w: Weight<'_, f32>, k: usize, params: Params) -> (Matrix<'_>, bool) {
+/// The weight as a matrix, and whether products are bf16: where asked for, and where the weight is stored so.
+pub(crate) fn weight(w: Weight<'_, f32>, k: usize, bf16: bool) -> (Matrix<'_>, bool) {
     match w {
-        Weight::Native(w) => (Matrix::f32(w, [k, 1]), params.bf16),
+        Weight::Native(w) => (Matrix::f32(w, [k, 1]), bf16),
         Weight::Bf16(w) => (Matrix { values: Values::Bf16(w), strides: [k, 1] }, true),
     }
 }
@@ -65,7 +65,7 @@ pub fn backward(mut a: Backward<'_, f32>) {
         dbias.fill(0.0);
         partials.iter().for_each(|sum| accumulate(dbias, sum, None));
     }
-    let (w, bf16) = weight(a.w, k, a.params);
+    let (w, bf16) = weight(a.w, k, a.params.bf16);
     let du = Matrix::f32(&du, [f, 1]);
     if let Some(dx) = a.dx {
         run(&Product::new([b * n, f, k], du, w, bf16), Output::new(dx, None, k, [b * n, k]), &keep);

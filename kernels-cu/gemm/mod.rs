@@ -28,7 +28,8 @@ pub mod reference {
                 let scale = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
                 (sigmoid(scale * (u + 0.044715 * u.powi(3))), scale * (1.0 + 3.0 * 0.044715 * u * u))
             }
-            _ => (sigmoid(u), 1.0),
+            2 => (sigmoid(u), 1.0),
+            _ => return u.sin_cos(),
         };
         (u * s, s + u * s * (1.0 - s) * slope)
     }
@@ -113,6 +114,7 @@ mod tests {
         assert!((gelu - 0.841_191_990_608).abs() < 1e-9 && (slope - 1.082_964_083_8).abs() < 1e-9, "{gelu} {slope}");
         assert!((reference::activation(2, 1.0).0 - 0.731_058_578_630).abs() < 1e-12);
         assert_eq!(reference::activation(0, -3.0), (-3.0, 1.0));
+        assert_eq!(reference::activation(3, 0.0), (0.0, 1.0));
     }
 
     #[test]

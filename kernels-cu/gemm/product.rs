@@ -29,6 +29,17 @@ pub enum Values<'a> {
     F32(&'a [f32]),
     /// Stored in bf16.
     Bf16(&'a [bf16]),
+    /// In f32, but not in memory: a left operand whose rows are written out as they are packed. Its strides are unused.
+    Rows(&'a dyn Rows),
+}
+
+/// Rows of a matrix that are made on demand, a piece along k at a time.
+pub trait Rows: Sync {
+    /// Rows, and elements of each.
+    fn size(&self) -> [usize; 2];
+
+    /// Writes elements `from..from + out.len()` of row `row`, which are inside the matrix.
+    fn write(&self, row: usize, from: usize, out: &mut [f32]);
 }
 
 /// A matrix in memory: element (i, j) lies at `i·strides[0] + j·strides[1]`.
@@ -55,6 +66,7 @@ impl<'a> Matrix<'a> {
         let len = match self.values {
             Values::F32(values) => values.len(),
             Values::Bf16(values) => values.len(),
+            Values::Rows(made) => return made.size()[0] >= rows && made.size()[1] >= columns,
         };
         rows * columns == 0 || (rows - 1) * self.strides[0] + (columns - 1) * self.strides[1] < len
     }
@@ -65,8 +77,20 @@ impl<'a> Matrix<'a> {
             Values::F32(values) if round => values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect(),
             Values::F32(values) => values.into(),
             Values::Bf16(values) => values.iter().map(|v| v.to_f32()).collect(),
+            Values::Rows(made) => written(made, 0..made.size()[0], round).into(),
         }
     }
+}
+
+/// Some rows of a matrix made on demand, rounded to bf16 where asked.
+fn written(made: &dyn Rows, rows: Range<usize>, round: bool) -> Vec<f32> {
+    let k = made.size()[1];
+    let mut out = vec![0.0; rows.len() * k];
+    rows.zip(out.chunks_mut(k.max(1))).for_each(|(row, out)| made.write(row, 0, out));
+    if round {
+        out.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32());
+    }
+    out
 }
 
 /// A product to compute: c ← alpha·a·b + beta·c, `a` m×k, `b` k×n, `size` = [m, k, n].
@@ -200,6 +224,7 @@ fn dispatch(product: &Product<'_>, out: Output<'_>, parallel: bool, finish: Fini
     assert!(product.a.holds([m, k]), "a reaches past its slice");
     assert!(product.b.holds([k, n]), "b reaches past its slice");
     assert_eq!(out.size, [m, n], "the result has the size of the product");
+    assert!(!matches!(product.b.values, Values::Rows(_)), "only the left operand can be made on demand");
     if m * n == 0 {
         return;
     }
@@ -220,10 +245,17 @@ fn dispatch(product: &Product<'_>, out: Output<'_>, parallel: bool, finish: Fini
 fn portable(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Finish<'_>) {
     const BLOCK_ROWS: usize = 128;
     let [m, k, n] = product.size;
-    let (a, b) = (product.a.to_f32(product.bf16), product.b.to_f32(product.bf16));
-    let [a_strides, b_strides] = [product.a.strides, product.b.strides].map(|s| s.map(|s| s as isize));
+    let made = if let Values::Rows(made) = product.a.values { Some(made) } else { None };
+    let whole = if made.is_some() { Cow::default() } else { product.a.to_f32(product.bf16) };
+    let b = product.b.to_f32(product.bf16);
+    let a_strides = if made.is_some() { [k, 1] } else { product.a.strides };
+    let [steps, b_strides] = [a_strides, product.b.strides].map(|s| s.map(|s| s as isize));
     let block = |index: usize| {
         let rows = index * BLOCK_ROWS..m.min((index + 1) * BLOCK_ROWS);
+        let a = match made {
+            Some(made) => written(made, rows.clone(), product.bf16).into(),
+            None => Cow::Borrowed(&whole[rows.start * a_strides[0]..]),
+        };
         // SAFETY: the operands hold the product's size (`dispatch`), and so does the result (`Output::new`), of which
         // this block of rows is touched by this thread alone.
         unsafe {
@@ -235,9 +267,9 @@ fn portable(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Fin
                 1,
                 out.stride as isize,
                 product.beta != 0.0,
-                a.as_ptr().add(rows.start * product.a.strides[0]),
-                a_strides[1],
-                a_strides[0],
+                a.as_ptr(),
+                steps[1],
+                steps[0],
                 b.as_ptr(),
                 b_strides[1],
                 b_strides[0],
@@ -318,6 +350,42 @@ mod tests {
                             assert!(found.pass, "path {path} {size:?} {a_strides:?} {b_strides:?} {bf16}: {found:?}");
                         }
                     }
+                }
+            }
+        }
+    }
+
+    /// A matrix in memory, handed out in pieces.
+    struct Pieces<'a>(&'a [f32], [usize; 2]);
+
+    impl Rows for Pieces<'_> {
+        fn size(&self) -> [usize; 2] {
+            self.1
+        }
+        fn write(&self, row: usize, from: usize, out: &mut [f32]) {
+            let len = out.len();
+            out.copy_from_slice(&self.0[row * self.1[1] + from..][..len]);
+        }
+    }
+
+    #[test]
+    fn rows_made_on_demand_multiply_as_those_in_memory() {
+        for size @ [m, k, n] in [[1, 1, 1], [15, 37, 33], [49, 1030, 40], [300, 513, 70], [600, 19, 20]] {
+            let a = draw_f32("rows", "a", m * k, Fill::Normal);
+            let b = draw_f32("rows", "b", k * n, Fill::Uniform(-0.25, 0.25));
+            for bf16 in [false, true] {
+                let stored = Product::new(size, Matrix::f32(&a, [k, 1]), Matrix::f32(&b, [1, k]), bf16);
+                let pieces = Pieces(&a, [m, k]);
+                let made = Product { a: Matrix { values: Values::Rows(&pieces), strides: [k, 1] }, ..stored };
+                let paths: [fn(&Product<'_>, Output<'_>); 2] =
+                    [|p, out| run(p, out, &|_, _, _, _| {}), |p, out| portable(p, &out, true, &|_, _, _, _| {})];
+                for path in paths {
+                    let [want, got] = [stored, made].map(|product| {
+                        let mut c = vec![f32::NAN; m * n];
+                        path(&product, Output::new(&mut c, None, n, [m, n]));
+                        c
+                    });
+                    assert_eq!(want, got, "{size:?}, bf16 {bf16}");
                 }
             }
         }

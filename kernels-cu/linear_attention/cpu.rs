@@ -1,9 +1,10 @@
 //! CPU path: the state of every head first, then its queries; products over tiles, tokens by blocks.
 
 use super::RELU;
-use crate::attention::layout::{self, RowsMut, blocks, of_head, packed, with_scratch, write};
+use crate::attention::layout::{self, RowsMut, blocks, by_sample, of_head, packed, sample, touch, with_scratch, write};
 use crate::attention::tiles::{Rows, Sum, TILE, pack, pack_transposed, padded, product, product_transposed};
-use crate::generated::linear_attention::{Backward, Forward};
+use crate::generated::attention::Dims as Heads;
+use crate::generated::linear_attention::{Backward, Dims, Forward};
 use crate::simd::{exp_decay, sum_by, vectorised};
 use rayon::prelude::*;
 
@@ -42,6 +43,10 @@ fn dense(data: &[f32], width: usize) -> Rows<'_> {
     Rows { data, stride: width, width }
 }
 
+fn heads(Dims { b, n, h, e }: Dims) -> Heads {
+    Heads { b, n, h, e }
+}
+
 /// Forward pass.
 pub fn forward(a: Forward<'_, f32>) {
     if a.params.map == RELU { forward_by::<{ RELU }>(a) } else { forward_by::<{ super::ELU_PLUS_ONE }>(a) }
@@ -49,13 +54,19 @@ pub fn forward(a: Forward<'_, f32>) {
 
 fn forward_by<const MAP: usize>(a: Forward<'_, f32>) {
     let (dims, qkv, eps, e) = (a.dims, a.qkv, a.params.eps, a.dims.e);
-    let heads = crate::generated::attention::Dims { b: dims.b, n: dims.n, h: dims.h, e };
-    a.state.par_chunks_mut(e * e).zip(a.total.par_chunks_mut(e)).enumerate().for_each(|(index, (state, total))| {
+    let heads = heads(dims);
+    let run = if by_sample(dims.b) { dims.h } else { 1 };
+    let sums = a.state.par_chunks_mut(e * e).zip(a.total.par_chunks_mut(e));
+    sums.enumerate().with_min_len(run).for_each(|(index, (state, total))| {
+        if index % dims.h == 0 {
+            touch(sample(qkv, dims.b, index / dims.h));
+        }
         let [_, k, v] = packed(qkv, heads, index / dims.h, index % dims.h);
         sum_keys::<MAP>(k, v, dims.n, state, total);
     });
     let (state, total) = (&*a.state, &*a.total);
-    layout::forward(heads, a.y, a.norm, |sample, head, queries, y, norm| {
+    let begin = |index| touch(sample(qkv, dims.b, index));
+    layout::forward(heads, a.y, a.norm, begin, |sample, head, queries, y, norm| {
         let [q, ..] = packed(qkv, heads, sample, head);
         let index = sample * dims.h + head;
         let (state, total) = (&state[index * e * e..][..e * e], &total[index * e..][..e]);
@@ -135,8 +146,9 @@ pub fn backward(a: Backward<'_, f32>) {
 fn backward_by<const MAP: usize>(a: Backward<'_, f32>) {
     let Some(dqkv) = a.dqkv else { return };
     let (dims, e) = (a.dims, a.dims.e);
-    let heads = crate::generated::attention::Dims { b: dims.b, n: dims.n, h: dims.h, e };
-    layout::backward(heads, dqkv, |sample, head, grads| {
+    let heads = heads(dims);
+    let begin = |index| [a.qkv, a.y, a.dy].into_iter().for_each(|x| touch(sample(x, dims.b, index)));
+    layout::backward(heads, dqkv, begin, |sample, head, grads| {
         let index = sample * dims.h + head;
         let [y, dy] = [a.y, a.dy].map(|x| of_head(x, heads, sample, head));
         let saved = Saved {

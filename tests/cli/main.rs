@@ -1,8 +1,10 @@
 //! The program from the outside: what it prints, writes and answers, run as a user would run it.
 
 mod errors;
+mod evaluation;
 mod help;
 mod plans;
 mod reports;
 mod sampling;
 mod support;
+mod training;

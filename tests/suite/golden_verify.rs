@@ -8,8 +8,14 @@ fn all_pass(precision: Precision) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
     let outcomes = verify::run(&[folder], precision, &mut |_| {}).unwrap();
     // Losing cases must not go unnoticed.
-    assert!(outcomes.len() >= 68, "{} cases", outcomes.len());
+    assert!(outcomes.len() >= 69, "{} cases", outcomes.len());
     for outcome in &outcomes {
+        if let Some(why) = outcome.skipped() {
+            // The one network whose weights are no part of the repository.
+            assert_eq!(outcome.name, "metrics/inception_features");
+            eprintln!("skipped: {}: {why}", outcome.name);
+            continue;
+        }
         assert!(outcome.passed(), "{}: {:#?}", outcome.name, outcome.rows);
     }
 }

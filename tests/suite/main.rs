@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod demo;
+mod distill;
 mod fuzz;
 mod golden_io;
 mod golden_verify;
@@ -10,5 +11,6 @@ mod malicious;
 mod plans;
 mod properties;
 mod science;
+mod stage2;
 mod tidy;
 mod torch_file;

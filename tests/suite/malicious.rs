@@ -47,7 +47,7 @@ fn refused(bytes: &[u8], words: &str) {
     let error = result.expect_err("must be refused").to_string();
     assert!(error.contains(words), "{error}\n  must hold: {words}");
     assert!(error.contains("file.pt"), "{error}");
-    assert!(start.elapsed() < Duration::from_secs(5), "{words}: {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(60), "{words}: {:?}", start.elapsed());
 }
 
 fn marker() -> PathBuf {

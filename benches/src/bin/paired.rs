@@ -5,13 +5,13 @@
 //! never written.
 
 use clap::Parser;
-use graft_benches::machine::{busy_share, commit, median, processor, slug};
+use graft_benches::machine::{append, busy_share, commit, median, processor, slug};
 use graft_benches::models::{CASES, ModelCase, Prepared, Work, case};
 use graft_engine::autograd::Precision;
 use graft_engine::backend::cpu;
 use graft_engine::error::{Error, Result};
 use serde_json::{Value, json};
-use std::fs::{OpenOptions, create_dir_all, read};
+use std::fs::read;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
@@ -83,14 +83,6 @@ fn run(args: &Args) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn append(path: &Path, row: &Value) -> Result<()> {
-    let folder = path.parent().unwrap_or(path);
-    create_dir_all(folder).map_err(|e| Error::io(folder, "make the folder", &e))?;
-    let mut file =
-        OpenOptions::new().create(true).append(true).open(path).map_err(|e| Error::io(path, "open the rows", &e))?;
-    writeln!(file, "{row}").map_err(|e| Error::io(path, "append a row", &e))
 }
 
 fn measure(args: &Args, root: &Path, case: ModelCase, dtype: &str) -> Result<Value> {

@@ -9,7 +9,7 @@ mod gradients;
 mod params;
 
 pub use gradients::Gradients;
-pub use params::{Param, ParamId, ParamStore};
+pub use params::{Adapter, Param, ParamId, ParamStore};
 
 use crate::backend::add_into;
 use crate::error::{Error, Result};
@@ -189,6 +189,53 @@ impl<'m> Graph<'m> {
         }))
     }
 
+    /// Σ factor·x of scalars: the terms of a loss.
+    ///
+    /// # Errors
+    /// A term that is not a scalar.
+    pub fn weighted_sum(&self, terms: &[(f32, &Var)]) -> Result<Var> {
+        let mut sum = 0.0f64;
+        for (factor, x) in terms {
+            if x.tensor.len() != 1 {
+                return Err(Error::failure("weighted sum", "a term is not a scalar").is(x.tensor.shape()).must("[1]"));
+            }
+            sum += f64::from(*factor) * f64::from(x.tensor.f32s()?[0]);
+        }
+        let Some((_, first)) = terms.first() else {
+            return Err(Error::failure("weighted sum", "nothing to add").must("at least one term"));
+        };
+        let (device, shape) = (first.tensor.device().clone(), first.tensor.shape());
+        let sum = Tensor::from_f32(&device, shape.dims(), &[sum as f32])?;
+        let sources: Vec<_> = terms.iter().map(|(factor, x)| (*factor, self.source(x))).collect();
+        if sources.iter().all(|(_, source)| source.is_none()) {
+            return Ok(Var::constant(sum));
+        }
+        Ok(self.record("weighted_sum", sum, 0, move |dy, grads| {
+            let dy_value = dy.f32s()?[0];
+            for (factor, source) in sources {
+                grads.add(source, Some(Tensor::from_f32(dy.device(), dy.shape().dims(), &[factor * dy_value])?))?;
+            }
+            Ok(())
+        }))
+    }
+
+    /// Elementwise a − b of equal shapes.
+    ///
+    /// # Errors
+    /// When the shapes differ.
+    pub fn sub(&self, a: &Var, b: &Var) -> Result<Var> {
+        let mut difference = negated(&b.tensor)?;
+        add_into(&mut difference, &a.tensor)?;
+        let sources = [self.source(a), self.source(b)];
+        if sources.iter().all(Option::is_none) {
+            return Ok(Var::constant(difference));
+        }
+        Ok(self.record("sub", difference, 0, move |dy, grads| {
+            grads.add(sources[0], Some(dy.clone()))?;
+            grads.add(sources[1], Some(negated(dy)?))
+        }))
+    }
+
     /// Runs `block` without keeping anything but its inputs; the backward pass runs it again.
     ///
     /// `block` must be a pure function of `inputs` and of parameters, and give the same result each time.
@@ -248,4 +295,11 @@ impl<'m> Graph<'m> {
         }
         Ok(grads)
     }
+}
+
+/// −x.
+fn negated(x: &Tensor) -> Result<Tensor> {
+    let mut out = x.copy()?;
+    out.f32s_mut()?.iter_mut().for_each(|v| *v = -*v);
+    Ok(out)
 }

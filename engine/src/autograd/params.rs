@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Index of a parameter in its store.
@@ -27,6 +28,19 @@ pub struct Param {
     pub value: Tensor,
     /// Whether training changes it.
     pub trainable: bool,
+    /// Whether it is the weight `[out, in]` of a linear layer, which can carry an [`Adapter`].
+    pub linear: bool,
+}
+
+/// A low-rank addition to the weight of a linear layer, W + scale·B·A (LoRA, arXiv 2106.09685).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Adapter {
+    /// A `[R, in]`.
+    pub a: ParamId,
+    /// B `[out, R]`.
+    pub b: ParamId,
+    /// α/R.
+    pub scale: f32,
 }
 
 /// The parameters of a model, in a fixed order.
@@ -34,12 +48,14 @@ pub struct Param {
 pub struct ParamStore {
     identity: u64,
     params: Vec<Param>,
+    adapters: BTreeMap<ParamId, Adapter>,
 }
 
 impl Default for ParamStore {
     fn default() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        ParamStore { identity: NEXT.fetch_add(1, Ordering::Relaxed), params: Vec::new() }
+        let identity = NEXT.fetch_add(1, Ordering::Relaxed);
+        ParamStore { identity, params: Vec::new(), adapters: BTreeMap::new() }
     }
 }
 
@@ -51,7 +67,7 @@ impl ParamStore {
 
     /// Adds a parameter.
     pub fn add(&mut self, name: impl Into<String>, value: Tensor, trainable: bool) -> ParamId {
-        self.params.push(Param { name: name.into(), value, trainable });
+        self.params.push(Param { name: name.into(), value, trainable, linear: false });
         ParamId(self.params.len() as u32 - 1)
     }
 
@@ -106,6 +122,34 @@ impl ParamStore {
         }
         param.value = value;
         Ok(())
+    }
+
+    /// The adapter of a linear layer, by its weight.
+    pub fn adapter(&self, weight: ParamId) -> Option<Adapter> {
+        self.adapters.get(&weight).copied()
+    }
+
+    /// All adapters with the weights that carry them, in the order of the weights.
+    pub fn adapters(&self) -> impl Iterator<Item = (ParamId, Adapter)> + '_ {
+        self.adapters.iter().map(|(weight, adapter)| (*weight, *adapter))
+    }
+
+    /// Gives a linear layer an adapter, whose parameters were added after all others.
+    pub fn attach(&mut self, weight: ParamId, adapter: Adapter) {
+        self.adapters.insert(weight, adapter);
+    }
+
+    /// Forgets all adapters and their parameters; the ids of all others stay.
+    pub fn drop_adapters(&mut self) {
+        if let Some(first) = self.adapters.values().map(|a| a.a.index().min(a.b.index())).min() {
+            self.params.truncate(first);
+        }
+        self.adapters.clear();
+    }
+
+    /// A store of its own with the same parameters under the same ids; values are shared until one of the two writes.
+    pub fn duplicate(&self) -> ParamStore {
+        ParamStore { params: self.params.clone(), adapters: self.adapters.clone(), ..ParamStore::default() }
     }
 
     /// Copies the values of `other`, which must have the same names and shapes in the same order.

@@ -45,6 +45,9 @@ pub fn add_into(target: &mut Tensor, addend: &Tensor) -> Result<()> {
         *target = target.copy()?;
     }
     let kind = target.device().kind();
+    if kind == DeviceKind::Dry {
+        return Ok(());
+    }
     let dims = Dims { l: target.len() };
     let args = Forward { dims, params: Params { alpha: 1.0 }, x: addend.f32s()?, y: target.f32s_mut()? };
     match kind {

@@ -1,9 +1,12 @@
 //! `graft run P --run DIR`, and the two stages alone: `graft distill P --run DIR`, `graft finetune --run DIR`.
+//!
+//! `graft distill --sites 0/4` trains a quarter of the sites; when all four are done, `graft distill` gathers them.
 
 use super::progress;
 use crate::backend::Device;
 use crate::error::Result;
 use crate::graft::assemble::Stage;
+use crate::graft::parts::Part;
 use crate::graft::plan::Plan;
 use crate::graft::run::{self, Event, RunData, RunFolder};
 use crate::graft::summary::{StageSummary, Summary};
@@ -18,6 +21,17 @@ pub struct PlanArgs {
     plan: PathBuf,
     #[command(flatten)]
     common: RunArgs,
+}
+
+/// Arguments of stage 1 alone.
+#[derive(clap::Args)]
+pub struct DistillArgs {
+    #[command(flatten)]
+    plan: PlanArgs,
+    /// Train only the sites i of the plan with i mod n = I, beside other processes that train theirs; then `merge`, or
+    /// nothing, gathers the parts.
+    #[arg(long, value_name = "I/N|merge")]
+    sites: Option<String>,
 }
 
 /// Arguments of all of them.
@@ -46,10 +60,32 @@ pub fn run(args: &PlanArgs) -> Result<()> {
 }
 
 /// Runs `graft distill`.
-pub fn distill(args: &PlanArgs) -> Result<()> {
+pub fn distill(args: &DistillArgs) -> Result<()> {
     let device = Device::cpu();
+    let (sites, args) = (&args.sites, &args.plan);
+    let part = sites.as_deref().filter(|text| *text != "merge").map(str::parse::<Part>).transpose()?;
+    if let Some(part) = part {
+        return distill_part(args, part, &device);
+    }
     let folder = RunFolder::create(Plan::read(&args.plan)?, &args.common.run)?;
     stage(&folder, &device, &args.common, run::distill)
+}
+
+fn distill_part(args: &PlanArgs, part: Part, device: &Device) -> Result<()> {
+    let folder = RunFolder::share(Plan::read(&args.plan)?, &args.common.run)?;
+    let mut bars = Bars::new(steps(&folder), device, args.common.stop_after);
+    let data = RunData::load(&folder.plan.data)?;
+    let finished = run::distill_part(&folder, part, &data, device, &mut |e| bars.report(e))?;
+    bars.finish();
+    if finished && !args.common.json {
+        println!("sites {part} are distilled; when all parts are, the same command without --sites gathers them");
+        return Ok(());
+    }
+    if finished {
+        println!("{}", serde_json::json!({ "finished": true, "sites": part.to_string() }));
+        return Ok(());
+    }
+    conclude(&folder, None, &args.common)
 }
 
 /// Runs `graft finetune`.
@@ -150,6 +186,19 @@ impl<'d> Bars<'d> {
             Event::Choose(p) => {
                 // Two bars: one for the sampling, one for each short stage 1.
                 self.counted(if p.what == "locality" { 3 } else { 4 }, p.what, p.done, p.total);
+                return ControlFlow::Continue(());
+            }
+            Event::Memory(stage, plan) => {
+                self.finish();
+                eprintln!("memory of stage {stage}: {plan}");
+                return ControlFlow::Continue(());
+            }
+            Event::Cache(filling) => {
+                if self.bar.as_ref().is_none_or(|(shown, _)| *shown != 5) {
+                    self.finish();
+                    eprintln!("{filling}");
+                }
+                self.counted(5, "cache", filling.batches[0], filling.batches[1]);
                 return ControlFlow::Continue(());
             }
         };

@@ -8,6 +8,7 @@ mod eval;
 mod forward;
 mod graft_run;
 mod inspect;
+mod known;
 mod layers;
 mod locality;
 mod model_args;
@@ -69,7 +70,7 @@ enum Command {
     /// Graft a model: distil, finetune, summarise; resumes by itself.
     Run(graft_run::PlanArgs),
     /// Stage 1 of a graft alone: train each new operator to imitate the one it replaces.
-    Distill(graft_run::PlanArgs),
+    Distill(graft_run::DistillArgs),
     /// Stage 2 of a graft alone: finetune the distilled model of a run folder.
     Finetune(graft_run::RunArgs),
     /// Many grafts of one base under the same settings, scored in one table; resumes by itself.

@@ -8,6 +8,7 @@ use crate::graft::choose;
 use crate::graft::cost::{Counter, KindCost, ModelCost, percent};
 use crate::graft::gpu::Prediction;
 use crate::graft::import;
+use crate::graft::memory;
 use crate::graft::plan::Plan;
 use crate::graft::run::RunData;
 use crate::io::atomic;
@@ -61,6 +62,9 @@ struct CheckArgs {
     /// Samples of a forward pass in the prediction; an image with guidance is two.
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     batch: u64,
+    /// Also say how much memory the two stages take at most; reads the data set.
+    #[arg(long)]
+    memory: bool,
 }
 
 /// Runs the command.
@@ -87,6 +91,13 @@ fn check(args: &CheckArgs, as_json: bool) -> Result<()> {
     let plan = if plan.needs_choice() { decide(plan, args.run.as_deref())? } else { plan };
     let assignments = plan.resolve(&base)?;
     let grafted = grafted_config(&base, &assignments)?;
+    let memory = match args.memory {
+        true => {
+            let (data, device) = (RunData::load(&plan.data)?, Device::cpu());
+            Some(memory::plan(&plan, None, memory::program(&data, &device))?)
+        }
+        false => None,
+    };
     let costs = [Counter::new(&base).model()?, Counter::new(&grafted).model()?];
     let kinds = Counter::new(&grafted).kinds()?;
     let batch = args.batch as usize;
@@ -99,6 +110,7 @@ fn check(args: &CheckArgs, as_json: bool) -> Result<()> {
             "plan": path.display().to_string(), "base": plan.base.display().to_string(), "grafted": changed,
             "chosen": plan.chosen(), "layers": layers::json(&rows), "pairs": grafted.pairs, "kinds": kinds, "tokens": costs[1].tokens,
             "before": costs[0], "after": costs[1], "change_percent": change(&costs),
+            "memory": memory.as_ref().map(|[one, two]| json!({ "stage1": one, "stage2": two })),
             "predicted": { "batch": batch, "measured": false, "before": predicted[0], "after": predicted[1] },
         });
         return out::line(format!("{record:#}"));
@@ -114,6 +126,12 @@ fn check(args: &CheckArgs, as_json: bool) -> Result<()> {
     }
     text += &format!("\n{}{}\n\n", layers::table(&rows), layers::remark(batch));
     text += &format!("{}\n{}\n{}", kind_table(&kinds), cost_table(&costs), time_table(&predicted));
+    for (i, needed) in memory.iter().flatten().enumerate() {
+        text += &format!("\nmemory of stage {}: {needed}", i + 1);
+    }
+    if memory.is_some() {
+        text.push('\n');
+    }
     out::bytes(text.as_bytes())
 }
 

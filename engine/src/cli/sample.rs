@@ -1,7 +1,7 @@
 //! `graft sample --model DIR …`: pictures or latents from class labels.
 
 use super::model_args::{self, Channels, ModelArgs};
-use super::{pictures, progress};
+use super::{known, pictures, progress};
 use crate::error::{Error, Result};
 use crate::io::safetensors::{self, TensorFile, TensorRecord};
 use crate::io::{atomic, png};
@@ -62,6 +62,15 @@ pub struct Args {
     /// Also write the result as safetensors: `latents [n, C, H, W]`.
     #[arg(long, value_name = "FILE")]
     output_latents: Option<PathBuf>,
+    /// Picture to fill in: what --mask leaves black is kept.
+    #[arg(long, value_name = "PNG", requires = "mask")]
+    inpaint: Option<PathBuf>,
+    /// Where to fill in: white, in the size of the picture.
+    #[arg(long, value_name = "PNG", requires = "inpaint")]
+    mask: Option<PathBuf>,
+    /// Rounds per step when filling in: more of them let the filling agree with its surroundings.
+    #[arg(long, default_value_t = 1, value_name = "R")]
+    rounds: usize,
     /// Only print how much memory the request needs.
     #[arg(long)]
     plan_memory: bool,
@@ -105,12 +114,15 @@ pub fn run(args: &Args) -> Result<()> {
         precision: args.model.dtype.into(),
         semantics: args.model.semantics(&model),
         latents: args.latents.as_deref().map(|path| read_latents(path, &model)).transpose()?,
+        known: args
+            .inpaint
+            .as_deref()
+            .zip(args.mask.as_deref())
+            .map(|(image, mask)| known::read(image, mask, args.rounds, &model, classes.len() * args.n))
+            .transpose()?,
     };
     if args.plan_memory {
-        let plan = plan_memory(&model, &request);
-        let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
-        let (weights, working, all) = (mib(plan.weights), mib(plan.working), mib(plan.total()));
-        return super::out::line(format_args!("{all:.1} MiB: {weights:.1} of weights, {working:.1} to work in"));
+        return super::out::line(plan_memory(&model, &request)?);
     }
     let bar = progress::bar((request.labels.len() * request.steps) as u64, "sample");
     let result =
@@ -241,6 +253,11 @@ fn record(args: &Args, request: &Request, config: &DitConfig) -> Result<Value> {
     });
     if let Some(eta) = eta {
         record["eta"] = json!(eta);
+    }
+    if let (Some(image), Some(mask)) = (&args.inpaint, &args.mask) {
+        record["inpaint_sha256"] = json!(crate::io::hash::sha256_file(image)?);
+        record["mask_sha256"] = json!(crate::io::hash::sha256_file(mask)?);
+        record["rounds"] = json!(args.rounds);
     }
     if let Some(path) = &args.latents {
         record["latents_sha256"] = json!(crate::io::hash::sha256_file(path)?);

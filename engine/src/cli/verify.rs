@@ -25,18 +25,19 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             rows(&mut table, outcome);
         }
     })?;
-    let failed = outcomes.iter().filter(|o| !o.passed()).count();
-    let passed = outcomes.len() - failed;
+    let failed = outcomes.iter().filter(|o| o.failed()).count();
+    let skipped = outcomes.iter().filter(|o| o.skipped().is_some()).count();
+    let passed = outcomes.len() - failed - skipped;
     if json {
         let cases: Vec<Value> = outcomes.iter().map(record).collect();
-        out::line(format!("{:#}", json!({ "passed": passed, "failed": failed, "skipped": 0, "cases": cases })))?;
+        out::line(format!("{:#}", json!({ "passed": passed, "failed": failed, "skipped": skipped, "cases": cases })))?;
     } else {
-        out::line(format!("{table}{passed} passed, {failed} failed, 0 skipped"))?;
+        out::line(format!("{table}{passed} passed, {failed} failed, {skipped} skipped"))?;
     }
     if failed == 0 {
         return Ok(());
     }
-    let first = outcomes.iter().find(|o| !o.passed()).map_or("", |o| o.name.as_str());
+    let first = outcomes.iter().find(|o| o.failed()).map_or("", |o| o.name.as_str());
     Err(Error::failure("verify", format!("{failed} of {} cases failed", outcomes.len())).is(format!("{first} first")))
 }
 
@@ -46,6 +47,7 @@ fn rows(table: &mut table::Table, outcome: &Outcome) {
         let verdict = match &row.verdict {
             Verdict::Pass => "ok".to_string(),
             Verdict::Fail(why) => format!("FAIL {why}"),
+            Verdict::Skip(why) => format!("SKIP {why}"),
         };
         let tensor = row.tensor.clone();
         table.row([
@@ -66,7 +68,7 @@ fn record(outcome: &Outcome) -> Value {
         .map(|row| {
             let problem = match &row.verdict {
                 Verdict::Pass => Value::Null,
-                Verdict::Fail(why) => json!(why),
+                Verdict::Fail(why) | Verdict::Skip(why) => json!(why),
             };
             json!({
                 "tensor": row.tensor,
@@ -78,5 +80,5 @@ fn record(outcome: &Outcome) -> Value {
             })
         })
         .collect();
-    json!({ "case": outcome.name, "folder": outcome.folder.display().to_string(), "passed": outcome.passed(), "rows": rows })
+    json!({ "case": outcome.name, "folder": outcome.folder.display().to_string(), "passed": outcome.passed(), "skipped": outcome.skipped(), "rows": rows })
 }

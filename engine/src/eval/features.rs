@@ -99,11 +99,6 @@ pub(crate) fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
     sum_pairs(a, b, |a, b| (a - b) * (a - b))
 }
 
-/// Inner product of two rows.
-pub(crate) fn inner_product(a: &[f32], b: &[f32]) -> f64 {
-    sum_pairs(a, b, |a, b| a * b)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,7 +109,6 @@ mod tests {
         let f = Features::new("set", &data, 11).unwrap();
         assert_eq!((f.len(), f.dim(), f.row(1)[0], f.rows().count()), (2, 11, 11.0, 2));
         assert_eq!(squared_distance(f.row(0), f.row(1)), 11.0 * 121.0);
-        assert_eq!(inner_product(f.row(0), f.row(1)), (0..11).map(|i| (i * (i + 11)) as f64).sum::<f64>());
     }
 
     #[test]

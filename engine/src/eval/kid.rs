@@ -4,7 +4,8 @@
 
 use crate::error::{Error, Result};
 use crate::eval::Features;
-use crate::eval::features::inner_product;
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, Par};
 use graft_kernels::rng::Philox;
 use rayon::prelude::*;
 
@@ -70,25 +71,39 @@ fn draw<'a>(rng: &mut Philox, set: &Features<'a>, size: usize) -> Vec<&'a [f32]>
     order[..size].iter().map(|&i| set.row(i)).collect()
 }
 
+/// Rows of one product: bounds the matrix of kernel values that exists at a time.
+const BLOCK: usize = 256;
+
 /// Both lists have at least two rows of one width.
 fn mmd2_of_rows(x: &[&[f32]], y: &[&[f32]]) -> f64 {
     let (n, m) = (x.len() as f64, y.len() as f64);
-    // The kernel is symmetric: each unordered pair counts twice.
-    let within = |rows: &[&[f32]]| -> f64 {
-        let of_row = |i: usize| rows[..i].iter().map(|b| kernel(rows[i], b)).sum::<f64>();
-        2.0 * sum_rows(rows.len(), of_row)
+    let (x, y) = (widened(x), widened(y));
+    // The kernel of a row with itself is no estimate of anything.
+    let within = |rows: &Mat<f64>| sum_blocks(rows, rows, |i, j| i != j);
+    within(&x) / (n * (n - 1.0)) + within(&y) / (m * (m - 1.0)) - 2.0 * sum_blocks(&x, &y, |_, _| true) / (n * m)
+}
+
+/// Rows as the columns of a matrix, which faer keeps together.
+fn widened(rows: &[&[f32]]) -> Mat<f64> {
+    Mat::from_fn(rows[0].len(), rows.len(), |d, i| f64::from(rows[i][d]))
+}
+
+/// Σ k(x_i, y_j) over the pairs to be counted: blocks in parallel, added up in order so that the result is always the
+/// same.
+fn sum_blocks(x: &Mat<f64>, y: &Mat<f64>, counts: impl Fn(usize, usize) -> bool + Sync) -> f64 {
+    let width = x.nrows() as f64;
+    let block = |index: usize| {
+        let start = index * BLOCK;
+        let rows = x.subcols(start, BLOCK.min(x.ncols() - start));
+        let mut products = Mat::<f64>::zeros(rows.ncols(), y.ncols());
+        matmul(products.as_mut(), Accum::Replace, rows.transpose(), y.as_ref(), 1.0, Par::Seq);
+        let column = |j: usize| {
+            let kernels = products.col(j).iter().enumerate().filter(|(i, _)| counts(start + i, j));
+            kernels.map(|(_, product)| (product / width + 1.0).powi(3)).sum::<f64>()
+        };
+        (0..y.ncols()).map(column).sum::<f64>()
     };
-    let across = sum_rows(x.len(), |i| y.iter().map(|b| kernel(x[i], b)).sum());
-    within(x) / (n * (n - 1.0)) + within(y) / (m * (m - 1.0)) - 2.0 * across / (n * m)
-}
-
-/// Row sums in parallel, added up in order so that the result is always the same.
-fn sum_rows(rows: usize, of_row: impl Fn(usize) -> f64 + Sync + Send) -> f64 {
-    (0..rows).into_par_iter().map(of_row).collect::<Vec<f64>>().iter().sum()
-}
-
-fn kernel(a: &[f32], b: &[f32]) -> f64 {
-    (inner_product(a, b) / a.len() as f64 + 1.0).powi(3)
+    (0..x.ncols().div_ceil(BLOCK)).into_par_iter().map(block).collect::<Vec<f64>>().iter().sum()
 }
 
 #[cfg(test)]

@@ -9,27 +9,25 @@
 
 use crate::error::{Error, Result};
 use crate::eval::classifier::{Classifier, FEATURES, Reading};
-use crate::eval::frechet::{Moments, frechet_distance};
-use crate::eval::kid::{Subsets, kid};
-use crate::eval::precision_recall::precision_recall;
+use crate::eval::distances::{NEIGHBOURS, distances, order};
+use crate::eval::frechet::Moments;
+use crate::eval::kid::Subsets;
 use crate::io::datasets::ImageSet;
-use crate::tensor::Tensor;
+use crate::io::pictures::Pictures;
+use crate::tensor::{Device, Tensor};
 use crate::train::batches;
-use graft_kernels::rng::Philox;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// Splits of the held-out real images.
 pub const SPLITS: usize = 5;
-/// Neighbours that bound the support in precision and recall.
-const NEIGHBOURS: usize = 3;
 /// Subsets of the kernel distance, each of at most this many images of either set.
 const KID_SUBSETS: usize = 50;
 const KID_SIZE: usize = 200;
 /// Least deviation of a feature that it is divided by, relative to the largest: a unit that hardly ever responds to
 /// real images must not outweigh all others.
 const LEAST_DEVIATION: f64 = 0.01;
-/// Random streams: which reference images stand against the samples in precision and recall, and the splits.
-const REFERENCE_STREAM: u64 = 5 << 40;
+/// Random streams of the splits.
 const SPLIT_STREAMS: u64 = 6 << 40;
 
 /// Quality of a set of images.
@@ -45,7 +43,7 @@ pub struct Score {
     pub precision: f64,
     /// Fraction of as many reference images inside the support of the images.
     pub recall: f64,
-    /// Fraction of the images that the classifier takes for the class they were asked to be.
+    /// Fraction of the images that the classifier takes for the class they were asked to be; NaN where nobody asked.
     pub agreement: f64,
 }
 
@@ -92,7 +90,18 @@ impl Reference {
     /// # Errors
     /// Images that the classifier does not take, or fewer than two.
     pub fn new(classifier: &Classifier, data: &ImageSet, seed: u64) -> Result<Reference> {
-        let (reading, _) = read_set(classifier, data)?;
+        Self::of_reading(read_set(classifier, data)?.0, seed)
+    }
+
+    /// As [`Reference::new`], of pictures without labels.
+    ///
+    /// # Errors
+    /// As [`Reference::new`].
+    pub fn of_pictures(classifier: &Classifier, pictures: &Pictures, seed: u64) -> Result<Reference> {
+        Self::of_reading(read_pictures(classifier, pictures)?, seed)
+    }
+
+    fn of_reading(reading: Reading, seed: u64) -> Result<Reference> {
         let moments = Moments::from_features(&reading.features("reference")?);
         let deviations: Vec<f64> = (0..FEATURES).map(|i| moments.covariance()[i * (FEATURES + 1)].sqrt()).collect();
         let least = LEAST_DEVIATION * deviations.iter().fold(0.0f64, |m, &d| m.max(d));
@@ -116,7 +125,7 @@ impl Reference {
         self.reading.is_empty()
     }
 
-    /// Scores of images that were asked to be of the classes `labels`.
+    /// Scores of images that were asked to be of the classes `labels`; no label where nobody asked.
     ///
     /// # Errors
     /// Too few images (at least 5), more than the reference has, or labels that do not fit them.
@@ -132,17 +141,14 @@ impl Reference {
         let own = scaled(samples, &self.scale);
         let (generated, reference) = (own.features("samples")?, self.reading.features("reference")?);
         let subsets = Subsets { count: KID_SUBSETS, size: n.min(KID_SIZE), seed: self.seed };
-        // Supports of equal numbers of points, so that neither precision nor recall is favoured.
-        let chosen = &order(self.len(), self.seed, REFERENCE_STREAM)[..n];
-        let peers = self.reading.select(chosen);
-        let support = precision_recall(&peers.features("reference")?, &generated, NEIGHBOURS)?;
+        let found = distances(&reference, &self.moments, &generated, subsets)?;
         Ok(Score {
             n,
-            frechet: frechet_distance(&self.moments, &Moments::from_features(&generated))?.distance,
-            kid: kid(&reference, &generated, subsets)?.mean,
-            precision: support.precision,
-            recall: support.recall,
-            agreement: samples.agreement(labels)?,
+            frechet: found.frechet,
+            kid: found.kid,
+            precision: found.precision,
+            recall: found.recall,
+            agreement: if labels.is_empty() { f64::NAN } else { samples.agreement(labels)? },
         })
     }
 
@@ -168,14 +174,8 @@ impl Reference {
             self.score(&reading.select(chosen), &labels)
         });
         let scores = scores.collect::<Result<Vec<_>>>()?;
-        Ok(Baseline {
-            mean: combine(&scores, mean),
-            sd: combine(&scores, |v| {
-                (v.iter().map(|x| (x - mean(v)).powi(2)).sum::<f64>() / (SPLITS - 1) as f64).sqrt()
-            }),
-            splits: SPLITS,
-            disjoint,
-        })
+        let (mean, sd) = Score::summary(&scores);
+        Ok(Baseline { mean, sd, splits: SPLITS, disjoint })
     }
 
     /// Scores `n` samples of a model, classes in turn. `draw` makes images `[B, 1, 28, 28]` of the given labels, the
@@ -194,6 +194,52 @@ impl Reference {
         let images = rounded(&draw(&labels, seed)?)?;
         self.score(&classifier.read(&images)?, &labels)
     }
+}
+
+impl Score {
+    /// Mean, and standard deviation with one less in the denominator (0 of a single score), of at least one score.
+    pub fn summary(scores: &[Score]) -> (Score, Score) {
+        (combine(scores, |v| mean_sd(v).0), combine(scores, |v| mean_sd(v).1))
+    }
+}
+
+/// Mean and standard deviation (denominator: one less) of at least one value.
+pub fn mean_sd(values: &[f64]) -> (f64, f64) {
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    let squares = values.iter().map(|x| (x - mean).powi(2)).sum::<f64>();
+    (mean, (squares / values.len().saturating_sub(1).max(1) as f64).sqrt())
+}
+
+/// What the classifier says of pictures.
+///
+/// # Errors
+/// Pictures that the classifier does not take.
+pub fn read_pictures(classifier: &Classifier, pictures: &Pictures) -> Result<Reading> {
+    const CHUNK: usize = 1000;
+    let mut reading = Reading { features: Vec::new(), classes: Vec::new() };
+    for start in (0..pictures.n).step_by(CHUNK) {
+        let images = tensor(classifier.device(), pictures, start..pictures.n.min(start + CHUNK))?;
+        let part = classifier.read(&images)?;
+        reading.features.extend(part.features);
+        reading.classes.extend(part.classes);
+    }
+    Ok(reading)
+}
+
+/// Pictures `range` as `[n, C, H, W]` in [−1, 1].
+///
+/// # Errors
+/// When memory runs out.
+pub fn tensor(device: &Device, pictures: &Pictures, range: Range<usize>) -> Result<Tensor> {
+    let (c, area) = (pictures.channels, pictures.height * pictures.width);
+    let mut images = device.empty(&[range.len(), c, pictures.height, pictures.width])?;
+    for (image, index) in images.f32s_mut()?.chunks_mut(c * area).zip(range) {
+        let source = pictures.image(index);
+        for (at, value) in image.iter_mut().enumerate() {
+            *value = f32::from(source[at % area * c + at / area]) / 127.5 - 1.0;
+        }
+    }
+    Ok(images)
 }
 
 /// A reading with each feature multiplied by its factor.
@@ -216,17 +262,6 @@ fn rounded(images: &Tensor) -> Result<Tensor> {
     Tensor::from_f32(images.device(), images.shape().dims(), &bytes.collect::<Vec<_>>())
 }
 
-/// A random order of `0..n`.
-fn order(n: usize, seed: u64, stream: u64) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..n as u32).collect();
-    Philox::new(seed, stream).shuffle(&mut order);
-    order
-}
-
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
-}
-
 /// One number per metric out of several scores, which are at least one.
 fn combine(scores: &[Score], reduce: impl Fn(&[f64]) -> f64) -> Score {
     let of = |metric: fn(&Score) -> f64| reduce(&scores.iter().map(metric).collect::<Vec<_>>());
@@ -243,7 +278,7 @@ fn combine(scores: &[Score], reduce: impl Fn(&[f64]) -> f64) -> Score {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::Device;
+    use graft_kernels::rng::Philox;
 
     /// Noise images in three classes of brightness.
     fn data(n: usize, seed: u64) -> ImageSet {
@@ -311,8 +346,25 @@ mod tests {
     #[test]
     fn splits_are_averaged() {
         let score = |frechet| Score { n: 7, frechet, kid: -frechet, precision: 0.5, recall: 0.25, agreement: 1.0 };
-        let mean = combine(&[score(1.0), score(3.0)], mean);
+        let (mean, sd) = Score::summary(&[score(1.0), score(3.0)]);
         assert_eq!(mean, Score { n: 7, frechet: 2.0, kid: -2.0, precision: 0.5, recall: 0.25, agreement: 1.0 });
+        assert!((sd.frechet - 2f64.sqrt()).abs() < 1e-12 && sd.precision == 0.0);
+        assert_eq!(mean_sd(&[5.0]), (5.0, 0.0));
+    }
+
+    #[test]
+    fn pictures_are_read_as_the_data_set_they_are_of() {
+        let (classifier, set) = (classifier(), data(12, 3));
+        let pictures = Pictures::of_set(&set, 0..12).unwrap();
+        assert_eq!(read_pictures(&classifier, &pictures).unwrap(), read_set(&classifier, &set).unwrap().0);
+        assert!(Pictures::of_set(&set, 5..13).is_err());
+        let colours = Pictures::new("x", [1, 1, 2, 3], vec![0, 51, 102, 153, 204, 255]).unwrap();
+        let values = tensor(&Device::cpu(), &colours, 0..1).unwrap();
+        let want = [0.0f32, 153.0, 51.0, 204.0, 102.0, 255.0].map(|v| v / 127.5 - 1.0);
+        assert_eq!((values.shape().dims(), values.f32s().unwrap()), (&[1, 3, 1, 2][..], &want[..]));
+        let reference = Reference::of_pictures(&classifier, &pictures, 0).unwrap();
+        let reading = read_pictures(&classifier, &pictures).unwrap();
+        assert!(reference.score(&reading, &[]).unwrap().agreement.is_nan());
     }
 
     #[test]

@@ -13,7 +13,6 @@
 
 use super::assemble::{self, Stage};
 use super::evaluate::{Evaluated, Evaluator, Scorer};
-use super::finetune::Finetuner;
 use super::plan::{Assignment, Plan};
 use super::run::{self, Event, Report, RunData, RunFolder};
 use super::settings::Start;
@@ -21,7 +20,7 @@ use super::summary::Summary;
 use crate::autograd::Precision;
 use crate::error::{Error, Result};
 use crate::eval::score::Baseline;
-use crate::io::{hash, json};
+use crate::io::json;
 use crate::models::dit;
 use crate::nn::operators::Site;
 use crate::report::format::{percent, seconds, significant};
@@ -128,10 +127,7 @@ fn direct(run: &RunFolder, dir: &Path, data: &RunData, device: &Device, report: 
     if model.join("config.json").exists() {
         return Ok(true);
     }
-    let start = dit::load(&run.model_folder(Stage::Random), device)?;
-    let text = format!("{} direct {}", run.plan.identity(), assemble::digest(&start)?);
-    let mut finetuner =
-        Finetuner::open(start, &run.plan.finetune, &dir.join("finetune"), hash::sha256(text.as_bytes()))?;
+    let mut finetuner = run::stage2(run, &run.model_folder(Stage::Random), &dir.join("finetune"), device)?;
     let mut stopped = false;
     let finished = finetuner.run(&data.train, &mut |p| {
         let flow = report(Event::Finetune(p));

@@ -7,6 +7,7 @@ use crate::io::hash;
 use crate::io::safetensors::TensorFile;
 use crate::models::dit::{self, Dit, DitConfig, SaveAs};
 use crate::nn::operators::Site;
+use crate::tensor::Device;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -72,7 +73,8 @@ pub fn graft<'s>(
     sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>,
 ) -> Result<Dit> {
     let sites: Vec<(&Assignment, &ParamStore)> = sites.into_iter().collect();
-    let mut model = Dit::new(config, base.device(), 0)?;
+    // Every parameter is replaced, so none needs memory of its own.
+    let mut model = Dit::unset(config, &Device::dry())?;
     let names: Vec<_> = model.params.iter().map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in names {
         let site = sites.iter().find(|(a, _)| a.owns(&name));
@@ -143,7 +145,6 @@ mod tests {
     use super::*;
     use crate::nn::operators::{self, Spec};
     use crate::nn::{Builder, Scheme};
-    use crate::tensor::Device;
 
     fn base() -> Dit {
         Dit::new(

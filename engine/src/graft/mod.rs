@@ -12,6 +12,8 @@
 //! | [`gpu`] | the time that GPUs are predicted to need for it |
 //! | [`assemble`] | base model + trained sites → grafted model, and its folder |
 //! | [`distill`] | stage 1: every site learns to imitate the operator it replaces |
+//! | [`cache`], [`parts`] | stage 1 from activations on disk, and by several processes |
+//! | [`memory`] | peak memory of the stages, before they run |
 //! | [`finetune`] | stage 2: the grafted model is trained on the diffusion loss |
 //! | [`run`] | the run folder: stages in order, each resumed where it was left |
 //! | `pair` | stage 1 of restructuring: two blocks in parallel learn to give what they gave in sequence |
@@ -21,6 +23,7 @@
 
 pub mod ablate;
 pub mod assemble;
+pub mod cache;
 pub mod choose;
 pub mod cost;
 pub mod distill;
@@ -29,8 +32,10 @@ pub mod finetune;
 pub mod gpu;
 pub mod import;
 pub mod locality;
+pub mod memory;
 mod page;
 mod pair;
+pub mod parts;
 pub mod plan;
 pub mod run;
 pub mod science;

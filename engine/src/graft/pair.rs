@@ -2,13 +2,13 @@
 //!
 //! A pair is one regression unit (arXiv 2506.05340, §6). Its student owns both blocks, which start as they are in the
 //! base, and the merge, which starts as the plain sum of what the blocks add. Operators that the same plan grafts
-//! inside the blocks belong to the pair's student: they start as their graft says and learn through the pair's loss, so that each
-//! parameter is trained by one student alone.
+//! inside the blocks belong to the pair's student: they start as their graft says and learn through the pair's loss, so
+//! that each parameter is trained by one student alone.
 
 use super::assemble::grafted_config;
-use super::plan::{self, Assignment};
-use super::settings::{DistillConfig, Start};
-use super::student::{Net, Student, copy_teacher};
+use super::plan::Assignment;
+use super::settings::DistillConfig;
+use super::student::{self, Net, Student};
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::models::dit::{Dit, DitConfig, Pair, Run};
@@ -19,25 +19,19 @@ use crate::tensor::Tensor;
 /// A pair of blocks as its student runs it.
 pub(super) struct PairNet {
     pair: Pair,
-    condition: Option<Tensor>,
 }
 
 impl PairNet {
-    /// The condition `[B, 1, D]` of the batch that comes next: blocks are modulated by it.
-    pub fn condition(&mut self, condition: &Tensor) {
-        self.condition = Some(condition.clone());
-    }
-
-    /// What the pair adds to its input.
+    /// What the pair adds to its input, where `condition [B, 1, D]` modulates the blocks.
     ///
     /// # Errors
-    /// When the condition is not that of this batch.
-    pub fn forward(&self, g: &Graph<'_>, params: &ParamStore, input: &Var) -> Result<Var> {
-        let condition = self.condition.clone().ok_or_else(|| {
-            Error::failure("pair of blocks", "no condition to modulate with").must("shown before the batch")
+    /// When there is no condition, or not that of this batch.
+    pub fn forward(&self, g: &Graph<'_>, params: &ParamStore, input: &Var, condition: Option<&Tensor>) -> Result<Var> {
+        let condition = condition.ok_or_else(|| {
+            Error::failure("pair of blocks", "no condition to modulate with").must("that of the batch")
         })?;
         let run = (Run::default().semantics, false);
-        self.pair.forward(g, params, input, &Var::constant(condition), run, None)
+        self.pair.forward(g, params, input, &Var::constant(condition.clone()), run, None)
     }
 }
 
@@ -46,44 +40,73 @@ impl PairNet {
 /// # Errors
 /// An operator or a pair that does not fit the teacher, or too little memory.
 pub(super) fn students(teacher: &Dit, assignments: &[Assignment], config: &DistillConfig) -> Result<Vec<Student>> {
-    let after = grafted_config(&teacher.config, assignments)?;
-    let alone = |a: &&Assignment| {
-        let holds = |pair: &Assignment| pair.site == Site::BlockPair && pair.blocks().contains(&a.block);
-        a.site == Site::BlockPair || !assignments.iter().any(holds)
-    };
-    let student = |a: &Assignment| match a.site {
-        Site::BlockPair => pair_student(teacher, &after, a, assignments, config),
-        _ => Student::new(a.clone(), teacher.config.block_dims(), &teacher.params, teacher.device(), config),
-    };
-    assignments.iter().filter(alone).map(student).collect()
+    let fresh = start(teacher, assignments, config)?;
+    fresh.into_iter().map(|(own, params, net)| Student::assemble(own, params, net, config)).collect()
 }
 
-fn pair_student(
+/// What [`students`] start from: their parameters, and what runs on them.
+///
+/// # Errors
+/// As [`students`].
+pub(super) fn start(
+    teacher: &Dit,
+    assignments: &[Assignment],
+    config: &DistillConfig,
+) -> Result<Vec<(Assignment, ParamStore, Net)>> {
+    let after = grafted_config(&teacher.config, assignments)?;
+    let dims = teacher.config.block_dims();
+    let begin = |unit: Vec<&Assignment>| {
+        let own = unit[0];
+        let (params, net) = match own.site {
+            Site::BlockPair => begin_pair(teacher, &after, own, assignments, config)?,
+            _ => student::initial(own, dims, &teacher.params, teacher.device(), config)?,
+        };
+        Ok((own.clone(), params, net))
+    };
+    units(assignments).into_iter().map(begin).collect()
+}
+
+/// What each student owns: a pair with the operators inside it, or an operator alone.
+pub(super) fn units(assignments: &[Assignment]) -> Vec<Vec<&Assignment>> {
+    let inside = |a: &Assignment, pair: &Assignment| {
+        pair.site == Site::BlockPair && a.site != Site::BlockPair && pair.blocks().contains(&a.block)
+    };
+    let alone = assignments.iter().filter(|a| !assignments.iter().any(|pair| inside(a, pair)));
+    let unit = |own| std::iter::once(own).chain(assignments.iter().filter(move |a| inside(a, own))).collect();
+    alone.map(unit).collect()
+}
+
+fn begin_pair(
     teacher: &Dit,
     after: &DitConfig,
     own: &Assignment,
     assignments: &[Assignment],
     config: &DistillConfig,
-) -> Result<Student> {
+) -> Result<(ParamStore, Net)> {
     let mut params = ParamStore::default();
     let mut builder = Builder::new(&mut params, teacher.device(), config.seed, Scheme::Torch);
     let specs = [*own.blocks().start(), *own.blocks().end()].map(|block| &after.blocks[block]);
     let pair = Pair::build(own.block, specs, after.block_dims(), &mut builder)?;
-    let fresh = |name: &str| assignments.iter().any(|a| a.site != Site::BlockPair && a.owns(name));
-    let kept: Vec<(ParamId, ParamId)> = params
-        .iter()
-        .filter(|(_, p)| !fresh(&p.name))
-        .filter_map(|(id, p)| Some((id, teacher.params.find(&p.name)?)))
-        .collect();
+    let kept: Vec<(ParamId, ParamId)> =
+        params.iter().filter_map(|(id, p)| Some((id, teacher.params.find(&p.name)?))).collect();
     for (id, found) in kept {
-        params.set(id, teacher.params.get(found).value.clone())?;
+        // A grafted operator may have a parameter of the teacher's name in another shape: it is set below.
+        let value = &teacher.params.get(found).value;
+        if value.shape() == params.get(id).value.shape() {
+            params.set(id, value.clone())?;
+        }
     }
-    let warm = |a: &&Assignment| a.start == Start::Teacher && own.blocks().contains(&a.block);
-    for a in assignments.iter().filter(|a| a.site != Site::BlockPair).filter(warm) {
-        let operator = plan::operator(&a.spec, a.site, after.block_dims())?;
-        copy_teacher(&mut params, operator.as_ref(), a, &teacher.params)?;
+    let inside = |a: &&Assignment| a.site != Site::BlockPair && own.blocks().contains(&a.block);
+    for a in assignments.iter().filter(inside) {
+        // As it would start alone.
+        let (alone, _) = student::initial(a, after.block_dims(), &teacher.params, teacher.device(), config)?;
+        for (_, p) in alone.iter() {
+            if let Some(id) = params.find(&p.name) {
+                params.set(id, p.value.clone())?;
+            }
+        }
     }
-    Student::assemble(own.clone(), params, Net::Pair(Box::new(PairNet { pair, condition: None })), config)
+    Ok((params, Net::Pair(Box::new(PairNet { pair }))))
 }
 
 #[cfg(test)]

@@ -255,7 +255,10 @@ impl Plan {
                 .error(&span, "these layers are decided by what the base model does, which was not measured")
                 .must("a choice made with the base model at hand")
                 .fix("`graft plan check` measures and says the list; `graft run` and `graft distill` do so by themselves")),
-            (None, None) => graft.layers.get_ref().select(depth, &self.source, span),
+            (None, None) => {
+                let word = if graft.site == Site::BlockPair { "pairs of blocks" } else { "blocks" };
+                graft.layers.get_ref().select(word, depth, &self.source, span)
+            }
         }
     }
 
@@ -275,7 +278,10 @@ impl Plan {
     pub fn identity(&self) -> String {
         let mut distill = self.distill.clone();
         let mut finetune = self.finetune.clone();
-        (distill.checkpoint_every, finetune.checkpoint_every) = (1, 1);
+        (distill.checkpoint_every, finetune.checkpoint_every, distill.held_out_every) = (1, 1, 0);
+        finetune.lora.iter_mut().for_each(|lora| lora.keep_adapters = false);
+        // Whether activations are kept matters, where they are does not.
+        distill.cache = distill.cache.map(|_| PathBuf::new());
         let layers = |graft: &Graft| match graft.layers.get_ref() {
             Layers::Pattern(name) => serde_json::json!(name),
             Layers::List(list) => serde_json::json!(list.iter().map(|l| *l.get_ref()).collect::<Vec<_>>()),
@@ -391,7 +397,7 @@ fn option_value(value: &toml::Value) -> Option<OptionValue> {
 
 /// The operator of a site; building it once shows whether it can be.
 pub(super) fn operator(spec: &Spec, site: Site, dims: BlockDims) -> Result<Box<dyn Operator>> {
-    let (mut scratch, device) = (ParamStore::default(), Device::cpu());
+    let (mut scratch, device) = (ParamStore::default(), Device::dry());
     operators::build(spec, site, dims, &mut Builder::new(&mut scratch, &device, 0, Scheme::Unset))
 }
 
@@ -422,7 +428,11 @@ pub(super) mod tests {
         let names: Vec<String> = found.iter().map(|a| format!("{a} {}", a.spec)).collect();
         assert_eq!(
             names,
-            ["blocks.1.attn hyena_x(taps=4)", "blocks.2.mlp mlp(ratio=3)", "blocks.3.attn hyena_x(taps=4)"]
+            [
+                "blocks.1.attn hyena_x(direction=causal, taps=4)",
+                "blocks.2.mlp mlp(ratio=3)",
+                "blocks.3.attn hyena_x(direction=causal, taps=4)"
+            ]
         );
     }
 
@@ -436,7 +446,14 @@ pub(super) mod tests {
             ),
             (graft("\"block-pair\"", "\"all\"", good), "plan.toml:9:12: a pair of blocks takes no operator"),
             ("[[graft]]\nsite = \"attn\"\nlayers = [1]\n".into(), "plan.toml:7:8: the graft has no operator"),
-            ("[[graft]]\nsite = \"block-pair\"\nlayers = [2]\n".into(), "plan.toml:8:11: layer out of range; is 2"),
+            (
+                "[[graft]]\nsite = \"block-pair\"\nlayers = [2]\n".into(),
+                "plan.toml:8:11: layer out of range; is 2; must be 0 to 1, as the base has 2 pairs of blocks",
+            ),
+            (
+                "[[graft]]\nsite = \"block-pair\"\nlayers = \"auto:0.5\"\n".into(),
+                "plan.toml:8:10: pairs of blocks are not chosen by measuring",
+            ),
             (graft("\"attn\"", "\"some\"", good), "plan.toml:8:10: unknown layer pattern; is \"some\""),
             (graft("\"attn\"", "[1, 4]", good), "plan.toml:8:14: layer out of range; is 4; must be 0 to 3"),
             (graft("\"attn\"", "[1, 1]", good), "layer listed twice"),
@@ -450,7 +467,7 @@ pub(super) mod tests {
             ),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", tap = 3 }"),
-                "plan.toml:9:32: operator hyena_x has no such option; is tap; must be one of taps",
+                "plan.toml:9:32: operator hyena_x has no such option; is tap; must be one of taps, direction",
             ),
             (
                 graft("\"attn\"", "\"all\"", "{ kind = \"hyena_x\", taps = \"3\" }"),

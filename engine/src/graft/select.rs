@@ -67,14 +67,21 @@ impl Layers {
         found.map(Some).ok_or_else(|| text.error(span, "not a number of layers").must(must))
     }
 
-    /// The layers of a model with `depth` blocks, in rising order; `span` is where the plan says them.
+    /// The layers of a model with `depth` of what is called `word` (blocks, or pairs of them), in rising order; `span` is
+    /// where the plan says them.
     ///
     /// # Errors
     /// An unknown pattern, a measured one, a layer that the model does not have, a layer listed twice, or none at all.
-    pub(super) fn select(&self, depth: usize, text: &SourceText, span: Range<usize>) -> Result<Vec<Chosen>> {
+    pub(super) fn select(
+        &self,
+        word: &str,
+        depth: usize,
+        text: &SourceText,
+        span: Range<usize>,
+    ) -> Result<Vec<Chosen>> {
         let mut chosen: Vec<Chosen> = match self {
             Layers::Pattern(name) => {
-                let layers = pattern(name, depth, text, &span)?;
+                let layers = pattern(name, (depth, word), text, &span)?;
                 layers.into_iter().map(|layer| (layer, span.clone())).collect()
             }
             Layers::List(list) => {
@@ -82,7 +89,7 @@ impl Layers {
                     let found = usize::try_from(*s.get_ref()).ok().filter(|l| *l < depth);
                     found.map(|l| (l, s.span())).ok_or_else(|| {
                         text.error(&s.span(), "layer out of range")
-                            .must(format!("0 to {}, as the base has {depth} blocks", depth.saturating_sub(1)))
+                            .must(format!("0 to {}, as the base has {depth} {word}", depth.saturating_sub(1)))
                             .fix("layers count from 0; check that the plan is meant for this base model")
                     })
                 };
@@ -104,7 +111,7 @@ impl Layers {
 }
 
 /// Layers of a pattern that depends on the depth alone.
-fn pattern(name: &str, depth: usize, text: &SourceText, span: &Range<usize>) -> Result<Vec<usize>> {
+fn pattern(name: &str, (depth, word): (usize, &str), text: &SourceText, span: &Range<usize>) -> Result<Vec<usize>> {
     Ok(match (name, name.strip_prefix("deep:").map(str::parse::<usize>)) {
         ("all", _) => (0..depth).collect(),
         ("every-other", _) => (1..depth).step_by(2).collect(),
@@ -117,7 +124,7 @@ fn pattern(name: &str, depth: usize, text: &SourceText, span: &Range<usize>) -> 
         (_, Some(Ok(n))) if n >= 1 && n <= depth => (depth - n..depth).collect(),
         (_, Some(Ok(_))) => {
             let error = text.error(span, "deep:n does not fit the base model");
-            return Err(error.must(format!("deep:1 to deep:{depth}, as the base has {depth} blocks")));
+            return Err(error.must(format!("deep:1 to deep:{depth}, as the base has {depth} {word}")));
         }
         _ => return Err(text.error(span, "unknown layer pattern").must(PATTERNS)),
     })
@@ -160,7 +167,7 @@ mod tests {
         }
         let text = SourceText { name: "plan.toml".into(), text: format!("layers = {value}") };
         let held: Holder = toml::from_str(&text.text).unwrap();
-        let chosen = held.layers.get_ref().select(depth, &text, held.layers.span())?;
+        let chosen = held.layers.get_ref().select("blocks", depth, &text, held.layers.span())?;
         Ok(chosen.into_iter().map(|(layer, _)| layer).collect())
     }
 

@@ -31,6 +31,17 @@ pub struct DistillConfig {
     pub optimizer: AdamWSettings,
     /// Loss by site.
     pub loss: LossConfig,
+    /// Multiply prediction and target by the block's gate of the site before they are compared.
+    pub gate_scaled: bool,
+    /// Updates between measurements of the residuals; 0 measures before the first and after the last only.
+    pub held_out_every: u64,
+    /// Folder that keeps activations of the teacher, so that it runs once and not in every pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
+    /// Images whose activations are kept, rounded up to whole batches: the published 8,000.
+    pub cache_samples: usize,
+    /// Element type of the kept activations; f32 keeps them exactly.
+    pub cache_dtype: Dtype,
 }
 
 impl Default for DistillConfig {
@@ -44,6 +55,11 @@ impl Default for DistillConfig {
             held_out: 8,
             optimizer: AdamWSettings { lr: 1e-4, clip: 10.0, ema: 0.0, ..AdamWSettings::default() },
             loss: LossConfig::default(),
+            gate_scaled: false,
+            held_out_every: 0,
+            cache: None,
+            cache_samples: 8000,
+            cache_dtype: Dtype::F32,
         }
     }
 }
@@ -193,6 +209,71 @@ pub struct FinetuneConfig {
     /// Optimiser; its moving average starts at the grafted model.
     #[serde(deserialize_with = "stage2_optimizer")]
     pub optimizer: AdamWSettings,
+    /// What trains.
+    #[serde(skip_serializing_if = "Method::is_full")]
+    pub method: Method,
+    /// Adapters, for the method `lora`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
+    /// Weight of the mean squared distance to the base model's prediction. This term and the next keep the base in
+    /// memory beside the model and cost its forward pass at every update.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub output_distill: f64,
+    /// Weight of the squared distance to what the base gives at the grafted sites, relative to its mean square, mean
+    /// over the sites. It also keeps one `[B, N, D]` target per site, and no activation checkpointing beside it.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub feature_distill: f64,
+}
+
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
+}
+
+/// What stage 2 trains.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// All parameters.
+    #[default]
+    Full,
+    /// Low-rank adapters beside frozen weights.
+    Lora,
+}
+
+impl Method {
+    fn is_full(&self) -> bool {
+        *self == Method::Full
+    }
+}
+
+/// Adapters of stage 2; the published PixArt-Σ graft has rank 64.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoraConfig {
+    /// Rank.
+    pub rank: usize,
+    /// The addition is scaled by alpha over rank; equal to the rank where not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
+    /// Layers, by the ends of their names; [`super::finetune::DEFAULT_MODULES`] where none is given.
+    pub modules: Vec<String>,
+    /// Grafted operators train in full; otherwise they get adapters like the rest.
+    pub train_grafts: bool,
+    /// Write the adapters for other programs too, beside the merged model.
+    pub keep_adapters: bool,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        LoraConfig { rank: 64, alpha: None, modules: Vec::new(), train_grafts: true, keep_adapters: false }
+    }
+}
+
+impl LoraConfig {
+    /// Numerator of the scale.
+    pub fn alpha(&self) -> f64 {
+        self.alpha.unwrap_or(self.rank as f64)
+    }
 }
 
 impl Default for FinetuneConfig {
@@ -206,11 +287,25 @@ impl Default for FinetuneConfig {
             checkpoint_every: 500,
             activation_checkpointing: false,
             optimizer: AdamWSettings { lr: 1e-4, warmup: 1000, clip: 10.0, ema: 0.9999, ..AdamWSettings::default() },
+            method: Method::Full,
+            lora: None,
+            output_distill: 0.0,
+            feature_distill: 0.0,
         }
     }
 }
 
 impl FinetuneConfig {
+    /// Whether a term compares with the base model.
+    pub fn needs_base(&self) -> bool {
+        self.output_distill > 0.0 || self.feature_distill > 0.0
+    }
+
+    /// Settings of the adapters.
+    pub fn lora(&self) -> LoraConfig {
+        self.lora.clone().unwrap_or_default()
+    }
+
     /// Settings of the training loop.
     pub fn loop_settings(&self) -> LoopSettings {
         LoopSettings {
@@ -296,8 +391,14 @@ impl DistillConfig {
             ("batch", self.batch as u64),
             ("checkpoint_every", self.checkpoint_every),
             ("held_out", self.held_out),
+            ("cache_samples", self.cache_samples as u64),
         ];
         at_least_one("distill", &counts)?;
+        if u32::try_from(self.cache_samples.saturating_add(self.batch)).is_err() {
+            return Err(Error::usage("distill: cache_samples", "out of range")
+                .is(self.cache_samples)
+                .must(format!("at most {}", u32::MAX - self.batch as u32)));
+        }
         self.optimizer.check().map_err(|e| e.context("distill: optimizer"))?;
         if self.optimizer.ema != 0.0 {
             return Err(Error::usage("distill: optimizer: ema", "stage 1 keeps no moving average")
@@ -325,6 +426,35 @@ impl FinetuneConfig {
         self.optimizer.check().map_err(|e| e.context("finetune: optimizer"))?;
         if !(0.0..=1.0).contains(&self.label_dropout) {
             return Err(Error::usage("finetune: label_dropout", "out of range").is(self.label_dropout).must("0 to 1"));
+        }
+        for (name, weight) in [("output_distill", self.output_distill), ("feature_distill", self.feature_distill)] {
+            if !(weight >= 0.0 && weight.is_finite()) {
+                return Err(Error::usage(format!("finetune: {name}"), "out of range")
+                    .is(weight)
+                    .must("0 for none, or a positive weight"));
+            }
+        }
+        if self.feature_distill > 0.0 && self.activation_checkpointing {
+            return Err(Error::usage("finetune: feature_distill", "needs what activation_checkpointing throws away")
+                .must("one of the two")
+                .fix("set activation_checkpointing = false, or use output_distill alone"));
+        }
+        self.check_lora()
+    }
+
+    fn check_lora(&self) -> Result<()> {
+        let lora = self.lora();
+        if self.lora.is_some() && self.method != Method::Lora {
+            return Err(Error::usage("finetune: lora", "settings of adapters, but none are trained")
+                .is("method = \"full\"")
+                .must("method = \"lora\"")
+                .fix("set the method, or remove `lora`"));
+        }
+        if lora.rank == 0 {
+            return Err(Error::usage("finetune: lora: rank", "nothing to train").is(0).must("at least 1"));
+        }
+        if !(lora.alpha() > 0.0 && lora.alpha().is_finite()) {
+            return Err(Error::usage("finetune: lora: alpha", "out of range").is(lora.alpha()).must("positive"));
         }
         Ok(())
     }
@@ -378,6 +508,16 @@ mod tests {
     }
 
     #[test]
+    fn adapters_take_their_defaults() {
+        let config: FinetuneConfig = toml::from_str("method = \"lora\"").unwrap();
+        assert!(config.check().is_ok());
+        assert_eq!((config.lora().rank, config.lora().alpha(), config.lora().train_grafts), (64, 64.0, true));
+        let config: FinetuneConfig = toml::from_str("method = \"lora\"\nlora = { rank = 8 }").unwrap();
+        assert_eq!(config.lora().alpha(), 8.0);
+        assert!(toml::from_str::<FinetuneConfig>("method = \"adapter\"").is_err());
+    }
+
+    #[test]
     fn ranges_are_checked() {
         let bad =
             DistillConfig { optimizer: AdamWSettings { ema: 0.9, ..AdamWSettings::default() }, ..Default::default() };
@@ -386,6 +526,16 @@ mod tests {
         );
         let bad = FinetuneConfig { steps: 0, ..Default::default() };
         assert!(bad.check().unwrap_err().to_string().starts_with("finetune: steps"));
+        for (text, expected) in [
+            ("lora = { rank = 8 }", "finetune: lora: settings of adapters, but none are trained"),
+            ("method = \"lora\"\nlora = { rank = 0 }", "finetune: lora: rank"),
+            ("method = \"lora\"\nlora = { alpha = 0.0 }", "finetune: lora: alpha"),
+            ("output_distill = -1.0", "finetune: output_distill: out of range"),
+            ("feature_distill = 1.0\nactivation_checkpointing = true", "finetune: feature_distill"),
+        ] {
+            let bad: FinetuneConfig = toml::from_str(text).unwrap();
+            assert!(bad.check().unwrap_err().to_string().starts_with(expected), "{text}");
+        }
         let bad = EvalConfig { sampler: "euler".into(), ..Default::default() };
         assert!(bad.check().unwrap_err().to_string().contains("eval: sampler"));
     }

@@ -89,6 +89,21 @@ pub fn remove(path: &Path) -> Result<()> {
     std::fs::remove_file(path).map_err(|e| Error::io(path, "remove", &e))
 }
 
+/// Removes what a killed process has left half-written in a folder. Only the holder of its [`RunLock`] may call it:
+/// nobody else then writes there.
+///
+/// # Errors
+/// When the folder cannot be listed, or a leftover cannot be removed.
+pub fn remove_leftovers(dir: &Path) -> Result<()> {
+    for path in files::list(dir)? {
+        let name = files::file_name(&path);
+        if name.starts_with('.') && name.ends_with(".tmp") && path.is_file() {
+            remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
 /// Checks that a new folder may take this name: nothing is there, or an empty folder.
 ///
 /// # Errors
@@ -142,7 +157,8 @@ pub fn ensure_writable_dir(dir: &Path) -> Result<()> {
     written.and(removed).map_err(|e| Error::io(dir, "write into the folder", &e))
 }
 
-/// Exclusive use of a run folder by one process, for as long as the value lives.
+/// Use of a run folder, by one process alone or by several that keep to their own parts, for as long as the value
+/// lives.
 ///
 /// The lock belongs to the open file, so the system releases it even when the process is killed. The lock file
 /// itself stays: deleting it would let two processes lock two different files of the same name.
@@ -158,11 +174,24 @@ impl RunLock {
     /// The problem of the error that says that another process has the folder.
     pub const IN_USE: &str = "run folder is in use";
 
-    /// Locks the existing folder `dir`.
+    /// Locks the existing folder `dir` for this process alone.
     ///
     /// # Errors
     /// "run folder is in use" naming the other process, or an I/O error.
     pub fn acquire(dir: &Path) -> Result<Self> {
+        Self::lock(dir, File::try_lock, &std::process::id().to_string())
+    }
+
+    /// Locks the existing folder `dir` against [`RunLock::acquire`], but not against other sharers.
+    ///
+    /// # Errors
+    /// As [`RunLock::acquire`].
+    pub fn share(dir: &Path) -> Result<Self> {
+        // One file cannot name all of them.
+        Self::lock(dir, File::try_lock_shared, "")
+    }
+
+    fn lock(dir: &Path, how: fn(&File) -> std::result::Result<(), TryLockError>, owner: &str) -> Result<Self> {
         let path = dir.join(Self::FILE);
         let wrap = |action, e: io::Error| Error::io(&path, action, &e);
         let mut file = OpenOptions::new()
@@ -172,16 +201,18 @@ impl RunLock {
             .truncate(false)
             .open(&path)
             .map_err(|e| wrap("open the lock file", e))?;
-        match file.try_lock() {
+        match how(&file) {
             Ok(()) => {}
             Err(TryLockError::Error(e)) => return Err(wrap("lock", e)),
             Err(TryLockError::WouldBlock) => {
                 let mut owner = String::new();
                 // Only for the message: an unreadable owner must not hide that the folder is in use.
                 let _ = file.take(20).read_to_string(&mut owner);
-                let owner = if owner.trim().is_empty() { "unknown" } else { owner.trim() };
                 return Err(Error::failure(dir.display().to_string(), Self::IN_USE)
-                    .is(format!("locked by process {owner}"))
+                    .is(match owner.trim() {
+                        "" => "locked by a process that trains a part of it".to_string(),
+                        owner => format!("locked by process {owner}"),
+                    })
                     .must("used by one process at a time")
                     .fix("wait for that process, stop it, or choose another folder"));
             }
@@ -189,7 +220,7 @@ impl RunLock {
         let stamp = |file: &mut File| {
             file.set_len(0)?;
             file.rewind()?;
-            write!(file, "{}", std::process::id())
+            write!(file, "{owner}")
         };
         stamp(&mut file).map_err(|e| wrap("write the lock file", e))?;
         Ok(RunLock { _file: file })
@@ -262,5 +293,29 @@ mod tests {
         assert!(error.contains(&expected), "{error}");
         drop(first);
         RunLock::acquire(&dir).unwrap();
+    }
+
+    #[test]
+    fn sharers_keep_out_who_wants_it_alone() {
+        let dir = test_dir("atomic_share");
+        let (one, two) = (RunLock::share(&dir).unwrap(), RunLock::share(&dir).unwrap());
+        drop(one);
+        let error = RunLock::acquire(&dir).unwrap_err().to_string();
+        assert!(error.contains("run folder is in use; is locked by a process that trains a part of it"), "{error}");
+        drop(two);
+        let alone = RunLock::acquire(&dir).unwrap();
+        assert!(RunLock::share(&dir).is_err());
+        drop(alone);
+    }
+
+    #[test]
+    fn leftovers_go_and_nothing_else() {
+        let dir = test_dir("atomic_leftovers");
+        let kept = [".lock", "a.tmp", "b.bin"].map(|name| dir.join(name));
+        kept.iter().for_each(|path| std::fs::write(path, b"x").unwrap());
+        std::fs::write(temporary_name(&dir.join("c.bin"), &dir), b"half").unwrap();
+        std::fs::create_dir(dir.join(".d.tmp")).unwrap();
+        remove_leftovers(&dir).unwrap();
+        assert_eq!(files::list(&dir).unwrap(), [vec![dir.join(".d.tmp")], kept.to_vec()].concat());
     }
 }

@@ -4,7 +4,7 @@
 //! little-endian `f32` values of the i-th tensor. Names and shapes are the business of the network that uses them;
 //! here only the counts are checked, so that a different network cannot pass for this one. No pickle is read.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::io::archive::StoredZip;
@@ -15,6 +15,31 @@ use crate::io::map::Mapped;
 pub const TENSORS: usize = 376;
 /// Values in all tensors together.
 pub const VALUES: usize = 21_802_784;
+
+/// Environment variable that names the archive.
+pub const VARIABLE: &str = "GRAFT_INCEPTION";
+/// Where the data script puts it, below the repository's root.
+const FETCHED: &str = "data-cache/inception/default_1.pt";
+
+/// The archive that [`VARIABLE`] names, or else the fetched one of this folder or of one above it; none where there is
+/// neither.
+///
+/// # Errors
+/// "no such file" when the variable names one that is missing: a stated wish is not skipped silently.
+pub fn find() -> Result<Option<PathBuf>> {
+    if let Some(named) = std::env::var_os(VARIABLE).map(PathBuf::from) {
+        if named.is_file() {
+            return Ok(Some(named));
+        }
+        return Err(Error::failure(VARIABLE, "no such file").is(named.display()).must("the archive of the network"));
+    }
+    let here = std::env::current_dir().unwrap_or_default();
+    Ok(here.ancestors().map(|folder| folder.join(FETCHED)).find(|path| path.is_file()))
+}
+
+/// The sentence that says what is missing where [`find`] finds nothing.
+pub const ABSENT: &str = "the Inception network is not here: fetch it with tools/setup/fetch_data.py inception, or name \
+                          the file in GRAFT_INCEPTION";
 
 /// Reads all tensors as flat arrays, in archive order.
 ///

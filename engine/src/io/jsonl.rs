@@ -36,11 +36,14 @@ impl JsonLog {
     /// # Errors
     /// "damaged log line" for a complete line that is not a JSON object, or an I/O error.
     pub fn resume(path: &Path, last_step: u64) -> Result<Self> {
-        let keep = if path.exists() { kept_length(path, &files::read_bytes(path)?, last_step)? } else { 0 };
+        let keep = if path.is_file() { kept_length(path, &files::read_bytes(path)?, last_step)? } else { 0 };
         let wrap = |e: std::io::Error| Error::io(path, "resume", &e);
         let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(wrap)?;
-        file.set_len(keep as u64).map_err(wrap)?;
-        file.seek(SeekFrom::End(0)).map_err(wrap)?;
+        // A pipe or a device has nothing to cut back.
+        if file.metadata().map_err(wrap)?.is_file() {
+            file.set_len(keep as u64).map_err(wrap)?;
+            file.seek(SeekFrom::End(0)).map_err(wrap)?;
+        }
         Ok(JsonLog { path: path.to_path_buf(), file })
     }
 

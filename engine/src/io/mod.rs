@@ -15,8 +15,11 @@
 //! | [`png`], [`grid`], [`font`] | pictures, labelled contact sheets |
 //! | [`datasets`] | Fashion-MNIST, MNIST and CIFAR-10 |
 //! | [`inception`] | the raw weights of the metric network |
+//! | [`npz`] | arrays of numpy: statistics and sets of samples |
+//! | [`pictures`] | sets of equally large pictures without labels |
 //! | [`hash`] | SHA-256 |
 //! | [`jsonl`] | append-only logs, one JSON object per line |
+//! | [`system`] | memory of the process, free space of a disk |
 //!
 //! Every reader treats its bytes as hostile: no length that a file states is believed before it is compared with
 //! the bytes that are there, and no input makes a reader panic. Every writer is atomic and deterministic.
@@ -33,9 +36,12 @@ pub mod inception;
 pub mod json;
 pub mod jsonl;
 pub mod map;
+pub mod npz;
 pub mod pickle;
+pub mod pictures;
 pub mod png;
 pub mod safetensors;
+pub mod system;
 mod tensor_header;
 pub mod torch_zip;
 mod unpickle;

@@ -24,6 +24,17 @@ pub enum Init {
     Uniform(f32),
     /// Identity matrices of this many rows, side by side.
     Eye(usize),
+    /// Logarithm of a value uniform between these.
+    LogOfUniform(f32, f32),
+    /// What softplus turns into a value log-uniform between these.
+    InverseSoftplus(f32, f32),
+    /// Filters of `of` taps each, zero but for a one at tap `at`.
+    Tap {
+        /// Taps of a filter.
+        of: usize,
+        /// The tap that is one.
+        at: usize,
+    },
 }
 
 impl Init {
@@ -45,7 +56,7 @@ pub enum Scheme {
     Torch,
     /// Xavier-uniform weights and zero biases: what the blocks of a new DiT start from.
     Xavier,
-    /// Every parameter zero, whatever it asks for: a model whose weights are about to be read.
+    /// Values unspecified: a model whose weights are about to be read or set.
     Unset,
 }
 
@@ -64,6 +75,11 @@ impl<'a> Builder<'a> {
         Builder { store, device, seed, scheme, prefix: String::new() }
     }
 
+    /// Where the parameters live.
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
     /// The same builder below `name.`: `attn` turns `qkv.weight` into `attn.qkv.weight`.
     pub fn below(&mut self, name: &str) -> Builder<'_> {
         let prefix = format!("{}{name}.", self.prefix);
@@ -77,8 +93,9 @@ impl<'a> Builder<'a> {
     pub fn param(&mut self, name: &str, shape: &[usize], init: Init) -> Result<ParamId> {
         let full = format!("{}{name}", self.prefix);
         let mut value = self.device.empty(shape)?;
-        let init = if self.scheme == Scheme::Unset { Init::Zeros } else { init };
-        fill(value.f32s_mut()?, init, Philox::new(self.seed, stream_of(&full)));
+        if self.scheme != Scheme::Unset && !self.device.is_dry() {
+            fill(value.f32s_mut()?, init, Philox::new(self.seed, stream_of(&full)));
+        }
         Ok(self.store.add(full, value, true))
     }
 
@@ -104,16 +121,29 @@ impl<'a> Builder<'a> {
         self.linear_from(name, &[outputs, inputs], weight, bias)
     }
 
+    /// A linear layer without a bias, started as PyTorch starts its own.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn linear_without_bias(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear> {
+        Ok(Linear { weight: self.below(name).weight(&[outputs, inputs], Init::torch(inputs))?, bias: None })
+    }
+
+    /// The weight of a linear layer; only as a matrix can it carry an adapter.
+    fn weight(&mut self, shape: &[usize], init: Init) -> Result<ParamId> {
+        let id = self.param("weight", shape, init)?;
+        self.store.get_mut(id).linear = shape.len() == 2;
+        Ok(id)
+    }
+
     /// A linear layer with a weight of the given shape (outputs first) and stated initialisations.
     ///
     /// # Errors
     /// When memory runs out.
     pub fn linear_from(&mut self, name: &str, shape: &[usize], weight: Init, bias: Init) -> Result<Linear> {
         let mut layer = self.below(name);
-        Ok(Linear {
-            weight: layer.param("weight", shape, weight)?,
-            bias: Some(layer.param("bias", &shape[..1], bias)?),
-        })
+        let weight = layer.weight(shape, weight)?;
+        Ok(Linear { weight, bias: Some(layer.param("bias", &shape[..1], bias)?) })
     }
 }
 
@@ -130,7 +160,14 @@ fn fill(out: &mut [f32], init: Init, mut rng: Philox) {
             let columns = out.len() / rows.max(1);
             out.iter_mut().enumerate().for_each(|(i, v)| *v = f32::from(u8::from(i % columns % rows == i / columns)));
         }
+        Init::Tap { of, at } => out.iter_mut().enumerate().for_each(|(i, v)| *v = f32::from(i % of == at)),
         Init::Uniform(bound) => out.iter_mut().for_each(|v| *v = bound * (2.0 * rng.uniform() - 1.0)),
+        Init::LogOfUniform(low, high) => out.iter_mut().for_each(|v| *v = (low + (high - low) * rng.uniform()).ln()),
+        Init::InverseSoftplus(low, high) => out.iter_mut().for_each(|v| {
+            let value = (low.ln() + (high / low).ln() * rng.uniform()).exp();
+            // ln(e^v − 1), without cancellation for small v.
+            *v = value + (-(-value).exp_m1()).ln();
+        }),
     }
 }
 
@@ -158,6 +195,24 @@ mod tests {
         assert_eq!((&ab[0], &ab[1]), (&ba[1], &ba[0]));
         assert_ne!(ab[0], ab[1]);
         assert_ne!(ab[0], other[0]);
+    }
+
+    #[test]
+    fn step_sizes_and_rates_fill_their_intervals() {
+        let draw = |init: Init| {
+            let mut values = vec![0.0f32; 20_000];
+            fill(&mut values, init, Philox::new(3, 6));
+            values.into_iter().map(f64::from).collect::<Vec<f64>>()
+        };
+        let rates: Vec<f64> = draw(Init::LogOfUniform(1.0, 16.0)).into_iter().map(f64::exp).collect();
+        let steps = draw(Init::InverseSoftplus(1e-3, 1e-1)).into_iter().map(|v| v.exp().ln_1p());
+        let logs: Vec<f64> = steps.map(|v| v.log10()).collect();
+        for (values, low, high) in [(rates, 1.0, 16.0), (logs, -3.0, -1.0)] {
+            let (min, max) = values.iter().fold((f64::MAX, f64::MIN), |(l, h), &v| (l.min(v), h.max(v)));
+            let mean = values.iter().sum::<f64>() / values.len() as f64;
+            let near = |found: f64, want: f64| (found - want).abs() < 0.01 * (high - low);
+            assert!(near(min, low) && near(max, high) && near(mean, (low + high) / 2.0), "{min} {max} {mean}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Linear layers with the epilogues of a transformer block.
 
+use super::lora;
 use crate::autograd::{Graph, ParamId, ParamStore, Precision, Var};
 use crate::error::Result;
 use crate::ops::{act, contracts::gemm};
@@ -71,6 +72,23 @@ impl Linear {
         let bias = self.bias.map(|id| g.param(params, id));
         let gate_row = gate.map_or(0, |(_, row)| row);
         let settings = gemm::Params { act: activation, gate_row, bf16: g.precision() == Precision::Bf16 };
-        g.gemm(x, &weight, bias.as_ref(), pos, gate.map(|(table, _)| table), residual, settings)
+        let gate = gate.map(|(table, _)| table);
+        let Some(adapter) = params.adapter(self.weight) else {
+            return g.gemm(x, &weight, bias.as_ref(), pos, gate, residual, settings);
+        };
+        let low = lora::down(g, params, x, adapter)?;
+        let up = g.param(params, adapter.b);
+        if activation == act::NONE {
+            // Gate and residual are linear: the addition takes the same gate, on what the layer has given.
+            let y = g.gemm(x, &weight, bias.as_ref(), pos, gate, residual, settings)?;
+            return g.gemm(&low, &up, None, None, gate, Some(&y), settings);
+        }
+        // Ahead of an activation the addition comes as a table of rows, one for each token of the batch.
+        let (tokens, outputs) = (x.dim(0) * x.dim(1), up.dim(0));
+        let added = g.gemm(&low, &up, None, None, None, None, gemm::Params { act: act::NONE, ..settings })?;
+        let added = g.reshape(&added, &[tokens, outputs])?;
+        let rows = g.reshape(x, &[1, tokens, x.dim(2)])?;
+        let y = g.gemm(&rows, &weight, bias.as_ref(), Some(&added), None, None, settings)?;
+        g.reshape(&y, &[x.dim(0), x.dim(1), outputs])
     }
 }

@@ -3,6 +3,7 @@
 
 mod builder;
 mod linear;
+pub mod lora;
 pub mod operators;
 
 pub use builder::{Builder, Init, Scheme};

@@ -22,20 +22,28 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("attention", attention_conform),
     ("axpy", axpy_conform),
     ("branch_deltas", branch_deltas_conform),
+    ("conv2d", conv2d_conform),
+    ("conv_silu", conv_silu_conform),
     ("cross_attention", cross_attention_conform),
     ("cross_entropy", cross_entropy_conform),
     ("embed", embed_conform),
+    ("feature_gated_conv", feature_gated_conv_conform),
+    ("filter_window", filter_window_conform),
     ("gate_residual", gate_residual_conform),
     ("gated_conv", gated_conv_conform),
+    ("gated_conv_2d", gated_conv_2d_conform),
     ("gemm", gemm_conform),
     ("kv_compress", kv_compress_conform),
     ("linear_attention", linear_attention_conform),
     ("ln_modulate", ln_modulate_conform),
+    ("long_conv", long_conv_conform),
     ("loss_diffusion", loss_diffusion_conform),
     ("loss_regression", loss_regression_conform),
+    ("mamba2", mamba2_conform),
     ("neighborhood_attention", neighborhood_attention_conform),
     ("patchify", patchify_conform),
     ("philox", philox_conform),
+    ("rms_norm", rms_norm_conform),
     ("sinusoid", sinusoid_conform),
     ("solver_step", solver_step_conform),
     ("sum_squares", sum_squares_conform),
@@ -81,6 +89,9 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
     require("adamw", params.bias1 > 0.0 && params.bias2 > 0.0, "bias1 > 0.0 && bias2 > 0.0", "bias corrections greater than zero: steps count from 1", || format!("{dims:?}, {params:?}"))?;
     let device = grad.device().clone();
     check.same_device(&device, &[("param", Some(&*param)), ("m", Some(&*m)), ("v", Some(&*v)), ("ema", ema.as_deref())])?;
+    if device.is_dry() {
+        return Ok(());
+    }
     let args = Forward { dims, params, grad: grad.f32s()?, param: param.f32s_mut()?, m: m.f32s_mut()?, v: v.f32s_mut()?, ema: match ema { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::adamw::cpu::forward(args),
@@ -144,6 +155,9 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
     let Dims { b, l, .. } = dims;
     let mut x_t = device.empty(&[b, l])?;
 
+    if device.is_dry() {
+        return Ok(x_t);
+    }
     let args = Forward { dims, params, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, x_t: x_t.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::add_noise::cpu::forward(args),
@@ -205,6 +219,9 @@ pub fn attention(qkv: &Tensor, params: kernels::generated::attention::Params) ->
     let mut y = device.empty(&[b, n, h, e])?;
     let mut lse = device.empty(&[b, h, n])?;
 
+    if device.is_dry() {
+        return Ok(AttentionOut { y, lse });
+    }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::attention::cpu::forward(args),
@@ -239,6 +256,9 @@ pub fn attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, w
     let Dims { b, n, h, e, .. } = dims;
     let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::attention::cpu::backward(args),
@@ -315,6 +335,9 @@ pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params
     let dims = Dims { l: check.dim("L")? };
     let device = x.device().clone();
     check.same_device(&device, &[("y", Some(&*y))])?;
+    if device.is_dry() {
+        return Ok(());
+    }
     let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::axpy::cpu::forward(args),
@@ -382,6 +405,9 @@ pub fn branch_deltas(x: &Tensor, first: &Tensor, second: &Tensor, params: kernel
     let Dims { b, n, d, .. } = dims;
     let mut y = device.empty(&[b, n, 2, d])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, x: x.f32s()?, first: first.f32s()?, second: second.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::branch_deltas::cpu::forward(args),
@@ -409,6 +435,9 @@ pub fn branch_deltas_backward(dy: &Tensor, want_x: bool, want_first: bool, want_
     let mut grad_first = if want_first { Some(device.empty(&[b, n, d])?) } else { None };
     let mut grad_second = if want_second { Some(device.empty(&[b, n, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(BranchDeltasGrads { x: grad_x, first: grad_first, second: grad_second });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dfirst: match &mut grad_first { Some(t) => Some(t.f32s_mut()?), None => None }, dsecond: match &mut grad_second { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::branch_deltas::cpu::backward(args),
@@ -459,6 +488,220 @@ fn branch_deltas_conform(run: &mut Conform<'_>) -> Result<()> {
             if let Some(t) = &grads.x { io.result("dx", t)?; }
             if let Some(t) = &grads.first { io.result("dfirst", t)?; }
             if let Some(t) = &grads.second { io.result("dsecond", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.
+///
+/// ```text
+/// u[b,i,j,f] = bias[f] + sum_{p,q,c} x[b, i*stride + p - pad_h, j*stride + q - pad_w, c] * filters[f,p,q,c], x zero outside the image
+/// y = max(u, 0) where relu, else u
+/// ```
+/// - `x` `[B, H, W, C]` f32: Images, channels last.
+/// - `filters` `[F, Kh, Kw, C]` f32 or bf16: One kernel per output channel.
+/// - `bias` `[F]` f32, optional: Added to every pixel.
+/// - returns `y` `[B, Oh, Ow, F]` f32: Result.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn conv2d(x: &Tensor, filters: &Tensor, bias: Option<&Tensor>, oh: usize, ow: usize, params: kernels::generated::conv2d::Params) -> Result<Tensor> {
+    use kernels::generated::conv2d::{Dims, Forward};
+    let mut check = DimCheck::new("conv2d", &["B", "H", "W", "C", "F", "Kh", "Kw", "Oh", "Ow"]);
+    check.given("Oh", oh)?;
+    check.given("Ow", ow)?;
+    check.bind("x", x, &["B", "H", "W", "C"])?;
+    check.bind("filters", filters, &["F", "Kh", "Kw", "C"])?;
+    if let Some(t) = bias { check.bind("bias", t, &["F"])?; }
+    check.match_exprs("x", x, &["B", "H", "W", "C"])?;
+    check.match_exprs("filters", filters, &["F", "Kh", "Kw", "C"])?;
+    if let Some(t) = bias { check.match_exprs("bias", t, &["F"])?; }
+    want_dtype("conv2d", "x", x, &[DType::F32])?;
+    want_dtype("conv2d", "filters", filters, &[DType::F32, DType::BF16])?;
+    if let Some(t) = bias { want_dtype("conv2d", "bias", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, f: check.dim("F")?, kh: check.dim("Kh")?, kw: check.dim("Kw")?, oh: check.dim("Oh")?, ow: check.dim("Ow")? };
+    let Dims { h, w, kh, kw, oh, ow, .. } = dims;
+    require("conv2d", params.stride >= 1 && oh >= 1 && ow >= 1, "stride >= 1 && Oh >= 1 && Ow >= 1", "a stride and an output of at least one", || format!("{dims:?}, {params:?}"))?;
+    require("conv2d", params.pad_h < kh && params.pad_w < kw, "pad_h < Kh && pad_w < Kw", "padding below the kernel's size, so that the first output sees the image", || format!("{dims:?}, {params:?}"))?;
+    require("conv2d", (oh - 1) * params.stride < h + params.pad_h && (ow - 1) * params.stride < w + params.pad_w, "(Oh - 1) * stride < H + pad_h && (Ow - 1) * stride < W + pad_w", "an output whose last window begins inside the image", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("filters", Some(filters)), ("bias", bias)])?;
+    let Dims { b, f, oh, ow, .. } = dims;
+    let mut y = device.empty(&[b, oh, ow, f])?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    let args = Forward { dims, params, x: x.f32s()?, filters: filters.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::conv2d::cpu::forward(args),
+        DeviceKind::Oracle => kernels::conv2d::reference::forward(args),
+        other => return Err(no_path("conv2d", other)),
+    }
+    Ok(y)
+}
+
+fn conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::conv2d::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, h, w, c, f, kh, kw, oh, ow, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, h, w, c], Fill::Normal)?;
+            let filters = io.stored(io.draw(case.name, "filters", &[f, kh, kw, c], Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"filters"))?;
+            let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[f], Fill::Normal)?) };
+            let out = io.call("forward", || conv2d(&x, &filters, bias.as_ref(), oh, ow, params))?;
+            io.result("y", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Gradients of [`conv_silu`]; absent where not asked for.
+pub struct ConvSiluGrads {
+    /// `[B, N, W]` f32
+    pub p: Option<Tensor>,
+    /// `[C, K]` f32
+    pub weight: Option<Tensor>,
+    /// `[C]` f32
+    pub bias: Option<Tensor>,
+}
+
+/// Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.
+///
+/// ```text
+/// u[b,t,c] = bias[c] + sum_j weight[c,j] * p[b, t - (K - 1) + j, offset + c], p zero outside the tokens;  y = u * sigmoid(u)
+/// reverse: p[b, t + (K - 1) - j, offset + c], the same convolution over the tokens from the last to the first
+/// ```
+/// - `p` `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
+/// - `weight` `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
+/// - `bias` `[C]` f32: Bias.
+/// - returns `y` `[B, N, C]` f32: Convolved and activated columns.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn conv_silu(p: &Tensor, weight: &Tensor, bias: &Tensor, params: kernels::generated::conv_silu::Params) -> Result<Tensor> {
+    use kernels::generated::conv_silu::{Dims, Forward};
+    let mut check = DimCheck::new("conv_silu", &["B", "N", "W", "C", "K"]);
+    check.bind("p", p, &["B", "N", "W"])?;
+    check.bind("weight", weight, &["C", "K"])?;
+    check.bind("bias", bias, &["C"])?;
+    check.match_exprs("p", p, &["B", "N", "W"])?;
+    check.match_exprs("weight", weight, &["C", "K"])?;
+    check.match_exprs("bias", bias, &["C"])?;
+    want_dtype("conv_silu", "p", p, &[DType::F32])?;
+    want_dtype("conv_silu", "weight", weight, &[DType::F32])?;
+    want_dtype("conv_silu", "bias", bias, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { w, c, .. } = dims;
+    require("conv_silu", params.offset + c <= w, "offset + C <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    let device = p.device().clone();
+    check.same_device(&device, &[("weight", Some(weight)), ("bias", Some(bias))])?;
+    let Dims { b, n, c, .. } = dims;
+    let mut y = device.empty(&[b, n, c])?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    let args = Forward { dims, params, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::conv_silu::cpu::forward(args),
+        DeviceKind::Oracle => kernels::conv_silu::reference::forward(args),
+        other => return Err(no_path("conv_silu", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`conv_silu`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn conv_silu_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bias: &Tensor, want_p: bool, want_weight: bool, want_bias: bool, params: kernels::generated::conv_silu::Params) -> Result<ConvSiluGrads> {
+    use kernels::generated::conv_silu::{Backward, Dims};
+    let mut check = DimCheck::new("conv_silu", &["B", "N", "W", "C", "K"]);
+    check.bind("dy", dy, &["B", "N", "C"])?;
+    check.bind("p", p, &["B", "N", "W"])?;
+    check.bind("weight", weight, &["C", "K"])?;
+    check.bind("bias", bias, &["C"])?;
+    check.match_exprs("dy", dy, &["B", "N", "C"])?;
+    check.match_exprs("p", p, &["B", "N", "W"])?;
+    check.match_exprs("weight", weight, &["C", "K"])?;
+    check.match_exprs("bias", bias, &["C"])?;
+    want_dtype("conv_silu", "dy", dy, &[DType::F32])?;
+    want_dtype("conv_silu", "p", p, &[DType::F32])?;
+    want_dtype("conv_silu", "weight", weight, &[DType::F32])?;
+    want_dtype("conv_silu", "bias", bias, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { w, c, .. } = dims;
+    require("conv_silu", params.offset + c <= w, "offset + C <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("p", Some(p)), ("weight", Some(weight)), ("bias", Some(bias))])?;
+    let Dims { b, n, w, c, k, .. } = dims;
+    let mut grad_p = if want_p { Some(device.empty(&[b, n, w])?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty(&[c, k])?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty(&[c])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(ConvSiluGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::conv_silu::cpu::backward(args),
+        DeviceKind::Oracle => kernels::conv_silu::reference::backward(args),
+        other => return Err(no_path("conv_silu", other)),
+    }
+    Ok(ConvSiluGrads { p: grad_p, weight: grad_weight, bias: grad_bias })
+}
+
+impl Graph<'_> {
+    /// [`conv_silu`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn conv_silu(&self, p: &Var, weight: &Var, bias: &Var, params: kernels::generated::conv_silu::Params) -> Result<Var> {
+        let sources = [self.source(p), self.source(weight), self.source(bias)];
+        let record = sources.iter().any(Option::is_some);
+        let out = conv_silu(p.tensor(), weight.tensor(), bias.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_p = p.tensor().clone();
+        let saved_weight = weight.tensor().clone();
+        let saved_bias = bias.tensor().clone();
+        let saved = [Some(&saved_p), Some(&saved_weight), Some(&saved_bias)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("conv_silu", out, saved, move |dy, grads| {
+            let found = conv_silu_backward(dy, &saved_p, &saved_weight, &saved_bias, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), params)?;
+            grads.add(sources[0], found.p)?;
+            grads.add(sources[1], found.weight)?;
+            grads.add(sources[2], found.bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn conv_silu_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::conv_silu::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, w, c, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let p = io.draw(case.name, "p", &[b, n, w], Fill::Normal)?;
+            let weight = io.draw(case.name, "weight", &[c, k], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let bias = io.draw(case.name, "bias", &[c], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let out = io.call("forward", || conv_silu(&p, &weight, &bias, params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, n, c], Fill::Normal)?;
+            let grads = io.call("backward", || conv_silu_backward(&dy, &p, &weight, &bias, true, true, true, params))?;
+            if let Some(t) = &grads.p { io.result("dp", t)?; }
+            if let Some(t) = &grads.weight { io.result("dweight", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
             Ok(())
         })?;
     }
@@ -519,6 +762,9 @@ pub fn cross_attention(q: &Tensor, kv: &Tensor, counts: Option<&Tensor>, params:
     let mut y = device.empty(&[b, n, h, e])?;
     let mut lse = device.empty(&[b, h, n])?;
 
+    if device.is_dry() {
+        return Ok(CrossAttentionOut { y, lse });
+    }
     let args = Forward { dims, params, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_attention::cpu::forward(args),
@@ -564,6 +810,9 @@ pub fn cross_attention_backward(dy: &Tensor, q: &Tensor, kv: &Tensor, counts: Op
     let mut grad_q = if want_q { Some(device.empty(&[b, n, r, h, e])?) } else { None };
     let mut grad_kv = if want_kv { Some(device.empty(&[b, m, 2, h, e])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(CrossAttentionGrads { q: grad_q, kv: grad_kv });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dq: match &mut grad_q { Some(t) => Some(t.f32s_mut()?), None => None }, dkv: match &mut grad_kv { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_attention::cpu::backward(args),
@@ -667,6 +916,9 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, params: kernels::generate
     let mut loss = device.empty(&[1])?;
     let mut lse = device.empty(&[b])?;
 
+    if device.is_dry() {
+        return Ok(CrossEntropyOut { loss, lse });
+    }
     let args = Forward { dims, params, logits: logits.f32s()?, labels: labels.i32s()?, loss: loss.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_entropy::cpu::forward(args),
@@ -707,6 +959,9 @@ pub fn cross_entropy_backward(dloss: &Tensor, logits: &Tensor, labels: &Tensor, 
     let Dims { b, k, .. } = dims;
     let mut grad_logits = if want_logits { Some(device.empty(&[b, k])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_logits);
+    }
     let args = Backward { dims, params, dloss: dloss.f32s()?, logits: logits.f32s()?, labels: labels.i32s()?, lse: lse.f32s()?, dlogits: match &mut grad_logits { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_entropy::cpu::backward(args),
@@ -817,6 +1072,9 @@ pub fn embed(table: &Tensor, index: &Tensor, addend: Option<&Tensor>, params: ke
     let mut y = device.empty(&[b, d])?;
     let mut pre = device.empty(&[b, d])?;
 
+    if device.is_dry() {
+        return Ok(EmbedOut { y, pre });
+    }
     let args = Forward { dims, params, table: table.f32s()?, index: index.i32s()?, addend: match addend { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: pre.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::embed::cpu::forward(args),
@@ -856,6 +1114,9 @@ pub fn embed_backward(dy: &Tensor, index: &Tensor, pre: &Tensor, v: usize, want_
     let mut grad_table = if want_table { Some(device.empty(&[v, d])?) } else { None };
     let mut grad_addend = if want_addend { Some(device.empty(&[b, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(EmbedGrads { table: grad_table, addend: grad_addend });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, index: index.i32s()?, pre: pre.f32s()?, dtable: match &mut grad_table { Some(t) => Some(t.f32s_mut()?), None => None }, daddend: match &mut grad_addend { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::embed::cpu::backward(args),
@@ -914,6 +1175,262 @@ fn embed_conform(run: &mut Conform<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Gradients of [`feature_gated_conv`]; absent where not asked for.
+pub struct FeatureGatedConvGrads {
+    /// `[B, N, 3, F]` f32
+    pub p: Option<Tensor>,
+    /// `[N, K]` f32
+    pub weight: Option<Tensor>,
+    /// `[N]` f32
+    pub bias: Option<Tensor>,
+}
+
+/// MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.
+///
+/// ```text
+/// u[b,n,i] = bias[n] + sum_j weight[n,j] * p[b,n, i - (K - 1) + j], i over the 3F features, p zero before the first
+/// y[b,n,f] = u[b,n,f] * u[b,n,F + f] * u[b,n,2F + f]
+/// ```
+/// - `p` `[B, N, 3, F]` f32: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
+/// - `weight` `[N, K]` f32: Taps of each token, the earliest feature first.
+/// - `bias` `[N]` f32: Bias of each token.
+/// - returns `y` `[B, N, F]` f32: Gated result, before the output projection.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn feature_gated_conv(p: &Tensor, weight: &Tensor, bias: &Tensor, params: kernels::generated::feature_gated_conv::Params) -> Result<Tensor> {
+    use kernels::generated::feature_gated_conv::{Dims, Forward};
+    let mut check = DimCheck::new("feature_gated_conv", &["B", "N", "F", "K"]);
+    check.bind("p", p, &["B", "N", "3", "F"])?;
+    check.bind("weight", weight, &["N", "K"])?;
+    check.bind("bias", bias, &["N"])?;
+    check.match_exprs("p", p, &["B", "N", "3", "F"])?;
+    check.match_exprs("weight", weight, &["N", "K"])?;
+    check.match_exprs("bias", bias, &["N"])?;
+    want_dtype("feature_gated_conv", "p", p, &[DType::F32])?;
+    want_dtype("feature_gated_conv", "weight", weight, &[DType::F32])?;
+    want_dtype("feature_gated_conv", "bias", bias, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, f: check.dim("F")?, k: check.dim("K")? };
+    let Dims { k, .. } = dims;
+    require("feature_gated_conv", k >= 1, "K >= 1", "at least one tap", || format!("{dims:?}, {params:?}"))?;
+    let device = p.device().clone();
+    check.same_device(&device, &[("weight", Some(weight)), ("bias", Some(bias))])?;
+    let Dims { b, n, f, .. } = dims;
+    let mut y = device.empty(&[b, n, f])?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    let args = Forward { dims, params, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::feature_gated_conv::cpu::forward(args),
+        DeviceKind::Oracle => kernels::feature_gated_conv::reference::forward(args),
+        other => return Err(no_path("feature_gated_conv", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`feature_gated_conv`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn feature_gated_conv_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bias: &Tensor, want_p: bool, want_weight: bool, want_bias: bool, params: kernels::generated::feature_gated_conv::Params) -> Result<FeatureGatedConvGrads> {
+    use kernels::generated::feature_gated_conv::{Backward, Dims};
+    let mut check = DimCheck::new("feature_gated_conv", &["B", "N", "F", "K"]);
+    check.bind("dy", dy, &["B", "N", "F"])?;
+    check.bind("p", p, &["B", "N", "3", "F"])?;
+    check.bind("weight", weight, &["N", "K"])?;
+    check.bind("bias", bias, &["N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "F"])?;
+    check.match_exprs("p", p, &["B", "N", "3", "F"])?;
+    check.match_exprs("weight", weight, &["N", "K"])?;
+    check.match_exprs("bias", bias, &["N"])?;
+    want_dtype("feature_gated_conv", "dy", dy, &[DType::F32])?;
+    want_dtype("feature_gated_conv", "p", p, &[DType::F32])?;
+    want_dtype("feature_gated_conv", "weight", weight, &[DType::F32])?;
+    want_dtype("feature_gated_conv", "bias", bias, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, f: check.dim("F")?, k: check.dim("K")? };
+    let Dims { k, .. } = dims;
+    require("feature_gated_conv", k >= 1, "K >= 1", "at least one tap", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("p", Some(p)), ("weight", Some(weight)), ("bias", Some(bias))])?;
+    let Dims { b, n, f, k, .. } = dims;
+    let mut grad_p = if want_p { Some(device.empty(&[b, n, 3, f])?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty(&[n, k])?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty(&[n])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(FeatureGatedConvGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::feature_gated_conv::cpu::backward(args),
+        DeviceKind::Oracle => kernels::feature_gated_conv::reference::backward(args),
+        other => return Err(no_path("feature_gated_conv", other)),
+    }
+    Ok(FeatureGatedConvGrads { p: grad_p, weight: grad_weight, bias: grad_bias })
+}
+
+impl Graph<'_> {
+    /// [`feature_gated_conv`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn feature_gated_conv(&self, p: &Var, weight: &Var, bias: &Var, params: kernels::generated::feature_gated_conv::Params) -> Result<Var> {
+        let sources = [self.source(p), self.source(weight), self.source(bias)];
+        let record = sources.iter().any(Option::is_some);
+        let out = feature_gated_conv(p.tensor(), weight.tensor(), bias.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_p = p.tensor().clone();
+        let saved_weight = weight.tensor().clone();
+        let saved_bias = bias.tensor().clone();
+        let saved = [Some(&saved_p), Some(&saved_weight), Some(&saved_bias)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("feature_gated_conv", out, saved, move |dy, grads| {
+            let found = feature_gated_conv_backward(dy, &saved_p, &saved_weight, &saved_bias, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), params)?;
+            grads.add(sources[0], found.p)?;
+            grads.add(sources[1], found.weight)?;
+            grads.add(sources[2], found.bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn feature_gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::feature_gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, f, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let p = io.draw(case.name, "p", &[b, n, 3, f], Fill::Normal)?;
+            let weight = io.draw(case.name, "weight", &[n, k], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let bias = io.draw(case.name, "bias", &[n], Fill::Uniform(-0.5f64, 0.5f64))?;
+            let out = io.call("forward", || feature_gated_conv(&p, &weight, &bias, params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, n, f], Fill::Normal)?;
+            let grads = io.call("backward", || feature_gated_conv_backward(&dy, &p, &weight, &bias, true, true, true, params))?;
+            if let Some(t) = &grads.p { io.result("dp", t)?; }
+            if let Some(t) = &grads.weight { io.result("dweight", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Exponential window over implicit filters, which are turned from lags by channels to channels by lags.
+///
+/// ```text
+/// rate[c] = slow + (fast - slow) * (c mod period) / max(period - 1, 1)
+/// y[c,l] = x[l,c] * exp(-rate[c] * |l - centre|)
+/// ```
+/// - `x` `[L, C]` f32: Filters of every channel, lags first, as a network over positions gives them.
+/// - returns `y` `[C, L]` f32: Windowed filters, channels first.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn filter_window(x: &Tensor, params: kernels::generated::filter_window::Params) -> Result<Tensor> {
+    use kernels::generated::filter_window::{Dims, Forward};
+    let mut check = DimCheck::new("filter_window", &["L", "C"]);
+    check.bind("x", x, &["L", "C"])?;
+    check.match_exprs("x", x, &["L", "C"])?;
+    want_dtype("filter_window", "x", x, &[DType::F32])?;
+    let dims = Dims { l: check.dim("L")?, c: check.dim("C")? };
+    let Dims { l, .. } = dims;
+    require("filter_window", params.centre < l && params.period > 0, "centre < L && period > 0", "a centre among the lags and a period of at least one channel", || format!("{dims:?}, {params:?}"))?;
+    require("filter_window", params.slow >= 0.0 && params.fast >= 0.0, "slow >= 0.0 && fast >= 0.0", "decays, not growth", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { l, c, .. } = dims;
+    let mut y = device.empty(&[c, l])?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::filter_window::cpu::forward(args),
+        DeviceKind::Oracle => kernels::filter_window::reference::forward(args),
+        other => return Err(no_path("filter_window", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`filter_window`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn filter_window_backward(dy: &Tensor, want_x: bool, params: kernels::generated::filter_window::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::filter_window::{Backward, Dims};
+    let mut check = DimCheck::new("filter_window", &["L", "C"]);
+    check.bind("dy", dy, &["C", "L"])?;
+    check.match_exprs("dy", dy, &["C", "L"])?;
+    want_dtype("filter_window", "dy", dy, &[DType::F32])?;
+    let dims = Dims { l: check.dim("L")?, c: check.dim("C")? };
+    let Dims { l, .. } = dims;
+    require("filter_window", params.centre < l && params.period > 0, "centre < L && period > 0", "a centre among the lags and a period of at least one channel", || format!("{dims:?}, {params:?}"))?;
+    require("filter_window", params.slow >= 0.0 && params.fast >= 0.0, "slow >= 0.0 && fast >= 0.0", "decays, not growth", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[])?;
+    let Dims { l, c, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty(&[l, c])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(grad_x);
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::filter_window::cpu::backward(args),
+        DeviceKind::Oracle => kernels::filter_window::reference::backward(args),
+        other => return Err(no_path("filter_window", other)),
+    }
+    Ok(grad_x)
+}
+
+impl Graph<'_> {
+    /// [`filter_window`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn filter_window(&self, x: &Var, params: kernels::generated::filter_window::Params) -> Result<Var> {
+        let sources = [self.source(x)];
+        let record = sources.iter().any(Option::is_some);
+        let out = filter_window(x.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved = 0;
+        Ok(self.record("filter_window", out, saved, move |dy, grads| {
+            let found = filter_window_backward(dy, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn filter_window_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::filter_window::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { l, c, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[l, c], Fill::Normal)?;
+            let out = io.call("forward", || filter_window(&x, params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[c, l], Fill::Normal)?;
+            let grads = io.call("backward", || filter_window_backward(&dy, true, params))?;
+            if let Some(t) = &grads { io.result("dx", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Gradients of [`gate_residual`]; absent where not asked for.
 pub struct GateResidualGrads {
     /// `[B, C, D]` f32
@@ -954,6 +1471,9 @@ pub fn gate_residual(residual: &Tensor, modulation: &Tensor, branch: &Tensor, pa
     let Dims { b, n, d, .. } = dims;
     let mut y = device.empty(&[b, n, d])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, residual: residual.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gate_residual::cpu::forward(args),
@@ -988,6 +1508,9 @@ pub fn gate_residual_backward(dy: &Tensor, modulation: &Tensor, branch: &Tensor,
     let mut grad_modulation = if want_modulation { Some(device.empty(&[b, c, d])?) } else { None };
     let mut grad_branch = if want_branch { Some(device.empty(&[b, n, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None }, dbranch: match &mut grad_branch { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gate_residual::cpu::backward(args),
@@ -1064,6 +1587,7 @@ pub struct GatedConvGrads {
 /// ```text
 /// conv(w, bias, x)[t] = bias + sum_j w[j] * x[t - lead + j], x zero outside [0, N); the identity where w is absent
 /// q, k, v = conv(short_weight, short_bias, p);  y[b,t,c] = q[t] * conv(inner_weight, inner_bias, k * v)[t]
+/// the last `reversed` channels run against token order: x[t + lead - j] in conv
 /// ```
 /// - `p` `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
 /// - `short_weight` `[3, C, K]` f32, optional: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
@@ -1093,8 +1617,9 @@ pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<
     if let Some(t) = inner_weight { want_dtype("gated_conv", "inner_weight", t, &[DType::F32])?; }
     if let Some(t) = inner_bias { want_dtype("gated_conv", "inner_bias", t, &[DType::F32])?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")? };
-    let Dims { k, .. } = dims;
+    let Dims { c, k, .. } = dims;
     require("gated_conv", params.lead < k, "lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv", params.reversed <= c, "reversed <= C", "at most all channels reversed", || format!("{dims:?}, {params:?}"))?;
     require("gated_conv", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
     require("gated_conv", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
     let device = p.device().clone();
@@ -1102,6 +1627,9 @@ pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<
     let Dims { b, n, c, .. } = dims;
     let mut y = device.empty(&[b, n, c])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv::cpu::forward(args),
@@ -1138,8 +1666,9 @@ pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor
     if let Some(t) = inner_weight { want_dtype("gated_conv", "inner_weight", t, &[DType::F32])?; }
     if let Some(t) = inner_bias { want_dtype("gated_conv", "inner_bias", t, &[DType::F32])?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")? };
-    let Dims { k, .. } = dims;
+    let Dims { c, k, .. } = dims;
     require("gated_conv", params.lead < k, "lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv", params.reversed <= c, "reversed <= C", "at most all channels reversed", || format!("{dims:?}, {params:?}"))?;
     require("gated_conv", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
     require("gated_conv", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
@@ -1151,6 +1680,9 @@ pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor
     let mut grad_inner_weight = if want_inner_weight { Some(device.empty(&[c, k])?) } else { None };
     let mut grad_inner_bias = if want_inner_bias { Some(device.empty(&[c])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv::cpu::backward(args),
@@ -1177,7 +1709,7 @@ impl Graph<'_> {
         let saved_short_bias = short_bias.map(|v| v.tensor().clone());
         let saved_inner_weight = inner_weight.map(|v| v.tensor().clone());
         let saved_inner_bias = inner_bias.map(|v| v.tensor().clone());
-        let k = short_weight.map_or(0, |v| v.tensor().dim(2));
+        let k = short_weight.map(|v| v.tensor().dim(2)).or(inner_weight.map(|v| v.tensor().dim(1))).unwrap_or(0);
         let saved = [Some(&saved_p), saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref()].into_iter().flatten().map(Tensor::bytes).sum();
         Ok(self.record("gated_conv", out, saved, move |dy, grads| {
             let found = gated_conv_backward(dy, &saved_p, saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref(), k, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
@@ -1208,6 +1740,186 @@ fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
             io.result("y", &out)?;
             let dy = io.draw(case.name, "dy", &[b, n, c], Fill::Normal)?;
             let grads = io.call("backward", || gated_conv_backward(&dy, &p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), k, true, !absent("short_weight"), !absent("short_bias"), !absent("inner_weight"), !absent("inner_bias"), params))?;
+            if let Some(t) = &grads.p { io.result("dp", t)?; }
+            if let Some(t) = &grads.short_weight { io.result("dshort_weight", t)?; }
+            if let Some(t) = &grads.short_bias { io.result("dshort_bias", t)?; }
+            if let Some(t) = &grads.inner_weight { io.result("dinner_weight", t)?; }
+            if let Some(t) = &grads.inner_bias { io.result("dinner_bias", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Gradients of [`gated_conv_2d`]; absent where not asked for.
+pub struct GatedConv2dGrads {
+    /// `[B, Gh, Gw, 3, C]` f32
+    pub p: Option<Tensor>,
+    /// `[3, C, K, K]` f32
+    pub short_weight: Option<Tensor>,
+    /// `[3, C]` f32
+    pub short_bias: Option<Tensor>,
+    /// `[C, K, K]` f32
+    pub inner_weight: Option<Tensor>,
+    /// `[C]` f32
+    pub inner_bias: Option<Tensor>,
+}
+
+/// Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.
+///
+/// ```text
+/// conv(w, bias, x)[i,j] = bias + sum_rs w[r,s] * x[i - K/2 + r, j - K/2 + s], x zero outside the grid; the identity where w is absent
+/// q, k, v = conv(short_weight, short_bias, p);  y[b,i,j,c] = q[i,j] * conv(inner_weight, inner_bias, k * v)[i,j]
+/// ```
+/// - `p` `[B, Gh, Gw, 3, C]` f32: Queries, keys and values of every token side by side, as the input projection writes them.
+/// - `short_weight` `[3, C, K, K]` f32, optional: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
+/// - `short_bias` `[3, C]` f32, optional: Bias of the convolution on q, k and v.
+/// - `inner_weight` `[C, K, K]` f32, optional: Taps of the convolution on k * v; absent in the X form.
+/// - `inner_bias` `[C]` f32, optional: Bias of the convolution on k * v.
+/// - returns `y` `[B, Gh, Gw, C]` f32: Gated result, before the output projection.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn gated_conv_2d(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&Tensor>, inner_weight: Option<&Tensor>, inner_bias: Option<&Tensor>, params: kernels::generated::gated_conv_2d::Params) -> Result<Tensor> {
+    use kernels::generated::gated_conv_2d::{Dims, Forward};
+    let mut check = DimCheck::new("gated_conv_2d", &["B", "Gh", "Gw", "C", "K"]);
+    check.bind("p", p, &["B", "Gh", "Gw", "3", "C"])?;
+    if let Some(t) = short_weight { check.bind("short_weight", t, &["3", "C", "K", "K"])?; }
+    if let Some(t) = short_bias { check.bind("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.bind("inner_weight", t, &["C", "K", "K"])?; }
+    if let Some(t) = inner_bias { check.bind("inner_bias", t, &["C"])?; }
+    check.match_exprs("p", p, &["B", "Gh", "Gw", "3", "C"])?;
+    if let Some(t) = short_weight { check.match_exprs("short_weight", t, &["3", "C", "K", "K"])?; }
+    if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K", "K"])?; }
+    if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
+    want_dtype("gated_conv_2d", "p", p, &[DType::F32])?;
+    if let Some(t) = short_weight { want_dtype("gated_conv_2d", "short_weight", t, &[DType::F32])?; }
+    if let Some(t) = short_bias { want_dtype("gated_conv_2d", "short_bias", t, &[DType::F32])?; }
+    if let Some(t) = inner_weight { want_dtype("gated_conv_2d", "inner_weight", t, &[DType::F32])?; }
+    if let Some(t) = inner_bias { want_dtype("gated_conv_2d", "inner_bias", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { k, .. } = dims;
+    require("gated_conv_2d", k % 2 == 1, "K % 2 == 1", "an odd window, so that it has a middle", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv_2d", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv_2d", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
+    let device = p.device().clone();
+    check.same_device(&device, &[("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let Dims { b, gh, gw, c, .. } = dims;
+    let mut y = device.empty(&[b, gh, gw, c])?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gated_conv_2d::cpu::forward(args),
+        DeviceKind::Oracle => kernels::gated_conv_2d::reference::forward(args),
+        other => return Err(no_path("gated_conv_2d", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`gated_conv_2d`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn gated_conv_2d_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&Tensor>, inner_weight: Option<&Tensor>, inner_bias: Option<&Tensor>, k: usize, want_p: bool, want_short_weight: bool, want_short_bias: bool, want_inner_weight: bool, want_inner_bias: bool, params: kernels::generated::gated_conv_2d::Params) -> Result<GatedConv2dGrads> {
+    use kernels::generated::gated_conv_2d::{Backward, Dims};
+    let mut check = DimCheck::new("gated_conv_2d", &["B", "Gh", "Gw", "C", "K"]);
+    check.given("K", k)?;
+    check.bind("dy", dy, &["B", "Gh", "Gw", "C"])?;
+    check.bind("p", p, &["B", "Gh", "Gw", "3", "C"])?;
+    if let Some(t) = short_weight { check.bind("short_weight", t, &["3", "C", "K", "K"])?; }
+    if let Some(t) = short_bias { check.bind("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.bind("inner_weight", t, &["C", "K", "K"])?; }
+    if let Some(t) = inner_bias { check.bind("inner_bias", t, &["C"])?; }
+    check.match_exprs("dy", dy, &["B", "Gh", "Gw", "C"])?;
+    check.match_exprs("p", p, &["B", "Gh", "Gw", "3", "C"])?;
+    if let Some(t) = short_weight { check.match_exprs("short_weight", t, &["3", "C", "K", "K"])?; }
+    if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
+    if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K", "K"])?; }
+    if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
+    want_dtype("gated_conv_2d", "dy", dy, &[DType::F32])?;
+    want_dtype("gated_conv_2d", "p", p, &[DType::F32])?;
+    if let Some(t) = short_weight { want_dtype("gated_conv_2d", "short_weight", t, &[DType::F32])?; }
+    if let Some(t) = short_bias { want_dtype("gated_conv_2d", "short_bias", t, &[DType::F32])?; }
+    if let Some(t) = inner_weight { want_dtype("gated_conv_2d", "inner_weight", t, &[DType::F32])?; }
+    if let Some(t) = inner_bias { want_dtype("gated_conv_2d", "inner_bias", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { k, .. } = dims;
+    require("gated_conv_2d", k % 2 == 1, "K % 2 == 1", "an odd window, so that it has a middle", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv_2d", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
+    require("gated_conv_2d", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("p", Some(p)), ("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let Dims { b, gh, gw, c, k, .. } = dims;
+    let mut grad_p = if want_p { Some(device.empty(&[b, gh, gw, 3, c])?) } else { None };
+    let mut grad_short_weight = if want_short_weight { Some(device.empty(&[3, c, k, k])?) } else { None };
+    let mut grad_short_bias = if want_short_bias { Some(device.empty(&[3, c])?) } else { None };
+    let mut grad_inner_weight = if want_inner_weight { Some(device.empty(&[c, k, k])?) } else { None };
+    let mut grad_inner_bias = if want_inner_bias { Some(device.empty(&[c])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(GatedConv2dGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gated_conv_2d::cpu::backward(args),
+        DeviceKind::Oracle => kernels::gated_conv_2d::reference::backward(args),
+        other => return Err(no_path("gated_conv_2d", other)),
+    }
+    Ok(GatedConv2dGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias })
+}
+
+impl Graph<'_> {
+    /// [`gated_conv_2d`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn gated_conv_2d(&self, p: &Var, short_weight: Option<&Var>, short_bias: Option<&Var>, inner_weight: Option<&Var>, inner_bias: Option<&Var>, params: kernels::generated::gated_conv_2d::Params) -> Result<Var> {
+        let sources = [self.source(p), short_weight.and_then(|v| self.source(v)), short_bias.and_then(|v| self.source(v)), inner_weight.and_then(|v| self.source(v)), inner_bias.and_then(|v| self.source(v))];
+        let record = sources.iter().any(Option::is_some);
+        let out = gated_conv_2d(p.tensor(), short_weight.map(Var::tensor), short_bias.map(Var::tensor), inner_weight.map(Var::tensor), inner_bias.map(Var::tensor), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_p = p.tensor().clone();
+        let saved_short_weight = short_weight.map(|v| v.tensor().clone());
+        let saved_short_bias = short_bias.map(|v| v.tensor().clone());
+        let saved_inner_weight = inner_weight.map(|v| v.tensor().clone());
+        let saved_inner_bias = inner_bias.map(|v| v.tensor().clone());
+        let k = short_weight.map(|v| v.tensor().dim(2)).or(inner_weight.map(|v| v.tensor().dim(1))).unwrap_or(0);
+        let saved = [Some(&saved_p), saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref()].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("gated_conv_2d", out, saved, move |dy, grads| {
+            let found = gated_conv_2d_backward(dy, &saved_p, saved_short_weight.as_ref(), saved_short_bias.as_ref(), saved_inner_weight.as_ref(), saved_inner_bias.as_ref(), k, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.p)?;
+            grads.add(sources[1], found.short_weight)?;
+            grads.add(sources[2], found.short_bias)?;
+            grads.add(sources[3], found.inner_weight)?;
+            grads.add(sources[4], found.inner_bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn gated_conv_2d_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::gated_conv_2d::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, gh, gw, c, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let p = io.draw(case.name, "p", &[b, gh, gw, 3, c], Fill::Normal)?;
+            let short_weight = if absent("short_weight") { None } else { Some(io.draw(case.name, "short_weight", &[3, c, k, k], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let short_bias = if absent("short_bias") { None } else { Some(io.draw(case.name, "short_bias", &[3, c], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let inner_weight = if absent("inner_weight") { None } else { Some(io.draw(case.name, "inner_weight", &[c, k, k], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let inner_bias = if absent("inner_bias") { None } else { Some(io.draw(case.name, "inner_bias", &[c], Fill::Uniform(-0.3f64, 0.3f64))?) };
+            let out = io.call("forward", || gated_conv_2d(&p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, gh, gw, c], Fill::Normal)?;
+            let grads = io.call("backward", || gated_conv_2d_backward(&dy, &p, short_weight.as_ref(), short_bias.as_ref(), inner_weight.as_ref(), inner_bias.as_ref(), k, true, !absent("short_weight"), !absent("short_bias"), !absent("inner_weight"), !absent("inner_bias"), params))?;
             if let Some(t) = &grads.p { io.result("dp", t)?; }
             if let Some(t) = &grads.short_weight { io.result("dshort_weight", t)?; }
             if let Some(t) = &grads.short_bias { io.result("dshort_bias", t)?; }
@@ -1281,7 +1993,7 @@ pub fn gemm(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, pos: Option<&Tensor>,
     if let Some(t) = residual { want_dtype("gemm", "residual", t, &[DType::F32])?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, k: check.dim("K")?, f: check.dim("F")?, c: check.dim("C")? };
     let Dims { c, .. } = dims;
-    require("gemm", params.act <= 2, "act <= 2", "0 (none), 1 (GELU) or 2 (SiLU)", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", params.act <= 3, "act <= 3", "0 (none), 1 (GELU), 2 (SiLU) or 3 (sine)", || format!("{dims:?}, {params:?}"))?;
     require("gemm", !gate.is_some() || params.gate_row < c, "!has(gate) || gate_row < C", "a row of the gate table", || format!("{dims:?}, {params:?}"))?;
     require("gemm", !gate.is_some() || params.act == 0, "!has(gate) || act == 0", "no gate after an activation: the backward pass would need two saved tensors", || format!("{dims:?}, {params:?}"))?;
     let device = x.device().clone();
@@ -1290,6 +2002,9 @@ pub fn gemm(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, pos: Option<&Tensor>,
     let mut y = device.empty(&[b, n, f])?;
     let mut pre = if want_pre { Some(device.empty(&[b, n, f])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GemmOut { y, pre });
+    }
     let args = Forward { dims, params, x: x.f32s()?, w: w.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, pos: match pos { Some(t) => Some(t.f32s()?), None => None }, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: match &mut pre { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gemm::cpu::forward(args),
@@ -1324,7 +2039,7 @@ pub fn gemm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, gate: Option<&Tensor>,
     if let Some(t) = pre { want_dtype("gemm", "pre", t, &[DType::F32])?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, k: check.dim("K")?, f: check.dim("F")?, c: check.dim("C")? };
     let Dims { c, .. } = dims;
-    require("gemm", params.act <= 2, "act <= 2", "0 (none), 1 (GELU) or 2 (SiLU)", || format!("{dims:?}, {params:?}"))?;
+    require("gemm", params.act <= 3, "act <= 3", "0 (none), 1 (GELU), 2 (SiLU) or 3 (sine)", || format!("{dims:?}, {params:?}"))?;
     require("gemm", !gate.is_some() || params.gate_row < c, "!has(gate) || gate_row < C", "a row of the gate table", || format!("{dims:?}, {params:?}"))?;
     require("gemm", !gate.is_some() || params.act == 0, "!has(gate) || act == 0", "no gate after an activation: the backward pass would need two saved tensors", || format!("{dims:?}, {params:?}"))?;
     require("gemm", pre.is_some() || !(params.act != 0 || gate.is_some()), "has(pre) || !(act != 0 || has(gate))", "the forward pass was asked for pre", || format!("{dims:?}, {params:?}"))?;
@@ -1337,6 +2052,9 @@ pub fn gemm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, gate: Option<&Tensor>,
     let mut grad_pos = if want_pos { Some(device.empty(&[n, f])?) } else { None };
     let mut grad_gate = if want_gate { Some(device.empty(&[b, c, f])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, w: w.weight()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, pre: match pre { Some(t) => Some(t.f32s()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dpos: match &mut grad_pos { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gemm::cpu::backward(args),
@@ -1362,7 +2080,7 @@ impl Graph<'_> {
         let saved_w = w.tensor().clone();
         let saved_gate = gate.map(|v| v.tensor().clone());
         let saved_pre = out.pre.clone();
-        let c = gate.map_or(0, |v| v.tensor().dim(1));
+        let c = gate.map(|v| v.tensor().dim(1)).unwrap_or(0);
         let saved = [Some(&saved_x), Some(&saved_w), saved_gate.as_ref(), saved_pre.as_ref()].into_iter().flatten().map(Tensor::bytes).sum();
         Ok(self.record("gemm", out.y, saved, move |dy, grads| {
             let found = gemm_backward(dy, &saved_x, &saved_w, saved_gate.as_ref(), saved_pre.as_ref(), c, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
@@ -1478,6 +2196,9 @@ pub fn kv_compress(x: &Tensor, weight: &Tensor, bias: &Tensor, gamma: &Tensor, b
     let mut mean = device.empty(&[b, gh/k, gw/k, 2])?;
     let mut rstd = device.empty(&[b, gh/k, gw/k, 2])?;
 
+    if device.is_dry() {
+        return Ok(KvCompressOut { y, mean, rstd });
+    }
     let args = Forward { dims, params, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::kv_compress::cpu::forward(args),
@@ -1528,6 +2249,9 @@ pub fn kv_compress_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, bias: &Ten
     let mut grad_gamma = if want_gamma { Some(device.empty(&[d])?) } else { None };
     let mut grad_beta = if want_beta { Some(device.empty(&[d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(KvCompressGrads { x: grad_x, weight: grad_weight, bias: grad_bias, gamma: grad_gamma, beta: grad_beta });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::kv_compress::cpu::backward(args),
@@ -1644,6 +2368,9 @@ pub fn linear_attention(qkv: &Tensor, params: kernels::generated::linear_attenti
     let mut state = device.empty(&[b, h, e, e])?;
     let mut total = device.empty(&[b, h, e])?;
 
+    if device.is_dry() {
+        return Ok(LinearAttentionOut { y, norm, state, total });
+    }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, norm: norm.f32s_mut()?, state: state.f32s_mut()?, total: total.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::linear_attention::cpu::forward(args),
@@ -1687,6 +2414,9 @@ pub fn linear_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, norm: &T
     let Dims { b, n, h, e, .. } = dims;
     let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, norm: norm.f32s()?, state: state.f32s()?, total: total.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::linear_attention::cpu::backward(args),
@@ -1796,6 +2526,9 @@ pub fn ln_modulate(x: &Tensor, modulation: &Tensor, params: kernels::generated::
     let mut mean = device.empty(&[b, n])?;
     let mut rstd = device.empty(&[b, n])?;
 
+    if device.is_dry() {
+        return Ok(LnModulateOut { y, mean, rstd });
+    }
     let args = Forward { dims, params, x: x.f32s()?, modulation: modulation.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::ln_modulate::cpu::forward(args),
@@ -1836,6 +2569,9 @@ pub fn ln_modulate_backward(dy: &Tensor, x: &Tensor, modulation: &Tensor, mean: 
     let mut grad_x = if want_x { Some(device.empty(&[b, n, d])?) } else { None };
     let mut grad_modulation = if want_modulation { Some(device.empty(&[b, c, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(LnModulateGrads { x: grad_x, modulation: grad_modulation });
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, modulation: modulation.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::ln_modulate::cpu::backward(args),
@@ -1889,6 +2625,190 @@ fn ln_modulate_conform(run: &mut Conform<'_>) -> Result<()> {
             let grads = io.call("backward", || ln_modulate_backward(&dy, &x, &modulation, &out.mean, &out.rstd, true, true, params))?;
             if let Some(t) = &grads.x { io.result("dx", t)?; }
             if let Some(t) = &grads.modulation { io.result("dmodulation", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Gradients of [`long_conv`]; absent where not asked for.
+pub struct LongConvGrads {
+    /// `[B, N, 3, C]` f32
+    pub p: Option<Tensor>,
+    /// `[3, C, K]` f32
+    pub short_weight: Option<Tensor>,
+    /// `[3, C]` f32
+    pub short_bias: Option<Tensor>,
+    /// `[C, L]` f32
+    pub filter: Option<Tensor>,
+    /// `[C]` f32
+    pub skip: Option<Tensor>,
+}
+
+/// The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.
+///
+/// ```text
+/// short(w, bias, x)[t] = bias + sum_j w[j] * x[t - lead + j], x zero outside [0, N); the identity where w is absent
+/// q, k, v = short(short_weight, short_bias, p);  u = k * v
+/// y[b,t,c] = q[t] * (skip[c] * u[t] + sum_l filter[c,l] * u[t + centre - l]), u zero outside [0, N)
+/// the last `reversed` channels run against token order: x[t + lead - j] and u[t - centre + l]
+/// ```
+/// - `p` `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+/// - `short_weight` `[3, C, K]` f32, optional: Taps of the convolution on q, k and v, the earliest token first.
+/// - `short_bias` `[3, C]` f32, optional: Bias of the convolution on q, k and v.
+/// - `filter` `[C, L]` f32: The long filter of each channel by lag: tap l reads the token l - centre places back.
+/// - `skip` `[C]` f32: Factor of the current k * v beside the filter.
+/// - returns `y` `[B, N, C]` f32: Gated result, before the output projection.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn long_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&Tensor>, filter: &Tensor, skip: &Tensor, params: kernels::generated::long_conv::Params) -> Result<Tensor> {
+    use kernels::generated::long_conv::{Dims, Forward};
+    let mut check = DimCheck::new("long_conv", &["B", "N", "C", "K", "L"]);
+    check.bind("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.bind("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.bind("short_bias", t, &["3", "C"])?; }
+    check.bind("filter", filter, &["C", "L"])?;
+    check.bind("skip", skip, &["C"])?;
+    check.match_exprs("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.match_exprs("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
+    check.match_exprs("filter", filter, &["C", "L"])?;
+    check.match_exprs("skip", skip, &["C"])?;
+    want_dtype("long_conv", "p", p, &[DType::F32])?;
+    if let Some(t) = short_weight { want_dtype("long_conv", "short_weight", t, &[DType::F32])?; }
+    if let Some(t) = short_bias { want_dtype("long_conv", "short_bias", t, &[DType::F32])?; }
+    want_dtype("long_conv", "filter", filter, &[DType::F32])?;
+    want_dtype("long_conv", "skip", skip, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")?, l: check.dim("L")? };
+    let Dims { c, k, l, .. } = dims;
+    require("long_conv", !short_weight.is_some() || params.lead < k, "!has(short_weight) || lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("long_conv", params.centre < l, "centre < L", "a tap of the long filter on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("long_conv", params.reversed <= c, "reversed <= C", "at most all channels reversed", || format!("{dims:?}, {params:?}"))?;
+    require("long_conv", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
+    let device = p.device().clone();
+    check.same_device(&device, &[("short_weight", short_weight), ("short_bias", short_bias), ("filter", Some(filter)), ("skip", Some(skip))])?;
+    let Dims { b, n, c, .. } = dims;
+    let mut y = device.empty(&[b, n, c])?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, filter: filter.f32s()?, skip: skip.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::long_conv::cpu::forward(args),
+        DeviceKind::Oracle => kernels::long_conv::reference::forward(args),
+        other => return Err(no_path("long_conv", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`long_conv`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn long_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&Tensor>, filter: &Tensor, skip: &Tensor, k: usize, want_p: bool, want_short_weight: bool, want_short_bias: bool, want_filter: bool, want_skip: bool, params: kernels::generated::long_conv::Params) -> Result<LongConvGrads> {
+    use kernels::generated::long_conv::{Backward, Dims};
+    let mut check = DimCheck::new("long_conv", &["B", "N", "C", "K", "L"]);
+    check.given("K", k)?;
+    check.bind("dy", dy, &["B", "N", "C"])?;
+    check.bind("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.bind("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.bind("short_bias", t, &["3", "C"])?; }
+    check.bind("filter", filter, &["C", "L"])?;
+    check.bind("skip", skip, &["C"])?;
+    check.match_exprs("dy", dy, &["B", "N", "C"])?;
+    check.match_exprs("p", p, &["B", "N", "3", "C"])?;
+    if let Some(t) = short_weight { check.match_exprs("short_weight", t, &["3", "C", "K"])?; }
+    if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
+    check.match_exprs("filter", filter, &["C", "L"])?;
+    check.match_exprs("skip", skip, &["C"])?;
+    want_dtype("long_conv", "dy", dy, &[DType::F32])?;
+    want_dtype("long_conv", "p", p, &[DType::F32])?;
+    if let Some(t) = short_weight { want_dtype("long_conv", "short_weight", t, &[DType::F32])?; }
+    if let Some(t) = short_bias { want_dtype("long_conv", "short_bias", t, &[DType::F32])?; }
+    want_dtype("long_conv", "filter", filter, &[DType::F32])?;
+    want_dtype("long_conv", "skip", skip, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")?, l: check.dim("L")? };
+    let Dims { c, k, l, .. } = dims;
+    require("long_conv", !short_weight.is_some() || params.lead < k, "!has(short_weight) || lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("long_conv", params.centre < l, "centre < L", "a tap of the long filter on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("long_conv", params.reversed <= c, "reversed <= C", "at most all channels reversed", || format!("{dims:?}, {params:?}"))?;
+    require("long_conv", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("p", Some(p)), ("short_weight", short_weight), ("short_bias", short_bias), ("filter", Some(filter)), ("skip", Some(skip))])?;
+    let Dims { b, n, c, k, l, .. } = dims;
+    let mut grad_p = if want_p { Some(device.empty(&[b, n, 3, c])?) } else { None };
+    let mut grad_short_weight = if want_short_weight { Some(device.empty(&[3, c, k])?) } else { None };
+    let mut grad_short_bias = if want_short_bias { Some(device.empty(&[3, c])?) } else { None };
+    let mut grad_filter = if want_filter { Some(device.empty(&[c, l])?) } else { None };
+    let mut grad_skip = if want_skip { Some(device.empty(&[c])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(LongConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, filter: grad_filter, skip: grad_skip });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, filter: filter.f32s()?, skip: skip.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dfilter: match &mut grad_filter { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::long_conv::cpu::backward(args),
+        DeviceKind::Oracle => kernels::long_conv::reference::backward(args),
+        other => return Err(no_path("long_conv", other)),
+    }
+    Ok(LongConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, filter: grad_filter, skip: grad_skip })
+}
+
+impl Graph<'_> {
+    /// [`long_conv`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn long_conv(&self, p: &Var, short_weight: Option<&Var>, short_bias: Option<&Var>, filter: &Var, skip: &Var, params: kernels::generated::long_conv::Params) -> Result<Var> {
+        let sources = [self.source(p), short_weight.and_then(|v| self.source(v)), short_bias.and_then(|v| self.source(v)), self.source(filter), self.source(skip)];
+        let record = sources.iter().any(Option::is_some);
+        let out = long_conv(p.tensor(), short_weight.map(Var::tensor), short_bias.map(Var::tensor), filter.tensor(), skip.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_p = p.tensor().clone();
+        let saved_short_weight = short_weight.map(|v| v.tensor().clone());
+        let saved_short_bias = short_bias.map(|v| v.tensor().clone());
+        let saved_filter = filter.tensor().clone();
+        let saved_skip = skip.tensor().clone();
+        let k = short_weight.map(|v| v.tensor().dim(2)).unwrap_or(0);
+        let saved = [Some(&saved_p), saved_short_weight.as_ref(), saved_short_bias.as_ref(), Some(&saved_filter), Some(&saved_skip)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("long_conv", out, saved, move |dy, grads| {
+            let found = long_conv_backward(dy, &saved_p, saved_short_weight.as_ref(), saved_short_bias.as_ref(), &saved_filter, &saved_skip, k, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.p)?;
+            grads.add(sources[1], found.short_weight)?;
+            grads.add(sources[2], found.short_bias)?;
+            grads.add(sources[3], found.filter)?;
+            grads.add(sources[4], found.skip)?;
+            Ok(())
+        }))
+    }
+}
+
+fn long_conv_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::long_conv::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, c, k, l, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let p = io.draw(case.name, "p", &[b, n, 3, c], Fill::Normal)?;
+            let short_weight = if absent("short_weight") { None } else { Some(io.draw(case.name, "short_weight", &[3, c, k], Fill::Uniform(-0.5f64, 0.5f64))?) };
+            let short_bias = if absent("short_bias") { None } else { Some(io.draw(case.name, "short_bias", &[3, c], Fill::Uniform(-0.5f64, 0.5f64))?) };
+            let filter = io.draw(case.name, "filter", &[c, l], Fill::Uniform(-0.3f64, 0.3f64))?;
+            let skip = io.draw(case.name, "skip", &[c], Fill::Normal)?;
+            let out = io.call("forward", || long_conv(&p, short_weight.as_ref(), short_bias.as_ref(), &filter, &skip, params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, n, c], Fill::Normal)?;
+            let grads = io.call("backward", || long_conv_backward(&dy, &p, short_weight.as_ref(), short_bias.as_ref(), &filter, &skip, k, true, !absent("short_weight"), !absent("short_bias"), true, true, params))?;
+            if let Some(t) = &grads.p { io.result("dp", t)?; }
+            if let Some(t) = &grads.short_weight { io.result("dshort_weight", t)?; }
+            if let Some(t) = &grads.short_bias { io.result("dshort_bias", t)?; }
+            if let Some(t) = &grads.filter { io.result("dfilter", t)?; }
+            if let Some(t) = &grads.skip { io.result("dskip", t)?; }
             Ok(())
         })?;
     }
@@ -1952,6 +2872,9 @@ pub fn loss_diffusion(model_output: &Tensor, x0: &Tensor, noise: &Tensor, coefs:
     let mut mse = device.empty(&[b])?;
     let mut vb = device.empty(&[b])?;
 
+    if device.is_dry() {
+        return Ok(LossDiffusionOut { loss, mse, vb });
+    }
     let args = Forward { dims, params, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, loss: loss.f32s_mut()?, mse: mse.f32s_mut()?, vb: vb.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::forward(args),
@@ -1991,6 +2914,9 @@ pub fn loss_diffusion_backward(dloss: &Tensor, model_output: &Tensor, x0: &Tenso
     let Dims { b, c, s, .. } = dims;
     let mut grad_model_output = if want_model_output { Some(device.empty(&[b, 2*c, s])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_model_output);
+    }
     let args = Backward { dims, params, dloss: dloss.f32s()?, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::backward(args),
@@ -2082,6 +3008,9 @@ pub fn loss_regression(pred: &Tensor, target: &Tensor, params: kernels::generate
     
     let mut loss = device.empty(&[1])?;
 
+    if device.is_dry() {
+        return Ok(loss);
+    }
     let args = Forward { dims, params, pred: pred.f32s()?, target: target.f32s()?, loss: loss.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_regression::cpu::forward(args),
@@ -2117,6 +3046,9 @@ pub fn loss_regression_backward(dloss: &Tensor, pred: &Tensor, target: &Tensor, 
     let Dims { b, n, d, .. } = dims;
     let mut grad_pred = if want_pred { Some(device.empty(&[b, n, d])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_pred);
+    }
     let args = Backward { dims, params, dloss: dloss.f32s()?, pred: pred.f32s()?, target: target.f32s()?, dpred: match &mut grad_pred { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_regression::cpu::backward(args),
@@ -2170,6 +3102,193 @@ fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Gradients of [`mamba2`]; absent where not asked for.
+pub struct Mamba2Grads {
+    /// `[B, N, H*E + 2*K]` f32
+    pub xbc: Option<Tensor>,
+    /// `[B, N, W]` f32
+    pub p: Option<Tensor>,
+    /// `[H]` f32
+    pub dt_bias: Option<Tensor>,
+    /// `[H]` f32
+    pub a_log: Option<Tensor>,
+    /// `[H]` f32
+    pub skip: Option<Tensor>,
+}
+
+/// The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.
+///
+/// ```text
+/// dt[b,t,h] = softplus(p[b, t, dt_offset + h] + dt_bias[h]);  a = exp(-exp(a_log[h]) * dt)
+/// S_t[e,k] = a * S_{t-1}[e,k] + dt * x[t,h,e] * Bt[t,k];  y[b,t,h,e] = sum_k S_t[e,k] * Ct[t,k] + skip[h] * x[t,h,e] + residual
+/// x, Bt, Ct = xbc[b,t,:]; Bt and Ct are shared by the heads; reverse: tokens from the last to the first
+/// ```
+/// - `xbc` `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
+/// - `p` `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+/// - `dt_bias` `[H]` f32: Added to the step sizes before softplus.
+/// - `a_log` `[H]` f32: Logarithm of the decay rate of each head.
+/// - `skip` `[H]` f32: Factor of the direct path of each head (D in the literature).
+/// - `residual` `[B, N, H*E]` f32, optional: Added to the result: that of the other direction.
+/// - returns `y` `[B, N, H*E]` f32: Result, head by head.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn mamba2(xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, a_log: &Tensor, skip: &Tensor, residual: Option<&Tensor>, e: usize, k: usize, params: kernels::generated::mamba2::Params) -> Result<Tensor> {
+    use kernels::generated::mamba2::{Dims, Forward};
+    let mut check = DimCheck::new("mamba2", &["B", "N", "W", "H", "E", "K"]);
+    check.given("E", e)?;
+    check.given("K", k)?;
+    check.bind("xbc", xbc, &["B", "N", "H*E + 2*K"])?;
+    check.bind("p", p, &["B", "N", "W"])?;
+    check.bind("dt_bias", dt_bias, &["H"])?;
+    check.bind("a_log", a_log, &["H"])?;
+    check.bind("skip", skip, &["H"])?;
+    if let Some(t) = residual { check.bind("residual", t, &["B", "N", "H*E"])?; }
+    check.match_exprs("xbc", xbc, &["B", "N", "H*E + 2*K"])?;
+    check.match_exprs("p", p, &["B", "N", "W"])?;
+    check.match_exprs("dt_bias", dt_bias, &["H"])?;
+    check.match_exprs("a_log", a_log, &["H"])?;
+    check.match_exprs("skip", skip, &["H"])?;
+    if let Some(t) = residual { check.match_exprs("residual", t, &["B", "N", "H*E"])?; }
+    want_dtype("mamba2", "xbc", xbc, &[DType::F32])?;
+    want_dtype("mamba2", "p", p, &[DType::F32])?;
+    want_dtype("mamba2", "dt_bias", dt_bias, &[DType::F32])?;
+    want_dtype("mamba2", "a_log", a_log, &[DType::F32])?;
+    want_dtype("mamba2", "skip", skip, &[DType::F32])?;
+    if let Some(t) = residual { want_dtype("mamba2", "residual", t, &[DType::F32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
+    let Dims { w, h, e, k, .. } = dims;
+    require("mamba2", params.dt_offset + h <= w, "dt_offset + H <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    require("mamba2", e > 0 && k > 0, "E > 0 && K > 0", "a head width and a state of at least one", || format!("{dims:?}, {params:?}"))?;
+    let device = xbc.device().clone();
+    check.same_device(&device, &[("p", Some(p)), ("dt_bias", Some(dt_bias)), ("a_log", Some(a_log)), ("skip", Some(skip)), ("residual", residual)])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty(&[b, n, h*e])?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    let args = Forward { dims, params, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::mamba2::cpu::forward(args),
+        DeviceKind::Oracle => kernels::mamba2::reference::forward(args),
+        other => return Err(no_path("mamba2", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`mamba2`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn mamba2_backward(dy: &Tensor, xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, a_log: &Tensor, skip: &Tensor, e: usize, k: usize, want_xbc: bool, want_p: bool, want_dt_bias: bool, want_a_log: bool, want_skip: bool, params: kernels::generated::mamba2::Params) -> Result<Mamba2Grads> {
+    use kernels::generated::mamba2::{Backward, Dims};
+    let mut check = DimCheck::new("mamba2", &["B", "N", "W", "H", "E", "K"]);
+    check.given("E", e)?;
+    check.given("K", k)?;
+    check.bind("dy", dy, &["B", "N", "H*E"])?;
+    check.bind("xbc", xbc, &["B", "N", "H*E + 2*K"])?;
+    check.bind("p", p, &["B", "N", "W"])?;
+    check.bind("dt_bias", dt_bias, &["H"])?;
+    check.bind("a_log", a_log, &["H"])?;
+    check.bind("skip", skip, &["H"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H*E"])?;
+    check.match_exprs("xbc", xbc, &["B", "N", "H*E + 2*K"])?;
+    check.match_exprs("p", p, &["B", "N", "W"])?;
+    check.match_exprs("dt_bias", dt_bias, &["H"])?;
+    check.match_exprs("a_log", a_log, &["H"])?;
+    check.match_exprs("skip", skip, &["H"])?;
+    want_dtype("mamba2", "dy", dy, &[DType::F32])?;
+    want_dtype("mamba2", "xbc", xbc, &[DType::F32])?;
+    want_dtype("mamba2", "p", p, &[DType::F32])?;
+    want_dtype("mamba2", "dt_bias", dt_bias, &[DType::F32])?;
+    want_dtype("mamba2", "a_log", a_log, &[DType::F32])?;
+    want_dtype("mamba2", "skip", skip, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
+    let Dims { w, h, e, k, .. } = dims;
+    require("mamba2", params.dt_offset + h <= w, "dt_offset + H <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    require("mamba2", e > 0 && k > 0, "E > 0 && K > 0", "a head width and a state of at least one", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("xbc", Some(xbc)), ("p", Some(p)), ("dt_bias", Some(dt_bias)), ("a_log", Some(a_log)), ("skip", Some(skip))])?;
+    let Dims { b, n, w, h, e, k, .. } = dims;
+    let mut grad_xbc = if want_xbc { Some(device.empty(&[b, n, h*e + 2*k])?) } else { None };
+    let mut grad_p = if want_p { Some(device.empty(&[b, n, w])?) } else { None };
+    let mut grad_dt_bias = if want_dt_bias { Some(device.empty(&[h])?) } else { None };
+    let mut grad_a_log = if want_a_log { Some(device.empty(&[h])?) } else { None };
+    let mut grad_skip = if want_skip { Some(device.empty(&[h])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, dxbc: match &mut grad_xbc { Some(t) => Some(t.f32s_mut()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, ddt_bias: match &mut grad_dt_bias { Some(t) => Some(t.f32s_mut()?), None => None }, da_log: match &mut grad_a_log { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::mamba2::cpu::backward(args),
+        DeviceKind::Oracle => kernels::mamba2::reference::backward(args),
+        other => return Err(no_path("mamba2", other)),
+    }
+    Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip })
+}
+
+impl Graph<'_> {
+    /// [`mamba2`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn mamba2(&self, xbc: &Var, p: &Var, dt_bias: &Var, a_log: &Var, skip: &Var, residual: Option<&Var>, e: usize, k: usize, params: kernels::generated::mamba2::Params) -> Result<Var> {
+        let sources = [self.source(xbc), self.source(p), self.source(dt_bias), self.source(a_log), self.source(skip), residual.and_then(|v| self.source(v))];
+        let record = sources.iter().any(Option::is_some);
+        let out = mamba2(xbc.tensor(), p.tensor(), dt_bias.tensor(), a_log.tensor(), skip.tensor(), residual.map(Var::tensor), e, k, params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved_xbc = xbc.tensor().clone();
+        let saved_p = p.tensor().clone();
+        let saved_dt_bias = dt_bias.tensor().clone();
+        let saved_a_log = a_log.tensor().clone();
+        let saved_skip = skip.tensor().clone();
+        let saved = [Some(&saved_xbc), Some(&saved_p), Some(&saved_dt_bias), Some(&saved_a_log), Some(&saved_skip)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("mamba2", out, saved, move |dy, grads| {
+            let found = mamba2_backward(dy, &saved_xbc, &saved_p, &saved_dt_bias, &saved_a_log, &saved_skip, e, k, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.xbc)?;
+            grads.add(sources[1], found.p)?;
+            grads.add(sources[2], found.dt_bias)?;
+            grads.add(sources[3], found.a_log)?;
+            grads.add(sources[4], found.skip)?;
+            grads.add(sources[5], Some(dy.clone()))?;
+            Ok(())
+        }))
+    }
+}
+
+fn mamba2_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::mamba2::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, w, h, e, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let xbc = io.draw(case.name, "xbc", &[b, n, h*e + 2*k], Fill::Normal)?;
+            let p = io.draw(case.name, "p", &[b, n, w], Fill::Normal)?;
+            let dt_bias = io.draw(case.name, "dt_bias", &[h], Fill::Uniform(-4f64, 0f64))?;
+            let a_log = io.draw(case.name, "a_log", &[h], Fill::Uniform(0f64, 2.7f64))?;
+            let skip = io.draw(case.name, "skip", &[h], Fill::Normal)?;
+            let residual = if absent("residual") { None } else { Some(io.draw(case.name, "residual", &[b, n, h*e], Fill::Normal)?) };
+            let out = io.call("forward", || mamba2(&xbc, &p, &dt_bias, &a_log, &skip, residual.as_ref(), e, k, params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h*e], Fill::Normal)?;
+            let grads = io.call("backward", || mamba2_backward(&dy, &xbc, &p, &dt_bias, &a_log, &skip, e, k, true, true, true, true, true, params))?;
+            if let Some(t) = &grads.xbc { io.result("dxbc", t)?; }
+            if let Some(t) = &grads.p { io.result("dp", t)?; }
+            if let Some(t) = &grads.dt_bias { io.result("ddt_bias", t)?; }
+            if let Some(t) = &grads.a_log { io.result("da_log", t)?; }
+            if let Some(t) = &grads.skip { io.result("dskip", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Outputs of [`neighborhood_attention`].
 pub struct NeighborhoodAttentionOut {
     /// `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
@@ -2208,6 +3327,9 @@ pub fn neighborhood_attention(qkv: &Tensor, k: usize, params: kernels::generated
     let mut y = device.empty(&[b, gh, gw, h, e])?;
     let mut lse = device.empty(&[b, h, gh, gw])?;
 
+    if device.is_dry() {
+        return Ok(NeighborhoodAttentionOut { y, lse });
+    }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::neighborhood_attention::cpu::forward(args),
@@ -2245,6 +3367,9 @@ pub fn neighborhood_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, ls
     let Dims { b, gh, gw, h, e, .. } = dims;
     let mut grad_qkv = if want_qkv { Some(device.empty(&[b, gh, gw, 3, h, e])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::neighborhood_attention::cpu::backward(args),
@@ -2327,6 +3452,9 @@ pub fn patchify(x: &Tensor, p: usize, gh: usize, gw: usize, params: kernels::gen
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut tokens = device.empty(&[b, gh*gw, c*p*p])?;
 
+    if device.is_dry() {
+        return Ok(tokens);
+    }
     let args = Forward { dims, params, x: x.f32s()?, tokens: tokens.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::patchify::cpu::forward(args),
@@ -2358,6 +3486,9 @@ pub fn patchify_backward(dtokens: &Tensor, p: usize, gh: usize, gw: usize, c: us
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut grad_x = if want_x { Some(device.empty(&[b, c, gh*p, gw*p])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_x);
+    }
     let args = Backward { dims, params, dtokens: dtokens.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::patchify::cpu::backward(args),
@@ -2430,6 +3561,9 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
     let Dims { l, .. } = dims;
     let mut z = device.empty(&[l])?;
 
+    if device.is_dry() {
+        return Ok(z);
+    }
     let args = Forward { dims, params, z: z.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::philox::cpu::forward(args),
@@ -2450,6 +3584,169 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
             let device = io.device().clone();
             let out = io.call("forward", || philox(&device, l, params))?;
             io.result("z", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`rms_norm`].
+pub struct RmsNormOut {
+    /// `[B, N, D]` f32: Normalised rows.
+    pub y: Tensor,
+    /// `[B, N]` f32: Reciprocal root mean square of each row.
+    pub rstd: Tensor,
+}
+
+/// Gradients of [`rms_norm`]; absent where not asked for.
+pub struct RmsNormGrads {
+    /// `[B, N, D]` f32
+    pub x: Option<Tensor>,
+    /// `[B, N, W]` f32
+    pub gate: Option<Tensor>,
+    /// `[D]` f32
+    pub weight: Option<Tensor>,
+}
+
+/// Root-mean-square norm with a weight, after a SiLU gate where there is one.
+///
+/// ```text
+/// u[b,n,d] = x[b,n,d] * silu(gate[b,n,gate_offset + d]), or x where the gate is absent
+/// rstd[b,n] = 1/sqrt(1/D sum_d u[b,n,d]^2 + eps);  y[b,n,d] = u[b,n,d] * rstd[b,n] * weight[d]
+/// ```
+/// - `x` `[B, N, D]` f32: Rows.
+/// - `gate` `[B, N, W]` f32, optional: Packed rows that hold the gate; the gradient is zero outside its columns.
+/// - `weight` `[D]` f32: Factor of each column.
+/// - returns `y` `[B, N, D]` f32: Normalised rows.
+/// - returns `rstd` `[B, N]` f32: Reciprocal root mean square of each row.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn rms_norm(x: &Tensor, gate: Option<&Tensor>, weight: &Tensor, params: kernels::generated::rms_norm::Params) -> Result<RmsNormOut> {
+    use kernels::generated::rms_norm::{Dims, Forward};
+    let mut check = DimCheck::new("rms_norm", &["B", "N", "D", "W"]);
+    check.bind("x", x, &["B", "N", "D"])?;
+    if let Some(t) = gate { check.bind("gate", t, &["B", "N", "W"])?; }
+    check.bind("weight", weight, &["D"])?;
+    check.match_exprs("x", x, &["B", "N", "D"])?;
+    if let Some(t) = gate { check.match_exprs("gate", t, &["B", "N", "W"])?; }
+    check.match_exprs("weight", weight, &["D"])?;
+    want_dtype("rms_norm", "x", x, &[DType::F32])?;
+    if let Some(t) = gate { want_dtype("rms_norm", "gate", t, &[DType::F32])?; }
+    want_dtype("rms_norm", "weight", weight, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")?, w: check.dim("W")? };
+    let Dims { d, w, .. } = dims;
+    require("rms_norm", !gate.is_some() || params.gate_offset + d <= w, "!has(gate) || gate_offset + D <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("gate", gate), ("weight", Some(weight))])?;
+    let Dims { b, n, d, .. } = dims;
+    let mut y = device.empty(&[b, n, d])?;
+    let mut rstd = device.empty(&[b, n])?;
+
+    if device.is_dry() {
+        return Ok(RmsNormOut { y, rstd });
+    }
+    let args = Forward { dims, params, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, y: y.f32s_mut()?, rstd: rstd.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::rms_norm::cpu::forward(args),
+        DeviceKind::Oracle => kernels::rms_norm::reference::forward(args),
+        other => return Err(no_path("rms_norm", other)),
+    }
+    Ok(RmsNormOut { y, rstd })
+}
+
+/// Backward pass of [`rms_norm`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, gate: Option<&Tensor>, weight: &Tensor, rstd: &Tensor, w: usize, want_x: bool, want_gate: bool, want_weight: bool, params: kernels::generated::rms_norm::Params) -> Result<RmsNormGrads> {
+    use kernels::generated::rms_norm::{Backward, Dims};
+    let mut check = DimCheck::new("rms_norm", &["B", "N", "D", "W"]);
+    check.given("W", w)?;
+    check.bind("dy", dy, &["B", "N", "D"])?;
+    check.bind("x", x, &["B", "N", "D"])?;
+    if let Some(t) = gate { check.bind("gate", t, &["B", "N", "W"])?; }
+    check.bind("weight", weight, &["D"])?;
+    check.bind("rstd", rstd, &["B", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "D"])?;
+    check.match_exprs("x", x, &["B", "N", "D"])?;
+    if let Some(t) = gate { check.match_exprs("gate", t, &["B", "N", "W"])?; }
+    check.match_exprs("weight", weight, &["D"])?;
+    check.match_exprs("rstd", rstd, &["B", "N"])?;
+    want_dtype("rms_norm", "dy", dy, &[DType::F32])?;
+    want_dtype("rms_norm", "x", x, &[DType::F32])?;
+    if let Some(t) = gate { want_dtype("rms_norm", "gate", t, &[DType::F32])?; }
+    want_dtype("rms_norm", "weight", weight, &[DType::F32])?;
+    want_dtype("rms_norm", "rstd", rstd, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")?, w: check.dim("W")? };
+    let Dims { d, w, .. } = dims;
+    require("rms_norm", !gate.is_some() || params.gate_offset + d <= w, "!has(gate) || gate_offset + D <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("gate", gate), ("weight", Some(weight)), ("rstd", Some(rstd))])?;
+    let Dims { b, n, d, w, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty(&[b, n, d])?) } else { None };
+    let mut grad_gate = if want_gate { Some(device.empty(&[b, n, w])?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty(&[d])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(RmsNormGrads { x: grad_x, gate: grad_gate, weight: grad_weight });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::rms_norm::cpu::backward(args),
+        DeviceKind::Oracle => kernels::rms_norm::reference::backward(args),
+        other => return Err(no_path("rms_norm", other)),
+    }
+    Ok(RmsNormGrads { x: grad_x, gate: grad_gate, weight: grad_weight })
+}
+
+impl Graph<'_> {
+    /// [`rms_norm`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn rms_norm(&self, x: &Var, gate: Option<&Var>, weight: &Var, params: kernels::generated::rms_norm::Params) -> Result<Var> {
+        let sources = [self.source(x), gate.and_then(|v| self.source(v)), self.source(weight)];
+        let record = sources.iter().any(Option::is_some);
+        let out = rms_norm(x.tensor(), gate.map(Var::tensor), weight.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_gate = gate.map(|v| v.tensor().clone());
+        let saved_weight = weight.tensor().clone();
+        let saved_rstd = out.rstd.clone();
+        let w = gate.map(|v| v.tensor().dim(2)).unwrap_or(0);
+        let saved = [Some(&saved_x), saved_gate.as_ref(), Some(&saved_weight), Some(&saved_rstd)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("rms_norm", out.y, saved, move |dy, grads| {
+            let found = rms_norm_backward(dy, &saved_x, saved_gate.as_ref(), &saved_weight, &saved_rstd, w, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.gate)?;
+            grads.add(sources[2], found.weight)?;
+            Ok(())
+        }))
+    }
+}
+
+fn rms_norm_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::rms_norm::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, d, w, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, n, d], Fill::Normal)?;
+            let gate = if absent("gate") { None } else { Some(io.draw(case.name, "gate", &[b, n, w], Fill::Normal)?) };
+            let weight = io.draw(case.name, "weight", &[d], Fill::Normal)?;
+            let out = io.call("forward", || rms_norm(&x, gate.as_ref(), &weight, params))?;
+            io.result("y", &out.y)?;
+            io.result("rstd", &out.rstd)?;
+            let dy = io.draw(case.name, "dy", &[b, n, d], Fill::Normal)?;
+            let grads = io.call("backward", || rms_norm_backward(&dy, &x, gate.as_ref(), &weight, &out.rstd, w, true, !absent("gate"), true, params))?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.gate { io.result("dgate", t)?; }
+            if let Some(t) = &grads.weight { io.result("dweight", t)?; }
             Ok(())
         })?;
     }
@@ -2483,6 +3780,9 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
     let Dims { b, d, .. } = dims;
     let mut y = device.empty(&[b, d])?;
 
+    if device.is_dry() {
+        return Ok(y);
+    }
     let args = Forward { dims, params, t: t.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::sinusoid::cpu::forward(args),
@@ -2565,6 +3865,9 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
     let mut x_next = device.empty(&[b, c, s])?;
     let mut x0 = device.empty(&[b, c, s])?;
 
+    if device.is_dry() {
+        return Ok(SolverStepOut { x_next, x0 });
+    }
     let args = Forward { dims, params, x: x.f32s()?, cond: cond.f32s()?, uncond: match uncond { Some(t) => Some(t.f32s()?), None => None }, noise: match noise { Some(t) => Some(t.f32s()?), None => None }, x0_prev: match x0_prev { Some(t) => Some(t.f32s()?), None => None }, x_next: x_next.f32s_mut()?, x0: x0.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::solver_step::cpu::forward(args),
@@ -2618,6 +3921,9 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
     
     let mut out = device.empty(&[1])?;
 
+    if device.is_dry() {
+        return Ok(out);
+    }
     let args = Forward { dims, params, x: x.f32s()?, out: out.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::sum_squares::cpu::forward(args),
@@ -2673,6 +3979,9 @@ pub fn unpatchify(tokens: &Tensor, c: usize, p: usize, gh: usize, gw: usize, par
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut x = device.empty(&[b, c, gh*p, gw*p])?;
 
+    if device.is_dry() {
+        return Ok(x);
+    }
     let args = Forward { dims, params, tokens: tokens.f32s()?, x: x.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::unpatchify::cpu::forward(args),
@@ -2704,6 +4013,9 @@ pub fn unpatchify_backward(dx: &Tensor, c: usize, p: usize, gh: usize, gw: usize
     let Dims { b, c, p, gh, gw, .. } = dims;
     let mut grad_tokens = if want_tokens { Some(device.empty(&[b, gh*gw, p*p*c])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_tokens);
+    }
     let args = Backward { dims, params, dx: dx.f32s()?, dtokens: match &mut grad_tokens { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::unpatchify::cpu::backward(args),
@@ -2789,6 +4101,9 @@ pub fn window_attention(qkv: &Tensor, w: usize, params: kernels::generated::wind
     let mut y = device.empty(&[b, n, h, e])?;
     let mut lse = device.empty(&[b, h, n])?;
 
+    if device.is_dry() {
+        return Ok(WindowAttentionOut { y, lse });
+    }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::window_attention::cpu::forward(args),
@@ -2824,6 +4139,9 @@ pub fn window_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Te
     let Dims { b, n, h, e, .. } = dims;
     let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
 
+    if device.is_dry() {
+        return Ok(grad_qkv);
+    }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::window_attention::cpu::backward(args),

@@ -17,4 +17,6 @@ pub mod act {
     pub const GELU: usize = 1;
     /// SiLU.
     pub const SILU: usize = 2;
+    /// Sine.
+    pub const SINE: usize = 3;
 }

@@ -1,6 +1,7 @@
 //! Noise schedules, samplers and the coefficients of the training loss.
 //!
-//! [`pipeline`] is the sampling loop over a model, [`cfg`](mod@cfg) its guidance. The rest is plain mathematics:
+//! [`pipeline`] is the sampling loop over a model, [`cfg`](mod@cfg) its guidance, [`inpaint`] what it does with pixels
+//! that are known. The rest is plain mathematics:
 //! [`schedule`] owns the betas; [`solver`] turns a sampler and a step count into the coefficients of every step, which
 //! the operator `solver_step` consumes; [`vlb`] the coefficients of a timestep for the operator `loss_diffusion`.
 //! Coefficients are always derived in f64 and rounded where they enter an operator.
@@ -9,6 +10,7 @@ pub mod ancestral;
 pub mod cfg;
 pub mod config;
 pub mod dpm;
+pub mod inpaint;
 pub mod pipeline;
 pub mod respacing;
 pub mod schedule;

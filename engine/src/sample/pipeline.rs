@@ -5,15 +5,16 @@
 //! the loop allocates nothing: its tensors are made before it, operators recycle theirs through the device's pool.
 
 use super::cfg;
+use super::inpaint::{self, Known, Purpose};
 use super::schedule::Schedule;
 use super::solver::{NoiseScale, Plan, Sampler, Variance};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::cpu::on_workers;
 use crate::error::{Error, Result};
-use crate::models::dit::{BlockSpec, Dit, Run, Semantics};
+use crate::models::dit::{self, Dit, Run, Seen, Semantics};
 use crate::nn::operators::Site;
 use crate::ops::solver_step;
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{DType, Device, MemoryPlan, Tensor};
 use graft_kernels::rng::{LATENT_STREAM, Philox, image_seed, step_stream};
 
 /// What to sample.
@@ -39,6 +40,8 @@ pub struct Request {
     pub semantics: Semantics,
     /// Starting noise `[n, C, S, S]` instead of that of the seeds.
     pub latents: Option<Tensor>,
+    /// Pixels that are known; the rest is filled in.
+    pub known: Option<Known>,
 }
 
 impl Request {
@@ -55,6 +58,7 @@ impl Request {
             precision: Precision::F32,
             semantics: Semantics::ORIGINAL,
             latents: None,
+            known: None,
         }
     }
 }
@@ -101,7 +105,11 @@ pub fn generate_watched(
         for labels in request.labels.chunks(request.batch) {
             let mut batch = Batch::new(model, request, &plan, labels, done)?;
             for step in 0..plan.steps.len() {
-                batch.step(step, watch.as_deref_mut())?;
+                let rounds = request.known.as_ref().map_or(1, |known| known.rounds(&plan, step));
+                for round in 0..rounds {
+                    batch.step(step, round, watch.as_deref_mut())?;
+                    batch.hold(step, round, round + 1 < rounds)?;
+                }
                 report(Progress { images: done, batch: labels.len(), step: step + 1 });
             }
             all.f32s_mut()?[done * image..][..labels.len() * image].copy_from_slice(batch.x.f32s()?);
@@ -118,40 +126,24 @@ pub fn generate_watched(
     }
 }
 
-/// Memory that a request needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryPlan {
-    /// Bytes of the parameters.
-    pub weights: usize,
-    /// Bytes of the tensors of a step, at most, and of the images of the request.
-    pub working: usize,
-}
-
-impl MemoryPlan {
-    /// Everything.
-    pub fn total(&self) -> usize {
-        self.weights + self.working
-    }
-}
-
-/// Plans the memory of a request before it runs.
+/// Plans the memory of a request before it runs, by running two of its steps on a device that only counts.
 ///
-/// The pool keeps a buffer for every size that is in use at once: in the widest block these are the residual stream,
-/// the modulated stream, what the operator makes of it (twice, for what it is packed from) and its hidden layer.
-pub fn plan_memory(model: &Dit, request: &Request) -> MemoryPlan {
-    let c = &model.config;
-    let n = request.labels.len();
-    let rows = request.batch.min(n) * if request.guidance == 1.0 { 1 } else { 2 };
-    let hidden = |b: &BlockSpec| (c.width as f64 * b.mlp.number("ratio", 4.0).unwrap_or(4.0)) as usize;
-    let widest = c.blocks.iter().map(hidden).max().unwrap_or(0);
-    // Stream, modulated stream, branch, its copy by heads; q, k and v; the hidden layer; mean, rstd and log-sum-exp.
-    let per_block = 4 * c.width + 3 * c.width + widest + 2 + c.heads;
-    // Blocks in parallel also keep the common input and the result of the first, then both differences.
-    let per_token = per_block + if c.pairs.is_empty() { 0 } else { 4 * c.width };
-    let patch = c.patch * c.patch * (c.in_channels + c.out_channels());
-    let image = c.in_channels * c.input_size * c.input_size;
-    let per_sample = c.tokens() * (per_token + patch) + 16 * c.width + 8 * image;
-    MemoryPlan { weights: model.params.bytes(), working: 4 * (rows * per_sample + n * image) }
+/// # Errors
+/// As [`generate`].
+pub fn plan_memory(model: &Dit, request: &Request) -> Result<MemoryPlan> {
+    let device = Device::dry();
+    let mut twin = Dit::unset(model.config.clone(), &device)?;
+    if model.params.iter().any(|(_, p)| p.value.dtype() == DType::BF16) {
+        dit::to_bf16(&mut twin)?;
+    }
+    device.trim();
+    device.reset_peak();
+    let mut plan = MemoryPlan::default();
+    plan.add("weights", device.held());
+    let before = device.held();
+    generate(&twin, &Request { steps: request.steps.min(2), ..request.clone() }, &mut |_| {})?;
+    plan.add_work("working", &device, before);
+    Ok(plan)
 }
 
 fn check(model: &Dit, request: &Request) -> Result<Plan> {
@@ -184,7 +176,11 @@ fn check(model: &Dit, request: &Request) -> Result<Plan> {
         return Err(Error::usage("--latents", "wrong shape").is(latents.shape()).must(format!("{want:?}")));
     }
     let variance = if c.learn_sigma { Variance::Learned } else { Variance::FixedSmall };
-    request.sampler.plan(&Schedule::default(), request.steps, variance)
+    let plan = request.sampler.plan(&Schedule::default(), request.steps, variance)?;
+    if let Some(known) = &request.known {
+        known.check(want, &plan)?;
+    }
+    Ok(plan)
 }
 
 /// Images that run together, with every tensor the loop writes to.
@@ -195,11 +191,13 @@ struct Batch<'a> {
     graph: Graph<'a>,
     /// Seed of the first image of the batch.
     seed: u64,
+    /// Number of the first image of the batch.
+    first: usize,
     /// `[B, C, S·S]` current latents.
     x: Tensor,
     /// `[B, C, S·S]` clean estimate of the step before.
     x0: Option<Tensor>,
-    /// `[B, C, S·S]` fresh noise, where the plan uses any.
+    /// `[B, C, S·S]` fresh noise, where the plan uses any or pixels are known.
     noise: Option<Tensor>,
     /// `[B or 2B, C, S, S]` what the model sees.
     input: Tensor,
@@ -227,6 +225,10 @@ impl<'a> Batch<'a> {
             }
             None => draw(&mut x, seed, LATENT_STREAM)?,
         }
+        if let Some(known) = &request.known {
+            let noise = x.copy()?;
+            known.impose(first, x.f32s_mut()?, noise.f32s()?, inpaint::level(plan, 0))?;
+        }
         let guided = request.guidance != 1.0;
         let rows = if guided { 2 * b } else { b };
         let mut given: Vec<i32> = labels.to_vec();
@@ -239,9 +241,10 @@ impl<'a> Batch<'a> {
             request,
             graph: Graph::inference(request.precision),
             seed,
+            first,
             x,
             x0: None,
-            noise: if plan.needs_noise() { Some(device.empty(&flat)?) } else { None },
+            noise: if plan.needs_noise() || request.known.is_some() { Some(device.empty(&flat)?) } else { None },
             input: device.empty(&[rows, c.in_channels, side, side])?,
             times,
             labels: Tensor::from_i32(device, &[rows], &given)?,
@@ -249,8 +252,8 @@ impl<'a> Batch<'a> {
         })
     }
 
-    /// One evaluation of the model and the update that follows.
-    fn step(&mut self, index: usize, watch: Option<&mut Watch<'_>>) -> Result<()> {
+    /// One evaluation of the model and the update that follows; `round` counts repetitions of a step.
+    fn step(&mut self, index: usize, round: usize, watch: Option<&mut Watch<'_>>) -> Result<()> {
         let c = &self.model.config;
         let coefs = &self.plan.steps[index].coefs;
         cfg::double(self.x.f32s()?, self.input.f32s_mut()?);
@@ -260,7 +263,8 @@ impl<'a> Batch<'a> {
         let out = match watch {
             None => self.model.forward(&self.graph, &input, times, labels, run)?,
             Some(watch) => {
-                let mut observer = |block: usize, site: Site, x: &Tensor, y: &Tensor| watch(block, site, x, y);
+                let mut observer =
+                    |seen: &Seen<'_>| watch(seen.block, seen.site, seen.input.tensor(), seen.output.tensor());
                 self.model.forward_observed(&self.graph, &input, times, labels, run, Some(&mut observer))?
             }
         };
@@ -278,7 +282,8 @@ impl<'a> Batch<'a> {
         };
         let noise = match &mut self.noise {
             Some(noise) if coefs.noise != NoiseScale::None => {
-                draw(noise, self.seed, step_stream(index as u64))?;
+                let repeated = || inpaint::stream(index, round, Purpose::Solver);
+                draw(noise, self.seed, if round == 0 { step_stream(index as u64) } else { repeated() })?;
                 Some(&*noise)
             }
             _ => None,
@@ -288,6 +293,20 @@ impl<'a> Batch<'a> {
         let previous = self.x0.as_ref().filter(|_| coefs.c1 != 0.0);
         let next = solver_step(&self.x, cond, null, noise, previous, params)?;
         (self.x, self.x0) = (next.x_next, Some(next.x0));
+        Ok(())
+    }
+
+    /// Puts the known pixels back after a step, at the level that it reached; and `again`: goes back up to the level
+    /// that it started from.
+    fn hold(&mut self, index: usize, round: usize, again: bool) -> Result<()> {
+        let (Some(known), Some(noise)) = (&self.request.known, &mut self.noise) else { return Ok(()) };
+        let reached = inpaint::level(self.plan, index + 1);
+        draw(noise, self.seed, inpaint::stream(index, round, Purpose::Known))?;
+        known.impose(self.first, self.x.f32s_mut()?, noise.f32s()?, reached)?;
+        if again {
+            draw(noise, self.seed, inpaint::stream(index, round, Purpose::Back))?;
+            inpaint::go_back(self.x.f32s_mut()?, noise.f32s()?, reached.0, inpaint::level(self.plan, index).0);
+        }
         Ok(())
     }
 }

@@ -9,7 +9,7 @@ use bytemuck::{Pod, Zeroable};
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// What runs the operators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,6 +22,8 @@ pub enum DeviceKind {
     Emu,
     /// The CUDA kernels on a GPU.
     Cuda,
+    /// Nothing: tensors are counted and operators return at once, so that memory can be planned before it is used.
+    Dry,
 }
 
 impl fmt::Display for DeviceKind {
@@ -31,6 +33,7 @@ impl fmt::Display for DeviceKind {
             DeviceKind::Oracle => "oracle",
             DeviceKind::Emu => "emu",
             DeviceKind::Cuda => "cuda",
+            DeviceKind::Dry => "dry",
         })
     }
 }
@@ -49,17 +52,40 @@ unsafe impl Pod for Line {}
 
 /// Storage of a tensor.
 pub(crate) struct Buffer {
-    lines: Vec<Line>,
+    storage: Storage,
     device: Device,
+}
+
+enum Storage {
+    Lines(Vec<Line>),
+    /// Of a dry device: its length, and zeros where someone asks for values all the same.
+    Dry(usize, OnceLock<Vec<f32>>),
 }
 
 impl Buffer {
     pub(crate) fn floats(&self) -> &[f32] {
-        bytemuck::cast_slice(&self.lines)
+        match &self.storage {
+            Storage::Lines(lines) => bytemuck::cast_slice(lines),
+            Storage::Dry(len, values) => values.get_or_init(|| vec![0.0; *len]),
+        }
     }
 
     pub(crate) fn floats_mut(&mut self) -> &mut [f32] {
-        bytemuck::cast_slice_mut(&mut self.lines)
+        match &mut self.storage {
+            Storage::Lines(lines) => bytemuck::cast_slice_mut(lines),
+            Storage::Dry(len, values) => {
+                values.get_or_init(|| vec![0.0; *len]);
+                values.get_mut().map_or(&mut [], |values| &mut values[..])
+            }
+        }
+    }
+
+    /// Length in cache lines.
+    fn lines(&self) -> usize {
+        match &self.storage {
+            Storage::Lines(lines) => lines.len(),
+            Storage::Dry(len, _) => len / 16,
+        }
     }
 
     pub(crate) fn device(&self) -> &Device {
@@ -70,8 +96,8 @@ impl Buffer {
     pub(crate) fn release(mut buffer: Arc<Buffer>) {
         if Arc::get_mut(&mut buffer).is_some() {
             let pool = Arc::clone(&buffer.device.0);
-            pool.live.fetch_sub(buffer.lines.len() * 64, Ordering::Relaxed);
-            pool.lock().entry(buffer.lines.len()).or_default().push(Recycled(buffer));
+            pool.live.fetch_sub(buffer.lines() * 64, Ordering::Relaxed);
+            pool.lock().entry(buffer.lines()).or_default().push(Recycled(buffer));
         }
     }
 }
@@ -143,6 +169,17 @@ impl Device {
         Device::host(DeviceKind::Oracle)
     }
 
+    /// A new pool whose tensors are only counted and operators do nothing. A tensor takes no memory until someone
+    /// looks at its values, which are unspecified.
+    pub fn dry() -> Device {
+        Device::host(DeviceKind::Dry)
+    }
+
+    /// Whether tensors of this device have no values worth writing: what fills them need not run.
+    pub fn is_dry(&self) -> bool {
+        self.0.kind == DeviceKind::Dry
+    }
+
     /// What runs the operators of this device.
     pub fn kind(&self) -> DeviceKind {
         self.0.kind
@@ -192,15 +229,23 @@ impl Device {
     }
 
     fn allocate(&self, lines: usize) -> Result<Arc<Buffer>> {
-        let mut held: Vec<Line> = Vec::new();
-        held.try_reserve_exact(lines).map_err(|_| {
+        if self.is_dry() {
+            let storage = Storage::Dry(lines * 16, OnceLock::new());
+            return Ok(Arc::new(Buffer { storage, device: self.clone() }));
+        }
+        let held = bytemuck::allocation::try_zeroed_vec(lines).map_err(|()| {
             Error::failure(format!("{} memory", self.0.kind), "out of memory")
                 .is(format!("{} bytes requested, {} in use", lines * 64, self.memory().live))
                 .must("free memory")
                 .fix("use a smaller batch, --dtype bf16, or activation checkpointing")
         })?;
-        held.resize(lines, Line::zeroed());
-        Ok(Arc::new(Buffer { lines: held, device: self.clone() }))
+        Ok(Arc::new(Buffer { storage: Storage::Lines(held), device: self.clone() }))
+    }
+
+    /// Bytes that the device holds now: tensors alive and buffers in the pool.
+    pub fn held(&self) -> usize {
+        let memory = self.memory();
+        memory.live + memory.pooled
     }
 
     /// Live, peak and pooled bytes.

@@ -6,10 +6,18 @@
 use super::optimizer::AdamW;
 use crate::autograd::{ParamId, ParamStore};
 use crate::error::{Error, Result};
-use crate::io::safetensors::{self, TensorFile, TensorRecord};
+use crate::io::atomic::{RunLock, ensure_writable_dir, remove_leftovers};
+use crate::io::dtype::FileDtype;
+use crate::io::jsonl::JsonLog;
+use crate::io::safetensors::{self, TensorFile, TensorRecord, TensorView};
 use crate::tensor::Tensor;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// Checkpoint in the folder of a run.
+pub const CHECKPOINT: &str = "checkpoint.safetensors";
+/// Log in the folder of a run: one line for each update.
+pub const LOSS_LOG: &str = "loss.jsonl";
 
 const STEP: &str = "graft.step";
 const FINGERPRINT: &str = "graft.run";
@@ -18,7 +26,8 @@ const FINGERPRINT: &str = "graft.run";
 /// run is, so that another cannot resume from it.
 ///
 /// # Errors
-/// When the file cannot be written (the last checkpoint survives then), or the optimisers are at different steps.
+/// When the file cannot be written, a parameter is not finite, or the optimisers are at different steps: the last
+/// checkpoint survives.
 pub fn save<'a>(
     path: &Path,
     parts: impl IntoIterator<Item = (&'a ParamStore, &'a AdamW)>,
@@ -33,6 +42,12 @@ pub fn save<'a>(
                 .must("one step for all"));
         }
         for (_, param) in store.iter().filter(|(_, p)| p.trainable) {
+            if let Some(value) = param.value.f32s()?.iter().find(|v| !v.is_finite()) {
+                return Err(Error::failure(format!("{}: step {}", param.name, optimiser.step), "not finite")
+                    .is(value)
+                    .must("finite parameters")
+                    .fix("lower the learning rate; the last checkpoint is good and stays"));
+            }
             records.push(TensorRecord::f32(
                 format!("param.{}", param.name),
                 param.value.shape().dims(),
@@ -41,10 +56,8 @@ pub fn save<'a>(
         }
         for slot in optimiser.slots() {
             let name = &store.get(slot.id).name;
-            for (kind, tensor) in [("m", Some(&slot.m)), ("v", Some(&slot.v)), ("ema", slot.ema.as_ref())] {
-                if let Some(tensor) = tensor {
-                    records.push(TensorRecord::f32(format!("{kind}.{name}"), tensor.shape().dims(), tensor.f32s()?));
-                }
+            for (kind, tensor) in slot.states() {
+                records.push(TensorRecord::f32(format!("{kind}.{name}"), tensor.shape().dims(), tensor.f32s()?));
             }
         }
     }
@@ -67,7 +80,7 @@ pub fn restore(path: &Path, parts: &mut [(&mut ParamStore, &mut AdamW)], fingerp
         Error::failure(&place, format!("checkpoint of another run ({field})"))
             .is(is.map_or("absent", String::as_str))
             .must(must)
-            .fix("use another --run folder, or the configuration this run was started with")
+            .fix("use another --run folder, or the plan, base model and settings this run was started with")
     };
     let found = file.metadata().get(FINGERPRINT);
     if found.map(String::as_str) != Some(fingerprint) {
@@ -75,15 +88,29 @@ pub fn restore(path: &Path, parts: &mut [(&mut ParamStore, &mut AdamW)], fingerp
     }
     let step = file.metadata().get(STEP).and_then(|s| s.parse().ok());
     let step = step.ok_or_else(|| other_run(STEP, file.metadata().get(STEP), "a number"))?;
-    // Read everything before changing anything.
-    let saved: Vec<Saved> =
-        parts.iter().map(|(store, optimiser)| read(&file, store, optimiser)).collect::<Result<_>>()?;
-    for ((store, optimiser), saved) in parts.iter_mut().zip(saved) {
-        for (id, value) in saved.params {
-            store.set(id, value)?;
+    // Everything is checked before anything changes; then values go straight to their places, so that resuming takes
+    // no more memory than the run itself.
+    for (store, optimiser) in parts.iter() {
+        for (_, param) in store.iter().filter(|(_, p)| p.trainable) {
+            view(&file, &format!("param.{}", param.name), &param.value)?;
         }
-        for (slot, (m, v, ema)) in optimiser.slots_mut().iter_mut().zip(saved.slots) {
-            (slot.m, slot.v, slot.ema) = (m, v, ema);
+        for slot in optimiser.slots() {
+            for (kind, tensor) in slot.states() {
+                view(&file, &format!("{kind}.{}", store.get(slot.id).name), tensor)?;
+            }
+        }
+    }
+    for (store, optimiser) in parts.iter_mut() {
+        let trainable: Vec<ParamId> = store.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
+        for id in trainable {
+            let name = format!("param.{}", store.get(id).name);
+            read(&file, &name, &mut store.get_mut(id).value)?;
+        }
+        for slot in optimiser.slots_mut() {
+            let name = &store.get(slot.id).name;
+            for (kind, tensor) in slot.states_mut() {
+                read(&file, &format!("{kind}.{name}"), tensor)?;
+            }
         }
         optimiser.step = step;
     }
@@ -98,33 +125,75 @@ fn differing(found: Option<&String>, wanted: &str) -> String {
     if names.is_empty() { FINGERPRINT.to_string() } else { format!("another {names}") }
 }
 
-/// State of one store as a file holds it.
-struct Saved {
-    params: Vec<(ParamId, Tensor)>,
-    slots: Vec<(Tensor, Tensor, Option<Tensor>)>,
+/// A tensor of the file that fits `like`.
+fn view<'f>(file: &'f TensorFile, name: &str, like: &Tensor) -> Result<TensorView<'f>> {
+    let place = || format!("{}: {name}", file.place());
+    let view = file.get(name).ok_or_else(|| Error::failure(place(), "missing tensor").must("present"))?;
+    if view.shape != like.shape().dims() || view.dtype != FileDtype::F32 {
+        return Err(Error::failure(place(), "wrong shape or dtype")
+            .is(format!("{} {:?}", view.dtype, view.shape))
+            .must(format!("F32 {}", like.shape())));
+    }
+    Ok(view)
 }
 
-fn read(file: &TensorFile, store: &ParamStore, optimiser: &AdamW) -> Result<Saved> {
-    let place = file.place();
-    let read = |name: String, like: &Tensor| -> Result<Tensor> {
-        let view = file
-            .get(&name)
-            .ok_or_else(|| Error::failure(format!("{place}: {name}"), "missing tensor").must("present"))?;
-        if view.shape != like.shape().dims() {
-            return Err(Error::failure(format!("{place}: {name}"), "wrong shape")
-                .is(format!("{:?}", view.shape))
-                .must(like.shape()));
-        }
-        Tensor::from_f32(like.device(), like.shape().dims(), &view.to_f32()?)
-    };
-    let trainable = store.iter().filter(|(_, p)| p.trainable);
-    let params = trainable.map(|(id, param)| Ok((id, read(format!("param.{}", param.name), &param.value)?)));
-    let slots = optimiser.slots().iter().map(|slot| {
-        let name = &store.get(slot.id).name;
-        let ema = slot.ema.as_ref().map(|e| read(format!("ema.{name}"), e)).transpose()?;
-        Ok((read(format!("m.{name}"), &slot.m)?, read(format!("v.{name}"), &slot.v)?, ema))
-    });
-    Ok(Saved { params: params.collect::<Result<_>>()?, slots: slots.collect::<Result<_>>()? })
+fn read(file: &TensorFile, name: &str, target: &mut Tensor) -> Result<()> {
+    let view = view(file, name, target)?;
+    if !target.is_unique() {
+        *target = target.device().empty(view.shape)?;
+    }
+    let bytes = view.bytes.as_chunks::<4>().0;
+    target.f32s_mut()?.iter_mut().zip(bytes).for_each(|(value, b)| *value = f32::from_le_bytes(*b));
+    file.release();
+    Ok(())
+}
+
+/// The folder of a run in training: held by this process, with its checkpoint.
+#[derive(Debug)]
+pub struct Home {
+    /// The folder.
+    pub folder: PathBuf,
+    fingerprint: String,
+    // Held for as long as the home lives: no second process writes the same folder.
+    _lock: RunLock,
+}
+
+impl Home {
+    /// Takes a folder, which is made if need be, and clears it of what a killed process left half-written.
+    /// `fingerprint` tells runs apart.
+    ///
+    /// # Errors
+    /// A folder that cannot be written or that another process uses.
+    pub fn open(folder: &Path, fingerprint: String) -> Result<Home> {
+        ensure_writable_dir(folder)?;
+        let lock = RunLock::acquire(folder)?;
+        remove_leftovers(folder)?;
+        Ok(Home { folder: folder.to_path_buf(), fingerprint, _lock: lock })
+    }
+
+    /// As [`restore`].
+    ///
+    /// # Errors
+    /// As [`restore`].
+    pub fn restore(&self, parts: &mut [(&mut ParamStore, &mut AdamW)]) -> Result<bool> {
+        restore(&self.folder.join(CHECKPOINT), parts, &self.fingerprint)
+    }
+
+    /// As [`save`].
+    ///
+    /// # Errors
+    /// As [`save`].
+    pub fn save<'a>(&self, parts: impl IntoIterator<Item = (&'a ParamStore, &'a AdamW)>) -> Result<()> {
+        save(&self.folder.join(CHECKPOINT), parts, &self.fingerprint)
+    }
+
+    /// The log of losses, cut back to a step.
+    ///
+    /// # Errors
+    /// A damaged log, or one that cannot be written.
+    pub fn loss_log(&self, step: u64) -> Result<JsonLog> {
+        JsonLog::resume(&self.folder.join(LOSS_LOG), step)
+    }
 }
 
 #[cfg(test)]
@@ -181,5 +250,19 @@ mod tests {
         assert_eq!(problem("plan=1 base=3", &mut a), "checkpoint of another run (another base)");
         assert_eq!(problem("plan=0 base=3", &mut a), "checkpoint of another run (another plan and base)");
         assert_eq!(values(&a), before);
+    }
+
+    #[test]
+    fn values_that_are_not_finite_never_replace_a_checkpoint() {
+        let path = test_dir("checkpoint_nan").join("c.safetensors");
+        let mut a = part("a", 1);
+        save(&path, [(&a.0, &a.1)], "run").unwrap();
+        let good = crate::io::files::read_bytes(&path).unwrap();
+        let id = a.0.find("a").unwrap();
+        a.0.get_mut(id).value.f32s_mut().unwrap()[1] = f32::INFINITY;
+        a.1.step = 4;
+        let error = save(&path, [(&a.0, &a.1)], "run").unwrap_err().to_string();
+        assert!(error.starts_with("a: step 4: not finite; is inf"), "{error}");
+        assert_eq!(crate::io::files::read_bytes(&path).unwrap(), good);
     }
 }

@@ -8,4 +8,5 @@ pub mod checkpoint;
 pub mod config;
 pub mod objective;
 pub mod optimizer;
+pub mod teacher;
 pub mod trainer;

@@ -74,21 +74,31 @@ pub fn noise_batch(
     })
 }
 
+impl Noised {
+    /// The diffusion loss of a prediction `[B, out_channels, H, W]`, a scalar on the graph.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn loss(&self, g: &Graph<'_>, prediction: &Var, learn_sigma: bool) -> Result<Var> {
+        let &[b, c, s] = self.x0.shape().dims() else { unreachable!("made by noise_batch") };
+        let constant = |t: &Tensor| Var::constant(t.clone());
+        if learn_sigma {
+            let out = g.reshape(prediction, &[b, 2 * c, s])?;
+            let settings = contracts::loss_diffusion::Params { vlb_weight: 1.0 };
+            g.loss_diffusion(&out, &constant(&self.x0), &constant(&self.noise), &constant(&self.coefs), settings)
+        } else {
+            let out = g.reshape(prediction, &[b, c, s])?;
+            let squared = contracts::loss_regression::Params { kind: 1, delta: 1.0 };
+            g.loss_regression(&out, &constant(&self.noise), squared)
+        }
+    }
+}
+
 /// The loss of a model on a noised batch, a scalar on the graph.
 ///
 /// # Errors
 /// When a shape does not fit.
 pub fn diffusion_loss<'m>(g: &Graph<'m>, model: &'m Dit, noised: &Noised, run: Run) -> Result<Var> {
     let out = model.forward(g, &Var::constant(noised.x_t.clone()), &noised.t, &noised.y, run)?;
-    let &[b, c, s] = noised.x0.shape().dims() else { unreachable!("made by noise_batch") };
-    let constant = |t: &Tensor| Var::constant(t.clone());
-    if model.config.learn_sigma {
-        let out = g.reshape(&out, &[b, 2 * c, s])?;
-        let settings = contracts::loss_diffusion::Params { vlb_weight: 1.0 };
-        g.loss_diffusion(&out, &constant(&noised.x0), &constant(&noised.noise), &constant(&noised.coefs), settings)
-    } else {
-        let out = g.reshape(&out, &[b, c, s])?;
-        let squared = contracts::loss_regression::Params { kind: 1, delta: 1.0 };
-        g.loss_regression(&out, &constant(&noised.noise), squared)
-    }
+    noised.loss(g, &out, model.config.learn_sigma)
 }

@@ -32,13 +32,97 @@ pub struct AdamWSettings {
 }
 
 /// What the learning rate does after warm-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "ScheduleText", into = "ScheduleText")]
 pub enum LrSchedule {
     /// It stays.
     Constant,
     /// It falls to zero at the last step along half a cosine.
     Cosine,
+    /// It is multiplied by a factor at each milestone.
+    Steps(Milestones),
+}
+
+/// Steps at which the learning rate is multiplied by a factor.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Milestones {
+    // Settings are passed by value everywhere: few places, no heap.
+    at: [u64; Milestones::MOST],
+    count: usize,
+    factor: f64,
+}
+
+impl Milestones {
+    /// Most milestones of a schedule.
+    pub const MOST: usize = 8;
+
+    /// Milestones in rising order, and the factor of each.
+    ///
+    /// # Errors
+    /// None, too many, or not rising; a factor that is not in (0, 1].
+    pub fn new(steps: &[u64], factor: f64) -> Result<Milestones> {
+        let refuse = |is: String, must: &str| Error::usage("schedule", "not a schedule of steps").is(is).must(must);
+        if steps.is_empty() || steps.len() > Self::MOST || steps.windows(2).any(|pair| pair[0] >= pair[1]) {
+            return Err(refuse(format!("milestones {steps:?}"), "1 to 8 milestones in rising order"));
+        }
+        if !(factor > 0.0 && factor <= 1.0) {
+            return Err(refuse(format!("factor {factor}"), "a factor above 0, at most 1"));
+        }
+        let mut at = [u64::MAX; Self::MOST];
+        at[..steps.len()].copy_from_slice(steps);
+        Ok(Milestones { at, count: steps.len(), factor })
+    }
+
+    fn factor_at(&self, step: u64) -> f64 {
+        let passed = self.at[..self.count].iter().filter(|at| step >= **at).count();
+        self.factor.powi(passed as i32)
+    }
+}
+
+/// A schedule as a file says it.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged, expecting = "must be \"constant\", \"cosine\" or { milestones = [STEP, ...], factor = F }")]
+enum ScheduleText {
+    Word(ScheduleWord),
+    Steps(StepsText),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum ScheduleWord {
+    Constant,
+    Cosine,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StepsText {
+    milestones: Vec<u64>,
+    factor: f64,
+}
+
+impl TryFrom<ScheduleText> for LrSchedule {
+    type Error = Error;
+
+    fn try_from(text: ScheduleText) -> Result<LrSchedule> {
+        Ok(match text {
+            ScheduleText::Word(ScheduleWord::Constant) => LrSchedule::Constant,
+            ScheduleText::Word(ScheduleWord::Cosine) => LrSchedule::Cosine,
+            ScheduleText::Steps(s) => LrSchedule::Steps(Milestones::new(&s.milestones, s.factor)?),
+        })
+    }
+}
+
+impl From<LrSchedule> for ScheduleText {
+    fn from(schedule: LrSchedule) -> ScheduleText {
+        match schedule {
+            LrSchedule::Constant => ScheduleText::Word(ScheduleWord::Constant),
+            LrSchedule::Cosine => ScheduleText::Word(ScheduleWord::Cosine),
+            LrSchedule::Steps(m) => {
+                ScheduleText::Steps(StepsText { milestones: m.at[..m.count].to_vec(), factor: m.factor })
+            }
+        }
+    }
 }
 
 impl Default for AdamWSettings {
@@ -65,6 +149,7 @@ impl AdamWSettings {
         }
         match self.schedule {
             LrSchedule::Constant => self.lr,
+            LrSchedule::Steps(milestones) => self.lr * milestones.factor_at(step),
             LrSchedule::Cosine => {
                 let done = (step - self.warmup) as f64 / steps.saturating_sub(self.warmup).max(1) as f64;
                 self.lr * 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos())
@@ -108,6 +193,22 @@ pub struct Slot {
     pub v: Tensor,
     /// Moving average, flat, where one is kept.
     pub ema: Option<Tensor>,
+}
+
+impl Slot {
+    /// What a checkpoint keeps, by kind.
+    pub fn states(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        [("m", Some(&self.m)), ("v", Some(&self.v)), ("ema", self.ema.as_ref())]
+            .into_iter()
+            .filter_map(|(kind, tensor)| Some((kind, tensor?)))
+    }
+
+    /// As [`Slot::states`], mutable.
+    pub fn states_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
+        [("m", Some(&mut self.m)), ("v", Some(&mut self.v)), ("ema", self.ema.as_mut())]
+            .into_iter()
+            .filter_map(|(kind, tensor)| Some((kind, tensor?)))
+    }
 }
 
 /// State of the optimiser for one store.
@@ -207,6 +308,26 @@ mod tests {
         assert_eq!(s.lr_at(3, 12), 1.0);
         assert!((s.lr_at(8, 12) - 0.5).abs() < 1e-12);
         assert!(s.lr_at(12, 12) < 1e-12);
+    }
+
+    #[test]
+    fn learning_rate_falls_at_milestones() {
+        let read = |text: &str| toml::from_str::<AdamWSettings>(text);
+        let text = "lr = 8.0\nwarmup = 2\nschedule = { milestones = [10, 20], factor = 0.5 }";
+        let s = read(text).unwrap();
+        assert_eq!([0, 1, 9, 10, 19, 20, 99].map(|step| s.lr_at(step, 100)), [4.0, 8.0, 8.0, 4.0, 4.0, 2.0, 2.0]);
+        assert_eq!(read(&toml::to_string(&s).unwrap()).unwrap(), s);
+        assert_eq!(read("schedule = \"cosine\"").unwrap().schedule, LrSchedule::Cosine);
+        for (schedule, expected) in [
+            ("{ milestones = [20, 10], factor = 0.5 }", "rising order"),
+            ("{ milestones = [], factor = 0.5 }", "1 to 8 milestones"),
+            ("{ milestones = [5], factor = 1.5 }", "a factor above 0"),
+            ("{ milestones = [5] }", "\"constant\", \"cosine\" or { milestones"),
+            ("\"linear\"", "\"constant\", \"cosine\" or { milestones"),
+        ] {
+            let error = read(&format!("schedule = {schedule}")).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 
     #[test]

@@ -1,19 +1,20 @@
 //! The training loop: one diffusion step after another, with checkpoints, a loss log and a word to the caller.
 
 use super::batches::Batches;
-use super::checkpoint;
+use super::checkpoint::Home;
+pub use super::checkpoint::{CHECKPOINT, LOSS_LOG};
 use super::objective::{diffusion_loss, noise_batch};
 use super::optimizer::{AdamW, AdamWSettings};
+use super::teacher::{Teacher, Terms, taught_loss};
 use crate::autograd::{Graph, Precision};
 use crate::error::{Error, Result};
-use crate::io::atomic::{RunLock, ensure_writable_dir};
 use crate::io::datasets::ImageSet;
-use crate::io::jsonl::JsonLog;
 use crate::models::dit::{Dit, Run};
 use crate::sample::schedule::Schedule;
+use crate::tensor::Device;
 use serde::Serialize;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 /// What a loop does.
@@ -50,19 +51,21 @@ pub struct Progress {
     pub lr: f64,
     /// Images per second of the update.
     pub images_per_second: f64,
+    /// What the loss is the sum of, where there is a teacher.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub terms: Option<Terms>,
 }
 
 /// A model in training.
 pub struct Trainer {
     /// The model; its parameters are the raw, not the averaged ones.
     pub model: Dit,
+    /// Who adds terms to the loss.
+    pub teacher: Option<Teacher>,
     optimiser: AdamW,
     settings: LoopSettings,
     schedule: Schedule,
-    folder: PathBuf,
-    fingerprint: String,
-    // Held for as long as the trainer lives: no second process writes the same folder.
-    _lock: RunLock,
+    home: Option<Home>,
 }
 
 impl Trainer {
@@ -71,25 +74,30 @@ impl Trainer {
     /// # Errors
     /// A folder that cannot be written or that another process uses, or a checkpoint of another run.
     pub fn open(
-        mut model: Dit,
+        model: Dit,
         optimiser: AdamWSettings,
         settings: LoopSettings,
         folder: &Path,
         fingerprint: String,
     ) -> Result<Trainer> {
-        ensure_writable_dir(folder)?;
-        let lock = RunLock::acquire(folder)?;
-        let mut optimiser = AdamW::new(optimiser, &model.params)?;
-        checkpoint::restore(&folder.join(CHECKPOINT), &mut [(&mut model.params, &mut optimiser)], &fingerprint)?;
-        Ok(Trainer {
-            model,
-            optimiser,
-            settings,
-            schedule: Schedule::default(),
-            folder: folder.to_path_buf(),
-            fingerprint,
-            _lock: lock,
-        })
+        let home = Home::open(folder, fingerprint)?;
+        let mut trainer = Trainer::homeless(model, optimiser, settings)?;
+        home.restore(&mut [(&mut trainer.model.params, &mut trainer.optimiser)])?;
+        Ok(Trainer { home: Some(home), ..trainer })
+    }
+
+    /// A trainer without a folder: it can take single updates and leaves nothing behind.
+    ///
+    /// # Errors
+    /// Settings out of range, or too little memory.
+    pub fn homeless(model: Dit, optimiser: AdamWSettings, settings: LoopSettings) -> Result<Trainer> {
+        let optimiser = AdamW::new(optimiser, &model.params)?;
+        Ok(Trainer { model, teacher: None, optimiser, settings, schedule: Schedule::default(), home: None })
+    }
+
+    /// The optimiser with its state.
+    pub fn optimiser(&self) -> &AdamW {
+        &self.optimiser
     }
 
     /// Updates done so far.
@@ -103,17 +111,17 @@ impl Trainer {
     /// A loss that is not finite (the last good checkpoint stays), or a full disk.
     pub fn run(&mut self, data: &ImageSet, report: &mut dyn FnMut(&Progress) -> ControlFlow<()>) -> Result<()> {
         let mut batches = Batches::new(data, self.settings.batch, self.settings.seed)?;
-        let mut log = JsonLog::resume(&self.folder.join(LOSS_LOG), self.optimiser.step)?;
+        let mut log = match &self.home {
+            Some(home) => home.loss_log(self.optimiser.step)?,
+            None => return Err(Error::failure("training", "no run folder").must("a trainer that was opened in one")),
+        };
         while self.optimiser.step < self.settings.steps {
             let progress = self.update(&mut batches)?;
             log.append(&progress)?;
             let stop = report(&progress).is_break();
             if stop || progress.step % self.settings.checkpoint_every == 0 || progress.step == self.settings.steps {
-                checkpoint::save(
-                    &self.folder.join(CHECKPOINT),
-                    [(&self.model.params, &self.optimiser)],
-                    &self.fingerprint,
-                )?;
+                let home = self.home.as_ref();
+                home.map_or(Ok(()), |home| home.save([(&self.model.params, &self.optimiser)]))?;
             }
             if stop {
                 break;
@@ -122,7 +130,11 @@ impl Trainer {
         Ok(())
     }
 
-    fn update(&mut self, batches: &mut Batches<'_>) -> Result<Progress> {
+    /// One update.
+    ///
+    /// # Errors
+    /// A loss or gradient that is not finite, naming the step: nothing is changed then.
+    pub fn update(&mut self, batches: &mut Batches<'_>) -> Result<Progress> {
         let start = Instant::now();
         let (s, step) = (&self.settings, self.optimiser.step);
         let device = self.model.device().clone();
@@ -130,16 +142,20 @@ impl Trainer {
         let null = self.model.config.classes as i32;
         let noised = noise_batch(&device, &self.schedule, &batch, null, s.label_dropout, s.seed, step)?;
         let run = Run { checkpoint: s.activation_checkpointing, ..Run::default() };
-        let (loss, grads) = {
+        let (loss, terms, grads) = {
             let g = Graph::training(s.precision);
-            let loss = diffusion_loss(&g, &self.model, &noised, run)?;
+            let (loss, terms) = match &self.teacher {
+                Some(teacher) => taught_loss(&g, &self.model, &noised, run, teacher).map(|(l, terms)| (l, Some(terms))),
+                None => diffusion_loss(&g, &self.model, &noised, run).map(|loss| (loss, None)),
+            }?;
             let value = f64::from(loss.tensor().f32s()?[0]);
             if !value.is_finite() {
                 return Err(Error::failure(format!("step {step}"), "the loss is not finite")
                     .is(value)
-                    .fix("lower the learning rate, or resume from the last checkpoint with f32 products"));
+                    .must("a finite number")
+                    .fix("lower the learning rate, or use f32 products; the last checkpoint is good"));
             }
-            (value, g.backward(&loss)?)
+            (value, terms, g.backward(&loss)?)
         };
         let lr = self.optimiser.settings.lr_at(step, s.steps);
         let grad_norm = self.optimiser.update(&mut self.model.params, &grads, lr)?;
@@ -151,17 +167,18 @@ impl Trainer {
             grad_norm,
             lr,
             images_per_second: s.batch as f64 / seconds,
+            terms,
         })
     }
 
-    /// The model with the averaged parameters (the raw ones where no average is kept).
+    /// The model with the averaged parameters (the raw ones where no average is kept), adapters included.
     ///
     /// # Errors
     /// When memory runs out.
     pub fn averaged(&self) -> Result<Dit> {
-        let device = self.model.device().clone();
-        let mut model = Dit::new(self.model.config.clone(), &device, 0)?;
-        model.params.copy_from(&self.model.params)?;
+        // Every parameter is replaced, so none needs memory of its own.
+        let mut model = Dit::unset(self.model.config.clone(), &Device::dry())?;
+        model.params = self.model.params.duplicate();
         for slot in self.optimiser.slots() {
             if let Some(ema) = &slot.ema {
                 let shape = model.params.get(slot.id).value.shape();
@@ -171,8 +188,3 @@ impl Trainer {
         Ok(model)
     }
 }
-
-/// File names in a run folder.
-pub const CHECKPOINT: &str = "checkpoint.safetensors";
-/// One [`Progress`] per line.
-pub const LOSS_LOG: &str = "loss.jsonl";

@@ -20,6 +20,8 @@ pub enum Verdict {
     Pass,
     /// Not, and why.
     Fail(String),
+    /// Not made, because something that is no part of the repository is missing, and what.
+    Skip(String),
 }
 
 /// One comparison.
@@ -200,6 +202,12 @@ impl<'c> Checks<'c> {
     pub fn verdict(&mut self, what: &str, problem: Option<String>) {
         let verdict = problem.map_or(Verdict::Pass, Verdict::Fail);
         self.push(what, 0.0, 0.0, "verdict".into(), verdict);
+    }
+
+    /// Records that the whole case cannot be computed here, and why.
+    pub fn skip(&mut self, why: String) {
+        self.rows.push(Row { verdict: Verdict::Skip(why), ..Row::failure("case", String::new()) });
+        self.seen.extend(self.case.expected_names().map(str::to_string));
     }
 
     fn compare(&mut self, name: &str, shape: &[usize], got: &[f64], want: &Values, bounds: Option<Bounds>) {

@@ -1,13 +1,21 @@
-//! Family `metrics`: Fréchet distance, precision and recall, inception score on given features.
+//! Family `metrics`: Fréchet distance, precision and recall, inception score on given features, and the features that
+//! the Inception network finds in given images.
 
 use super::case::{Case, Values};
 use super::checks::{Checks, unknown};
 use crate::error::{Error, Result};
+use crate::eval::inception::{Inception, resize};
 use crate::eval::{Features, frechet, inception_score, precision_recall};
+use crate::io::inception;
+use crate::io::pictures::Pictures;
+use crate::tensor::{Device, Tensor};
 use serde_json::Value;
 
 /// Runs the metric that the inputs belong to.
 pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
+    if case.has_input("images") {
+        return network(case, checks);
+    }
     let computed = if case.has_input("features_1") {
         fid(case, checks)?
     } else if case.has_input("logits") {
@@ -15,7 +23,11 @@ pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
     } else if case.has_input("real") {
         support(case, checks)?
     } else {
-        return Err(unknown("metric", &case.name, &["frechet", "inception_score", "precision_recall"]));
+        return Err(unknown(
+            "metric",
+            &case.name,
+            &["frechet", "inception_features", "inception_score", "precision_recall"],
+        ));
     };
     scalars(case, checks, &computed)
 }
@@ -96,4 +108,59 @@ fn support(case: &Case, checks: &mut Checks<'_>) -> Result<Vec<(&'static str, Ve
     }
     let found = precision_recall::precision_recall(&real, &generated, k)?;
     Ok(vec![("precision", vec![found.precision]), ("recall", vec![found.recall])])
+}
+
+/// Pixels between those of the resized images that are recorded, by rows and columns.
+const RECORDED: [usize; 2] = [37, 41];
+
+/// What the network sees in images `[n, H, W, C]` of bytes, where its weights have been fetched.
+fn network(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
+    let Some(archive) = inception::find()? else {
+        checks.skip(inception::ABSENT.into());
+        return Ok(());
+    };
+    let network = Inception::load(&archive, &Device::cpu())?;
+    let images = case.input("images")?;
+    let &[n, h, w, c] = &images.shape[..] else {
+        return Err(Error::failure("images", "wrong rank").is(format!("{:?}", images.shape)).must("[n, H, W, C]"));
+    };
+    let bytes = images.data.iter().map(|&v| v as u8).collect();
+    let pictures = Pictures::new("images", [n, h, w, c], bytes)?;
+    let mut resized = resize::resized(network.device(), &pictures, 0..n)?;
+    let (shape, values) = every(&resized, RECORDED)?;
+    checks.values("resized", &shape, &values)?;
+    let channels = case.whole("channels")?;
+    resize::normalise(&mut resized)?;
+    network.forward(resized, &mut |name, out| {
+        let wide: Vec<f64> = out.f32s()?.iter().map(|&v| f64::from(v)).collect();
+        let (plane, width) = (out.dim(1) * out.dim(2), out.dim(3));
+        let mean = |image: usize, channel: usize| {
+            let values = wide[image * plane * width + channel..].iter().step_by(width).take(plane);
+            values.sum::<f64>() / plane as f64
+        };
+        let means: Vec<f64> = (0..n)
+            .flat_map(|image| (0..channels.min(width)).map(move |channel| (image, channel)))
+            .map(|(i, c)| mean(i, c))
+            .collect();
+        checks.values(&format!("{name}.mean"), &[n, channels], &means)
+    })?;
+    let seen = network.read(&pictures, &mut |_| {})?;
+    for (name, values) in [("pool3", &seen.pool), ("spatial", &seen.spatial)] {
+        let wide: Vec<f64> = values.iter().map(|&v| f64::from(v)).collect();
+        checks.values(name, &[n, values.len() / n], &wide)?;
+    }
+    Ok(())
+}
+
+/// Every so many rows and columns of `[n, H, W, C]`.
+fn every(images: &Tensor, [rows, columns]: [usize; 2]) -> Result<(Vec<usize>, Vec<f64>)> {
+    let [n, h, w, c] = [0, 1, 2, 3].map(|axis| images.dim(axis));
+    let values = images.f32s()?;
+    let mut kept = Vec::new();
+    for (image, y) in (0..n).flat_map(|image| (0..h).step_by(rows).map(move |y| (image, y))) {
+        for x in (0..w).step_by(columns) {
+            kept.extend(values[((image * h + y) * w + x) * c..][..c].iter().map(|&v| f64::from(v)));
+        }
+    }
+    Ok((vec![n, h.div_ceil(rows), w.div_ceil(columns), c], kept))
 }

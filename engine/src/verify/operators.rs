@@ -24,7 +24,13 @@ const ALIASES: &[(&str, &str)] = &[
 ];
 
 /// Fields of the configuration that hold an option under another name.
-const FIELDS: &[(&str, &str)] = &[("heads", "num_heads"), ("ratio", "mlp_ratio")];
+const FIELDS: &[(&str, &str)] = &[
+    ("heads", "num_heads"),
+    ("ratio", "mlp_ratio"),
+    ("state", "d_state"),
+    ("taps", "d_conv"),
+    ("head_width", "headdim"),
+];
 
 /// Runs a case; the operator is the longest known prefix of its name.
 pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
@@ -38,8 +44,8 @@ pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
     })?;
     let mut spec = Spec::new(kind.name);
     for (option, _) in kind.options {
-        let field = FIELDS.iter().find(|(o, _)| o == option).map_or(*option, |(_, field)| field);
-        for key in [*option, field] {
+        let fields = FIELDS.iter().filter(|(o, _)| o == option).map(|(_, field)| field);
+        for key in std::iter::once(option).chain(fields) {
             match case.config.get(key) {
                 None => {}
                 Some(serde_json::Value::String(word)) => spec = spec.with(option, word.as_str()),

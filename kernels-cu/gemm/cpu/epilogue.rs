@@ -1,7 +1,7 @@
 //! What happens to a product after the sums: bias, positions, activation, gate and residual, and their derivatives.
 
 use crate::generated::gemm::{Backward, Dims, Params};
-use crate::simd::{sigmoid, vectorised};
+use crate::simd::{sigmoid, sin_cos, vectorised};
 
 /// The optional tensors of the forward epilogue.
 #[derive(Clone, Copy)]
@@ -39,7 +39,8 @@ impl Epilogue<'_> {
                 match self.params.act {
                     0 => {}
                     1 => y.iter_mut().for_each(|y| *y = gelu(*y).0),
-                    _ => y.iter_mut().for_each(|y| *y = silu(*y).0),
+                    2 => y.iter_mut().for_each(|y| *y = silu(*y).0),
+                    _ => y.iter_mut().for_each(|y| *y = sin_cos(*y).0),
                 }
                 if let Some(gate) = gate {
                     zip(y, gate, |y, gate| y * gate);
@@ -88,7 +89,8 @@ pub fn pre_gradient(a: &Backward<'_, f32>, row: usize, du: &mut [f32]) {
             match a.params.act {
                 0 => du.copy_from_slice(dy),
                 1 => du.iter_mut().zip(dy).zip(pre).for_each(|((du, dy), u)| *du = dy * gelu(*u).1),
-                _ => du.iter_mut().zip(dy).zip(pre).for_each(|((du, dy), u)| *du = dy * silu(*u).1),
+                2 => du.iter_mut().zip(dy).zip(pre).for_each(|((du, dy), u)| *du = dy * silu(*u).1),
+                _ => du.iter_mut().zip(dy).zip(pre).for_each(|((du, dy), u)| *du = dy * sin_cos(*u).1),
             }
             if let Some(gate) = gate {
                 zip(du, gate, |du, gate| du * gate);

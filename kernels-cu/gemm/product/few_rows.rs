@@ -30,7 +30,7 @@ thread_local! {
 pub fn fits(product: &Product<'_>) -> bool {
     let Product { a, b, size: [_, k, _], alpha, beta, vectors, .. } = *product;
     let plain = b.strides[0] == 1 && a.strides[1] == 1 && alpha == 1.0 && beta == 0.0;
-    vectors && k > 0 && plain && Kernel::F32.available()
+    vectors && k > 0 && plain && !matches!(a.values, Values::Rows(_)) && Kernel::F32.available()
 }
 
 /// Computes the product, blocks of columns over threads.
@@ -45,6 +45,7 @@ pub fn run(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Fini
             match values {
                 Values::F32(values) => rounded.extend(values.iter().map(|v| bf16::from_f32(*v).to_f32())),
                 Values::Bf16(values) => rounded.extend(values.iter().map(|v| v.to_f32())),
+                Values::Rows(_) => {} // refused by `fits`
             }
             &rounded[..]
         }
@@ -66,6 +67,7 @@ pub fn run(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Fini
                         Values::F32(b) if product.bf16 => group::<Nearest>(left, rows, &b[start..][..k], sums),
                         Values::F32(b) => group::<Plain>(left, rows, &b[start..][..k], sums),
                         Values::Bf16(b) => group::<Widened>(left, rows, &b[start..][..k], sums),
+                        Values::Rows(_) => left, // never on the right: `dispatch` checks
                     }
                 };
             }

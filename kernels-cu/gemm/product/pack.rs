@@ -3,9 +3,15 @@
 #![allow(unsafe_code)] // AVX-512 intrinsics.
 
 use super::micro::{Kernel, LANES};
-use super::{Matrix, Values};
+use super::{Matrix, Rows, Values};
 use half::bf16;
 use std::arch::x86_64::*;
+use std::cell::RefCell;
+
+thread_local! {
+    /// Rows made on demand, before they are packed; kept from call to call.
+    static STAGE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// What to pack: words `first..first + words` along k of lanes `lane..lane + lanes`.
 ///
@@ -41,8 +47,34 @@ impl Panel<'_> {
                 (Kernel::F32, Values::Bf16(values)) => self.write::<Widened>(values, out),
                 (Kernel::Bf16, Values::F32(values)) => self.write::<Rounded>(values, out),
                 (Kernel::Bf16, Values::Bf16(values)) => self.write::<Stored>(values, out),
+                (_, Values::Rows(made)) => self.stage(made, kernel, out),
             }
         }
+    }
+
+    /// Has the rows written side by side, and packs them from there.
+    ///
+    /// # Safety
+    /// As [`Panel::pack`].
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn stage(self, made: &dyn Rows, kernel: Kernel, out: *mut f32) {
+        let per_word = if kernel == Kernel::F32 { 1 } else { 2 };
+        let first = self.first * per_word;
+        let elements = (self.words * per_word).min(self.depth - first);
+        // A register more than needed: rows a power of two apart would share a few places of the cache.
+        let stride = elements.next_multiple_of(LANES) + LANES;
+        STAGE.with_borrow_mut(|stage| {
+            if stage.len() < LANES * stride {
+                stage.resize(LANES * stride, 0.0);
+            }
+            for (lane, row) in stage.chunks_mut(stride).enumerate().take(self.lanes) {
+                made.write(self.lane + lane, first, &mut row[..elements]);
+            }
+            let operand = Matrix::f32(stage, [stride, 1]);
+            let staged = Panel { operand, depth: elements, lane: 0, first: 0, ..self };
+            // SAFETY: passed on to the caller; the stage holds the lanes and the elements.
+            unsafe { staged.pack(kernel, out) };
+        });
     }
 
     /// # Safety
@@ -99,6 +131,7 @@ impl Panel<'_> {
         let (base, size) = match self.operand.values {
             Values::F32(values) => (values.as_ptr().cast::<u8>(), 4),
             Values::Bf16(values) => (values.as_ptr().cast::<u8>(), 2),
+            Values::Rows(_) => return,
         };
         let [lane_step, step] = self.operand.strides;
         let per_word = if kernel == Kernel::F32 { 1 } else { 2 };

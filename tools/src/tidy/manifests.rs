@@ -15,7 +15,7 @@ const MEMBERS: [(&str, &str, &[&str]); 6] = [
 ];
 
 /// Crates from outside that were looked at and taken: each is the well-kept standard for its job.
-const APPROVED: [&str; 24] = [
+const APPROVED: [&str; 26] = [
     "approx",
     "bytemuck",
     "clap",
@@ -31,6 +31,8 @@ const APPROVED: [&str; 24] = [
     "proptest",
     "pulp",
     "rayon",
+    "realfft",
+    "rustix",
     "safetensors",
     "serde",
     "serde_json",

@@ -14,7 +14,7 @@ pub use spec::{Control, Row, Study, Tier};
 
 use super::assemble::{self, Stage};
 use super::evaluate::{Evaluator, Scorer};
-use super::finetune::Finetuner;
+use super::finetune::{Finetuner, Start};
 use super::plan::Plan;
 use super::run::{self, Event, Report, RunData, RunFolder};
 use super::summary::{self, Summary};
@@ -168,7 +168,9 @@ impl<'s> Runner<'s> {
             return Ok(Some(JobResult::of_control(None, scored)));
         }
         let stage = folder.join("finetune");
-        let start = dit::load(&plan.base, self.device)?;
+        let load = || dit::load(&plan.base, self.device);
+        let base = if plan.finetune.needs_base() { Some(load()?) } else { None };
+        let start = Start { grafted: load()?, sites: &[], base };
         let fingerprint = hash::sha256(format!("{} {}", plan.identity(), self.base_digest).as_bytes());
         let mut finetuner = Finetuner::open(start, &plan.finetune, &stage, fingerprint)?;
         if !finetuner.run(&self.data.train, &mut |p| report(Event::Finetune(p)))? {

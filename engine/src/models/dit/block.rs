@@ -1,6 +1,6 @@
 //! The blocks of a DiT: one after another, or two in parallel with a learned merge (arXiv 2506.05340, §6).
 
-use super::{BlockSpec, EPS, Observer, Semantics, modulation};
+use super::{BlockSpec, EPS, Observer, Seen, Semantics, modulation};
 use crate::autograd::{Graph, ParamStore, Var};
 use crate::error::Result;
 use crate::nn::operators::{self, BlockDims, Operator, Site};
@@ -80,7 +80,14 @@ impl Block {
                 }
                 Some(observer) => {
                     let branch = operator.forward(g, params, &h, None)?;
-                    observer(self.index, site, h.tensor(), branch.tensor())?;
+                    observer(&Seen {
+                        block: self.index,
+                        site,
+                        input: &h,
+                        output: &branch,
+                        gate: Some((&modulation, rows.gate)),
+                        condition,
+                    })?;
                     g.gate_residual(&x, &modulation, &branch, contracts::gate_residual::Params { gate_row: rows.gate })?
                 }
             };
@@ -237,9 +244,9 @@ mod tests {
     fn observe(model: &Dit, block: usize, site: Site) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
         let (x, t, y) = inputs(model);
         let mut seen = None;
-        let mut observer = |b: usize, s: Site, input: &Tensor, output: &Tensor| {
-            if (b, s) == (block, site) {
-                assert!(seen.replace((input.to_vec()?, output.to_vec()?)).is_none());
+        let mut observer = |s: &Seen<'_>| {
+            if (s.block, s.site) == (block, site) {
+                assert!(seen.replace((s.input.tensor().to_vec()?, s.output.tensor().to_vec()?)).is_none());
             }
             Ok(())
         };

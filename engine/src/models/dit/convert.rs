@@ -20,7 +20,7 @@ pub struct Conversion {
     pub dtype: Option<SaveAs>,
     /// Values of options that the checkpoint leaves open, by the option's name.
     pub options: BTreeMap<String, f64>,
-    /// Metadata besides that of the checkpoint.
+    /// Metadata for keys that the checkpoint has not.
     pub extra: BTreeMap<String, String>,
 }
 
@@ -43,7 +43,9 @@ pub fn convert(from: &Path, to: &Path, conversion: &Conversion) -> Result<(DitCo
     settle(&mut opened.config, &opened.assumed, &conversion.options)?;
     let mut metadata = std::mem::take(&mut opened.metadata);
     metadata.remove(OPERATORS_KEY);
-    metadata.extend(conversion.extra.clone());
+    for (key, value) in &conversion.extra {
+        metadata.entry(key.clone()).or_insert_with(|| value.clone());
+    }
     let mut assumed = std::mem::take(&mut opened.assumed);
     assumed.retain(|a| !conversion.options.contains_key(a.option));
     let model = opened.load(&Device::cpu())?;

@@ -7,7 +7,6 @@ use crate::autograd::ParamId;
 use crate::error::{Error, Result};
 use crate::io::{files, json, weights};
 use crate::models::source::{Source, TorchWeights, read_weight};
-use crate::nn::Scheme;
 use crate::tensor::Device;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -70,7 +69,7 @@ pub(super) struct Opened {
 impl Opened {
     /// Makes the model and fills it.
     pub fn load(self, device: &Device) -> Result<Dit> {
-        let mut model = Dit::build(self.config, device, 0, Scheme::Unset)?;
+        let mut model = Dit::unset(self.config, device)?;
         fill(&mut model, self.source.as_ref())?;
         Ok(model)
     }

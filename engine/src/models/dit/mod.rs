@@ -3,6 +3,7 @@
 //! Layer numbering, token order and formulas are those of the original implementation; `Semantics` states the two
 //! places where the diffusers implementation differs.
 
+mod adapter;
 mod block;
 mod config;
 mod convert;
@@ -11,6 +12,7 @@ mod load;
 mod names;
 mod save;
 
+pub use adapter::save_adapter;
 pub(crate) use block::Pair;
 pub use config::{BlockSpec, DitConfig};
 pub use convert::{Conversion, convert};
@@ -23,7 +25,7 @@ use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::nn::operators::{self, Operator, Site};
 use crate::nn::{Builder, Init, Linear, Scheme};
-use crate::ops::{self, act, contracts, sinusoid};
+use crate::ops::{act, contracts, sinusoid};
 use crate::tensor::{Device, Tensor};
 use block::{Block, Unit};
 
@@ -66,12 +68,29 @@ impl Default for Run {
     }
 }
 
-/// Sees input and output of every site: `(block, site, input, output)`, each `[B, N, D]`.
+/// What goes through a site in a forward pass.
 ///
 /// Outputs of `attn` and `mlp` are those before the gate. Every pair of blocks (2j, 2j + 1) is shown as site
 /// `block-pair` of number j, whether it runs in sequence or in parallel: its input is the residual stream before the
 /// pair, its output what the pair adds to it.
-pub type Observer<'o> = dyn FnMut(usize, Site, &Tensor, &Tensor) -> Result<()> + 'o;
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'s> {
+    /// Block or pair, from 0.
+    pub block: usize,
+    /// Site in the block.
+    pub site: Site,
+    /// `[B, N, D]` what the operator sees.
+    pub input: &'s Var,
+    /// `[B, N, D]` what it gives.
+    pub output: &'s Var,
+    /// `[B, 6, D]` modulation of the block, and its row that gates this site; a pair has no gate.
+    pub gate: Option<(&'s Var, usize)>,
+    /// `[B, 1, D]` what blocks are modulated by.
+    pub condition: &'s Var,
+}
+
+/// Is shown every site in order.
+pub type Observer<'o> = dyn FnMut(&Seen<'_>) -> Result<()> + 'o;
 
 /// A diffusion transformer with its parameters.
 #[derive(Debug)]
@@ -97,6 +116,15 @@ impl Dit {
     /// A configuration that cannot be, or too little memory.
     pub fn new(config: DitConfig, device: &Device, seed: u64) -> Result<Dit> {
         Dit::build(config, device, seed, Scheme::Xavier)
+    }
+
+    /// A model whose parameters are about to be set: their values are unspecified, and on a dry device they take no
+    /// memory.
+    ///
+    /// # Errors
+    /// A configuration that cannot be.
+    pub fn unset(config: DitConfig, device: &Device) -> Result<Dit> {
+        Dit::build(config, device, 0, Scheme::Unset)
     }
 
     fn build(config: DitConfig, device: &Device, seed: u64, scheme: Scheme) -> Result<Dit> {
@@ -154,7 +182,7 @@ impl Dit {
         self.forward_observed(g, x, t, y, run, None)
     }
 
-    /// [`Dit::forward`] that shows input and output of every site to `observer`.
+    /// [`Dit::forward`] that shows every site to `observer`.
     ///
     /// # Errors
     /// As [`Dit::forward`], and those of the observer.
@@ -184,11 +212,18 @@ impl Dit {
             h = match &mut observer {
                 Some(observer) => {
                     if unit.begins_pair() {
-                        pair_input = Some(h.tensor().clone());
+                        pair_input = Some(h.clone());
                     }
                     let out = unit.forward(g, &self.params, &h, &condition, semantics, Some(observer))?;
                     if let (Some(pair), Some(input)) = (unit.completes(), &pair_input) {
-                        observer(pair, Site::BlockPair, input, &difference(out.tensor(), input)?)?;
+                        observer(&Seen {
+                            block: pair,
+                            site: Site::BlockPair,
+                            input,
+                            output: &g.sub(&out, input)?,
+                            gate: None,
+                            condition: &condition,
+                        })?;
                     }
                     out
                 }
@@ -229,13 +264,6 @@ impl Dit {
     }
 }
 
-/// a − b of equal shapes.
-fn difference(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let mut out = a.copy()?.reshape(&[a.len()])?;
-    ops::axpy(&b.reshape(&[b.len()])?, &mut out, contracts::axpy::Params { alpha: -1.0 })?;
-    out.reshape(a.shape().dims())
-}
-
 /// The modulation table `[B, rows, D]` that a layer makes of the condition.
 fn modulation(g: &Graph<'_>, params: &ParamStore, layer: &Linear, condition: &Var, rows: usize) -> Result<Var> {
     let m = layer.forward(g, params, condition, act::NONE)?;
@@ -248,7 +276,7 @@ fn modulation(g: &Graph<'_>, params: &ParamStore, layer: &Linear, condition: &Va
 /// As [`operators::build`].
 pub fn site_cost(config: &DitConfig, spec: &operators::Spec, site: Site) -> Result<(operators::SiteFlops, usize)> {
     let mut params = ParamStore::default();
-    let device = Device::cpu();
+    let device = Device::dry();
     let dims = config.block_dims();
     let operator = operators::build(spec, site, dims, &mut Builder::new(&mut params, &device, 0, Scheme::Unset))?;
     Ok((operator.flops(dims), params.elements()))

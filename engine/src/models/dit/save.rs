@@ -8,7 +8,7 @@ use crate::io::dtype::FileDtype;
 use crate::io::safetensors::{self, TensorRecord};
 use crate::io::{atomic, json};
 use crate::nn::operators::Site;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 use half::bf16;
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -24,8 +24,9 @@ pub enum SaveAs {
     Bf16,
 }
 
-/// Name, shape and values of a tensor to be saved.
-type Named = (String, Vec<usize>, Vec<f32>);
+/// Name, shape and values of a tensor to be saved. Values that are f32 already are borrowed: a large model is not held
+/// twice while it is written.
+type Named<'m> = (String, Vec<usize>, Cow<'m, [f32]>);
 
 /// Writes `config.json` and `diffusion_pytorch_model.safetensors` to `folder`, in diffusers' names (its copies of the
 /// embedders included, so that it can load a plain model). Operators and `extra` go to the metadata.
@@ -89,29 +90,38 @@ pub(super) fn is_positions(name: &str) -> bool {
     name == "pos_embed" || name == POSITIONS
 }
 
-fn original(model: &Dit) -> Result<Vec<Named>> {
-    let own = model.params.iter();
-    own.map(|(_, p)| Ok((p.name.clone(), p.value.shape().dims().to_vec(), p.value.to_vec()?))).collect()
+fn values(tensor: &Tensor) -> Result<Cow<'_, [f32]>> {
+    Ok(match tensor.dtype() {
+        DType::F32 => Cow::Borrowed(tensor.f32s()?),
+        _ => Cow::Owned(tensor.to_vec()?),
+    })
 }
 
-fn diffusers(model: &Dit) -> Result<Vec<Named>> {
+fn original(model: &Dit) -> Result<Vec<Named<'_>>> {
+    let own = model.params.iter();
+    own.map(|(_, p)| Ok((p.name.clone(), p.value.shape().dims().to_vec(), values(&p.value)?))).collect()
+}
+
+fn diffusers(model: &Dit) -> Result<Vec<Named<'_>>> {
     let c = &model.config;
-    let mut tensors: Vec<Named> = Vec::new();
+    let mut tensors: Vec<Named<'_>> = Vec::new();
     for (_, param) in model.params.iter() {
         let mut parts = diffusers_parts(&param.name);
         let mut shape = param.value.shape().dims().to_vec();
-        let values = Tensor::to_vec(&param.value)?;
+        let values = values(&param.value)?;
         if parts.is_empty() {
-            if values == position_table(c.grid(), c.width) {
+            if *values == position_table(c.grid(), c.width) {
                 continue;
             }
             parts.push(POSITIONS.to_string());
         }
         shape[0] /= parts.len();
-        let chunk = values.len() / parts.len();
-        for (name, values) in parts.into_iter().zip(values.chunks(chunk.max(1))) {
-            tensors.push((name, shape.clone(), values.to_vec()));
-        }
+        let chunk = (values.len() / parts.len()).max(1);
+        let values: Vec<Cow<'_, [f32]>> = match values {
+            Cow::Borrowed(all) => all.chunks(chunk).map(Cow::Borrowed).collect(),
+            Cow::Owned(all) => all.chunks(chunk).map(|part| Cow::Owned(part.to_vec())).collect(),
+        };
+        tensors.extend(parts.into_iter().zip(values).map(|(name, values)| (name, shape.clone(), values)));
     }
     for (copy, original) in diffusers_copies(c) {
         let found = tensors.iter().find(|(name, ..)| *name == original).map(|(_, s, v)| (s.clone(), v.clone()));

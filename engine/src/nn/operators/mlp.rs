@@ -2,7 +2,7 @@
 
 use super::{BlockDims, Kind, Operator, Shapes, Site, SiteFlops, Spec};
 use crate::autograd::{Graph, ParamStore, Var};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::nn::{Builder, Epilogue, Linear};
 use crate::ops::act;
 
@@ -24,12 +24,7 @@ struct Mlp {
 
 fn build(spec: &Spec, dims: BlockDims, builder: &mut Builder<'_>) -> Result<Box<dyn Operator>> {
     let ratio = spec.number("ratio", 4.0)?;
-    let (d, hidden) = (dims.width, (dims.width as f64 * ratio) as usize);
-    if hidden == 0 || !ratio.is_finite() || ratio > 1024.0 {
-        return Err(Error::usage("mlp: ratio", "gives no usable width")
-            .is(ratio)
-            .must("a positive ratio of at most 1024"));
-    }
+    let (d, hidden) = (dims.width, spec.hidden(dims.width, ratio)?);
     Ok(Box::new(Mlp { ratio, hidden, fc1: builder.linear("fc1", d, hidden)?, fc2: builder.linear("fc2", hidden, d)? }))
 }
 

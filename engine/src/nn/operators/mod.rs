@@ -7,8 +7,11 @@ mod heads;
 mod hyena;
 mod kv_compress;
 mod linear_attention;
+mod long_conv;
+mod mamba2;
 mod mha;
 mod mlp;
+mod mlp_hyena_x;
 mod neighborhood;
 mod recognise;
 mod swa;
@@ -161,6 +164,17 @@ impl Spec {
         }
     }
 
+    /// Hidden width of a channel mixer of the given ratio.
+    fn hidden(&self, width: usize, ratio: f64) -> Result<usize> {
+        let hidden = (width as f64 * ratio) as usize;
+        if hidden == 0 || !ratio.is_finite() || ratio > 1024.0 {
+            return Err(Error::usage(format!("{}: ratio", self.kind), "gives no usable width")
+                .is(ratio)
+                .must("a positive ratio of at most 1024"));
+        }
+        Ok(hidden)
+    }
+
     /// An option that is one of `words`; the first is the default.
     fn choice(&self, option: &str, words: &[&'static str]) -> Result<&'static str> {
         let given = match self.options.get(option) {
@@ -248,8 +262,21 @@ pub struct Kind {
 }
 
 /// Every operator. Of two with the same tensors the published one stands first: [`recognise()`] takes the first.
-pub const REGISTRY: &[Kind] =
-    &[mha::KIND, swa::KIND, neighborhood::KIND, linear_attention::KIND, kv_compress::KIND, hyena::X, mlp::KIND];
+pub const REGISTRY: &[Kind] = &[
+    mha::KIND,
+    swa::KIND,
+    neighborhood::KIND,
+    linear_attention::KIND,
+    kv_compress::KIND,
+    hyena::SE,
+    hyena::X,
+    hyena::Y,
+    hyena::GRID,
+    long_conv::KIND,
+    mamba2::KIND,
+    mlp::KIND,
+    mlp_hyena_x::KIND,
+];
 
 /// Creates an operator with new parameters, named below the builder's prefix.
 ///
@@ -291,9 +318,9 @@ mod tests {
         build(spec, Site::Attn, dims, &mut builder).unwrap_err().to_string()
     }
 
-    fn parameters(spec: &Spec, dims: BlockDims) -> (ParamStore, Box<dyn Operator>) {
-        let (mut store, device) = (ParamStore::default(), Device::cpu());
-        let operator = build(spec, Site::Attn, dims, &mut Builder::new(&mut store, &device, 0, Scheme::Torch));
+    fn parameters(spec: &Spec, dims: BlockDims, device: &Device) -> (ParamStore, Box<dyn Operator>) {
+        let mut store = ParamStore::default();
+        let operator = build(spec, Site::Attn, dims, &mut Builder::new(&mut store, device, 0, Scheme::Torch));
         (store, operator.unwrap())
     }
 
@@ -301,9 +328,10 @@ mod tests {
     #[test]
     fn attention_can_start_from_its_teacher() {
         let dims = BlockDims { width: 12, heads: 3, grid: [7, 8] };
-        let (teacher, _) = parameters(&Spec::new("mha"), dims);
+        let device = Device::cpu();
+        let (teacher, _) = parameters(&Spec::new("mha"), dims, &device);
         for kind in ["mha", "swa", "neighborhood_attention", "linear_attention", "kv_compress"] {
-            let (own, operator) = parameters(&Spec::new(kind), dims);
+            let (own, operator) = parameters(&Spec::new(kind), dims, &device);
             assert_eq!(operator.teacher_names().len(), 4, "{kind}");
             for (name, theirs) in operator.teacher_names() {
                 let shape =
@@ -311,7 +339,7 @@ mod tests {
                 assert_eq!(shape(&own, name), shape(&teacher, theirs), "{kind}: {name}");
             }
             // Building from what it says gives the same operator.
-            let (again, same) = parameters(&operator.spec(), dims);
+            let (again, same) = parameters(&operator.spec(), dims, &device);
             assert_eq!((again.elements(), same.spec()), (own.elements(), operator.spec()));
             assert!(refusal(&Spec::new(kind).with("heads", 5.0), dims).contains("a divisor of 12"), "{kind}");
         }
@@ -321,15 +349,15 @@ mod tests {
     #[test]
     fn wide_windows_are_full_attention() {
         let dims = BlockDims { width: 8, heads: 2, grid: [3, 3] };
-        let (teacher, mha) = parameters(&Spec::new("mha"), dims);
-        let device = teacher.get(teacher.find("qkv.weight").unwrap()).value.device().clone();
+        let device = Device::cpu();
+        let (teacher, mha) = parameters(&Spec::new("mha"), dims, &device);
         let wave: Vec<f32> = (0..2 * 9 * 8).map(|i| (i as f32 * 0.37).sin()).collect();
         let x = Var::constant(crate::tensor::Tensor::from_f32(&device, &[2, 9, 8], &wave).unwrap());
         let g = Graph::inference(crate::autograd::Precision::F32);
         let want = mha.forward(&g, &teacher, &x, None).unwrap().tensor().to_vec().unwrap();
         let wide = [Spec::new("swa").with("window", 8.0), Spec::new("neighborhood_attention").with("kernel", 3.0)];
         for spec in wide {
-            let (mut own, operator) = parameters(&spec, dims);
+            let (mut own, operator) = parameters(&spec, dims, &device);
             for (name, theirs) in operator.teacher_names() {
                 let value = teacher.get(teacher.find(theirs).unwrap()).value.clone();
                 own.set(own.find(name).unwrap(), value).unwrap();

@@ -117,6 +117,17 @@ mod tests {
             found(Site::Attn, &rows).unwrap()
         };
         assert_eq!((hyena(4).as_str(), hyena(3).as_str()), ("hyena_x(taps=4)", "hyena_x(taps=3)"));
+        for (kind, options) in [
+            ("hyena_se", &[("taps", 3.0)][..]),
+            ("hyena_y", &[("taps", 5.0)]),
+            ("mamba2", &[("state", 8.0), ("head_width", 20.0), ("expand", 3.0)]),
+            ("mlp_hyena_x", &[("ratio", 3.0), ("taps", 2.0)]),
+        ] {
+            let spec = options.iter().fold(Spec::new(kind), |spec, (name, value)| spec.with(name, *value));
+            let entry = REGISTRY.iter().find(|k| k.name == kind).unwrap();
+            let (operator, own) = blank(entry, &spec, DIMS).unwrap();
+            assert_eq!(recognise(entry.site, &own, DIMS).unwrap().spec, operator.spec(), "{kind}");
+        }
         for (hidden, ratio) in [(120, "3"), (160, "4"), (240, "6"), (100, "2.5")] {
             let rows: [(&str, &[usize]); 4] = [
                 ("fc1.weight", &[hidden, 40]),

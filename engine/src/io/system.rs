@@ -1,0 +1,54 @@
+//! What the system says: memory of this process, free space of a disk.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::io::files;
+
+/// Bytes of memory that this process holds; nothing where the system does not tell.
+pub fn resident() -> Option<usize> {
+    let status = files::read_text(Path::new("/proc/self/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(line.trim().trim_end_matches(" kB").parse::<usize>().ok()? << 10)
+}
+
+/// Bytes that may still be written to the disk of an existing folder; nothing where the system does not tell.
+///
+/// # Errors
+/// When the folder cannot be looked at.
+#[cfg(unix)]
+pub fn free_space(folder: &Path) -> Result<Option<u64>> {
+    let stat = rustix::fs::statvfs(folder).map_err(|e| Error::io(folder, "ask for free space of", &e.into()))?;
+    Ok(Some(stat.f_bavail.saturating_mul(stat.f_frsize)))
+}
+
+/// As on Unix.
+///
+/// # Errors
+/// None.
+#[cfg(not(unix))]
+pub fn free_space(_folder: &Path) -> Result<Option<u64>> {
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn memory_that_is_touched_is_resident() {
+        let before = resident().unwrap();
+        let touched = vec![1u8; 64 << 20];
+        let after = resident().unwrap();
+        assert!(after >= before + (48 << 20), "{before} {after} {}", touched[1 << 20]);
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_disk_has_free_space_and_a_missing_folder_is_named() {
+        assert!(free_space(&std::env::temp_dir()).unwrap().unwrap() > 0);
+        let error = free_space(Path::new("/nowhere/at/all")).unwrap_err().to_string();
+        assert!(error.contains("/nowhere/at/all: cannot ask for free space of"), "{error}");
+    }
+}
