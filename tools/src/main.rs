@@ -1,11 +1,12 @@
 //! `cargo xtask`: developer commands.
 
-use graft_tools::{codegen, results, tidy};
+use graft_tools::{codegen, nvcc, results, tidy};
 use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: cargo xtask COMMAND
   codegen   write the files that follow from kernels-cu/*/op.toml
+  kernels   compile every CUDA source and write the table of its resources
   results   write the README's table of measurements from benches/results
   tidy      check the rules of the house (also a test)";
 
@@ -15,6 +16,7 @@ fn main() -> ExitCode {
     let root = codegen::workspace_root();
     let outcome = match words.as_slice() {
         ["codegen"] => write_generated(&root),
+        ["kernels"] => write_resources(&root),
         ["results"] => write_results(&root),
         ["tidy"] => report_findings(&root),
         _ => Err(USAGE.to_string()),
@@ -33,6 +35,17 @@ fn write_generated(root: &Path) -> Result<(), String> {
         println!("wrote {}", path.display());
     }
     println!("generated files are up to date");
+    Ok(())
+}
+
+fn write_resources(root: &Path) -> Result<(), String> {
+    let (rows, findings) = nvcc::gate(&nvcc::Nvcc::find(root)?, root)?;
+    if !findings.is_empty() {
+        return Err(findings.join("\n"));
+    }
+    let path = root.join(nvcc::TABLE);
+    std::fs::write(&path, nvcc::render_table(&rows)).map_err(|e| format!("{}: {e}", path.display()))?;
+    println!("wrote {}: {} kernels", path.display(), rows.len());
     Ok(())
 }
 

@@ -107,6 +107,8 @@ pub struct Line {
     pub recall: Option<f64>,
     /// Share of samples that the classifier takes for the class asked for.
     pub agreement: Option<f64>,
+    /// Denoising loss on held-out images.
+    pub loss: Option<f64>,
     /// Mean relative error of the new operators after stage 1.
     pub residual: Option<f64>,
     /// Changes in per cent: operator FLOPs, projection FLOPs, operator parameters, all FLOPs, all parameters.
@@ -128,7 +130,7 @@ pub struct Picture {
     pub png: Vec<u8>,
 }
 
-const HEADER: [&str; 15] = [
+const HEADER: [&str; 16] = [
     "row",
     "operators",
     "seeds",
@@ -138,6 +140,7 @@ const HEADER: [&str; 15] = [
     "precision ↑",
     "recall ↑",
     "right class ↑",
+    "test loss ↓",
     "residual",
     "ΔFLOPs op",
     "Δparams op",
@@ -172,6 +175,7 @@ impl Line {
             part(self.precision),
             part(self.recall),
             part(self.agreement),
+            self.loss.map_or_else(dash, |loss| format!("{loss:.5}")),
             number(self.residual),
             change(0),
             change(2),

@@ -20,6 +20,7 @@ use super::run::{self, Event, Report, RunData, RunFolder};
 use super::summary::{self, Summary};
 use crate::autograd::Precision;
 use crate::error::{Error, Result};
+use crate::eval::loss::{LossSettings, denoising_loss};
 use crate::io::atomic::{self, RunLock, ensure_writable_dir};
 use crate::io::{hash, json};
 use crate::models::dit::{self, Dit};
@@ -28,6 +29,8 @@ use crate::train::trainer::{CHECKPOINT, LOSS_LOG};
 use std::path::{Path, PathBuf};
 
 const RESULT: &str = "result.json";
+/// Held-out images on which the denoising loss is measured, the same for every model.
+const LOSS_IMAGES: usize = 2000;
 /// Scores of real images at the count of the samples.
 const REAL: &str = "real.json";
 
@@ -189,6 +192,8 @@ impl<'s> Runner<'s> {
             // Sampling is short and writes nothing before its end: it cannot be broken off in between.
             let _ = report(Event::Evaluate(done, work));
         })?;
-        Ok(Scored::new(evaluated))
+        let questions = LossSettings { n: LOSS_IMAGES.min(self.data.held_out.n), precision, ..LossSettings::default() };
+        let loss = denoising_loss(model, &self.data.held_out, questions, &mut |_| {})?;
+        Ok(Scored::new(evaluated, loss.mean))
     }
 }

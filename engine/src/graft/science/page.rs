@@ -114,6 +114,15 @@ fn lines(row: &Row, results: &[JobResult], base: Option<f64>) -> Vec<Line> {
             precision: spread(results, stage, |s| s.precision).map(|s| s.mean),
             recall: spread(results, stage, |s| s.recall).map(|s| s.mean),
             agreement: spread(results, stage, |s| s.agreement).map(|s| s.mean),
+            loss: mean(
+                results
+                    .iter()
+                    .filter_map(|r| match stage {
+                        None => r.last()?.loss,
+                        Some(name) => r.stages.iter().find(|s| s.name == name)?.loss,
+                    })
+                    .collect(),
+            ),
             residual: mean(results.iter().filter_map(|r| r.residual).collect()),
             change: first.filter(|_| row.control.is_none()).map(|r| r.change.into()),
             train_seconds: mean(

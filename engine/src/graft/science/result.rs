@@ -65,6 +65,8 @@ pub struct Scored {
     pub name: String,
     /// Scores of its samples.
     pub score: Option<Score>,
+    /// Denoising loss on held-out images: the same images, timesteps and noise for every model.
+    pub loss: Option<f64>,
     /// Seconds per scored image.
     pub seconds_per_image: Option<f64>,
     /// Pictures as a PNG sheet, which is a file of its own beside the result.
@@ -73,8 +75,9 @@ pub struct Scored {
 }
 
 impl Scored {
-    pub(super) fn new(e: Evaluated) -> Scored {
-        Scored { name: e.name, score: e.score, seconds_per_image: e.seconds_per_image, sheet: e.sheet }
+    pub(super) fn new(e: Evaluated, loss: f64) -> Scored {
+        let Evaluated { name, score, seconds_per_image, sheet } = e;
+        Scored { name, score, loss: Some(loss), seconds_per_image, sheet }
     }
 }
 
@@ -182,8 +185,13 @@ mod tests {
     #[test]
     fn results_come_back_as_they_went() {
         let score = Score { n: 5, frechet: 1.5, kid: 0.1, precision: 0.5, recall: 0.25, agreement: 1.0 };
-        let scored =
-            Scored { name: "finetuned".into(), score: Some(score), seconds_per_image: Some(0.5), sheet: vec![] };
+        let scored = Scored {
+            name: "finetuned".into(),
+            score: Some(score),
+            loss: Some(0.04),
+            seconds_per_image: Some(0.5),
+            sheet: vec![],
+        };
         let result = JobResult { row: "a".into(), seed: 3, residual: Some(0.5), ..JobResult::of_control(None, scored) };
         let path = crate::io::files::test_dir("science").join("result.json");
         json::write(&path, &result.json().unwrap()).unwrap();
