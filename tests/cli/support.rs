@@ -84,7 +84,7 @@ pub fn model(folder: &Path, channels: usize) -> PathBuf {
         model.params.set(id, value).unwrap();
     }
     let path = folder.join("model");
-    let names = r#"["ankle boot", "bag", "coat"]"#.to_string();
+    let names = r#"["ankle boot","bag","coat"]"#.to_string();
     dit::save(&model, &path, SaveAs::F32, &BTreeMap::from([("graft.class_names".to_string(), names)])).unwrap();
     path
 }
