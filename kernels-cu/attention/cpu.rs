@@ -10,7 +10,7 @@ pub fn forward(a: Forward<'_, f32>) {
     let begin = |index| touch(sample(qkv, dims.b, index));
     layout::forward(dims, a.y, a.lse, begin, |index, head, queries, y, lse| {
         let [q, k, v] = packed(qkv, dims, index, head);
-        dense::forward([q.from(queries.start), k, v], dims.n, scale, y, lse);
+        dense::forward([q.from(queries.start), k, v], dims.n, dense::all, scale, y, lse);
     });
 }
 
@@ -22,7 +22,7 @@ pub fn backward(a: Backward<'_, f32>) {
     layout::backward(dims, dqkv, begin, |index, head, grads| {
         let lse = &a.lse[(index * dims.h + head) * dims.n..][..dims.n];
         let saved = Saved { y: of_head(a.y, dims, index, head), dy: of_head(a.dy, dims, index, head), lse };
-        dense::backward(packed(qkv, dims, index, head), dims.n, scale, saved, grads);
+        dense::backward(packed(qkv, dims, index, head), dims.n, dense::all, scale, saved, grads);
     });
 }
 

@@ -11,9 +11,24 @@ const KEYS: usize = 256;
 /// Most queries of a block.
 const QUERIES: usize = 60;
 
+/// A score that does not count. Finite, so that a block of nothing else makes no NaN: what it adds is lost in rounding
+/// as soon as a score that counts comes.
+pub const HIDDEN: f32 = -1e30;
+
+/// For [`forward`] and [`backward`] where every key counts.
+pub fn all(_query: usize, _first: usize, _scores: &mut [f32]) {}
+
 /// Queries `q` (as many as `lse`) over the first `keys` keys of one head; `y` has their rows one after the other.
-/// Without a key, `y` is zero and `lse` −∞.
-pub fn forward([q, k, v]: [Rows<'_>; 3], keys: usize, scale: f32, y: &mut [f32], lse: &mut [f32]) {
+/// Without a key, `y` is zero and `lse` −∞. `hide` is shown the scores of every query, as (row of `q`, first key,
+/// scores), and sets to [`HIDDEN`] what must not count.
+pub fn forward(
+    [q, k, v]: [Rows<'_>; 3],
+    keys: usize,
+    hide: impl Fn(usize, usize, &mut [f32]),
+    scale: f32,
+    y: &mut [f32],
+    lse: &mut [f32],
+) {
     let (queries, e) = (lse.len(), q.width);
     if keys == 0 {
         y.fill(0.0);
@@ -37,6 +52,7 @@ pub fn forward([q, k, v]: [Rows<'_>; 3], keys: usize, scale: f32, y: &mut [f32],
                     || {
                         for r in 0..rows {
                             let row = &mut scores[r * wide..][..wide];
+                            hide(at + r, first, &mut row[..count]);
                             row[count..].fill(f32::NEG_INFINITY);
                             let old = max[at + r];
                             let (new, sum) = exponentials(row, scale, old);
@@ -118,10 +134,11 @@ pub struct Saved<'a> {
 }
 
 /// Gradients of the queries, and of the keys and values, of one head over its first `keys` keys; a list without rows
-/// is not computed, and keys and values that no query saw get zeros.
+/// is not computed, and keys and values that no query saw get zeros. `hide` is that of [`forward`].
 pub fn backward(
     [q, k, v]: [Rows<'_>; 3],
     keys: usize,
+    hide: impl Fn(usize, usize, &mut [f32]),
     scale: f32,
     saved: Saved<'_>,
     [dq, dk, dv]: &mut [RowsMut<'_>; 3],
@@ -155,6 +172,7 @@ pub fn backward(
                     || {
                         for r in 0..rows {
                             let (p, ds) = (&mut p[r * wide..][..wide], &mut ds[r * wide..][..wide]);
+                            hide(at + r, first, &mut p[..count]);
                             score_gradients(p, ds, scale, saved.lse[at + r], delta[at + r]);
                         }
                     },

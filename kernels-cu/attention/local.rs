@@ -2,15 +2,19 @@
 //!
 //! One query at a time, vectors along the head width: with some ten keys a query, tiles over queries and keys would
 //! compute several scores for each one that counts. Rows are copied to whole vectors first, by blocks of queries with
-//! the keys that these read.
+//! the keys that these read; within a block, a group of queries goes over one run of keys after the other, which
+//! keeps these in the first-level cache. Where queries see at least half of all tokens, the tiles win, and hide the rest.
 
-use super::dense::{self, Saved, deltas, exponentials, score_gradients};
+use super::dense::{self, HIDDEN, Saved, deltas, exponentials, score_gradients};
 use super::layout::{self, RowsMut, TASK, blocks, of_head, packed, sample, touch, widen, with_scratch, write};
-use super::tiles::{Rows, padded};
+use super::tiles::{Rows, copy, padded};
 use crate::generated::attention::Dims;
 use crate::simd::arch;
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
+
+/// Queries of a group.
+const GROUP: usize = 16;
 
 /// The keys of a query: `runs` runs of `run` consecutive tokens, their first tokens `stride` apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,34 +34,50 @@ impl Keys {
         self.run * self.runs
     }
 
-    fn end(&self) -> usize {
-        self.first + (self.runs - 1) * self.stride + self.run
+    /// Run `index` as (place in the list of keys, first token less `origin`).
+    #[inline(always)]
+    fn at(&self, index: usize, origin: usize) -> (usize, usize) {
+        (index * self.run, self.first + index * self.stride - origin)
     }
 
-    /// The keys run by run, as (place in the list of keys, first token less `origin`).
+    /// Hides the scores of all other tokens; `scores` are those of the tokens from `first` on.
     #[inline(always)]
-    fn each(self, origin: usize) -> impl Iterator<Item = (usize, usize)> {
-        (0..self.runs).map(move |i| (i * self.run, self.first + i * self.stride - origin))
+    fn hide_others(&self, first: usize, scores: &mut [f32]) {
+        let mut shown = 0;
+        for index in 0..self.runs {
+            let (_, token) = self.at(index, 0);
+            let [start, end] = [token, token + self.run].map(|t| t.saturating_sub(first).min(scores.len()));
+            scores[shown..start].fill(HIDDEN);
+            shown = end;
+        }
+        scores[shown..].fill(HIDDEN);
     }
 }
 
-/// Forward pass of all heads of a packed projection; `keys` is asked for every query.
-pub fn attend(
-    dims: Dims,
-    scale: f32,
-    keys: impl Fn(usize) -> Keys + Sync,
-    qkv: &[f32],
-    y: &mut [f32],
-    lse: &mut [f32],
-) {
-    let whole = leave_nothing_out(dims, &keys);
+/// Which keys the queries have.
+pub trait Neighbours: Copy + Sync {
+    /// The keys of a query; every query has as many runs.
+    fn keys(&self, query: usize) -> Keys;
+
+    /// Tokens among which all keys of some consecutive queries are.
+    fn span(&self, queries: Range<usize>) -> Range<usize>;
+
+    /// Most keys of a query.
+    fn most(&self) -> usize;
+}
+
+/// Forward pass of all heads of a packed projection.
+pub fn attend(dims: Dims, scale: f32, keys: impl Neighbours, qkv: &[f32], y: &mut [f32], lse: &mut [f32]) {
+    let (all, tiles) = (sees_all(dims, keys), tiles_win(dims, scale, keys));
     let begin = |index| touch(sample(qkv, dims.b, index));
     layout::forward(dims, y, lse, begin, |index, head, queries, y, lse| {
         let [q, k, v] = packed(qkv, dims, index, head);
-        if whole {
-            dense::forward([q.from(queries.start), k, v], dims.n, scale, y, lse);
-        } else {
-            forward([q, k, v], queries, &keys, scale, y, lse);
+        let (tile, start) = ([q.from(queries.start), k, v], queries.start);
+        let hide = |row, first, scores: &mut [f32]| keys.keys(start + row).hide_others(first, scores);
+        match (all, tiles) {
+            (true, _) => dense::forward(tile, dims.n, dense::all, scale, y, lse),
+            (_, true) => dense::forward(tile, dims.n, hide, scale, y, lse),
+            _ => forward([q, k, v], queries, keys, scale, y, lse),
         }
     });
 }
@@ -66,68 +86,66 @@ pub fn attend(
 pub fn attend_backward(
     dims: Dims,
     scale: f32,
-    keys: impl Fn(usize) -> Keys + Sync,
+    keys: impl Neighbours,
     [qkv, y, dy, lse]: [&[f32]; 4],
     dqkv: &mut [f32],
 ) {
-    let whole = leave_nothing_out(dims, &keys);
+    let (all, tiles) = (sees_all(dims, keys), tiles_win(dims, scale, keys));
     let begin = |index| [qkv, y, dy].into_iter().for_each(|x| touch(sample(x, dims.b, index)));
     layout::backward(dims, dqkv, begin, |index, head, grads| {
         let [y, dy] = [y, dy].map(|x| of_head(x, dims, index, head));
         let saved = Saved { y, dy, lse: &lse[(index * dims.h + head) * dims.n..][..dims.n] };
         let inputs = packed(qkv, dims, index, head);
-        if whole {
-            dense::backward(inputs, dims.n, scale, saved, grads);
-        } else {
-            backward(inputs, &keys, scale, saved, grads);
+        let hide = |query, first, scores: &mut [f32]| keys.keys(query).hide_others(first, scores);
+        match (all, tiles) {
+            (true, _) => dense::backward(inputs, dims.n, dense::all, scale, saved, grads),
+            (_, true) => dense::backward(inputs, dims.n, hide, scale, saved, grads),
+            _ => backward(inputs, keys, scale, saved, grads),
         }
     });
 }
 
-/// Whether every query sees every token: then tiles over queries and keys compute nothing in vain.
-fn leave_nothing_out(dims: Dims, keys: &impl Fn(usize) -> Keys) -> bool {
-    (0..dims.n).all(|query| keys(query).count() == dims.n)
+/// Whether tiles over all tokens are the faster way: with a scale at which hidden scores stay far below the others.
+fn tiles_win(dims: Dims, scale: f32, keys: impl Neighbours) -> bool {
+    2 * keys.most() >= dims.n && (1e-6..=1e6).contains(&scale)
 }
 
-/// The tokens that some queries read.
-fn span(queries: Range<usize>, keys: &impl Fn(usize) -> Keys) -> Range<usize> {
-    let ends = |range: Range<usize>, keys: Keys| range.start.min(keys.first)..range.end.max(keys.end());
-    queries.map(keys).fold(usize::MAX..0, ends)
+/// Whether every query sees every token.
+fn sees_all(dims: Dims, keys: impl Neighbours) -> bool {
+    (0..dims.n).all(|query| keys.keys(query).count() == dims.n)
 }
 
 /// Blocks of queries, long enough that most rows copied for a block are its own.
-fn query_blocks(queries: Range<usize>, keys: &impl Fn(usize) -> Keys) -> impl Iterator<Item = Range<usize>> {
-    let reach = queries.clone().map(|query| keys(query).end() - keys(query).first).max().unwrap_or(1);
+fn query_blocks(queries: Range<usize>, keys: impl Neighbours) -> impl Iterator<Item = Range<usize>> {
+    let reach = keys.span(queries.start..queries.start + 1).len();
     blocks(queries.len(), TASK.max(reach), 1).map(move |(at, rows)| queries.start + at..queries.start + at + rows)
 }
 
-/// Most tokens that a block of queries reads, and most keys of a query.
-fn most(queries: Range<usize>, keys: &impl Fn(usize) -> Keys) -> [usize; 3] {
-    let blocks = || query_blocks(queries.clone(), keys);
-    [
-        blocks().map(|block| block.len()).max().unwrap_or(0),
-        blocks().map(|block| span(block, keys).len()).max().unwrap_or(0),
-        queries.clone().map(|query| keys(query).count()).max().unwrap_or(0),
-    ]
+/// Most queries of a block, and most tokens that one reads.
+fn most(queries: Range<usize>, keys: impl Neighbours) -> [usize; 2] {
+    let sizes = query_blocks(queries, keys).map(|block| [block.len(), keys.span(block).len()]);
+    sizes.fold([0, 0], |[rows, tokens], [r, t]| [rows.max(r), tokens.max(t)])
 }
 
 /// The `queries` of one head; `y` has their rows one after the other, `lse` one number for each.
 fn forward(
     [q, k, v]: [Rows<'_>; 3],
     queries: Range<usize>,
-    keys: &impl Fn(usize) -> Keys,
+    keys: impl Neighbours,
     scale: f32,
     y: &mut [f32],
     lse: &mut [f32],
 ) {
     let (start, e) = (queries.start, q.width);
-    let (wide, [rows, tokens, most]) = (padded(e), most(queries.clone(), keys));
-    with_scratch([rows * wide, tokens * wide, tokens * wide, padded(most), wide], |[qs, ks, vs, scores, sum]| {
+    let (wide, most, [rows, tokens]) = (padded(e), padded(keys.most()), most(queries.clone(), keys));
+    let (own, read) = (rows * wide, tokens * wide);
+    with_scratch([own, read, read, rows * most, GROUP * wide], |[qs, ks, vs, scores, sums]| {
         for block in query_blocks(queries, keys) {
-            let span = span(block.clone(), keys);
+            let span = keys.span(block.clone());
             let task = Queries::new([q, k, v], &block, &span, scale);
             let (y, lse) = (&mut y[(block.start - start) * e..], &mut lse[block.start - start..][..block.len()]);
-            arch().dispatch(Forward { task, block, keys, qs, ks, vs, scores, sum, y, lse });
+            let scores = &mut scores[..block.len() * most];
+            arch().dispatch(Forward { task, block, keys, qs, ks, vs, scores, sums, y, lse });
         }
     });
 }
@@ -154,44 +172,57 @@ impl<'a> Queries<'a> {
 struct Forward<'a, K> {
     task: Queries<'a>,
     block: Range<usize>,
-    keys: &'a K,
+    keys: K,
     qs: &'a mut [f32],
     ks: &'a mut [f32],
     vs: &'a mut [f32],
     scores: &'a mut [f32],
-    sum: &'a mut [f32],
+    sums: &'a mut [f32],
     y: &'a mut [f32],
     lse: &'a mut [f32],
 }
 
-impl<K: Fn(usize) -> Keys> WithSimd for Forward<'_, K> {
+impl<K: Neighbours> WithSimd for Forward<'_, K> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Forward { task, block, keys, qs, ks, vs, scores, sum, y, lse } = self;
-        let (e, wide) = (task.q.width, sum.len());
+        let Forward { task, block, keys, qs, ks, vs, scores, sums, y, lse } = self;
+        let (e, wide) = (task.q.width, padded(task.q.width));
         widen(task.q, block.len(), qs);
         widen(task.k, task.tokens, ks);
         widen(task.v, task.tokens, vs);
-        for (i, query) in block.enumerate() {
-            let keys = keys(query);
-            let (count, q) = (keys.count(), &qs[i * wide..][..wide]);
-            let scores = &mut scores[..padded(count)];
-            scores[count..].fill(f32::NEG_INFINITY);
-            for (place, token) in keys.each(task.origin) {
-                dots(simd, q, &ks[token * wide..], &mut scores[place..][..keys.run]);
+        let stride = scores.len() / block.len();
+        for first in (0..block.len()).step_by(GROUP) {
+            let (list, len) = group(block.start + first..block.end, keys);
+            let rows = &mut scores[first * stride..][..len * stride];
+            for run in 0..list[0].runs {
+                for (i, scores) in rows.chunks_exact_mut(stride).enumerate() {
+                    let (place, token) = list[i].at(run, task.origin);
+                    let q = &qs[(first + i) * wide..][..wide];
+                    dots(simd, q, &ks[token * wide..], &mut scores[place..][..list[i].run]);
+                }
             }
-            let (max, total) = exponentials(scores, task.scale, f32::NEG_INFINITY);
-            sum.fill(0.0);
-            for (place, token) in keys.each(task.origin) {
-                combine(simd, &scores[place..][..keys.run], &vs[token * wide..], sum);
+            for (i, scores) in rows.chunks_exact_mut(stride).enumerate() {
+                scores[list[i].count()..].fill(f32::NEG_INFINITY);
+                let (max, total) = exponentials(scores, task.scale, f32::NEG_INFINITY);
+                lse[first + i] = max + total.ln();
+                let inverse = 1.0 / total;
+                for j in 0..stride {
+                    scores[j] *= inverse;
+                }
             }
-            let (y, inverse) = (&mut y[i * e..][..e], 1.0 / total);
-            for j in 0..e {
-                y[j] = sum[j] * inverse;
+            sums.fill(0.0);
+            for run in 0..list[0].runs {
+                for (i, scores) in rows.chunks_exact(stride).enumerate() {
+                    let (place, token) = list[i].at(run, task.origin);
+                    let sum = &mut sums[i * wide..][..wide];
+                    combine(simd, &scores[place..][..list[i].run], &vs[token * wide..], sum);
+                }
             }
-            lse[i] = max + total.ln();
+            for (i, y) in y[first * e..].chunks_exact_mut(e).take(len).enumerate() {
+                copy(&sums[i * wide..][..e], y);
+            }
         }
     }
 }
@@ -199,23 +230,24 @@ impl<K: Fn(usize) -> Keys> WithSimd for Forward<'_, K> {
 /// Gradients of queries, keys and values of one head with as many tokens as `saved` has rows.
 fn backward(
     [q, k, v]: [Rows<'_>; 3],
-    keys: &impl Fn(usize) -> Keys,
+    keys: impl Neighbours,
     scale: f32,
     saved: Saved<'_>,
     [dq, dk, dv]: &mut [RowsMut<'_>; 3],
 ) {
     let n = saved.lse.len();
-    let (wide, [rows, tokens, most]) = (padded(q.width), most(0..n, keys));
-    let (own, read, scores) = (rows * wide, tokens * wide, padded(most));
+    let (wide, most, [rows, tokens]) = (padded(q.width), padded(keys.most()), most(0..n, keys));
+    let (own, read, scores) = (rows * wide, tokens * wide, rows * most);
     let lengths = [own, own, own, read, read, scores, scores, n * wide, n * wide, n];
     with_scratch(lengths, |[qs, dys, sum_q, ks, vs, p, ds, sum_k, sum_v, delta]| {
         deltas(saved, delta);
         sum_k.fill(0.0);
         sum_v.fill(0.0);
         for block in query_blocks(0..n, keys) {
-            let span = span(block.clone(), keys);
+            let span = keys.span(block.clone());
             let task = Queries::new([q, k, v], &block, &span, scale);
             let dq = &mut dq[block.clone()];
+            let (p, ds) = (&mut p[..block.len() * most], &mut ds[..block.len() * most]);
             let seen = span.start * wide..span.end * wide;
             let (sum_k, sum_v) = (&mut sum_k[seen.clone()], &mut sum_v[seen]);
             let (dy, lse, delta) = (saved.dy.from(block.start), &saved.lse[block.clone()], &delta[block.clone()]);
@@ -246,7 +278,7 @@ fn backward(
 struct Backward<'a, K> {
     task: Queries<'a>,
     block: Range<usize>,
-    keys: &'a K,
+    keys: K,
     dy: Rows<'a>,
     lse: &'a [f32],
     delta: &'a [f32],
@@ -261,7 +293,7 @@ struct Backward<'a, K> {
     sum_v: &'a mut [f32],
 }
 
-impl<K: Fn(usize) -> Keys> WithSimd for Backward<'_, K> {
+impl<K: Neighbours> WithSimd for Backward<'_, K> {
     type Output = ();
 
     #[inline(always)]
@@ -272,28 +304,47 @@ impl<K: Fn(usize) -> Keys> WithSimd for Backward<'_, K> {
         widen(dy, block.len(), dys);
         widen(task.k, task.tokens, ks);
         widen(task.v, task.tokens, vs);
-        for (i, query) in block.enumerate() {
-            let keys = keys(query);
-            let (count, rows) = (keys.count(), i * wide..(i + 1) * wide);
-            let (q, dy, sum_q) = (&qs[rows.clone()], &dys[rows.clone()], &mut sum_q[rows]);
-            let (p, ds) = (&mut p[..padded(count)], &mut ds[..padded(count)]);
-            // Any finite number: the padding is never read again.
-            p[count..].fill(0.0);
-            ds[count..].fill(0.0);
-            for (place, token) in keys.each(task.origin) {
-                dots(simd, q, &ks[token * wide..], &mut p[place..][..keys.run]);
-                dots(simd, dy, &vs[token * wide..], &mut ds[place..][..keys.run]);
+        let stride = p.len() / block.len();
+        sum_q.fill(0.0);
+        for first in (0..block.len()).step_by(GROUP) {
+            let (list, len) = group(block.start + first..block.end, keys);
+            let rows = |i: usize| (first + i) * wide..(first + i + 1) * wide;
+            let (p, ds) = (&mut p[first * stride..][..len * stride], &mut ds[first * stride..][..len * stride]);
+            for run in 0..list[0].runs {
+                for (i, (p, ds)) in p.chunks_exact_mut(stride).zip(ds.chunks_exact_mut(stride)).enumerate() {
+                    let (place, token) = list[i].at(run, task.origin);
+                    dots(simd, &qs[rows(i)], &ks[token * wide..], &mut p[place..][..list[i].run]);
+                    dots(simd, &dys[rows(i)], &vs[token * wide..], &mut ds[place..][..list[i].run]);
+                }
             }
-            score_gradients(p, ds, task.scale, lse[i], delta[i]);
-            sum_q.fill(0.0);
-            for (place, token) in keys.each(task.origin) {
-                let (p, ds) = (&p[place..][..keys.run], &ds[place..][..keys.run]);
-                combine(simd, ds, &ks[token * wide..], sum_q);
-                spread(simd, ds, q, &mut sum_k[token * wide..]);
-                spread(simd, p, dy, &mut sum_v[token * wide..]);
+            for (i, (p, ds)) in p.chunks_exact_mut(stride).zip(ds.chunks_exact_mut(stride)).enumerate() {
+                // Any finite number: the padding is never read again.
+                p[list[i].count()..].fill(0.0);
+                ds[list[i].count()..].fill(0.0);
+                score_gradients(p, ds, task.scale, lse[first + i], delta[first + i]);
+            }
+            for run in 0..list[0].runs {
+                for (i, (p, ds)) in p.chunks_exact(stride).zip(ds.chunks_exact(stride)).enumerate() {
+                    let (place, token) = list[i].at(run, task.origin);
+                    let (p, ds) = (&p[place..][..list[i].run], &ds[place..][..list[i].run]);
+                    combine(simd, ds, &ks[token * wide..], &mut sum_q[rows(i)]);
+                    spread(simd, ds, &qs[rows(i)], &mut sum_k[token * wide..]);
+                    spread(simd, p, &dys[rows(i)], &mut sum_v[token * wide..]);
+                }
             }
         }
     }
+}
+
+/// The keys of the first queries, and how many queries these are.
+#[inline(always)]
+fn group(queries: Range<usize>, keys: impl Neighbours) -> ([Keys; GROUP], usize) {
+    let mut list = [keys.keys(queries.start); GROUP];
+    let len = queries.len().min(GROUP);
+    for (i, list) in list[..len].iter_mut().enumerate() {
+        *list = keys.keys(queries.start + i);
+    }
+    (list, len)
 }
 
 /// `out[c] = x · row c` for consecutive rows as long as `x`.
@@ -327,34 +378,41 @@ fn dots_of<S: Simd, const G: usize>(simd: S, x: &[f32], rows: &[f32], out: &mut 
     G
 }
 
-/// `sum += Σ_c weights[c] · row c`, in the order of the rows.
+/// `sum += Σ_c weights[c] · row c`, in the order of the rows, for consecutive rows as long as `sum`.
 #[inline(always)]
 fn combine<S: Simd>(simd: S, weights: &[f32], rows: &[f32], sum: &mut [f32]) {
-    let mut c = 0;
-    while c < weights.len() {
-        let (weights, rows) = (&weights[c..], &rows[c * sum.len()..]);
-        c += match weights.len() {
-            4.. => combine_of::<S, 4>(simd, weights, rows, sum),
-            2.. => combine_of::<S, 2>(simd, weights, rows, sum),
-            _ => combine_of::<S, 1>(simd, weights, rows, sum),
+    let (sum, _) = S::as_mut_simd_f32s(sum);
+    let (rows, _) = S::as_simd_f32s(rows);
+    let (vectors, mut at) = (sum.len(), 0);
+    while at < vectors {
+        let (rows, sum) = (&rows[at..], &mut sum[at..]);
+        at += match sum.len() {
+            4.. => combine_of::<S, 4>(simd, weights, rows, vectors, sum),
+            2.. => combine_of::<S, 2>(simd, weights, rows, vectors, sum),
+            _ => combine_of::<S, 1>(simd, weights, rows, vectors, sum),
         };
     }
 }
 
+/// The first `V` vectors of [`combine`], in registers; `rows` are `stride` vectors apart.
 #[inline(always)]
-fn combine_of<S: Simd, const G: usize>(simd: S, weights: &[f32], rows: &[f32], sum: &mut [f32]) -> usize {
-    let (sum, _) = S::as_mut_simd_f32s(sum);
-    let (rows, _) = S::as_simd_f32s(&rows[..G * sum.len() * S::F32_LANES]);
-    let mut weight = [simd.splat_f32s(0.0); G];
-    for g in 0..G {
-        weight[g] = simd.splat_f32s(weights[g]);
-    }
-    for i in 0..sum.len() {
-        for g in 0..G {
-            sum[i] = simd.mul_add_f32s(weight[g], rows[g * sum.len() + i], sum[i]);
+fn combine_of<S: Simd, const V: usize>(
+    simd: S,
+    weights: &[f32],
+    rows: &[S::f32s],
+    stride: usize,
+    out: &mut [S::f32s],
+) -> usize {
+    let mut sum = [simd.splat_f32s(0.0); V];
+    sum.copy_from_slice(&out[..V]);
+    for (c, weight) in weights.iter().enumerate() {
+        let (row, weight) = (&rows[c * stride..][..V], simd.splat_f32s(*weight));
+        for v in 0..V {
+            sum[v] = simd.mul_add_f32s(weight, row[v], sum[v]);
         }
     }
-    G
+    out[..V].copy_from_slice(&sum);
+    V
 }
 
 /// `row c += weights[c] · x` for consecutive rows as long as `x`.

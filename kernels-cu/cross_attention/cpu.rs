@@ -51,7 +51,7 @@ pub fn forward(a: Forward<'_, f32>) {
         |index| inputs.begin(index),
         |sample, head, queries, y, lse| {
             let ([q, k, v], keys) = inputs.head(sample, head);
-            dense::forward([q.from(queries.start), k, v], keys, a.params.scale, y, lse);
+            dense::forward([q.from(queries.start), k, v], keys, dense::all, a.params.scale, y, lse);
         },
     );
 }
@@ -71,7 +71,7 @@ pub fn backward(a: Backward<'_, f32>) {
             let [y, dy] = [saved_y, dy].map(|x| of_head(x, inputs.heads(), index, head));
             let saved = Saved { y, dy, lse: &lse[(index * h + head) * n..][..n] };
             let (parts, keys) = inputs.head(index, head);
-            dense::backward(parts, keys, scale, saved, grads);
+            dense::backward(parts, keys, dense::all, scale, saved, grads);
         });
     });
 }
