@@ -1,4 +1,5 @@
 // Shared memory of a block: regions, addresses, bounds; alignment of accesses to global memory.
+#include <algorithm>
 #include <stdexcept>
 
 #include "runtime.h"
@@ -21,28 +22,22 @@ void place_memory(Block& b, unsigned align) {
 #endif
 }
 
+// Lanes run one after the other between collectives, so a lane's k-th access at a place belongs to the k-th request.
 void gather(uint64_t address, uint32_t bytes, bool is_shared, bool store, At at) {
-
     Quiet quiet;
     Fiber* f = self();
     Warp& warp = *f->warp_state;
-    Counters& counters = f->worker->counters;
-    Gather* g = nullptr;
-    for (Gather& x : warp.gathers)
-        if (x.shared == is_shared && x.store == store && x.bytes == bytes && same_site(x.at, at)) g = &x;
-    if (!g) {
-        warp.gathers.push_back(Gather{at, 0, bytes, is_shared, store, {}});
-        g = &warp.gathers.back();
-    }
-    if (g->lanes >> f->lane & 1) {  // a second visit: the first request is complete
-        counters.count(*g);
-        g->lanes = 0;
-    }
+    auto open = [&](const Gather& x) {
+        return x.shared == is_shared && x.store == store && x.bytes == bytes && same_site(x.at, at) &&
+               !(x.lanes >> f->lane & 1);
+    };
+    auto g = std::find_if(warp.gathers.begin(), warp.gathers.end(), open);
+    if (g == warp.gathers.end()) g = warp.gathers.insert(g, Gather{at, 0, bytes, is_shared, store, {}});
     g->lanes |= 1u << f->lane;
     g->address[f->lane] = address;
     if (g->lanes == warp.exist) {
-        counters.count(*g);
-        g->lanes = 0;
+        f->worker->counters.count(*g);
+        warp.gathers.erase(g);
     }
 }
 }  // namespace
@@ -125,6 +120,12 @@ void global(const void* p, uint32_t bytes, bool store, At at) {
     if (reinterpret_cast<uintptr_t>(p) % bytes) die(at, "global address %p is not aligned to %u bytes", p, bytes);
     count_global(p, bytes, store, at);
     addressable(p, bytes, "global memory", at);
+}
+
+void flush_gathers(Warp& warp, Counters& counters) {
+    Quiet quiet;
+    for (Gather& x : warp.gathers) counters.count(x);
+    warp.gathers.clear();
 }
 
 void count_global(const void* p, uint32_t bytes, bool store, At at) {

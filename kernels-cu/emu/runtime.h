@@ -266,6 +266,9 @@ inline bool same_site(At a, At b) {
            (a.file_name() == b.file_name() || !strcmp(a.file_name(), b.file_name()));
 }
 
+// Counts the requests of a warp that not all lanes took part in.
+void flush_gathers(Warp&, Counters&);
+
 // Meets the lanes of `mask`; the last to arrive runs `work(operands, mask)`.
 template <class F> void meet(const char* what, uint32_t mask, void* operand, At at, F&& work) {
     Fiber* f = self();
@@ -298,6 +301,8 @@ template <class F> void meet(const char* what, uint32_t mask, void* operand, At 
     m->arrived |= 1u << f->lane;
     if (m->arrived != mask) return w.wait(what, at);
     work(m->operand, mask);
+    // A whole warp together: what some of its lanes have accessed since the last time is complete.
+    if (mask == warp.exist && !warp.gathers.empty()) flush_gathers(warp, w.counters);
     m->arrived = 0;
     for (uint32_t rest = mask & ~(1u << f->lane); rest; rest &= rest - 1)
         w.wake(w.fibers[warp.global * 32 + unsigned(__builtin_ctz(rest))].get());

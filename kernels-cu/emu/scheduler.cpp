@@ -126,8 +126,7 @@ void Worker::run_group(uint64_t group) {
     }
     if (config().count)
         for (unsigned i = 0; i < count; i++)
-            for (Warp& w : blocks[i]->warps)
-                for (Gather& x : w.gathers) counters.count(x);
+            for (Warp& w : blocks[i]->warps) flush_gathers(w, counters);
     end_group_clocks();
     counters.blocks += count;
 }
