@@ -111,5 +111,6 @@ fn sectors(p: &Program) -> Result<(), String> {
         lines.filter_map(field).sum()
     };
     let elements = (case.dims.b * case.dims.n * case.dims.d) as u64;
-    same(&[of("load"), of("store")], &[elements * 2 / 32; 2]).map_err(|e| format!("{e}; counted:\n{}", outcome.counters))
+    same(&[of("load"), of("store")], &[elements * 2 / 32; 2])
+        .map_err(|e| format!("{e}; counted:\n{}", outcome.counters))
 }

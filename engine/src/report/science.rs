@@ -97,7 +97,7 @@ pub struct Line {
     pub seeds: usize,
     /// Fréchet distance to real images.
     pub frechet: Option<Spread>,
-    /// The same over that of the base.
+    /// The same over that of the base with the same seeds.
     pub ratio: Option<f64>,
     /// Kernel distance.
     pub kid: Option<f64>,

@@ -29,7 +29,8 @@ pub fn report(study: &Study, run: &Path) -> Result<Science> {
         rows.push((row, results.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect::<Vec<_>>()));
     }
     let is_base = |row: &Row| row.control == Some(Control::Base);
-    let base = rows.iter().find(|(row, _)| is_base(row)).and_then(|(_, results)| frechet(results, None));
+    let bases: &[JobResult] = rows.iter().find(|(row, _)| is_base(row)).map_or(&[], |(_, results)| results);
+    let base = frechet(bases, None);
     let mut sections: Vec<Section> = Vec::new();
     for (row, results) in &rows {
         let section = match sections.iter().position(|s| s.title == row.group) {
@@ -40,7 +41,7 @@ pub fn report(study: &Study, run: &Path) -> Result<Science> {
                 &mut sections[last]
             }
         };
-        section.lines.extend(lines(row, results, base.as_ref().map(|b| b.mean)));
+        section.lines.extend(lines(row, results, bases));
     }
     let real = run.join(REAL);
     let real: Option<Baseline> = if real.exists() { serde_json::from_value(json::read(&real)?).ok() } else { None };
@@ -64,7 +65,7 @@ pub fn report(study: &Study, run: &Path) -> Result<Science> {
             ),
         ],
     };
-    science.findings = findings(&rows, &science);
+    science.findings = findings(&rows, bases);
     let wanted = shown(&science);
     for (row, results) in &rows {
         let Some(result) = results.first().filter(|_| is_base(row) || wanted.contains(&row.name)) else { continue };
@@ -83,6 +84,17 @@ fn frechet(results: &[JobResult], stage: Option<&str>) -> Option<Spread> {
     spread(results, stage, |s| s.frechet)
 }
 
+/// Distance over that of the base with the same seed, and so the same noise and labels: mean over the seeds that both
+/// have.
+fn ratio(results: &[JobResult], stage: Option<&str>, bases: &[JobResult]) -> Option<f64> {
+    let of = |r: &JobResult| {
+        let base = bases.iter().find(|b| b.seed == r.seed)?;
+        let [own, base] = [frechet(std::slice::from_ref(r), stage)?, frechet(std::slice::from_ref(base), None)?];
+        Some(own.mean / base.mean)
+    };
+    Spread::of(&results.iter().filter_map(of).collect::<Vec<_>>()).map(|s| s.mean)
+}
+
 fn spread(results: &[JobResult], stage: Option<&str>, of: fn(&Score) -> f64) -> Option<Spread> {
     let pick = |r: &JobResult| match stage {
         None => r.last().and_then(|s| s.score),
@@ -92,7 +104,7 @@ fn spread(results: &[JobResult], stage: Option<&str>, of: fn(&Score) -> f64) -> 
 }
 
 /// The lines of a row: one for each stage that was sampled; one that says so where nothing was run.
-fn lines(row: &Row, results: &[JobResult], base: Option<f64>) -> Vec<Line> {
+fn lines(row: &Row, results: &[JobResult], bases: &[JobResult]) -> Vec<Line> {
     let stages: Vec<String> = match row.control {
         Some(_) => vec![String::new()],
         None => row.scored().iter().map(|s| s.name().to_string()).collect(),
@@ -109,7 +121,7 @@ fn lines(row: &Row, results: &[JobResult], base: Option<f64>) -> Vec<Line> {
                 r.operators.iter().map(|(op, n)| format!("{n} × {op}")).collect::<Vec<_>>().join(", ")
             }),
             seeds: results.len(),
-            ratio: frechet.as_ref().zip(base).map(|(f, base)| f.mean / base),
+            ratio: ratio(results, stage, bases),
             kid: spread(results, stage, |s| s.kid).map(|s| s.mean),
             precision: spread(results, stage, |s| s.precision).map(|s| s.mean),
             recall: spread(results, stage, |s| s.recall).map(|s| s.mean),
@@ -142,12 +154,13 @@ fn lines(row: &Row, results: &[JobResult], base: Option<f64>) -> Vec<Line> {
 }
 
 /// What the numbers say, each sentence computed.
-fn findings(rows: &[(&Row, Vec<JobResult>)], science: &Science) -> Vec<Finding> {
-    let Some(base) = &science.base else { return vec![Finding::open("The base was not scored: nothing can be said.")] };
+fn findings(rows: &[(&Row, Vec<JobResult>)], bases: &[JobResult]) -> Vec<Finding> {
+    if bases.is_empty() {
+        return vec![Finding::open("The base was not scored: nothing can be said.")];
+    }
     let grafts = rows.iter().filter(|(row, results)| row.control.is_none() && !results.is_empty());
-    let scored: Vec<(&Row, &JobResult, f64)> = grafts
-        .filter_map(|(row, results)| Some((*row, results.first()?, frechet(results, None)?.mean / base.mean)))
-        .collect();
+    let scored: Vec<(&Row, &JobResult, f64)> =
+        grafts.filter_map(|(row, results)| Some((*row, results.first()?, ratio(results, None, bases)?))).collect();
     let mut found = Vec::new();
     let best = scored.iter().filter(|(_, r, _)| r.attention_replaced == 1.0).min_by(|a, b| a.2.total_cmp(&b.2));
     found.push(match best {
