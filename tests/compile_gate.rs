@@ -4,13 +4,10 @@
 //! table of resources after a change that is meant.
 
 use graft_tools::codegen::workspace_root;
-use graft_tools::nvcc::{Nvcc, TABLE, functions, gate, read_table, render_table};
+use graft_tools::nvcc::{Function, Nvcc, TABLE, functions, gate, read_table, render_table};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
-
-/// Pairs that differ on purpose: ours and theirs ask for different things.
-const DIFFERENT: [(&str, &str); 0] = [];
 
 const PAIRS: &str = "tests/gate/pairs_sm90.cu";
 
@@ -56,9 +53,13 @@ fn check(nvcc: &Nvcc, root: &Path) -> Result<Vec<String>, String> {
 /// Kernels `ours_x` and `theirs_x` must have the same code.
 fn pairs(nvcc: &Nvcc, cutlass: &Path) -> Result<Vec<String>, String> {
     let include = format!("-I{}", cutlass.display());
-    let compiled = nvcc.compile(PAIRS, "90a", &[include, "--expt-relaxed-constexpr".to_string(), "-w".to_string()])?;
-    let code: BTreeMap<String, Vec<String>> =
-        functions(&compiled.sass).into_iter().map(|f| (f.name.clone(), f.normalised())).collect();
+    // CUTLASS's assertions are code, too.
+    let compiled = nvcc.compile(
+        PAIRS,
+        "90a",
+        &[include, "--expt-relaxed-constexpr".to_string(), "-DNDEBUG".to_string(), "-w".to_string()],
+    )?;
+    let code: BTreeMap<String, Function> = functions(&compiled.sass).into_iter().map(|f| (f.name.clone(), f)).collect();
     let (mut same, mut findings) = (0, Vec::new());
     for (name, ours) in &code {
         let Some(pair) = name.strip_prefix("ours_") else { continue };
@@ -66,19 +67,17 @@ fn pairs(nvcc: &Nvcc, cutlass: &Path) -> Result<Vec<String>, String> {
             findings.push(format!("{PAIRS}: {pair} has no second source"));
             continue;
         };
-        if ours == theirs {
+        let (a, b) = (ours.normalised(), theirs.normalised());
+        if a == b {
             same += 1;
-        } else if let Some((_, why)) = DIFFERENT.iter().find(|(n, _)| *n == pair) {
-            println!("compile gate: {pair} differs: {why}");
         } else {
-            let at = ours.iter().zip(theirs).position(|(a, b)| a != b).unwrap_or(ours.len().min(theirs.len()));
-            let (ours, theirs) = (ours.get(at), theirs.get(at));
-            findings.push(format!("{pair}: instruction {at} is {ours:?}, in CUTLASS {theirs:?}"));
+            let at = a.iter().zip(&b).position(|(x, y)| x != y).unwrap_or(a.len().min(b.len()));
+            findings.push(format!("{pair}: instruction {at} is {:?}, in CUTLASS {:?}", a.get(at), b.get(at)));
         }
     }
     println!("compile gate: {same} wrappers have the code of CUTLASS's");
-    if same < 10 {
-        findings.push(format!("{PAIRS}: only {same} pairs"));
+    if same < 20 {
+        findings.push(format!("{PAIRS}: only {same} pairs are equal"));
     }
     Ok(findings)
 }
