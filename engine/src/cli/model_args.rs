@@ -38,12 +38,25 @@ enum SemanticsArg {
 }
 
 impl ModelArgs {
+    /// The device that runs the operators.
+    ///
+    /// # Errors
+    /// A backend that this machine cannot run.
+    pub fn device(&self) -> Result<Device> {
+        backend::open(&self.backend)
+    }
+
+    /// Whether diffusers' details are asked for.
+    pub fn as_diffusers(&self) -> bool {
+        self.semantics == SemanticsArg::Diffusers
+    }
+
     /// Loads the model.
     ///
     /// # Errors
     /// Those of the loader, and a backend that this machine cannot run.
     pub fn load(&self) -> Result<Dit> {
-        let device: Device = backend::open(&self.backend)?;
+        let device = self.device()?;
         let mut model = dit::load(&self.model, &device)?;
         if self.dtype == Dtype::Bf16 {
             dit::to_bf16(&mut model)?;

@@ -43,6 +43,16 @@ pub fn forward(
     // A graph of its own: the caller's may outlive the model.
     let inference = Graph::inference(g.precision());
     let mut out = model.forward(&inference, &Var::constant(doubled), t, y, run)?.into_tensor();
+    combine(&mut out, scale, channels)?;
+    Ok(out)
+}
+
+/// Guides the leading `channels` of a prediction `[2B, C, H, W]` whose second half is the null one; both halves get the
+/// result.
+///
+/// # Errors
+/// When another tensor shares the storage.
+pub fn combine(out: &mut Tensor, scale: f64, channels: usize) -> Result<()> {
     let plane = out.dim(2) * out.dim(3);
     let (per_image, guided) = (out.dim(1) * plane, channels.min(out.dim(1)) * plane);
     let half = out.len() / 2;
@@ -54,10 +64,10 @@ pub fn forward(
             *n = *c;
         }
     }
-    Ok(out)
+    Ok(())
 }
 
 /// Writes `values` twice, one after the other; `target` is twice as long.
-pub(super) fn double(values: &[f32], target: &mut [f32]) {
+pub(crate) fn double(values: &[f32], target: &mut [f32]) {
     target.chunks_exact_mut(values.len().max(1)).for_each(|half| half.copy_from_slice(values));
 }

@@ -10,6 +10,7 @@ mod checks;
 mod dit;
 mod metrics;
 mod operators;
+mod pixart;
 mod refusals;
 mod samplers;
 
@@ -28,6 +29,8 @@ type Family = fn(&Case, &mut Checks<'_>) -> Result<()>;
 const FAMILIES: &[(&str, Family)] = &[
     ("dit_original", dit::original),
     ("dit_diffusers", dit::diffusers),
+    ("pixart_original", pixart::original),
+    ("pixart_diffusers", pixart::diffusers),
     ("samplers", samplers::run),
     ("operators", operators::run),
     ("metrics", metrics::run),
