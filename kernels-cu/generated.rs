@@ -35,6 +35,7 @@ pub const OPS: &[OpInfo] = &[
     neighborhood_attention::INFO,
     patchify::INFO,
     philox::INFO,
+    relative_attention::INFO,
     rms_norm::INFO,
     sinusoid::INFO,
     solver_step::INFO,
@@ -112,6 +113,9 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     }
     for case in patchify::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(patchify::gradcheck(case).into_iter().map(|row| ("patchify", case.name, row)));
+    }
+    for case in relative_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(relative_attention::gradcheck(case).into_iter().map(|row| ("relative_attention", case.name, row)));
     }
     for case in rms_norm::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(rms_norm::gradcheck(case).into_iter().map(|row| ("rms_norm", case.name, row)));
@@ -2815,6 +2819,111 @@ pub mod philox {
 
     pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }) };
 
+}
+
+/// Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.
+pub mod relative_attention {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor of the scores before the bias; 1 in T5.
+        pub scale: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// `[2*N - 1, H]` f32: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+        pub bias: &'a [T],
+        /// `[B]` i32: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
+        pub counts: Option<&'a [i32]>,
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub y: &'a mut [T],
+        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
+        pub lse: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub dy: &'a [T],
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// `[2*N - 1, H]` f32: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+        pub bias: &'a [T],
+        /// `[B]` i32: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
+        pub counts: Option<&'a [i32]>,
+        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        pub y: &'a [T],
+        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
+        pub lse: &'a [T],
+        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        pub dqkv: Option<&'a mut [T]>,
+        /// `[2*N - 1, H]` f32: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+        pub dbias: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*b*h*n*n*e
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*(4*b*n*h*e + b*h*n + 2*n*h)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "counted", tier: Tier::Tiny, dims: Dims { b: 4, n: 19, h: 2, e: 16 }, params: Params { scale: 0.25 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 133, h: 2, e: 33 }, params: Params { scale: 0.2 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, h: 1, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "t5_xxl_300", tier: Tier::Real, dims: Dims { b: 1, n: 300, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "t5_xxl_32", tier: Tier::Real, dims: Dims { b: 1, n: 32, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "t5_xxl_300", "t5_xxl_32"], tolerance: None };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, h, e, .. } = dims;
+        let qkv = check::draw_f64(case.name, "qkv", b * n * 3 * h * e, Fill::Normal);
+        let bias = check::draw_f64(case.name, "bias", (2*n - 1) * h, Fill::Normal);
+        let counts = check::draw_i32(case.name, "counts", b, Fill::Index(n+1));
+        let cotangent = check::draw_f64(case.name, "dy", b * n * h * e, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |qkv: &[f64], bias: &[f64]| {
+            let mut y = vec![0.0f64; b * n * h * e];
+            let mut lse = vec![0.0f64; b * h * n];
+            super::super::relative_attention::reference::forward(Forward { dims, params, qkv: qkv, bias: bias, counts: (!absent("counts")).then_some(&counts[..]), y: &mut y[..], lse: &mut lse[..] });
+            (y, lse)
+        };
+        let (y, lse) = forward(&qkv, &bias);
+        let mut dqkv = vec![0.0f64; b * n * 3 * h * e];
+        let mut dbias = vec![0.0f64; (2*n - 1) * h];
+        super::super::relative_attention::reference::backward(Backward { dims, params, dy: &cotangent, qkv: &qkv[..], bias: &bias[..], counts: (!absent("counts")).then_some(&counts[..]), y: &y[..], lse: &lse[..], dqkv: Some(&mut dqkv[..]), dbias: Some(&mut dbias[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved, &bias).0, &cotangent))); }
+        { rows.push(check::directional("bias", case.name, &bias, &dbias, |moved| check::dot(&forward(&qkv, moved).0, &cotangent))); }
+        rows
+    }
 }
 
 /// Root-mean-square norm with a weight, after a SiLU gate where there is one.

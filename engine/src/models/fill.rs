@@ -27,8 +27,10 @@ pub(super) struct Fill<'f> {
     pub place: &'f dyn Fn(&str) -> Place,
     /// Names in the file that need not belong to the model.
     pub ignored: &'f dyn Fn(&str) -> bool,
-    /// Whether weights of products are rounded to bf16 as they are read.
+    /// Whether weights of products are rounded to bf16 as they are read …
     pub bf16: bool,
+    /// … but for these.
+    pub exact: &'f dyn Fn(&str) -> bool,
 }
 
 /// Sets every parameter of a store to what `source` has, on `device`.
@@ -52,7 +54,8 @@ pub(super) fn fill(params: &mut ParamStore, source: &dyn Source, device: &Device
             ));
     }
     for (id, place) in &wanted {
-        read_into(params, *id, source, device, place, how.bf16)?;
+        let bf16 = how.bf16 && !(how.exact)(&params.get(*id).name);
+        read_into(params, *id, source, device, place, bf16)?;
         // Else the whole file would stay in memory beside its copy.
         source.release();
     }

@@ -44,6 +44,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("neighborhood_attention", neighborhood_attention_conform),
     ("patchify", patchify_conform),
     ("philox", philox_conform),
+    ("relative_attention", relative_attention_conform),
     ("rms_norm", rms_norm_conform),
     ("sinusoid", sinusoid_conform),
     ("solver_step", solver_step_conform),
@@ -3769,6 +3770,175 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
             let device = io.device().clone();
             let out = io.call("forward", || philox(&device, l, params))?;
             io.result("z", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`relative_attention`].
+pub struct RelativeAttentionOut {
+    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
+    pub lse: Tensor,
+}
+
+/// Gradients of [`relative_attention`]; absent where not asked for.
+pub struct RelativeAttentionGrads {
+    /// `[B, N, 3, H, E]` f32
+    pub qkv: Option<Tensor>,
+    /// `[2*N - 1, H]` f32
+    pub bias: Option<Tensor>,
+}
+
+/// Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.
+///
+/// ```text
+/// q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2]; keys(b) = {j : j < counts[b]}, all N without counts
+/// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e] + bias[j - i + N - 1, h]; lse[b,h,i] = log sum_{j in keys(b)} exp(s[b,h,i,j])
+/// y[b,i,h,e] = sum_{j in keys(b)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+/// - `bias` `[2*N - 1, H]` f32: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+/// - `counts` `[B]` i32, optional: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
+/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn relative_attention(qkv: &Tensor, bias: &Tensor, counts: Option<&Tensor>, params: kernels::generated::relative_attention::Params) -> Result<RelativeAttentionOut> {
+    use kernels::generated::relative_attention::{Dims, Forward};
+    let mut check = DimCheck::new("relative_attention", &["B", "N", "H", "E"]);
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    want_dtype("relative_attention", "qkv", qkv, &[DType::F32])?;
+    want_dtype("relative_attention", "bias", bias, &[DType::F32])?;
+    if let Some(t) = counts { want_dtype("relative_attention", "counts", t, &[DType::I32])?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { n, .. } = dims;
+        if let Some(t) = counts { check_index("relative_attention", "counts", t, n+1)?; }
+    }
+    let Dims { n, .. } = dims;
+    require("relative_attention", n >= 1, "N >= 1", "at least one token", || format!("{dims:?}, {params:?}"))?;
+    let device = qkv.device().clone();
+    check.same_device(&device, &[("bias", Some(bias)), ("counts", counts)])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty(&[b, n, h, e])?;
+    let mut lse = device.empty(&[b, h, n])?;
+
+    if device.is_dry() {
+        return Ok(RelativeAttentionOut { y, lse });
+    }
+    let args = Forward { dims, params, qkv: qkv.f32s()?, bias: bias.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::relative_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::relative_attention::reference::forward(args),
+        other => return Err(no_path("relative_attention", other)),
+    }
+    Ok(RelativeAttentionOut { y, lse })
+}
+
+/// Backward pass of [`relative_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn relative_attention_backward(dy: &Tensor, qkv: &Tensor, bias: &Tensor, counts: Option<&Tensor>, y: &Tensor, lse: &Tensor, want_qkv: bool, want_bias: bool, params: kernels::generated::relative_attention::Params) -> Result<RelativeAttentionGrads> {
+    use kernels::generated::relative_attention::{Backward, Dims};
+    let mut check = DimCheck::new("relative_attention", &["B", "N", "H", "E"]);
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "N"])?;
+    want_dtype("relative_attention", "dy", dy, &[DType::F32])?;
+    want_dtype("relative_attention", "qkv", qkv, &[DType::F32])?;
+    want_dtype("relative_attention", "bias", bias, &[DType::F32])?;
+    if let Some(t) = counts { want_dtype("relative_attention", "counts", t, &[DType::I32])?; }
+    want_dtype("relative_attention", "y", y, &[DType::F32])?;
+    want_dtype("relative_attention", "lse", lse, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { n, .. } = dims;
+        if let Some(t) = counts { check_index("relative_attention", "counts", t, n+1)?; }
+    }
+    let Dims { n, .. } = dims;
+    require("relative_attention", n >= 1, "N >= 1", "at least one token", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("bias", Some(bias)), ("counts", counts), ("y", Some(y)), ("lse", Some(lse))])?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty(&[2*n - 1, h])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(RelativeAttentionGrads { qkv: grad_qkv, bias: grad_bias });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, bias: bias.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::relative_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::relative_attention::reference::backward(args),
+        other => return Err(no_path("relative_attention", other)),
+    }
+    Ok(RelativeAttentionGrads { qkv: grad_qkv, bias: grad_bias })
+}
+
+impl Graph<'_> {
+    /// [`relative_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn relative_attention(&self, qkv: &Var, bias: &Var, counts: Option<&Tensor>, params: kernels::generated::relative_attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv), self.source(bias)];
+        let record = sources.iter().any(Option::is_some);
+        let out = relative_attention(qkv.tensor(), bias.tensor(), counts, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_bias = bias.tensor().clone();
+        let saved_counts = counts.cloned();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_bias), saved_counts.as_ref(), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("relative_attention", out.y, saved, move |dy, grads| {
+            let found = relative_attention_backward(dy, &saved_qkv, &saved_bias, saved_counts.as_ref(), &saved_y, &saved_lse, sources[0].is_some(), sources[1].is_some(), params)?;
+            grads.add(sources[0], found.qkv)?;
+            grads.add(sources[1], found.bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn relative_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::relative_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
+            let bias = io.draw(case.name, "bias", &[2*n - 1, h], Fill::Normal)?;
+            let counts = if absent("counts") { None } else { Some(io.draw_i32(case.name, "counts", &[b], Fill::Index(n+1))?) };
+            let out = io.call("forward", || relative_attention(&qkv, &bias, counts.as_ref(), params))?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || relative_attention_backward(&dy, &qkv, &bias, counts.as_ref(), &out.y, &out.lse, true, true, params))?;
+            if let Some(t) = &grads.qkv { io.result("dqkv", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
             Ok(())
         })?;
     }

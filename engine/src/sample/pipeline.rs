@@ -312,7 +312,7 @@ impl<'a> Batch<'a> {
 }
 
 /// Standard normal numbers of one stream for every image of a batch, each from its own seed.
-fn draw(target: &mut Tensor, seed: u64, stream: u64) -> Result<()> {
+pub(super) fn draw(target: &mut Tensor, seed: u64, stream: u64) -> Result<()> {
     let image = target.dim(1) * target.dim(2);
     for (i, values) in target.f32s_mut()?.chunks_mut(image.max(1)).enumerate() {
         Philox::new(image_seed(seed, i as u64), stream).fill_normal(values);
@@ -320,7 +320,7 @@ fn draw(target: &mut Tensor, seed: u64, stream: u64) -> Result<()> {
     Ok(())
 }
 
-fn fill(device: &Device, rows: usize, value: f32) -> Result<Tensor> {
+pub(super) fn fill(device: &Device, rows: usize, value: f32) -> Result<Tensor> {
     let mut t = device.empty(&[rows])?;
     t.f32s_mut()?.fill(value);
     Ok(t)

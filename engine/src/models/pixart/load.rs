@@ -28,7 +28,8 @@ pub fn load(path: &Path, device: &Device, bf16: bool) -> Result<PixArt> {
     let place = |name: &str| Place { parts: layout.parts(name), filters: false };
     // Read off by `examine`, or of use in training only.
     let ignored = |name: &str| name == "pos_embed" || name == "pos_embed.pos_embed" || name == NULL_TEXT;
-    fill(&mut model.params, source.as_ref(), device, &Fill { place: &place, ignored: &ignored, bf16 })?;
+    let how = Fill { place: &place, ignored: &ignored, bf16, exact: &|_| false };
+    fill(&mut model.params, source.as_ref(), device, &how)?;
     Ok(model)
 }
 

@@ -177,9 +177,27 @@ impl PixArt {
         }
         let h = self.caption[0].forward(g, &self.params, &text.features, act::GELU)?;
         let h = self.caption[1].forward(g, &self.params, &h, act::NONE)?;
-        let single = !g.is_recording() && h.dim(1) == 1 && text.counts.i32s()?.iter().all(|count| *count == 1);
+        let single =
+            text.constant && !g.is_recording() && h.dim(1) == 1 && text.counts.i32s()?.iter().all(|count| *count == 1);
         let of = |block: &Arc<Block>| block.key(g, &self.params, &h, single);
         Ok(Keys { blocks: self.blocks.iter().map(of).collect::<Result<_>>()?, counts: text.counts.clone() })
+    }
+
+    /// As [`PixArt::forward`], and shows `watch` the residual stream `[B, N, D]` after every block.
+    ///
+    /// # Errors
+    /// As [`PixArt::forward`], and those of `watch`.
+    pub fn forward_watched<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        x: &Var,
+        t: &Tensor,
+        keys: &Keys,
+        micro: Option<&MicroConditions>,
+        run: Run,
+        watch: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+    ) -> Result<Var> {
+        self.run(g, x, t, keys, micro, run, Some(watch))
     }
 
     /// Predicts noise (and variance values where the model has them).
@@ -197,6 +215,19 @@ impl PixArt {
         keys: &Keys,
         micro: Option<&MicroConditions>,
         run: Run,
+    ) -> Result<Var> {
+        self.run(g, x, t, keys, micro, run, None)
+    }
+
+    fn run<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        x: &Var,
+        t: &Tensor,
+        keys: &Keys,
+        micro: Option<&MicroConditions>,
+        run: Run,
+        mut watch: Option<&mut dyn FnMut(usize, &Tensor) -> Result<()>>,
     ) -> Result<Var> {
         let c = &self.config;
         let shape = x.tensor().shape();
@@ -233,7 +264,7 @@ impl PixArt {
                 &other_grid
             }
         };
-        for (block, key) in blocks.iter().zip(&keys.blocks) {
+        for (index, (block, key)) in blocks.iter().zip(&keys.blocks).enumerate() {
             h = match key {
                 Key::Tokens(kv) if run.checkpoint && g.is_recording() => {
                     let (block, zeros, samples, counts) =
@@ -250,6 +281,9 @@ impl PixArt {
                     block.forward(g, &self.params, &h, key, &shared)?
                 }
             };
+            if let Some(watch) = &mut watch {
+                watch(index, h.tensor())?;
+            }
         }
         // Shift and scale of the last norm: the timestep itself on both rows of a table.
         let twice = g.embed(&t, &rows(&|i| i / 2, 2 * b)?, None, none)?;

@@ -12,6 +12,9 @@ pub struct Text {
     pub features: Var,
     /// `[B]` i32: tokens of each sample, from the first on.
     pub counts: Tensor,
+    /// Whether cross-attention to texts of one token may be replaced by what it always gives. It changes the rounding,
+    /// so it must not depend on which other texts are in the batch.
+    pub constant: bool,
 }
 
 impl Text {
@@ -24,7 +27,7 @@ impl Text {
         let device = features.tensor().device().clone();
         let Some(mask) = mask else {
             let counts = Tensor::from_i32(&device, &[b], &vec![t as i32; b])?;
-            return Ok(Text { features: features.clone(), counts });
+            return Ok(Text { features: features.clone(), counts, constant: false });
         };
         if mask.shape().dims() != [b, t] {
             return Err(Error::failure("pixart: text_mask", "wrong shape")
@@ -44,7 +47,7 @@ impl Text {
         let longest = kept.iter().map(Vec::len).max().unwrap_or(0).max(1);
         let counts = Tensor::from_i32(&device, &[b], &counts)?;
         if longest == t && kept.iter().all(|rows| rows.last().is_none_or(|last| *last as usize % t + 1 == rows.len())) {
-            return Ok(Text { features: features.clone(), counts });
+            return Ok(Text { features: features.clone(), counts, constant: false });
         }
         // What fills up a shorter text is never read.
         let index: Vec<i32> = kept
@@ -54,7 +57,7 @@ impl Text {
         let index = Tensor::from_i32(&device, &[b * longest], &index)?;
         let table = g.reshape(features, &[b * t, c])?;
         let rows = g.embed(&table, &index, None, contracts::embed::Params { act: act::NONE })?;
-        Ok(Text { features: g.reshape(&rows, &[b, longest, c])?, counts })
+        Ok(Text { features: g.reshape(&rows, &[b, longest, c])?, counts, constant: false })
     }
 }
 
