@@ -73,7 +73,7 @@ mod tests {
         assert_eq!(resolve("PixArt-alpha/Sigma").unwrap(), model.join("snapshots/aaa"));
         // What is there is taken as it is, and what cannot be an id is left to whoever opens it.
         assert_eq!(resolve_in(&cache, None).unwrap(), cache);
-        for other in ["../etc/passwd", "a/b/c", "/tmp/none", "word"] {
+        for other in ["../etc", "a/b/c", "word"] {
             assert_eq!(resolve(other).unwrap(), Path::new(other));
         }
         let error = resolve("PixArt-alpha/Other").unwrap_err().to_string();

@@ -44,6 +44,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("neighborhood_attention", neighborhood_attention_conform),
     ("patchify", patchify_conform),
     ("philox", philox_conform),
+    ("qk_norm", qk_norm_conform),
     ("relative_attention", relative_attention_conform),
     ("rms_norm", rms_norm_conform),
     ("sinusoid", sinusoid_conform),
@@ -3770,6 +3771,192 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
             let device = io.device().clone();
             let out = io.call("forward", || philox(&device, l, params))?;
             io.result("z", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`qk_norm`].
+pub struct QkNormOut {
+    /// `[B, N, 3, D]` f32: Normalised queries and keys, and the values.
+    pub y: Tensor,
+    /// `[B, N, 2]` f32: Means of queries and keys.
+    pub mean: Tensor,
+    /// `[B, N, 2]` f32: Reciprocal standard deviations of queries and keys.
+    pub rstd: Tensor,
+}
+
+/// Gradients of [`qk_norm`]; absent where not asked for.
+pub struct QkNormGrads {
+    /// `[B, N, 3, D]` f32
+    pub x: Option<Tensor>,
+    /// `[D]` f32
+    pub q_gamma: Option<Tensor>,
+    /// `[D]` f32
+    pub q_beta: Option<Tensor>,
+    /// `[D]` f32
+    pub k_gamma: Option<Tensor>,
+    /// `[D]` f32
+    pub k_beta: Option<Tensor>,
+}
+
+/// LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.
+///
+/// ```text
+/// n_p = (x_p - mean(x_p)) / sqrt(var(x_p) + eps) over D, for p 0 (queries) and 1 (keys), x_p = x[b,n,p]
+/// y[b,n,0] = n_0 * q_gamma + q_beta;  y[b,n,1] = n_1 * k_gamma + k_beta;  y[b,n,2] = x[b,n,2]
+/// ```
+/// - `x` `[B, N, 3, D]` f32: Queries, keys and values side by side, all heads of one in a row.
+/// - `q_gamma` `[D]` f32: Scale of the queries.
+/// - `q_beta` `[D]` f32: Shift of the queries.
+/// - `k_gamma` `[D]` f32: Scale of the keys.
+/// - `k_beta` `[D]` f32: Shift of the keys.
+/// - returns `y` `[B, N, 3, D]` f32: Normalised queries and keys, and the values.
+/// - returns `mean` `[B, N, 2]` f32: Means of queries and keys.
+/// - returns `rstd` `[B, N, 2]` f32: Reciprocal standard deviations of queries and keys.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn qk_norm(x: &Tensor, q_gamma: &Tensor, q_beta: &Tensor, k_gamma: &Tensor, k_beta: &Tensor, params: kernels::generated::qk_norm::Params) -> Result<QkNormOut> {
+    use kernels::generated::qk_norm::{Dims, Forward};
+    let mut check = DimCheck::new("qk_norm", &["B", "N", "D"]);
+    check.bind("x", x, &["B", "N", "3", "D"])?;
+    check.bind("q_gamma", q_gamma, &["D"])?;
+    check.bind("q_beta", q_beta, &["D"])?;
+    check.bind("k_gamma", k_gamma, &["D"])?;
+    check.bind("k_beta", k_beta, &["D"])?;
+    check.match_exprs("x", x, &["B", "N", "3", "D"])?;
+    check.match_exprs("q_gamma", q_gamma, &["D"])?;
+    check.match_exprs("q_beta", q_beta, &["D"])?;
+    check.match_exprs("k_gamma", k_gamma, &["D"])?;
+    check.match_exprs("k_beta", k_beta, &["D"])?;
+    want_dtype("qk_norm", "x", x, &[DType::F32])?;
+    want_dtype("qk_norm", "q_gamma", q_gamma, &[DType::F32])?;
+    want_dtype("qk_norm", "q_beta", q_beta, &[DType::F32])?;
+    want_dtype("qk_norm", "k_gamma", k_gamma, &[DType::F32])?;
+    want_dtype("qk_norm", "k_beta", k_beta, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let device = x.device().clone();
+    check.same_device(&device, &[("q_gamma", Some(q_gamma)), ("q_beta", Some(q_beta)), ("k_gamma", Some(k_gamma)), ("k_beta", Some(k_beta))])?;
+    let Dims { b, n, d, .. } = dims;
+    let mut y = device.empty(&[b, n, 3, d])?;
+    let mut mean = device.empty(&[b, n, 2])?;
+    let mut rstd = device.empty(&[b, n, 2])?;
+
+    if device.is_dry() {
+        return Ok(QkNormOut { y, mean, rstd });
+    }
+    let args = Forward { dims, params, x: x.f32s()?, q_gamma: q_gamma.f32s()?, q_beta: q_beta.f32s()?, k_gamma: k_gamma.f32s()?, k_beta: k_beta.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::qk_norm::cpu::forward(args),
+        DeviceKind::Oracle => kernels::qk_norm::reference::forward(args),
+        other => return Err(no_path("qk_norm", other)),
+    }
+    Ok(QkNormOut { y, mean, rstd })
+}
+
+/// Backward pass of [`qk_norm`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn qk_norm_backward(dy: &Tensor, x: &Tensor, q_gamma: &Tensor, k_gamma: &Tensor, mean: &Tensor, rstd: &Tensor, want_x: bool, want_q_gamma: bool, want_q_beta: bool, want_k_gamma: bool, want_k_beta: bool, params: kernels::generated::qk_norm::Params) -> Result<QkNormGrads> {
+    use kernels::generated::qk_norm::{Backward, Dims};
+    let mut check = DimCheck::new("qk_norm", &["B", "N", "D"]);
+    check.bind("dy", dy, &["B", "N", "3", "D"])?;
+    check.bind("x", x, &["B", "N", "3", "D"])?;
+    check.bind("q_gamma", q_gamma, &["D"])?;
+    check.bind("k_gamma", k_gamma, &["D"])?;
+    check.bind("mean", mean, &["B", "N", "2"])?;
+    check.bind("rstd", rstd, &["B", "N", "2"])?;
+    check.match_exprs("dy", dy, &["B", "N", "3", "D"])?;
+    check.match_exprs("x", x, &["B", "N", "3", "D"])?;
+    check.match_exprs("q_gamma", q_gamma, &["D"])?;
+    check.match_exprs("k_gamma", k_gamma, &["D"])?;
+    check.match_exprs("mean", mean, &["B", "N", "2"])?;
+    check.match_exprs("rstd", rstd, &["B", "N", "2"])?;
+    want_dtype("qk_norm", "dy", dy, &[DType::F32])?;
+    want_dtype("qk_norm", "x", x, &[DType::F32])?;
+    want_dtype("qk_norm", "q_gamma", q_gamma, &[DType::F32])?;
+    want_dtype("qk_norm", "k_gamma", k_gamma, &[DType::F32])?;
+    want_dtype("qk_norm", "mean", mean, &[DType::F32])?;
+    want_dtype("qk_norm", "rstd", rstd, &[DType::F32])?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("q_gamma", Some(q_gamma)), ("k_gamma", Some(k_gamma)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let Dims { b, n, d, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty(&[b, n, 3, d])?) } else { None };
+    let mut grad_q_gamma = if want_q_gamma { Some(device.empty(&[d])?) } else { None };
+    let mut grad_q_beta = if want_q_beta { Some(device.empty(&[d])?) } else { None };
+    let mut grad_k_gamma = if want_k_gamma { Some(device.empty(&[d])?) } else { None };
+    let mut grad_k_beta = if want_k_beta { Some(device.empty(&[d])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(QkNormGrads { x: grad_x, q_gamma: grad_q_gamma, q_beta: grad_q_beta, k_gamma: grad_k_gamma, k_beta: grad_k_beta });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, q_gamma: q_gamma.f32s()?, k_gamma: k_gamma.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dq_gamma: match &mut grad_q_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dq_beta: match &mut grad_q_beta { Some(t) => Some(t.f32s_mut()?), None => None }, dk_gamma: match &mut grad_k_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dk_beta: match &mut grad_k_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::qk_norm::cpu::backward(args),
+        DeviceKind::Oracle => kernels::qk_norm::reference::backward(args),
+        other => return Err(no_path("qk_norm", other)),
+    }
+    Ok(QkNormGrads { x: grad_x, q_gamma: grad_q_gamma, q_beta: grad_q_beta, k_gamma: grad_k_gamma, k_beta: grad_k_beta })
+}
+
+impl Graph<'_> {
+    /// [`qk_norm`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn qk_norm(&self, x: &Var, q_gamma: &Var, q_beta: &Var, k_gamma: &Var, k_beta: &Var, params: kernels::generated::qk_norm::Params) -> Result<Var> {
+        let sources = [self.source(x), self.source(q_gamma), self.source(q_beta), self.source(k_gamma), self.source(k_beta)];
+        let record = sources.iter().any(Option::is_some);
+        let out = qk_norm(x.tensor(), q_gamma.tensor(), q_beta.tensor(), k_gamma.tensor(), k_beta.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_q_gamma = q_gamma.tensor().clone();
+        let saved_k_gamma = k_gamma.tensor().clone();
+        let saved_mean = out.mean.clone();
+        let saved_rstd = out.rstd.clone();
+        let saved = [Some(&saved_x), Some(&saved_q_gamma), Some(&saved_k_gamma), Some(&saved_mean), Some(&saved_rstd)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("qk_norm", out.y, saved, move |dy, grads| {
+            let found = qk_norm_backward(dy, &saved_x, &saved_q_gamma, &saved_k_gamma, &saved_mean, &saved_rstd, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.q_gamma)?;
+            grads.add(sources[2], found.q_beta)?;
+            grads.add(sources[3], found.k_gamma)?;
+            grads.add(sources[4], found.k_beta)?;
+            Ok(())
+        }))
+    }
+}
+
+fn qk_norm_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::qk_norm::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, d, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, n, 3, d], Fill::Normal)?;
+            let q_gamma = io.draw(case.name, "q_gamma", &[d], Fill::Normal)?;
+            let q_beta = io.draw(case.name, "q_beta", &[d], Fill::Normal)?;
+            let k_gamma = io.draw(case.name, "k_gamma", &[d], Fill::Normal)?;
+            let k_beta = io.draw(case.name, "k_beta", &[d], Fill::Normal)?;
+            let out = io.call("forward", || qk_norm(&x, &q_gamma, &q_beta, &k_gamma, &k_beta, params))?;
+            io.result("y", &out.y)?;
+            io.result("mean", &out.mean)?;
+            io.result("rstd", &out.rstd)?;
+            let dy = io.draw(case.name, "dy", &[b, n, 3, d], Fill::Normal)?;
+            let grads = io.call("backward", || qk_norm_backward(&dy, &x, &q_gamma, &k_gamma, &out.mean, &out.rstd, true, true, true, true, true, params))?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.q_gamma { io.result("dq_gamma", t)?; }
+            if let Some(t) = &grads.q_beta { io.result("dq_beta", t)?; }
+            if let Some(t) = &grads.k_gamma { io.result("dk_gamma", t)?; }
+            if let Some(t) = &grads.k_beta { io.result("dk_beta", t)?; }
             Ok(())
         })?;
     }

@@ -11,9 +11,9 @@ use super::solver::{NoiseScale, Plan, Sampler, Variance};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::cpu::on_workers;
 use crate::error::{Error, Result};
-use crate::models::pixart::{Keys, MicroConditions, PixArt, Run, Semantics, Text};
+use crate::models::pixart::{Keys, MicroConditions, PixArt, PixArtConfig, Run, Semantics, Text};
 use crate::ops::solver_step;
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{Device, MemoryPlan, Tensor};
 use graft_kernels::rng::{LATENT_STREAM, image_seed, step_stream};
 
 /// What to sample.
@@ -115,6 +115,31 @@ pub fn generate(model: &PixArt, request: &Request, watch: &mut Watch<'_>) -> Res
         Ok(())
     })?;
     Ok(all)
+}
+
+/// Plans the memory of a request before it runs, by running two of its steps on a device that only counts.
+///
+/// # Errors
+/// As [`generate`].
+pub fn plan_memory(config: &PixArtConfig, request: &Request) -> Result<MemoryPlan> {
+    let device = Device::dry();
+    let mut twin = PixArt::unset(config.clone(), &device)?;
+    if request.precision == Precision::Bf16 {
+        twin.round_to_bf16()?;
+    }
+    device.trim();
+    device.reset_peak();
+    let mut plan = MemoryPlan::default();
+    plan.add("weights", device.held());
+    let before = device.held();
+    let on_dry =
+        |texts: &[Tensor]| -> Result<Vec<Tensor>> { texts.iter().map(|t| device.empty(t.shape().dims())).collect() };
+    let (prompts, nulls) = (on_dry(&request.prompts)?, on_dry(&request.nulls)?);
+    // Two steps are as large as all of them.
+    let request = Request { prompts, nulls, steps: request.steps.min(2), start: None, ..request.clone() };
+    generate(&twin, &request, &mut |_, _| Ok(()))?;
+    plan.add_work("working", &device, before);
+    Ok(plan)
 }
 
 /// Steps that a request takes for each image.
@@ -348,7 +373,6 @@ fn first_order(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::pixart::PixArtConfig;
     use graft_kernels::rng::Philox;
 
     fn model() -> PixArt {

@@ -14,19 +14,25 @@ pub use load::{describe, is_pixart, load};
 pub use names::{Layout, diffusers_parts, from_diffusers};
 pub use text::{Keys, Text};
 
+use super::fill::is_product;
 use super::positions;
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::models::dit::FREQUENCIES;
+use crate::nn::operators::{Operator, Site};
 use crate::nn::{Builder, Init, Linear, Scheme};
 use crate::ops::{act, contracts, sinusoid};
 use crate::tensor::{Device, Tensor};
 use block::{Block, Shared};
+use graft_kernels::rng::Philox;
 use std::sync::{Arc, Mutex, PoisonError};
 use text::Key;
 
 /// Epsilon of every norm in the original.
 const EPS: f32 = 1e-6;
+
+/// Random streams of [`PixArt::random`].
+const RANDOM_STREAMS: u64 = 1 << 32;
 
 /// Implementation whose details are used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -103,6 +109,39 @@ impl PixArt {
         PixArt::build(config, grid, device, 0, Scheme::Unset)
     }
 
+    /// A model in which nothing is zero, so that every product counts: for measuring without weights.
+    ///
+    /// # Errors
+    /// As [`PixArt::new`].
+    pub fn random(config: PixArtConfig, device: &Device, seed: u64) -> Result<PixArt> {
+        let mut model = PixArt::new(config, device, seed)?;
+        let zero = |name: &str| name.ends_with("bias") || name.contains("cross_attn.proj.") || name.contains("linear.");
+        let ids: Vec<ParamId> = model.params.iter().filter(|(_, p)| zero(&p.name)).map(|(id, _)| id).collect();
+        for id in ids.into_iter().filter(|_| !device.is_dry()) {
+            let mut value = device.empty(model.params.get(id).value.shape().dims())?;
+            let values = value.f32s_mut()?;
+            Philox::new(seed, RANDOM_STREAMS + id.index() as u64).fill_normal(values);
+            values.iter_mut().for_each(|v| *v *= 0.02);
+            model.params.set(id, value)?;
+        }
+        Ok(model)
+    }
+
+    /// Rounds the weights of all products to bf16 storage, for inference in half the memory.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn round_to_bf16(&mut self) -> Result<()> {
+        let chosen = self.params.iter().filter(|(_, p)| is_product(&p.name, p.value.shape().dims()));
+        let ids: Vec<ParamId> = chosen.map(|(id, _)| id).collect();
+        for id in ids {
+            let rounded = self.params.get(id).value.to_bf16()?;
+            self.params.set(id, rounded)?;
+        }
+        self.device().trim();
+        Ok(())
+    }
+
     fn build(config: PixArtConfig, grid: [usize; 2], device: &Device, seed: u64, scheme: Scheme) -> Result<PixArt> {
         config.check()?;
         let d = config.width;
@@ -162,6 +201,16 @@ impl PixArt {
     /// Device that holds the parameters.
     pub fn device(&self) -> &Device {
         self.params.get(self.final_table).value.device()
+    }
+
+    /// The operator at a site.
+    pub fn operator(&self, block: usize, site: Site) -> Option<&dyn Operator> {
+        let block = self.blocks.get(block)?;
+        match site {
+            Site::Attn => Some(block.attn.as_ref()),
+            Site::Mlp => Some(block.mlp.as_ref()),
+            Site::BlockPair => None,
+        }
     }
 
     /// Keys and values of a text in every block: once per text, whatever the number of steps.

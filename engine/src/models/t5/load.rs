@@ -32,6 +32,17 @@ const ALIAS: &str = "encoder.embed_tokens.weight";
 /// # Errors
 /// One line that names the file, the tensor, what it is and what it must be.
 pub fn load(path: &Path, device: &Device, bf16: bool, residence: Residence) -> Result<T5> {
+    let (config, source) = examine(path)?;
+    let mut model = T5::build(config, device, (&Device::dry(), 0, Scheme::Unset), residence == Residence::Memory)?;
+    let blocks = |name: &str| residence == Residence::Stream && is_in_block(name);
+    fill_from(&mut model.params, source.as_ref(), device, bf16, &blocks)?;
+    if residence == Residence::Stream {
+        model.stream = Some(Stream { source, bf16 });
+    }
+    Ok(model)
+}
+
+fn examine(path: &Path) -> Result<(T5Config, Box<dyn Source>)> {
     let Opened { source, config, .. } = open(path)?;
     let source = Renamed::without(source, &PREFIXES);
     let has_shared = source.names().contains("shared.weight");
@@ -41,13 +52,29 @@ pub fn load(path: &Path, device: &Device, bf16: bool, residence: Residence) -> R
         _ => (name == "shared.weight" || name.starts_with("encoder.")).then(|| name.to_string()),
     });
     let config = sizes(source.as_ref(), config.as_ref().map(|(path, value)| (path.as_path(), value)))?;
-    let mut model = T5::build(config, device, (&Device::dry(), 0, Scheme::Unset), residence == Residence::Memory)?;
-    let blocks = |name: &str| residence == Residence::Stream && is_in_block(name);
-    fill_from(&mut model.params, source.as_ref(), device, bf16, &blocks)?;
-    if residence == Residence::Stream {
-        model.stream = Some(Stream { source, bf16 });
+    Ok((config, source))
+}
+
+/// Bytes that [`load`] and the largest block of a run will hold, without reading a weight.
+///
+/// # Errors
+/// As [`load`].
+pub fn plan_memory(path: &Path, bf16: bool, residence: Residence) -> Result<usize> {
+    let (config, _) = examine(path)?;
+    let whole = T5::build(config.clone(), &Device::dry(), (&Device::dry(), 0, Scheme::Unset), true)?;
+    let held =
+        |name: &str, len: usize| len * if bf16 && !is_exact(name) && !name.ends_with("norm.weight") { 2 } else { 4 };
+    let sizes = whole.params.iter().map(|(_, p)| (&p.name, held(&p.name, p.value.len())));
+    let (mut beside, mut blocks) = (0, 0);
+    for (name, bytes) in sizes {
+        *(if is_in_block(name) { &mut blocks } else { &mut beside }) += bytes;
     }
-    Ok(model)
+    Ok(beside + if residence == Residence::Memory { blocks } else { blocks / config.depth.max(1) })
+}
+
+/// Tables that are looked up, and the matrix whose results are large: never rounded.
+fn is_exact(name: &str) -> bool {
+    name == "shared.weight" || name == BIASES || name.ends_with(".wo.weight")
 }
 
 /// Whether a tensor belongs to a block; the biases stand beside them.
@@ -69,9 +96,7 @@ fn fill_from(
             Place { parts, filters: false }
         }
     };
-    // Tables that are looked up, and the matrix whose results are large.
-    let exact = |name: &str| name == "shared.weight" || name == BIASES || name.ends_with(".wo.weight");
-    fill(params, source, device, &Fill { place: &place, ignored, bf16, exact: &exact })
+    fill(params, source, device, &Fill { place: &place, ignored, bf16, exact: &is_exact })
 }
 
 /// The blocks of an encoder on disk.

@@ -32,19 +32,7 @@ pub struct Given {
 /// # Errors
 /// One line that names the file, the tensor, what it is and what it must be.
 pub fn load(path: &Path, device: &Device, given: Given) -> Result<Vae> {
-    let Opened { source, config, .. } = open(path)?;
-    let source = Renamed::without(source, &PREFIXES);
-    let count = levels(source.names().iter().map(String::as_str));
-    let source = Renamed::new(source, |name| diffusers_name(name, count));
-    if let Some((path, class)) =
-        config.as_ref().and_then(|(p, c)| Some((p, c.get("_class_name").and_then(Value::as_str)?)))
-        && class != "AutoencoderKL"
-    {
-        return Err(Error::failure(format!("{}: _class_name", path.display()), "no KL autoencoder")
-            .is(class)
-            .must("AutoencoderKL"));
-    }
-    let config = sizes(source.as_ref(), config.as_ref().map(|(_, value)| value), count, given)?;
+    let (config, source) = examine(path, given)?;
     let attends = ["encoder", "decoder"]
         .map(|half| source.tensor(&format!("{half}.mid_block.attentions.0.to_q.weight")).is_some());
     let mut vae =
@@ -58,6 +46,31 @@ pub fn load(path: &Path, device: &Device, given: Given) -> Result<Vae> {
     let how = Fill { place: &place, ignored: &|_| false, bf16: false, exact: &|_| true };
     fill(&mut vae.params, source.as_ref(), device, &how)?;
     Ok(vae)
+}
+
+/// Sizes of an autoencoder, without its weights.
+///
+/// # Errors
+/// As [`load`].
+pub fn describe(path: &Path, given: Given) -> Result<VaeConfig> {
+    Ok(examine(path, given)?.0)
+}
+
+fn examine(path: &Path, given: Given) -> Result<(VaeConfig, Box<dyn Source>)> {
+    let Opened { source, config, .. } = open(path)?;
+    let source = Renamed::without(source, &PREFIXES);
+    let count = levels(source.names().iter().map(String::as_str));
+    let source = Renamed::new(source, |name| diffusers_name(name, count));
+    if let Some((path, class)) =
+        config.as_ref().and_then(|(p, c)| Some((p, c.get("_class_name").and_then(Value::as_str)?)))
+        && class != "AutoencoderKL"
+    {
+        return Err(Error::failure(format!("{}: _class_name", path.display()), "no KL autoencoder")
+            .is(class)
+            .must("AutoencoderKL"));
+    }
+    let config = sizes(source.as_ref(), config.as_ref().map(|(_, value)| value), count, given)?;
+    Ok((config, source))
 }
 
 /// Pixels along a side of a latent's pixel, by the levels of the decoder.

@@ -11,13 +11,13 @@ mod names;
 mod tiny;
 
 pub use decoder::Decoder;
-pub use load::{Given, load};
+pub use load::{Given, describe, load};
 pub use tiny::Tiny;
 
 use crate::autograd::{ParamStore, Precision};
 use crate::error::{Error, Result};
 use crate::nn::{Builder, Scheme};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{Device, MemoryPlan, Tensor};
 use layers::{Attention, Before, Conv, Norm, Resnet, Run, channels_first, channels_last};
 
 /// Sizes of an autoencoder.
@@ -65,18 +65,26 @@ impl VaeConfig {
     /// # Errors
     /// Where the factor between them is not known.
     pub fn unscale(&self, latents: &Tensor) -> Result<Tensor> {
-        let Some(scaling) = self.scaling else {
-            return Err(Error::failure("vae: scaling_factor", "not known")
+        let (scaling, shift) = (self.factor_of_latents()?, self.shift as f32);
+        mapped(latents, |v| v / scaling + shift)
+    }
+
+    /// A transformer's latents of the network's.
+    ///
+    /// # Errors
+    /// As [`VaeConfig::unscale`].
+    pub fn scale(&self, latents: &Tensor) -> Result<Tensor> {
+        let (scaling, shift) = (self.factor_of_latents()?, self.shift as f32);
+        mapped(latents, |v| (v - shift) * scaling)
+    }
+
+    fn factor_of_latents(&self) -> Result<f32> {
+        self.scaling.map(|s| s as f32).ok_or_else(|| {
+            Error::failure("vae: scaling_factor", "not known")
                 .is("a file without config.json")
                 .must("0.13025 for PixArt-Σ, 0.18215 for PixArt-α and DiT")
-                .fix("give --vae-scale"));
-        };
-        let mut out = latents.copy()?;
-        if !out.device().is_dry() {
-            let (scaling, shift) = (scaling as f32, self.shift as f32);
-            out.f32s_mut()?.iter_mut().for_each(|v| *v = *v / scaling + shift);
-        }
-        Ok(out)
+                .fix("give --vae-scale")
+        })
     }
 
     /// Pixels along a side of a latent's pixel.
@@ -111,6 +119,33 @@ impl VaeConfig {
         }
         Ok(())
     }
+}
+
+fn mapped(x: &Tensor, f: impl Fn(f32) -> f32) -> Result<Tensor> {
+    let mut out = x.copy()?;
+    if !out.device().is_dry() {
+        out.f32s_mut()?.iter_mut().for_each(|v| *v = f(*v));
+    }
+    Ok(out)
+}
+
+/// Plans the memory of decoding `n` latents of a size (height, width), by doing it on a device that only counts.
+///
+/// # Errors
+/// Sizes that cannot be.
+pub fn plan_memory(config: &VaeConfig, [h, w]: [usize; 2], n: usize, precision: Precision) -> Result<MemoryPlan> {
+    let device = Device::dry();
+    let vae = Vae::new(config.clone(), &device, 0)?;
+    let latents = device.empty(&[n, config.latent, h, w])?;
+    device.trim();
+    device.reset_peak();
+    let mut plan = MemoryPlan::default();
+    plan.add("weights", device.held());
+    let before = device.held();
+    vae.decode(&latents, precision, &mut |_, _| {})?;
+    // The pool is emptied after every level.
+    plan.add("working", device.memory().peak.saturating_sub(before));
+    Ok(plan)
 }
 
 /// The middle of either half.
