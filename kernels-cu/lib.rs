@@ -7,6 +7,7 @@
 pub mod check;
 #[rustfmt::skip]
 pub mod generated;
+pub mod launch;
 pub mod rng;
 pub mod simd;
 

@@ -5,10 +5,12 @@
 //! returns to it when the last tensor that shares it is dropped.
 
 mod device;
+mod gpu;
 mod memory;
 mod shape;
 
 pub use device::{Device, DeviceKind, MemoryStats};
+pub use gpu::Gpu;
 pub use memory::MemoryPlan;
 pub use shape::Shape;
 
