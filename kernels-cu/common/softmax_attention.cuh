@@ -272,6 +272,16 @@ PTX_FN void softmax_dkdv(const Keys& keys, Vectors<const E> q, Vectors<const E> 
     put_rows<kChunks>(to_k, factor, dk, row0, last, first, width);
 }
 
+// Every query sees every key.
+struct AllKeys {
+    int limit, n;
+    PTX_FN Span keys(int, int) const { return {0, limit}; }
+    PTX_FN Span queries(int, int) const { return {0, n}; }
+    PTX_FN int query(int i) const { return i; }
+    PTX_FN int key(int j) const { return j; }
+    PTX_FN bool sees(int, int) const { return true; }
+};
+
 // Blocks of a launch: tiles of tokens, then samples; heads next to each other, so that the sectors which two heads share
 // are read at one time. blockIdx.y is the group of columns.
 struct Place {
@@ -280,6 +290,39 @@ struct Place {
 PTX_FN Place place_of_block(int tokens, int h) {
     const int tiles = (tokens + kRowTile - 1) / kRowTile, block = int(blockIdx.x) / h;
     return {block / tiles, int(blockIdx.x) % h, block % tiles * kRowTile};
+}
+
+// Part `part` of `parts` vectors of a head beside each other in [B, n, parts, H, width].
+template <class E> PTX_FN Vectors<E> head_part(E* x, const Place& at, int part, int parts, int n, int h, int width) {
+    return {x + ((size_t(at.sample) * n * parts + part) * h + at.head) * width, size_t(parts) * h * width};
+}
+
+// The three kernels of an operator whose q, k and v come from one packed projection [B, N, 3, H, E].
+template <class E, class Keys>
+PTX_FN void packed_forward(const Keys& keys, const E* qkv, E* y, float* lse, int n, int h, int e, float scale) {
+    const Place at = place_of_block(n, h);
+    softmax_forward<4>(keys, head_part(qkv, at, 0, 3, n, h, e), head_part(qkv, at, 1, 3, n, h, e),
+                       head_part(qkv, at, 2, 3, n, h, e), head_part(y, at, 0, 1, n, h, e),
+                       lse + (size_t(at.sample) * h + at.head) * n, n, at.row0, int(blockIdx.y) * 128, e, scale);
+}
+template <class E, class Keys>
+PTX_FN void packed_dq(const Keys& keys, const E* dy, const E* qkv, const float* lse, const float* delta, E* dqkv, int n,
+                      int h, int e, float scale) {
+    const Place at = place_of_block(n, h);
+    const size_t row = (size_t(at.sample) * h + at.head) * n;
+    softmax_dq<4>(keys, head_part(qkv, at, 0, 3, n, h, e), head_part(qkv, at, 1, 3, n, h, e),
+                  head_part(qkv, at, 2, 3, n, h, e), head_part(dy, at, 0, 1, n, h, e), head_part(dqkv, at, 0, 3, n, h, e),
+                  lse + row, delta + row, n, at.row0, int(blockIdx.y) * 128, e, scale);
+}
+template <class E, class Keys>
+PTX_FN void packed_dkdv(const Keys& keys, const E* dy, const E* qkv, const float* lse, const float* delta, E* dqkv,
+                        int n, int h, int e, float scale) {
+    const Place at = place_of_block(n, h);
+    const size_t row = (size_t(at.sample) * h + at.head) * n;
+    softmax_dkdv<3>(keys, head_part(qkv, at, 0, 3, n, h, e), head_part(qkv, at, 1, 3, n, h, e),
+                    head_part(qkv, at, 2, 3, n, h, e), head_part(dy, at, 0, 1, n, h, e), head_part(dqkv, at, 1, 3, n, h, e),
+                    head_part(dqkv, at, 2, 3, n, h, e), lse + row, delta + row, n, n, at.row0, int(blockIdx.y) * 96, e,
+                    scale);
 }
 
 }  // namespace ptx
