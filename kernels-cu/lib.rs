@@ -4,12 +4,15 @@
 //! Everything here works on plain slices: this crate knows nothing of tensors, models or devices. Shapes are
 //! checked by the engine's generated entry points before a call; lengths are therefore trusted here.
 
+pub mod archive;
 pub mod check;
 #[rustfmt::skip]
 pub mod generated;
 pub mod launch;
 pub mod rng;
 pub mod simd;
+#[rustfmt::skip]
+pub mod sources;
 
 pub mod adamw;
 pub mod add_noise;

@@ -12,6 +12,7 @@ mod emit_conform;
 mod emit_docs;
 mod emit_engine;
 mod emit_kernels;
+pub mod emit_sources;
 mod names;
 
 use contract::Contract;
