@@ -4,6 +4,7 @@
 //! Everything here works on plain slices: this crate knows nothing of tensors, models or devices. Shapes are
 //! checked by the engine's generated entry points before a call; lengths are therefore trusted here.
 
+pub mod archive;
 pub mod check;
 pub mod emu;
 #[rustfmt::skip]
@@ -13,6 +14,8 @@ pub mod launch;
 pub mod launchers;
 pub mod rng;
 pub mod simd;
+#[rustfmt::skip]
+pub mod sources;
 
 pub mod adamw;
 pub mod add_noise;
