@@ -33,6 +33,7 @@ pub mod gate_residual;
 pub mod gated_conv;
 pub mod gated_conv_2d;
 pub mod gemm;
+pub mod group_norm_silu;
 pub mod kv_compress;
 pub mod linear_attention;
 pub mod ln_modulate;
@@ -48,6 +49,7 @@ pub mod sinusoid;
 pub mod solver_step;
 pub mod sum_squares;
 pub mod unpatchify;
+pub mod upsample;
 pub mod window_attention;
 
 /// A floating type that an oracle can run in: f32 for comparisons, f64 for finite differences.
