@@ -1684,44 +1684,44 @@ pub mod group_norm_silu {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, H, W, C]` f32: Images, channels last.
+        /// `[B, H, W, C]` float: Images, channels last.
         pub x: &'a [T],
-        /// `[C]` f32: Scale of each channel.
+        /// `[C]` float: Scale of each channel.
         pub gamma: &'a [T],
-        /// `[C]` f32: Shift of each channel.
+        /// `[C]` float: Shift of each channel.
         pub beta: &'a [T],
-        /// `[B, 2, G]` f32: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
+        /// `[B, 2, G]` float: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
         pub stats: Option<&'a [T]>,
-        /// `[B, H, W, C]` f32: Result.
+        /// `[B, H, W, C]` float: Result.
         pub y: &'a mut [T],
-        /// `[B, G]` f32: Mean of each group.
+        /// `[B, G]` float: Mean of each group.
         pub mean: &'a mut [T],
-        /// `[B, G]` f32: Reciprocal standard deviation of each group.
+        /// `[B, G]` float: Reciprocal standard deviation of each group.
         pub rstd: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, H, W, C]` f32: Result.
+        /// `[B, H, W, C]` float: Result.
         pub dy: &'a [T],
-        /// `[B, H, W, C]` f32: Images, channels last.
+        /// `[B, H, W, C]` float: Images, channels last.
         pub x: &'a [T],
-        /// `[C]` f32: Scale of each channel.
+        /// `[C]` float: Scale of each channel.
         pub gamma: &'a [T],
-        /// `[C]` f32: Shift of each channel.
+        /// `[C]` float: Shift of each channel.
         pub beta: &'a [T],
-        /// `[B, 2, G]` f32: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
+        /// `[B, 2, G]` float: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
         pub stats: Option<&'a [T]>,
-        /// `[B, G]` f32: Mean of each group.
+        /// `[B, G]` float: Mean of each group.
         pub mean: &'a [T],
-        /// `[B, G]` f32: Reciprocal standard deviation of each group.
+        /// `[B, G]` float: Reciprocal standard deviation of each group.
         pub rstd: &'a [T],
-        /// `[B, H, W, C]` f32: Images, channels last.
+        /// `[B, H, W, C]` float: Images, channels last.
         pub dx: Option<&'a mut [T]>,
-        /// `[C]` f32: Scale of each channel.
+        /// `[C]` float: Scale of each channel.
         pub dgamma: Option<&'a mut [T]>,
-        /// `[C]` f32: Shift of each channel.
+        /// `[C]` float: Shift of each channel.
         pub dbeta: Option<&'a mut [T]>,
     }
 
@@ -1752,7 +1752,7 @@ pub mod group_norm_silu {
         Case { name: "vae_strip", tier: Tier::Real, dims: Dims { b: 1, h: 32, w: 2048, c: 256, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "group_norm_silu", summary: "Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.", backward: true, cases: &["one", "odd", "one_group", "channel_groups", "one_row", "blocks", "strip", "strip_plain", "vae_mid", "vae_last", "vae_strip"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "group_norm_silu", summary: "Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.", backward: true, cases: &["one", "odd", "one_group", "channel_groups", "one_row", "blocks", "strip", "strip_plain", "vae_mid", "vae_last", "vae_strip"], tolerance: None, tolerance_bf16: None, elements: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3213,18 +3213,18 @@ pub mod upsample {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, H, W, C]` f32: Images, channels last.
+        /// `[B, H, W, C]` float: Images, channels last.
         pub x: &'a [T],
-        /// `[B, 2*H, 2*W, C]` f32: Images of twice the height and width.
+        /// `[B, 2*H, 2*W, C]` float: Images of twice the height and width.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, 2*H, 2*W, C]` f32: Images of twice the height and width.
+        /// `[B, 2*H, 2*W, C]` float: Images of twice the height and width.
         pub dy: &'a [T],
-        /// `[B, H, W, C]` f32: Images, channels last.
+        /// `[B, H, W, C]` float: Images, channels last.
         pub dx: Option<&'a mut [T]>,
     }
 
@@ -3250,7 +3250,7 @@ pub mod upsample {
         Case { name: "vae_512", tier: Tier::Real, dims: Dims { b: 1, h: 512, w: 512, c: 256 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "upsample", summary: "Images twice as high and wide, channels last: every pixel becomes a square of four.", backward: true, cases: &["one_pixel", "odd", "wide", "tall", "vae_64", "vae_512"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "upsample", summary: "Images twice as high and wide, channels last: every pixel becomes a square of four.", backward: true, cases: &["one_pixel", "odd", "wide", "tall", "vae_64", "vae_512"], tolerance: None, tolerance_bf16: None, elements: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

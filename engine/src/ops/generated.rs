@@ -2159,21 +2159,21 @@ fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`group_norm_silu`].
 pub struct GroupNormSiluOut {
-    /// `[B, H, W, C]` f32: Result.
+    /// `[B, H, W, C]` float: Result.
     pub y: Tensor,
-    /// `[B, G]` f32: Mean of each group.
+    /// `[B, G]` float: Mean of each group.
     pub mean: Tensor,
-    /// `[B, G]` f32: Reciprocal standard deviation of each group.
+    /// `[B, G]` float: Reciprocal standard deviation of each group.
     pub rstd: Tensor,
 }
 
 /// Gradients of [`group_norm_silu`]; absent where not asked for.
 pub struct GroupNormSiluGrads {
-    /// `[B, H, W, C]` f32
+    /// `[B, H, W, C]` float
     pub x: Option<Tensor>,
-    /// `[C]` f32
+    /// `[C]` float
     pub gamma: Option<Tensor>,
-    /// `[C]` f32
+    /// `[C]` float
     pub beta: Option<Tensor>,
 }
 
@@ -2183,13 +2183,13 @@ pub struct GroupNormSiluGrads {
 /// g(c) = c / (C/G); mean[b,g], var[b,g] over all pixels and the C/G channels of a group; rstd = 1/sqrt(var + eps); or both from `stats`
 /// z[b,i,j,c] = (x[b,i,j,c] - mean[b,g(c)]) * rstd[b,g(c)] * gamma[c] + beta[c];  y = z * sigmoid(z) where silu, else z
 /// ```
-/// - `x` `[B, H, W, C]` f32: Images, channels last.
-/// - `gamma` `[C]` f32: Scale of each channel.
-/// - `beta` `[C]` f32: Shift of each channel.
-/// - `stats` `[B, 2, G]` f32, optional: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
-/// - returns `y` `[B, H, W, C]` f32: Result.
-/// - returns `mean` `[B, G]` f32: Mean of each group.
-/// - returns `rstd` `[B, G]` f32: Reciprocal standard deviation of each group.
+/// - `x` `[B, H, W, C]` float: Images, channels last.
+/// - `gamma` `[C]` float: Scale of each channel.
+/// - `beta` `[C]` float: Shift of each channel.
+/// - `stats` `[B, 2, G]` float, optional: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
+/// - returns `y` `[B, H, W, C]` float: Result.
+/// - returns `mean` `[B, G]` float: Mean of each group.
+/// - returns `rstd` `[B, G]` float: Reciprocal standard deviation of each group.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -2205,20 +2205,21 @@ pub fn group_norm_silu(x: &Tensor, gamma: &Tensor, beta: &Tensor, stats: Option<
     check.match_exprs("gamma", gamma, &["C"])?;
     check.match_exprs("beta", beta, &["C"])?;
     if let Some(t) = stats { check.match_exprs("stats", t, &["B", "2", "G"])?; }
-    want_dtype("group_norm_silu", "x", x, &[DType::F32])?;
-    want_dtype("group_norm_silu", "gamma", gamma, &[DType::F32])?;
-    want_dtype("group_norm_silu", "beta", beta, &[DType::F32])?;
-    if let Some(t) = stats { want_dtype("group_norm_silu", "stats", t, &[DType::F32])?; }
+    check.float("x", x)?;
+    check.float("gamma", gamma)?;
+    check.float("beta", beta)?;
+    if let Some(t) = stats { check.float("stats", t)?; }
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, g: check.dim("G")? };
     let Dims { h, w, c, g, .. } = dims;
     require("group_norm_silu", g >= 1 && c % g == 0, "G >= 1 && C % G == 0", "channels that divide into G groups", || format!("{dims:?}, {params:?}"))?;
     require("group_norm_silu", h >= 1 && w >= 1, "H >= 1 && W >= 1", "at least one pixel", || format!("{dims:?}, {params:?}"))?;
     let device = x.device().clone();
     check.same_device(&device, &[("gamma", Some(gamma)), ("beta", Some(beta)), ("stats", stats)])?;
+    let element = check.element(&device, kernels::generated::group_norm_silu::INFO.elements)?;
     let Dims { b, h, w, c, g, .. } = dims;
-    let mut y = device.empty(&[b, h, w, c])?;
-    let mut mean = device.empty(&[b, g])?;
-    let mut rstd = device.empty(&[b, g])?;
+    let mut y = device.empty_of(&[b, h, w, c], element)?;
+    let mut mean = device.empty_of(&[b, g], element)?;
+    let mut rstd = device.empty_of(&[b, g], element)?;
 
     if device.is_dry() {
         return Ok(GroupNormSiluOut { y, mean, rstd });
@@ -2254,23 +2255,24 @@ pub fn group_norm_silu_backward(dy: &Tensor, x: &Tensor, gamma: &Tensor, beta: &
     if let Some(t) = stats { check.match_exprs("stats", t, &["B", "2", "G"])?; }
     check.match_exprs("mean", mean, &["B", "G"])?;
     check.match_exprs("rstd", rstd, &["B", "G"])?;
-    want_dtype("group_norm_silu", "dy", dy, &[DType::F32])?;
-    want_dtype("group_norm_silu", "x", x, &[DType::F32])?;
-    want_dtype("group_norm_silu", "gamma", gamma, &[DType::F32])?;
-    want_dtype("group_norm_silu", "beta", beta, &[DType::F32])?;
-    if let Some(t) = stats { want_dtype("group_norm_silu", "stats", t, &[DType::F32])?; }
-    want_dtype("group_norm_silu", "mean", mean, &[DType::F32])?;
-    want_dtype("group_norm_silu", "rstd", rstd, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    check.float("gamma", gamma)?;
+    check.float("beta", beta)?;
+    if let Some(t) = stats { check.float("stats", t)?; }
+    check.float("mean", mean)?;
+    check.float("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, g: check.dim("G")? };
     let Dims { h, w, c, g, .. } = dims;
     require("group_norm_silu", g >= 1 && c % g == 0, "G >= 1 && C % G == 0", "channels that divide into G groups", || format!("{dims:?}, {params:?}"))?;
     require("group_norm_silu", h >= 1 && w >= 1, "H >= 1 && W >= 1", "at least one pixel", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("x", Some(x)), ("gamma", Some(gamma)), ("beta", Some(beta)), ("stats", stats), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let element = check.element(&device, kernels::generated::group_norm_silu::INFO.elements)?;
     let Dims { b, h, w, c, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[b, h, w, c])?) } else { None };
-    let mut grad_gamma = if want_gamma { Some(device.empty(&[c])?) } else { None };
-    let mut grad_beta = if want_beta { Some(device.empty(&[c])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, h, w, c], element)?) } else { None };
+    let mut grad_gamma = if want_gamma { Some(device.empty_of(&[c], element)?) } else { None };
+    let mut grad_beta = if want_beta { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
         return Ok(GroupNormSiluGrads { x: grad_x, gamma: grad_gamma, beta: grad_beta });
@@ -4313,8 +4315,8 @@ fn unpatchify_conform(run: &mut Conform<'_>) -> Result<()> {
 /// y[b,i,j,c] = x[b, i/2, j/2, c] with whole quotients
 /// dx[b,i,j,c] = sum of dy over the four pixels of the square
 /// ```
-/// - `x` `[B, H, W, C]` f32: Images, channels last.
-/// - returns `y` `[B, 2*H, 2*W, C]` f32: Images of twice the height and width.
+/// - `x` `[B, H, W, C]` float: Images, channels last.
+/// - returns `y` `[B, 2*H, 2*W, C]` float: Images of twice the height and width.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4323,12 +4325,13 @@ pub fn upsample(x: &Tensor, params: kernels::generated::upsample::Params) -> Res
     let mut check = DimCheck::new("upsample", &["B", "H", "W", "C"]);
     check.bind("x", x, &["B", "H", "W", "C"])?;
     check.match_exprs("x", x, &["B", "H", "W", "C"])?;
-    want_dtype("upsample", "x", x, &[DType::F32])?;
+    check.float("x", x)?;
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")? };
     let device = x.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::upsample::INFO.elements)?;
     let Dims { b, h, w, c, .. } = dims;
-    let mut y = device.empty(&[b, 2*h, 2*w, c])?;
+    let mut y = device.empty_of(&[b, 2*h, 2*w, c], element)?;
 
     if device.is_dry() {
         return Ok(y);
@@ -4353,12 +4356,13 @@ pub fn upsample_backward(dy: &Tensor, h: usize, w: usize, want_x: bool, params: 
     check.given("W", w)?;
     check.bind("dy", dy, &["B", "2*H", "2*W", "C"])?;
     check.match_exprs("dy", dy, &["B", "2*H", "2*W", "C"])?;
-    want_dtype("upsample", "dy", dy, &[DType::F32])?;
+    check.float("dy", dy)?;
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")? };
     let device = dy.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::upsample::INFO.elements)?;
     let Dims { b, h, w, c, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[b, h, w, c])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, h, w, c], element)?) } else { None };
 
     if device.is_dry() {
         return Ok(grad_x);
