@@ -25,6 +25,7 @@ pub const OPS: &[OpInfo] = &[
     gated_conv::INFO,
     gated_conv_2d::INFO,
     gemm::INFO,
+    group_norm_silu::INFO,
     kv_compress::INFO,
     linear_attention::INFO,
     ln_modulate::INFO,
@@ -40,6 +41,7 @@ pub const OPS: &[OpInfo] = &[
     solver_step::INFO,
     sum_squares::INFO,
     unpatchify::INFO,
+    upsample::INFO,
     window_attention::INFO,
 ];
 
@@ -82,6 +84,9 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     for case in gemm::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(gemm::gradcheck(case).into_iter().map(|row| ("gemm", case.name, row)));
     }
+    for case in group_norm_silu::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(group_norm_silu::gradcheck(case).into_iter().map(|row| ("group_norm_silu", case.name, row)));
+    }
     for case in kv_compress::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(kv_compress::gradcheck(case).into_iter().map(|row| ("kv_compress", case.name, row)));
     }
@@ -114,6 +119,9 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     }
     for case in unpatchify::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(unpatchify::gradcheck(case).into_iter().map(|row| ("unpatchify", case.name, row)));
+    }
+    for case in upsample::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(upsample::gradcheck(case).into_iter().map(|row| ("upsample", case.name, row)));
     }
     for case in window_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(window_attention::gradcheck(case).into_iter().map(|row| ("window_attention", case.name, row)));
@@ -1845,6 +1853,130 @@ pub mod gemm {
     }
 }
 
+/// Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.
+pub mod group_norm_silu {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub g: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Added to the variance.
+        pub eps: f32,
+        /// SiLU of the result.
+        pub silu: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, H, W, C]` float: Images, channels last.
+        pub x: &'a [T],
+        /// `[C]` float: Scale of each channel.
+        pub gamma: &'a [T],
+        /// `[C]` float: Shift of each channel.
+        pub beta: &'a [T],
+        /// `[B, 2, G]` float: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
+        pub stats: Option<&'a [T]>,
+        /// `[B, H, W, C]` float: Result.
+        pub y: &'a mut [T],
+        /// `[B, G]` float: Mean of each group.
+        pub mean: &'a mut [T],
+        /// `[B, G]` float: Reciprocal standard deviation of each group.
+        pub rstd: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, H, W, C]` float: Result.
+        pub dy: &'a [T],
+        /// `[B, H, W, C]` float: Images, channels last.
+        pub x: &'a [T],
+        /// `[C]` float: Scale of each channel.
+        pub gamma: &'a [T],
+        /// `[C]` float: Shift of each channel.
+        pub beta: &'a [T],
+        /// `[B, 2, G]` float: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
+        pub stats: Option<&'a [T]>,
+        /// `[B, G]` float: Mean of each group.
+        pub mean: &'a [T],
+        /// `[B, G]` float: Reciprocal standard deviation of each group.
+        pub rstd: &'a [T],
+        /// `[B, H, W, C]` float: Images, channels last.
+        pub dx: Option<&'a mut [T]>,
+        /// `[C]` float: Scale of each channel.
+        pub dgamma: Option<&'a mut [T]>,
+        /// `[C]` float: Shift of each channel.
+        pub dbeta: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, h, w, c, .. } = dims;
+        10*b*h*w*c
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, h, w, c, g, .. } = dims;
+        4*(2*b*h*w*c + 2*c + 2*b*g)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, h: 1, w: 1, c: 1, g: 1 }, params: Params { eps: 0.5, silu: false }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, h: 5, w: 7, c: 21, g: 3 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "one_group", tier: Tier::Tiny, dims: Dims { b: 2, h: 4, w: 3, c: 19, g: 1 }, params: Params { eps: 1e-6, silu: false }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "channel_groups", tier: Tier::Tiny, dims: Dims { b: 2, h: 6, w: 5, c: 17, g: 17 }, params: Params { eps: 1e-5, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "one_row", tier: Tier::Tiny, dims: Dims { b: 1, h: 1, w: 150, c: 64, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 2, h: 19, w: 31, c: 96, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "strip", tier: Tier::Tiny, dims: Dims { b: 2, h: 3, w: 9, c: 40, g: 8 }, params: Params { eps: 1e-6, silu: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "strip_plain", tier: Tier::Tiny, dims: Dims { b: 1, h: 2, w: 70, c: 36, g: 4 }, params: Params { eps: 1e-6, silu: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vae_mid", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "vae_last", tier: Tier::Real, dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "vae_strip", tier: Tier::Real, dims: Dims { b: 1, h: 32, w: 2048, c: 256, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "group_norm_silu", summary: "Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.", backward: true, cases: &["one", "odd", "one_group", "channel_groups", "one_row", "blocks", "strip", "strip_plain", "vae_mid", "vae_last", "vae_strip"], tolerance: None, tolerance_bf16: None, elements: &[] };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, h, w, c, g, .. } = dims;
+        let x = check::draw_f64(case.name, "x", b * h * w * c, Fill::Normal);
+        let gamma = check::draw_f64(case.name, "gamma", c, Fill::Normal);
+        let beta = check::draw_f64(case.name, "beta", c, Fill::Normal);
+        let stats = check::draw_f64(case.name, "stats", b * 2 * g, Fill::Uniform(0.5f64, 1.5f64));
+        let cotangent = check::draw_f64(case.name, "dy", b * h * w * c, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64], gamma: &[f64], beta: &[f64]| {
+            let mut y = vec![0.0f64; b * h * w * c];
+            let mut mean = vec![0.0f64; b * g];
+            let mut rstd = vec![0.0f64; b * g];
+            super::super::group_norm_silu::reference::forward(Forward { dims, params, x: x, gamma: gamma, beta: beta, stats: (!absent("stats")).then_some(&stats[..]), y: &mut y[..], mean: &mut mean[..], rstd: &mut rstd[..] });
+            (y, mean, rstd)
+        };
+        let (y, mean, rstd) = forward(&x, &gamma, &beta);
+        let mut dx = vec![0.0f64; b * h * w * c];
+        let mut dgamma = vec![0.0f64; c];
+        let mut dbeta = vec![0.0f64; c];
+        super::super::group_norm_silu::reference::backward(Backward { dims, params, dy: &cotangent, x: &x[..], gamma: &gamma[..], beta: &beta[..], stats: (!absent("stats")).then_some(&stats[..]), mean: &mean[..], rstd: &rstd[..], dx: Some(&mut dx[..]), dgamma: Some(&mut dgamma[..]), dbeta: Some(&mut dbeta[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &gamma, &beta).0, &cotangent))); }
+        { rows.push(check::directional("gamma", case.name, &gamma, &dgamma, |moved| check::dot(&forward(&x, moved, &beta).0, &cotangent))); }
+        { rows.push(check::directional("beta", case.name, &beta, &dbeta, |moved| check::dot(&forward(&x, &gamma, moved).0, &cotangent))); }
+        rows
+    }
+}
+
 /// Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.
 pub mod kv_compress {
     use super::*;
@@ -3454,6 +3586,85 @@ pub mod unpatchify {
         super::super::unpatchify::reference::backward(Backward { dims, params, dx: &cotangent, dtokens: Some(&mut dtokens[..]) });
         let mut rows = Vec::new();
         { rows.push(check::directional("tokens", case.name, &tokens, &dtokens, |moved| check::dot(&forward(moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Images twice as high and wide, channels last: every pixel becomes a square of four.
+pub mod upsample {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, H, W, C]` float: Images, channels last.
+        pub x: &'a [T],
+        /// `[B, 2*H, 2*W, C]` float: Images of twice the height and width.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, 2*H, 2*W, C]` float: Images of twice the height and width.
+        pub dy: &'a [T],
+        /// `[B, H, W, C]` float: Images, channels last.
+        pub dx: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        
+        0
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, h, w, c, .. } = dims;
+        4*5*b*h*w*c
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one_pixel", tier: Tier::Tiny, dims: Dims { b: 1, h: 1, w: 1, c: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, h: 5, w: 7, c: 11 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 1, h: 2, w: 129, c: 32 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tall", tier: Tier::Tiny, dims: Dims { b: 2, h: 67, w: 1, c: 48 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vae_64", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vae_512", tier: Tier::Real, dims: Dims { b: 1, h: 512, w: 512, c: 256 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "upsample", summary: "Images twice as high and wide, channels last: every pixel becomes a square of four.", backward: true, cases: &["one_pixel", "odd", "wide", "tall", "vae_64", "vae_512"], tolerance: None, tolerance_bf16: None, elements: &[] };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, h, w, c, .. } = dims;
+        let x = check::draw_f64(case.name, "x", b * h * w * c, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * 2*h * 2*w * c, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64]| {
+            let mut y = vec![0.0f64; b * 2*h * 2*w * c];
+            super::super::upsample::reference::forward(Forward { dims, params, x: x, y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&x);
+        let mut dx = vec![0.0f64; b * h * w * c];
+        super::super::upsample::reference::backward(Backward { dims, params, dy: &cotangent, dx: Some(&mut dx[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved).0, &cotangent))); }
         rows
     }
 }

@@ -4,6 +4,7 @@
 //! Everything here works on plain slices: this crate knows nothing of tensors, models or devices. Shapes are
 //! checked by the engine's generated entry points before a call; lengths are therefore trusted here.
 
+pub mod archive;
 pub mod check;
 pub mod emu;
 #[rustfmt::skip]
@@ -13,6 +14,8 @@ pub mod launch;
 pub mod launchers;
 pub mod rng;
 pub mod simd;
+#[rustfmt::skip]
+pub mod sources;
 
 pub mod adamw;
 pub mod add_noise;
@@ -30,6 +33,7 @@ pub mod gate_residual;
 pub mod gated_conv;
 pub mod gated_conv_2d;
 pub mod gemm;
+pub mod group_norm_silu;
 pub mod kv_compress;
 pub mod linear_attention;
 pub mod ln_modulate;
@@ -45,6 +49,7 @@ pub mod sinusoid;
 pub mod solver_step;
 pub mod sum_squares;
 pub mod unpatchify;
+pub mod upsample;
 pub mod window_attention;
 
 /// A floating type that an oracle can run in: f32 for comparisons, f64 for finite differences.

@@ -15,6 +15,7 @@ mod emit_docs;
 mod emit_engine;
 mod emit_kernels;
 mod emit_launchers;
+pub mod emit_sources;
 mod names;
 
 use contract::Contract;

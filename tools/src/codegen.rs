@@ -58,6 +58,28 @@ pub fn sources(root: &Path, contracts: &[Contract]) -> Result<Vec<Source>, Strin
     Ok(found)
 }
 
+/// Sources, headers and the emulator's files below `kernels-cu`, relative to it.
+///
+/// # Errors
+/// When a folder cannot be read.
+pub fn source_files(root: &Path) -> Result<Vec<String>, String> {
+    let kernels = root.join("kernels-cu");
+    let names = |folder: &Path| -> Result<Vec<PathBuf>, String> {
+        let entries = std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+        Ok(entries.filter_map(Result::ok).map(|e| e.path()).collect())
+    };
+    let mut found = Vec::new();
+    for folder in names(&kernels)?.into_iter().filter(|p| p.is_dir()) {
+        let name = folder.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_string();
+        let wanted: &[&str] = if name == "emu" { &["h", "cpp"] } else { &["cu", "cuh"] };
+        let is_wanted = |p: &PathBuf| p.extension().and_then(|e| e.to_str()).is_some_and(|e| wanted.contains(&e));
+        let files = names(&folder)?.into_iter().filter(is_wanted);
+        found.extend(files.filter_map(|p| Some(format!("{name}/{}", p.file_name()?.to_str()?))));
+    }
+    found.sort();
+    Ok(found)
+}
+
 /// Generated files that differ from what is on disk, as (path, text).
 ///
 /// # Errors
@@ -73,7 +95,9 @@ pub fn stale(root: &Path) -> Result<Vec<(PathBuf, String)>, String> {
             files.push((path, graft_codegen::cost::refresh_readme(contract, &text)?));
         }
     }
-    files.extend(graft_codegen::render(contracts, sources).into_iter().map(|file| (root.join(file.path), file.text)));
+    let texts = graft_codegen::emit_sources::render(&source_files(root)?);
+    let rendered = graft_codegen::render(contracts, sources).into_iter().chain([texts]);
+    files.extend(rendered.map(|file| (root.join(file.path), file.text)));
     Ok(files.into_iter().filter(|(path, text)| std::fs::read_to_string(path).ok().as_ref() != Some(text)).collect())
 }
 

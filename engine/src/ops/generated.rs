@@ -35,6 +35,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("gated_conv", gated_conv_conform),
     ("gated_conv_2d", gated_conv_2d_conform),
     ("gemm", gemm_conform),
+    ("group_norm_silu", group_norm_silu_conform),
     ("kv_compress", kv_compress_conform),
     ("linear_attention", linear_attention_conform),
     ("ln_modulate", ln_modulate_conform),
@@ -50,6 +51,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("solver_step", solver_step_conform),
     ("sum_squares", sum_squares_conform),
     ("unpatchify", unpatchify_conform),
+    ("upsample", upsample_conform),
     ("window_attention", window_attention_conform),
 ];
 
@@ -2311,6 +2313,191 @@ fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Outputs of [`group_norm_silu`].
+pub struct GroupNormSiluOut {
+    /// `[B, H, W, C]` float: Result.
+    pub y: Tensor,
+    /// `[B, G]` float: Mean of each group.
+    pub mean: Tensor,
+    /// `[B, G]` float: Reciprocal standard deviation of each group.
+    pub rstd: Tensor,
+}
+
+/// Gradients of [`group_norm_silu`]; absent where not asked for.
+pub struct GroupNormSiluGrads {
+    /// `[B, H, W, C]` float
+    pub x: Option<Tensor>,
+    /// `[C]` float
+    pub gamma: Option<Tensor>,
+    /// `[C]` float
+    pub beta: Option<Tensor>,
+}
+
+/// Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.
+///
+/// ```text
+/// g(c) = c / (C/G); mean[b,g], var[b,g] over all pixels and the C/G channels of a group; rstd = 1/sqrt(var + eps); or both from `stats`
+/// z[b,i,j,c] = (x[b,i,j,c] - mean[b,g(c)]) * rstd[b,g(c)] * gamma[c] + beta[c];  y = z * sigmoid(z) where silu, else z
+/// ```
+/// - `x` `[B, H, W, C]` float: Images, channels last.
+/// - `gamma` `[C]` float: Scale of each channel.
+/// - `beta` `[C]` float: Shift of each channel.
+/// - `stats` `[B, 2, G]` float, optional: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
+/// - returns `y` `[B, H, W, C]` float: Result.
+/// - returns `mean` `[B, G]` float: Mean of each group.
+/// - returns `rstd` `[B, G]` float: Reciprocal standard deviation of each group.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn group_norm_silu(x: &Tensor, gamma: &Tensor, beta: &Tensor, stats: Option<&Tensor>, g: usize, params: kernels::generated::group_norm_silu::Params) -> Result<GroupNormSiluOut> {
+    use kernels::generated::group_norm_silu::{Dims, Forward};
+    let mut check = DimCheck::new("group_norm_silu", &["B", "H", "W", "C", "G"]);
+    check.given("G", g)?;
+    check.bind("x", x, &["B", "H", "W", "C"])?;
+    check.bind("gamma", gamma, &["C"])?;
+    check.bind("beta", beta, &["C"])?;
+    if let Some(t) = stats { check.bind("stats", t, &["B", "2", "G"])?; }
+    check.match_exprs("x", x, &["B", "H", "W", "C"])?;
+    check.match_exprs("gamma", gamma, &["C"])?;
+    check.match_exprs("beta", beta, &["C"])?;
+    if let Some(t) = stats { check.match_exprs("stats", t, &["B", "2", "G"])?; }
+    check.float("x", x)?;
+    check.float("gamma", gamma)?;
+    check.float("beta", beta)?;
+    if let Some(t) = stats { check.float("stats", t)?; }
+    let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, g: check.dim("G")? };
+    let Dims { h, w, c, g, .. } = dims;
+    require("group_norm_silu", g >= 1 && c % g == 0, "G >= 1 && C % G == 0", "channels that divide into G groups", || format!("{dims:?}, {params:?}"))?;
+    require("group_norm_silu", h >= 1 && w >= 1, "H >= 1 && W >= 1", "at least one pixel", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("gamma", Some(gamma)), ("beta", Some(beta)), ("stats", stats)])?;
+    let element = check.element(&device, kernels::generated::group_norm_silu::INFO.elements)?;
+    let Dims { b, h, w, c, g, .. } = dims;
+    let mut y = device.empty_of(&[b, h, w, c], element)?;
+    let mut mean = device.empty_of(&[b, g], element)?;
+    let mut rstd = device.empty_of(&[b, g], element)?;
+
+    if device.is_dry() {
+        return Ok(GroupNormSiluOut { y, mean, rstd });
+    }
+    let args = Forward { dims, params, x: x.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, stats: match stats { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::group_norm_silu::cpu::forward(args),
+        DeviceKind::Oracle => kernels::group_norm_silu::reference::forward(args),
+        other => return Err(no_path("group_norm_silu", other)),
+    }
+    Ok(GroupNormSiluOut { y, mean, rstd })
+}
+
+/// Backward pass of [`group_norm_silu`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn group_norm_silu_backward(dy: &Tensor, x: &Tensor, gamma: &Tensor, beta: &Tensor, stats: Option<&Tensor>, mean: &Tensor, rstd: &Tensor, g: usize, want_x: bool, want_gamma: bool, want_beta: bool, params: kernels::generated::group_norm_silu::Params) -> Result<GroupNormSiluGrads> {
+    use kernels::generated::group_norm_silu::{Backward, Dims};
+    let mut check = DimCheck::new("group_norm_silu", &["B", "H", "W", "C", "G"]);
+    check.given("G", g)?;
+    check.bind("dy", dy, &["B", "H", "W", "C"])?;
+    check.bind("x", x, &["B", "H", "W", "C"])?;
+    check.bind("gamma", gamma, &["C"])?;
+    check.bind("beta", beta, &["C"])?;
+    if let Some(t) = stats { check.bind("stats", t, &["B", "2", "G"])?; }
+    check.bind("mean", mean, &["B", "G"])?;
+    check.bind("rstd", rstd, &["B", "G"])?;
+    check.match_exprs("dy", dy, &["B", "H", "W", "C"])?;
+    check.match_exprs("x", x, &["B", "H", "W", "C"])?;
+    check.match_exprs("gamma", gamma, &["C"])?;
+    check.match_exprs("beta", beta, &["C"])?;
+    if let Some(t) = stats { check.match_exprs("stats", t, &["B", "2", "G"])?; }
+    check.match_exprs("mean", mean, &["B", "G"])?;
+    check.match_exprs("rstd", rstd, &["B", "G"])?;
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    check.float("gamma", gamma)?;
+    check.float("beta", beta)?;
+    if let Some(t) = stats { check.float("stats", t)?; }
+    check.float("mean", mean)?;
+    check.float("rstd", rstd)?;
+    let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, g: check.dim("G")? };
+    let Dims { h, w, c, g, .. } = dims;
+    require("group_norm_silu", g >= 1 && c % g == 0, "G >= 1 && C % G == 0", "channels that divide into G groups", || format!("{dims:?}, {params:?}"))?;
+    require("group_norm_silu", h >= 1 && w >= 1, "H >= 1 && W >= 1", "at least one pixel", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("gamma", Some(gamma)), ("beta", Some(beta)), ("stats", stats), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let element = check.element(&device, kernels::generated::group_norm_silu::INFO.elements)?;
+    let Dims { b, h, w, c, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, h, w, c], element)?) } else { None };
+    let mut grad_gamma = if want_gamma { Some(device.empty_of(&[c], element)?) } else { None };
+    let mut grad_beta = if want_beta { Some(device.empty_of(&[c], element)?) } else { None };
+
+    if device.is_dry() {
+        return Ok(GroupNormSiluGrads { x: grad_x, gamma: grad_gamma, beta: grad_beta });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, stats: match stats { Some(t) => Some(t.f32s()?), None => None }, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::group_norm_silu::cpu::backward(args),
+        DeviceKind::Oracle => kernels::group_norm_silu::reference::backward(args),
+        other => return Err(no_path("group_norm_silu", other)),
+    }
+    Ok(GroupNormSiluGrads { x: grad_x, gamma: grad_gamma, beta: grad_beta })
+}
+
+impl Graph<'_> {
+    /// [`group_norm_silu`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn group_norm_silu(&self, x: &Var, gamma: &Var, beta: &Var, stats: Option<&Var>, g: usize, params: kernels::generated::group_norm_silu::Params) -> Result<Var> {
+        let sources = [self.source(x), self.source(gamma), self.source(beta)];
+        let record = sources.iter().any(Option::is_some);
+        let out = group_norm_silu(x.tensor(), gamma.tensor(), beta.tensor(), stats.map(Var::tensor), g, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_gamma = gamma.tensor().clone();
+        let saved_beta = beta.tensor().clone();
+        let saved_stats = stats.map(|v| v.tensor().clone());
+        let saved_mean = out.mean.clone();
+        let saved_rstd = out.rstd.clone();
+        let saved = [Some(&saved_x), Some(&saved_gamma), Some(&saved_beta), saved_stats.as_ref(), Some(&saved_mean), Some(&saved_rstd)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("group_norm_silu", out.y, saved, move |dy, grads| {
+            let found = group_norm_silu_backward(dy, &saved_x, &saved_gamma, &saved_beta, saved_stats.as_ref(), &saved_mean, &saved_rstd, g, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.gamma)?;
+            grads.add(sources[2], found.beta)?;
+            Ok(())
+        }))
+    }
+}
+
+fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::group_norm_silu::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, h, w, c, g, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, h, w, c], Fill::Normal)?;
+            let gamma = io.draw(case.name, "gamma", &[c], Fill::Normal)?;
+            let beta = io.draw(case.name, "beta", &[c], Fill::Normal)?;
+            let stats = if absent("stats") { None } else { Some(io.draw(case.name, "stats", &[b, 2, g], Fill::Uniform(0.5f64, 1.5f64))?) };
+            let out = io.call("forward", || group_norm_silu(&x, &gamma, &beta, stats.as_ref(), g, params))?;
+            io.result("y", &out.y)?;
+            io.result("mean", &out.mean)?;
+            io.result("rstd", &out.rstd)?;
+            let dy = io.draw(case.name, "dy", &[b, h, w, c], Fill::Normal)?;
+            let grads = io.call("backward", || group_norm_silu_backward(&dy, &x, &gamma, &beta, stats.as_ref(), &out.mean, &out.rstd, g, true, true, true, params))?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.gamma { io.result("dgamma", t)?; }
+            if let Some(t) = &grads.beta { io.result("dbeta", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Outputs of [`kv_compress`].
 pub struct KvCompressOut {
     /// `[B, Gh/K, Gw/K, 2, D]` float: Keys and values of the coarse grid, side by side.
@@ -4444,6 +4631,116 @@ fn unpatchify_conform(run: &mut Conform<'_>) -> Result<()> {
             let dx = io.draw(case.name, "dx", &[b, c, gh*p, gw*p], Fill::Normal)?;
             let grads = io.call("backward", || unpatchify_backward(&dx, c, p, gh, gw, true, params))?;
             if let Some(t) = &grads { io.result("dtokens", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Images twice as high and wide, channels last: every pixel becomes a square of four.
+///
+/// ```text
+/// y[b,i,j,c] = x[b, i/2, j/2, c] with whole quotients
+/// dx[b,i,j,c] = sum of dy over the four pixels of the square
+/// ```
+/// - `x` `[B, H, W, C]` float: Images, channels last.
+/// - returns `y` `[B, 2*H, 2*W, C]` float: Images of twice the height and width.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn upsample(x: &Tensor, params: kernels::generated::upsample::Params) -> Result<Tensor> {
+    use kernels::generated::upsample::{Dims, Forward};
+    let mut check = DimCheck::new("upsample", &["B", "H", "W", "C"]);
+    check.bind("x", x, &["B", "H", "W", "C"])?;
+    check.match_exprs("x", x, &["B", "H", "W", "C"])?;
+    check.float("x", x)?;
+    let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")? };
+    let device = x.device().clone();
+    check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::upsample::INFO.elements)?;
+    let Dims { b, h, w, c, .. } = dims;
+    let mut y = device.empty_of(&[b, 2*h, 2*w, c], element)?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::upsample::cpu::forward(args),
+        DeviceKind::Oracle => kernels::upsample::reference::forward(args),
+        other => return Err(no_path("upsample", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`upsample`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn upsample_backward(dy: &Tensor, h: usize, w: usize, want_x: bool, params: kernels::generated::upsample::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::upsample::{Backward, Dims};
+    let mut check = DimCheck::new("upsample", &["B", "H", "W", "C"]);
+    check.given("H", h)?;
+    check.given("W", w)?;
+    check.bind("dy", dy, &["B", "2*H", "2*W", "C"])?;
+    check.match_exprs("dy", dy, &["B", "2*H", "2*W", "C"])?;
+    check.float("dy", dy)?;
+    let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::upsample::INFO.elements)?;
+    let Dims { b, h, w, c, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, h, w, c], element)?) } else { None };
+
+    if device.is_dry() {
+        return Ok(grad_x);
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::upsample::cpu::backward(args),
+        DeviceKind::Oracle => kernels::upsample::reference::backward(args),
+        other => return Err(no_path("upsample", other)),
+    }
+    Ok(grad_x)
+}
+
+impl Graph<'_> {
+    /// [`upsample`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn upsample(&self, x: &Var, params: kernels::generated::upsample::Params) -> Result<Var> {
+        let sources = [self.source(x)];
+        let record = sources.iter().any(Option::is_some);
+        let out = upsample(x.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let h = x.tensor().dim(1);
+        let w = x.tensor().dim(2);
+        let saved = 0;
+        Ok(self.record("upsample", out, saved, move |dy, grads| {
+            let found = upsample_backward(dy, h, w, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn upsample_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::upsample::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, h, w, c, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, h, w, c], Fill::Normal)?;
+            let out = io.call("forward", || upsample(&x, params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[b, 2*h, 2*w, c], Fill::Normal)?;
+            let grads = io.call("backward", || upsample_backward(&dy, h, w, true, params))?;
+            if let Some(t) = &grads { io.result("dx", t)?; }
             Ok(())
         })?;
     }
