@@ -363,12 +363,13 @@ pub mod attention {
         Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 523, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, n: 300, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_head", tier: Tier::Tiny, dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -870,12 +871,13 @@ pub mod cross_attention {
         Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 203, m: 523, r: 2, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "blocks_counted", tier: Tier::Tiny, dims: Dims { b: 2, n: 67, m: 600, r: 1, h: 1, e: 8 }, params: Params { scale: 0.35355338 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, m: 140, r: 1, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "wide_head", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, m: 35, r: 1, h: 2, e: 137 }, params: Params { scale: 0.08 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "compressed_dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, m: 64, r: 3, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "pixart_512", tier: Tier::Real, dims: Dims { b: 2, n: 1024, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k_text", tier: Tier::Real, dims: Dims { b: 1, n: 16384, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "wide_head", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1105,11 +1107,12 @@ pub mod embed {
         Case { name: "silu", tier: Tier::Tiny, dims: Dims { b: 5, v: 2, d: 17 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "silu_bare", tier: Tier::Tiny, dims: Dims { b: 1, v: 1, d: 1 }, params: Params { act: 2 }, absent: &["addend"], bf16: &[], gradcheck: true },
         Case { name: "shared_rows", tier: Tier::Tiny, dims: Dims { b: 17, v: 3, d: 384 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "many_samples", tier: Tier::Tiny, dims: Dims { b: 70, v: 3, d: 16 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl", tier: Tier::Real, dims: Dims { b: 32, v: 1001, d: 1152 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, v: 11, d: 128 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "embed", summary: "Row of a table per sample, plus an addend, through an optional activation.", backward: true, cases: &["plain", "added", "silu", "silu_bare", "shared_rows", "dit_xl", "fashion"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 4e-3, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "embed", summary: "Row of a table per sample, plus an addend, through an optional activation.", backward: true, cases: &["plain", "added", "silu", "silu_bare", "shared_rows", "many_samples", "dit_xl", "fashion"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 4e-3, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1806,6 +1809,7 @@ pub mod gemm {
         Case { name: "bf16_long_k", tier: Tier::Tiny, dims: Dims { b: 1, n: 19, k: 1537, f: 66, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
         Case { name: "bf16_vectors", tier: Tier::Tiny, dims: Dims { b: 4, n: 1, k: 131, f: 70, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
         Case { name: "bf16_one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
+        Case { name: "split_rows", tier: Tier::Tiny, dims: Dims { b: 2, n: 301, k: 9, f: 10, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: true },
         Case { name: "fashion_qkv", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 128, f: 384, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
         Case { name: "fashion_fc1", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
         Case { name: "fashion_fc2", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 512, f: 128, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
@@ -1816,7 +1820,7 @@ pub mod gemm {
         Case { name: "pixart_2k_fc1", tier: Tier::Real, dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2218,7 +2222,7 @@ pub mod linear_attention {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2981,7 +2985,7 @@ pub mod neighborhood_attention {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, gh: 128, gw: 128, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3764,7 +3768,7 @@ pub mod window_attention {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72, w: 32 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
