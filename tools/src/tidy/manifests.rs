@@ -15,7 +15,7 @@ const MEMBERS: [(&str, &str, &[&str]); 6] = [
 ];
 
 /// Crates from outside that were looked at and taken: each is the well-kept standard for its job.
-const APPROVED: [&str; 26] = [
+const APPROVED: [&str; 27] = [
     "approx",
     "bytemuck",
     "clap",
@@ -26,6 +26,7 @@ const APPROVED: [&str; 26] = [
     "gemm",
     "half",
     "indicatif",
+    "libloading",
     "memmap2",
     "png",
     "proptest",
