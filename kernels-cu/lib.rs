@@ -6,9 +6,12 @@
 
 pub mod archive;
 pub mod check;
+pub mod emu;
 #[rustfmt::skip]
 pub mod generated;
 pub mod launch;
+#[rustfmt::skip]
+pub mod launchers;
 pub mod rng;
 pub mod simd;
 #[rustfmt::skip]
@@ -30,6 +33,7 @@ pub mod gate_residual;
 pub mod gated_conv;
 pub mod gated_conv_2d;
 pub mod gemm;
+pub mod group_norm_silu;
 pub mod kv_compress;
 pub mod linear_attention;
 pub mod ln_modulate;
@@ -45,6 +49,7 @@ pub mod sinusoid;
 pub mod solver_step;
 pub mod sum_squares;
 pub mod unpatchify;
+pub mod upsample;
 pub mod window_attention;
 
 /// A floating type that an oracle can run in: f32 for comparisons, f64 for finite differences.
@@ -147,8 +152,12 @@ pub struct OpInfo {
     pub backward: bool,
     /// Names of its cases.
     pub cases: &'static [&'static str],
-    /// Bounds that replace those of the dtype.
+    /// Bounds that replace those of f32.
     pub tolerance: Option<check::Tolerance>,
+    /// Bounds that replace those of bf16.
+    pub tolerance_bf16: Option<check::Tolerance>,
+    /// Working types of its CUDA kernels; none where it has no kernels.
+    pub elements: &'static [launch::ElementType],
 }
 
 #[cfg(test)]

@@ -9,12 +9,16 @@ pub type File = (&'static str, &'static str);
 
 /// Headers that every source may include.
 pub const COMMON: &[File] = &[
+    ("activation.cuh", include_str!("common/activation.cuh")),
     ("base.cuh", include_str!("common/base.cuh")),
     ("cluster.cuh", include_str!("common/cluster.cuh")),
+    ("elementwise.cuh", include_str!("common/elementwise.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),
+    ("softmax_attention.cuh", include_str!("common/softmax_attention.cuh")),
+    ("tile.cuh", include_str!("common/tile.cuh")),
     ("tma.cuh", include_str!("common/tma.cuh")),
     ("vector.cuh", include_str!("common/vector.cuh")),
     ("warp.cuh", include_str!("common/warp.cuh")),
@@ -48,18 +52,66 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["ln_modulate", "probes"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "cross_entropy", "embed", "gemm", "ln_modulate", "loss_diffusion", "loss_regression", "patchify", "philox", "probes", "sinusoid", "solver_step", "sum_squares", "unpatchify"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
     match op {
+        "adamw" => &[
+            ("adamw.cu", include_str!("adamw/adamw.cu")),
+        ],
+        "add_noise" => &[
+            ("add_noise.cu", include_str!("add_noise/add_noise.cu")),
+        ],
+        "attention" => &[
+            ("attention.cu", include_str!("attention/attention.cu")),
+        ],
+        "axpy" => &[
+            ("axpy.cu", include_str!("axpy/axpy.cu")),
+        ],
+        "branch_deltas" => &[
+            ("branch_deltas.cu", include_str!("branch_deltas/branch_deltas.cu")),
+        ],
+        "cross_entropy" => &[
+            ("cross_entropy.cu", include_str!("cross_entropy/cross_entropy.cu")),
+        ],
+        "embed" => &[
+            ("embed.cu", include_str!("embed/embed.cu")),
+        ],
+        "gemm" => &[
+            ("gemm.cu", include_str!("gemm/gemm.cu")),
+        ],
         "ln_modulate" => &[
             ("ln_modulate.cu", include_str!("ln_modulate/ln_modulate.cu")),
+        ],
+        "loss_diffusion" => &[
+            ("loss_diffusion.cu", include_str!("loss_diffusion/loss_diffusion.cu")),
+        ],
+        "loss_regression" => &[
+            ("loss_regression.cu", include_str!("loss_regression/loss_regression.cu")),
+        ],
+        "patchify" => &[
+            ("patchify.cu", include_str!("patchify/patchify.cu")),
+        ],
+        "philox" => &[
+            ("philox.cu", include_str!("philox/philox.cu")),
         ],
         "probes" => &[
             ("probes.cu", include_str!("probes/probes.cu")),
             ("probes_sm90.cu", include_str!("probes/probes_sm90.cu")),
             ("wgmma_sm90.cu", include_str!("probes/wgmma_sm90.cu")),
+        ],
+        "sinusoid" => &[
+            ("sinusoid.cu", include_str!("sinusoid/sinusoid.cu")),
+        ],
+        "solver_step" => &[
+            ("solver_step.cu", include_str!("solver_step/solver_step.cu")),
+        ],
+        "sum_squares" => &[
+            ("sum_squares.cu", include_str!("sum_squares/sum_squares.cu")),
+        ],
+        "unpatchify" => &[
+            ("unpatchify.cu", include_str!("unpatchify/unpatchify.cu")),
         ],
         _ => &[],
     }

@@ -11,7 +11,7 @@ const MEMBERS: [(&str, &str, &[&str]); 6] = [
     ("codegen", "graft-codegen", &[]),
     ("tests", "graft-tests", &["graft-engine", "graft-kernels", "graft-codegen", "graft-tools"]),
     ("benches", "graft-benches", &["graft-engine", "graft-kernels"]),
-    ("tools", "graft-tools", &["graft-engine", "graft-codegen"]),
+    ("tools", "graft-tools", &["graft-codegen"]),
 ];
 
 /// Crates from outside that were looked at and taken: each is the well-kept standard for its job.

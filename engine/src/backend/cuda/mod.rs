@@ -31,8 +31,8 @@ pub use modules::{ARCHIVE, Origins};
 pub use survey::{Found, Survey, survey};
 
 use crate::error::{Error, Result};
-use crate::tensor::Gpu;
 use crate::tensor::MemoryPlan;
+use crate::tensor::{DType, Device, DeviceKind, Gpu};
 use cudarc::driver::{result, sys};
 use driver::{Handle, check, refused};
 use graft_kernels::launch::{Launch, Properties};
@@ -40,7 +40,7 @@ use graphs::{Capture, Graphs};
 use memory::Memory;
 use modules::{Modules, Target};
 use staging::Staging;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Oldest compute capability that the kernels are for.
 const OLDEST_ARCH: u32 = 80;
@@ -68,6 +68,14 @@ pub fn probe() -> Result<Probe> {
             .fix("check nvidia-smi and CUDA_VISIBLE_DEVICES"));
     }
     Ok(Probe { driver_version, devices })
+}
+
+/// Opens device `index` for tensors; it computes in `element`.
+///
+/// # Errors
+/// Those of [`Cuda::open`].
+pub fn open(element: DType, index: usize) -> Result<Device> {
+    Ok(Device::gpu(DeviceKind::Cuda, Arc::new(Cuda::open(index)?), element))
 }
 
 /// A device of the driver. Its numbers are those that `CUDA_VISIBLE_DEVICES` leaves.

@@ -1,0 +1,235 @@
+//! CPU path: statistics in one pass over blocks of pixels that stay in cache, the result in a second.
+//!
+//! A block's sums run over pixels, channel by channel in vector lanes; the sums of a group, and of the blocks in their
+//! order, are taken in f64. Blocks do not depend on the number of threads, so neither do the bits.
+
+use crate::generated::group_norm_silu::{Backward, Dims, Forward};
+use crate::simd::{sigmoid, vectorised};
+use rayon::prelude::*;
+
+/// Values of a block: 128 KiB, which the second-level cache keeps.
+const BLOCK: usize = 1 << 15;
+
+/// Pixels of a block.
+fn block(c: usize) -> usize {
+    (BLOCK / c).max(1)
+}
+
+/// Forward pass.
+pub fn forward(a: Forward<'_, f32>) {
+    let Dims { b, h, w, c, g } = a.dims;
+    let image = h * w * c;
+    for index in 0..b {
+        let x = &a.x[index * image..][..image];
+        let (mean, rstd) = (&mut a.mean[index * g..][..g], &mut a.rstd[index * g..][..g]);
+        match a.stats {
+            Some(stats) => {
+                let (means, rstds) = stats[index * 2 * g..][..2 * g].split_at(g);
+                mean.copy_from_slice(means);
+                rstd.copy_from_slice(rstds);
+            }
+            None => statistics(x, c, a.params.eps, mean, rstd),
+        }
+        let affine = Affine::new(a.gamma, a.beta, mean, rstd);
+        let (y, silu) = (&mut a.y[index * image..][..image], a.params.silu);
+        let len = block(c) * c;
+        y.par_chunks_mut(len).zip(x.par_chunks(len)).for_each(|(y, x)| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                        affine.row(x, silu, y);
+                    }
+                },
+            );
+        });
+    }
+}
+
+/// What every channel is mapped by.
+struct Affine<'a> {
+    mean: Vec<f32>,
+    scale: Vec<f32>,
+    beta: &'a [f32],
+}
+
+impl<'a> Affine<'a> {
+    fn new(gamma: &[f32], beta: &'a [f32], mean: &[f32], rstd: &[f32]) -> Self {
+        let width = gamma.len() / mean.len();
+        let of = |values: &[f32]| values.iter().flat_map(|v| std::iter::repeat_n(*v, width)).collect::<Vec<f32>>();
+        let scale = of(rstd).iter().zip(gamma).map(|(r, g)| r * g).collect();
+        Affine { mean: of(mean), scale, beta }
+    }
+
+    #[inline(always)]
+    fn row(&self, x: &[f32], silu: bool, y: &mut [f32]) {
+        let c = y.len();
+        let (x, mean, scale, beta) = (&x[..c], &self.mean[..c], &self.scale[..c], &self.beta[..c]);
+        for i in 0..c {
+            y[i] = (x[i] - mean[i]).mul_add(scale[i], beta[i]);
+        }
+        if silu {
+            for z in y {
+                *z *= sigmoid(*z);
+            }
+        }
+    }
+}
+
+/// Mean and reciprocal standard deviation of every group of one image.
+fn statistics(x: &[f32], c: usize, eps: f32, mean: &mut [f32], rstd: &mut [f32]) {
+    let (g, len) = (mean.len(), block(c) * c);
+    let width = c / g;
+    // Of every block and group: the mean, and the sum of squares about it.
+    let mut moments = vec![0.0f64; x.len().div_ceil(len) * 2 * g];
+    moments.par_chunks_mut(2 * g).zip(x.par_chunks(len)).for_each(|(moments, x)| {
+        let (means, squares) = moments.split_at_mut(g);
+        let pixels = x.len() / c;
+        let (mut sums, mut centre) = (vec![0.0f32; c], vec![0.0f32; c]);
+        vectorised(
+            #[inline(always)]
+            || x.chunks_exact(c).for_each(|row| (0..c).for_each(|i| sums[i] += row[i])),
+        );
+        for (group, (mean, sums)) in means.iter_mut().zip(sums.chunks_exact(width)).enumerate() {
+            *mean = sums.iter().map(|s| f64::from(*s)).sum::<f64>() / (pixels * width) as f64;
+            centre[group * width..][..width].fill(*mean as f32);
+            // What is summed next is about the rounded mean.
+            *mean = f64::from(*mean as f32);
+        }
+        let mut about = vec![0.0f32; c];
+        let mut left = vec![0.0f32; c];
+        vectorised(
+            #[inline(always)]
+            || {
+                for row in x.chunks_exact(c) {
+                    for i in 0..c {
+                        let d = row[i] - centre[i];
+                        about[i] = d.mul_add(d, about[i]);
+                        left[i] += d;
+                    }
+                }
+            },
+        );
+        for (group, (mean, square)) in means.iter_mut().zip(squares).enumerate() {
+            let of = |values: &[f32]| values[group * width..][..width].iter().map(|v| f64::from(*v)).sum::<f64>();
+            let (count, rest) = ((pixels * width) as f64, of(&left));
+            *mean += rest / count;
+            *square = of(&about) - rest * rest / count;
+        }
+    });
+    for group in 0..g {
+        let (mut seen, mut total, mut square) = (0.0f64, 0.0f64, 0.0f64);
+        for (index, moments) in moments.chunks_exact(2 * g).enumerate() {
+            let count = ((len.min(x.len() - index * len)) / c * width) as f64;
+            let step = moments[group] - total;
+            square += moments[g + group] + step * step * seen * count / (seen + count);
+            total += step * count / (seen + count);
+            seen += count;
+        }
+        mean[group] = total as f32;
+        rstd[group] = (1.0 / (square / seen + f64::from(eps)).sqrt()) as f32;
+    }
+}
+
+/// Backward pass: one pass for the sums of channels, one for the gradient of x.
+pub fn backward(a: Backward<'_, f32>) {
+    let Dims { b, h, w, c, g } = a.dims;
+    let (image, width, silu) = (h * w * c, c / g, a.params.silu);
+    let (mut d_gamma, mut d_beta) = (vec![0.0f64; c], vec![0.0f64; c]);
+    let mut dx = a.dx;
+    for index in 0..b {
+        let (x, dy) = (&a.x[index * image..][..image], &a.dy[index * image..][..image]);
+        let affine = Affine::new(a.gamma, a.beta, &a.mean[index * g..][..g], &a.rstd[index * g..][..g]);
+        let rstd: Vec<f32> = (0..c).map(|i| a.rstd[index * g + i / width]).collect();
+        let slope = Slope { affine: &affine, rstd: &rstd, silu };
+        let [sum_u, sum_un] = slope.sums(x, dy, c);
+        (0..c).for_each(|i| {
+            d_gamma[i] += sum_un[i];
+            d_beta[i] += sum_u[i];
+        });
+        let Some(dx) = dx.as_mut().map(|dx| &mut dx[index * image..][..image]) else { continue };
+        let own = if a.stats.is_some() { 0.0 } else { 1.0 / (h * w * width) as f64 };
+        let mean_of = |sums: &[f64]| -> Vec<f32> {
+            let group =
+                |first: usize| (first..first + width).map(|i| sums[i] * f64::from(a.gamma[i])).sum::<f64>() * own;
+            (0..c).map(|i| group(i / width * width) as f32).collect()
+        };
+        let (mean_v, mean_vn) = (mean_of(&sum_u), mean_of(&sum_un));
+        let len = block(c) * c;
+        dx.par_chunks_mut(len).zip(x.par_chunks(len).zip(dy.par_chunks(len))).for_each(|(dx, (x, dy))| {
+            let mut n = vec![0.0f32; c];
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (dx, (x, dy)) in dx.chunks_exact_mut(c).zip(x.chunks_exact(c).zip(dy.chunks_exact(c))) {
+                        slope.row(x, dy, &mut n, dx);
+                        for i in 0..c {
+                            let v = dx[i] * a.gamma[i];
+                            dx[i] = rstd[i] * (v - mean_v[i] - n[i] * mean_vn[i]);
+                        }
+                    }
+                },
+            );
+        });
+    }
+    a.dgamma.into_iter().flatten().zip(d_gamma).for_each(|(o, v)| *o = v as f32);
+    a.dbeta.into_iter().flatten().zip(d_beta).for_each(|(o, v)| *o = v as f32);
+}
+
+/// The gradient of z, from that of y.
+struct Slope<'a> {
+    affine: &'a Affine<'a>,
+    rstd: &'a [f32],
+    silu: bool,
+}
+
+impl Slope<'_> {
+    /// n = (x − mean)·rstd and u = dy·act'(z) of one pixel.
+    #[inline(always)]
+    fn row(&self, x: &[f32], dy: &[f32], n: &mut [f32], u: &mut [f32]) {
+        let c = u.len();
+        let (x, dy, n) = (&x[..c], &dy[..c], &mut n[..c]);
+        let (mean, rstd) = (&self.affine.mean[..c], &self.rstd[..c]);
+        let (scale, beta) = (&self.affine.scale[..c], &self.affine.beta[..c]);
+        for i in 0..c {
+            n[i] = (x[i] - mean[i]) * rstd[i];
+            u[i] = dy[i];
+        }
+        if self.silu {
+            for i in 0..c {
+                let z = (x[i] - mean[i]).mul_add(scale[i], beta[i]);
+                let s = sigmoid(z);
+                u[i] *= s * z.mul_add(1.0 - s, 1.0);
+            }
+        }
+    }
+
+    /// Σ u and Σ u·n of every channel of one image.
+    fn sums(&self, x: &[f32], dy: &[f32], c: usize) -> [Vec<f64>; 2] {
+        let len = block(c) * c;
+        let mut partial = vec![0.0f32; x.len().div_ceil(len) * 2 * c];
+        partial.par_chunks_mut(2 * c).zip(x.par_chunks(len).zip(dy.par_chunks(len))).for_each(|(sums, (x, dy))| {
+            let (sum_u, sum_un) = sums.split_at_mut(c);
+            let (mut n, mut u) = (vec![0.0f32; c], vec![0.0f32; c]);
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (x, dy) in x.chunks_exact(c).zip(dy.chunks_exact(c)) {
+                        self.row(x, dy, &mut n, &mut u);
+                        for i in 0..c {
+                            sum_u[i] += u[i];
+                            sum_un[i] = u[i].mul_add(n[i], sum_un[i]);
+                        }
+                    }
+                },
+            );
+        });
+        let mut total = [vec![0.0f64; c], vec![0.0f64; c]];
+        for sums in partial.chunks_exact(2 * c) {
+            for (total, sums) in total.iter_mut().zip(sums.chunks_exact(c)) {
+                total.iter_mut().zip(sums).for_each(|(t, s)| *t += f64::from(*s));
+            }
+        }
+        total
+    }
+}
