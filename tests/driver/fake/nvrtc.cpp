@@ -84,7 +84,8 @@ int nvrtcCompileProgram(Program* p, int count, const char* const* options) {
     std::string here = folder, source = here + "/source.cu", object = here + "/kernels.so", log = here + "/log";
     std::ofstream(source) << p->text;
     // The text asks for ../emu/language.h beside the folder of the source.
-    std::string command = variable("FAKE_CXX", "g++") + " -std=c++20 -O1 -fPIC -shared -pthread -w -march=x86-64-v3" +
+    std::string command = variable("FAKE_CXX", "g++") + " -std=c++20 -O1 -fPIC -shared -pthread -w -fno-gnu-unique " +
+                          variable("FAKE_FLAGS") +
                           flags + " -I" + variable("FAKE_KERNELS") + "/common -x c++ " + source + " -x none " +
                           variable("FAKE_RUNTIME") + " -Wl,-Bsymbolic -o " + object + " 2> " + log;
     int status = system(command.c_str());
