@@ -33,10 +33,7 @@ pub fn open_as(name: &str, element: DType) -> Result<Device> {
     match name {
         "cpu" => Ok(Device::cpu()),
         "oracle" => Ok(Device::oracle()),
-        "cuda" => {
-            cuda::probe()?;
-            Err(Error::failure("--backend cuda", "this build has no CUDA kernels yet").fix("use --backend cpu"))
-        }
+        "cuda" => cuda::open(element, 0),
         "emu" => emu::open(element, 0),
         other => {
             Err(Error::usage("--backend", "unknown backend").is(format!("{other:?}")).must("cpu, oracle, emu or cuda"))
