@@ -4,7 +4,7 @@
 //! `.cu` file; `<op>/launch.rs` chooses kernels and shapes, and puts them in a [`Queue`], which the engine's `emu` and
 //! `cuda` backends are. Nothing here touches memory: an address is a number until a backend runs the kernel.
 
-use half::{bf16, f16};
+use half::bf16;
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -15,8 +15,6 @@ pub enum ElementType {
     F32,
     /// bfloat16.
     Bf16,
-    /// IEEE half precision.
-    F16,
 }
 
 impl ElementType {
@@ -25,13 +23,12 @@ impl ElementType {
         match self {
             ElementType::F32 => "f32",
             ElementType::Bf16 => "bf16",
-            ElementType::F16 => "f16",
         }
     }
 
     /// The element called `name`.
     pub fn named(name: &str) -> Option<ElementType> {
-        [ElementType::F32, ElementType::Bf16, ElementType::F16].into_iter().find(|e| e.name() == name)
+        [ElementType::F32, ElementType::Bf16].into_iter().find(|e| e.name() == name)
     }
 
     /// The definition that makes `T` this type in a source.
@@ -39,7 +36,6 @@ impl ElementType {
         match self {
             ElementType::F32 => "-DELEMENT_F32",
             ElementType::Bf16 => "-DELEMENT_BF16",
-            ElementType::F16 => "-DELEMENT_F16",
         }
     }
 
@@ -66,9 +62,6 @@ impl Element for f32 {
 }
 impl Element for bf16 {
     const TYPE: ElementType = ElementType::Bf16;
-}
-impl Element for f16 {
-    const TYPE: ElementType = ElementType::F16;
 }
 
 /// Address of elements in device memory that a kernel reads.
