@@ -2829,6 +2829,38 @@ pub mod mamba2 {
         pub dskip: Option<&'a mut [T]>,
     }
 
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub residual: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub dxbc: Option<Out<T>>,
+        pub dp: Option<Out<T>>,
+        pub ddt_bias: Option<Out<T>>,
+        pub da_log: Option<Out<T>>,
+        pub dskip: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, h, e, k, .. } = dims;
@@ -2853,7 +2885,7 @@ pub mod mamba2 {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

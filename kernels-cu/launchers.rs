@@ -65,6 +65,15 @@ pub const KERNELS: &[&Kernel] = &[
     &loss_regression::LOSS_REGRESSION_PARTIAL,
     &loss_regression::LOSS_REGRESSION_FINISH,
     &loss_regression::LOSS_REGRESSION_BACKWARD,
+    &mamba2::MAMBA2_STEPS,
+    &mamba2::MAMBA2_STATES,
+    &mamba2::MAMBA2_SCAN,
+    &mamba2::MAMBA2_FORWARD,
+    &mamba2::MAMBA2_BACKWARD_STATES,
+    &mamba2::MAMBA2_BACKWARD_X,
+    &mamba2::MAMBA2_BACKWARD_STEPS,
+    &mamba2::MAMBA2_BACKWARD_HEADS,
+    &mamba2::MAMBA2_BACKWARD_BC,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q,
@@ -1887,6 +1896,325 @@ pub mod loss_regression {
                 Arg::F32(self.inverse),
             ];
             queue.launch(&Launch { kernel: &LOSS_REGRESSION_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `mamba2`.
+pub mod mamba2 {
+    use super::*;
+
+    pub const MAMBA2_STEPS: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_steps", arch: 80 };
+
+    /// Arguments of [`MAMBA2_STEPS`].
+    pub struct Mamba2Steps<T> {
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub dt: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2Steps<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.dt.address()),
+                int(queue, &MAMBA2_STEPS, "b", self.b)?,
+                int(queue, &MAMBA2_STEPS, "n", self.n)?,
+                int(queue, &MAMBA2_STEPS, "w", self.w)?,
+                int(queue, &MAMBA2_STEPS, "h", self.h)?,
+                int(queue, &MAMBA2_STEPS, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_STEPS, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_STEPS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_STATES: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_states", arch: 80 };
+
+    /// Arguments of [`MAMBA2_STATES`].
+    pub struct Mamba2States<T> {
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub states: Out<f32>,
+        pub decays: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2States<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.decays.address()),
+                int(queue, &MAMBA2_STATES, "n", self.n)?,
+                int(queue, &MAMBA2_STATES, "h", self.h)?,
+                int(queue, &MAMBA2_STATES, "e", self.e)?,
+                int(queue, &MAMBA2_STATES, "k", self.k)?,
+                int(queue, &MAMBA2_STATES, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_STATES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_SCAN: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_scan", arch: 80 };
+
+    /// Arguments of [`MAMBA2_SCAN`].
+    pub struct Mamba2Scan {
+        pub states: Out<f32>,
+        pub decays: In<f32>,
+        pub count: u64,
+        pub chunks: usize,
+        pub each: usize,
+        pub back: usize,
+    }
+
+    impl Mamba2Scan {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.states.address()),
+                Arg::Address(self.decays.address()),
+                Arg::U64(self.count),
+                int(queue, &MAMBA2_SCAN, "chunks", self.chunks)?,
+                int(queue, &MAMBA2_SCAN, "each", self.each)?,
+                int(queue, &MAMBA2_SCAN, "back", self.back)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_SCAN, element: element, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_FORWARD: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_forward", arch: 80 };
+
+    /// Arguments of [`MAMBA2_FORWARD`].
+    pub struct Mamba2Forward<T> {
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub residual: In<T>,
+        pub dt: In<f32>,
+        pub states: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &MAMBA2_FORWARD, "n", self.n)?,
+                int(queue, &MAMBA2_FORWARD, "h", self.h)?,
+                int(queue, &MAMBA2_FORWARD, "e", self.e)?,
+                int(queue, &MAMBA2_FORWARD, "k", self.k)?,
+                int(queue, &MAMBA2_FORWARD, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_STATES: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_states", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_STATES`].
+    pub struct Mamba2BackwardStates<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub dstates: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardStates<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.dstates.address()),
+                int(queue, &MAMBA2_BACKWARD_STATES, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_STATES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_X: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_x", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_X`].
+    pub struct Mamba2BackwardX<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub dt: In<f32>,
+        pub dstates: In<f32>,
+        pub dxbc: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardX<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dxbc.address()),
+                int(queue, &MAMBA2_BACKWARD_X, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_X, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_X, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_X, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_X, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_STEPS: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_steps", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_STEPS`].
+    pub struct Mamba2BackwardSteps<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub states: In<f32>,
+        pub dstates: In<f32>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardSteps<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &MAMBA2_BACKWARD_STEPS, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "w", self.w)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_STEPS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_HEADS: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_heads", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_HEADS`].
+    pub struct Mamba2BackwardHeads<T> {
+        pub partials: In<f32>,
+        pub ddt_bias: Out<T>,
+        pub da_log: Out<T>,
+        pub dskip: Out<T>,
+        pub h: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardHeads<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.ddt_bias.address()),
+                Arg::Address(self.da_log.address()),
+                Arg::Address(self.dskip.address()),
+                int(queue, &MAMBA2_BACKWARD_HEADS, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_HEADS, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_HEADS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_BC: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_bc", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_BC`].
+    pub struct Mamba2BackwardBc<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub states: In<f32>,
+        pub dstates: In<f32>,
+        pub dxbc: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardBc<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dxbc.address()),
+                int(queue, &MAMBA2_BACKWARD_BC, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_BC, element: T::TYPE, shape, args: &args })
         }
     }
 }

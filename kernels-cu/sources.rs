@@ -53,7 +53,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "cross_attention", "cross_entropy", "embed", "gate_residual", "gemm", "group_norm_silu", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "neighborhood_attention", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "window_attention"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "cross_attention", "cross_entropy", "embed", "gate_residual", "gemm", "group_norm_silu", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "window_attention"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -108,6 +108,10 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "loss_regression" => &[
             ("loss_regression.cu", include_str!("loss_regression/loss_regression.cu")),
+        ],
+        "mamba2" => &[
+            ("mamba2.cu", include_str!("mamba2/mamba2.cu")),
+            ("scan.cuh", include_str!("mamba2/scan.cuh")),
         ],
         "neighborhood_attention" => &[
             ("neighborhood_attention.cu", include_str!("neighborhood_attention/neighborhood_attention.cu")),

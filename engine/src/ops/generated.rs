@@ -3630,6 +3630,16 @@ pub fn mamba2(xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, a_log: &Tensor, skip: 
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::mamba2::GpuForward { dims, params, xbc: xbc.input()?, p: p.input()?, dt_bias: dt_bias.input()?, a_log: a_log.input()?, skip: skip.input()?, residual: match residual { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::mamba2::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::mamba2::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("mamba2", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::mamba2::cpu::forward(args),
@@ -3681,6 +3691,16 @@ pub fn mamba2_backward(dy: &Tensor, xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, 
     let mut grad_skip = if want_skip { Some(device.empty_of(&[h], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::mamba2::GpuBackward { dims, params, dy: dy.input()?, xbc: xbc.input()?, p: p.input()?, dt_bias: dt_bias.input()?, a_log: a_log.input()?, skip: skip.input()?, dxbc: match &mut grad_xbc { Some(t) => Some(t.output()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, ddt_bias: match &mut grad_dt_bias { Some(t) => Some(t.output()?), None => None }, da_log: match &mut grad_a_log { Some(t) => Some(t.output()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::mamba2::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::mamba2::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("mamba2", other)),
+        }
         return Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, dxbc: match &mut grad_xbc { Some(t) => Some(t.f32s_mut()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, ddt_bias: match &mut grad_dt_bias { Some(t) => Some(t.f32s_mut()?), None => None }, da_log: match &mut grad_a_log { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
