@@ -97,15 +97,26 @@ impl Cache {
     }
 }
 
+/// A folder of the user's cache for things that are files of their own.
+///
+/// # Errors
+/// When the environment names no place for a cache.
+pub fn folder(kind: &str) -> Result<PathBuf> {
+    Ok(user_cache(kind)?.folder)
+}
+
+fn user_cache(kind: &str) -> Result<Cache> {
+    Cache::of_user(kind)
+        .ok_or_else(|| Error::failure("cache", "no folder for it").fix(format!("set {VARIABLE} to a folder")))
+}
+
 /// Texts as files in a folder of the user's cache, for compilers that read files; `files` are paths below that folder.
 /// The same texts are written once.
 ///
 /// # Errors
 /// When the environment names no place for a cache, or it cannot be written to.
 pub fn tree(kind: &str, files: &[(String, &str)]) -> Result<PathBuf> {
-    let Some(cache) = Cache::of_user(kind) else {
-        return Err(Error::failure("cache", "no folder for it").fix(format!("set {VARIABLE} to a folder")));
-    };
+    let cache = user_cache(kind)?;
     let parts: Vec<&str> = files.iter().flat_map(|(path, text)| [path.as_str(), *text]).collect();
     let folder = cache.folder.join(Cache::key(&parts));
     if folder.is_dir() {

@@ -20,6 +20,7 @@ use graft_kernels::sources;
 use library::Library;
 use memory::Memory;
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What the emulator pretends to be: few multiprocessors, so that small cases already have more blocks than those.
@@ -51,20 +52,32 @@ fn fits(launch: &Launch<'_>, device: &Properties) -> Result<()> {
 /// Bytes that the emulator puts behind each region of shared memory (`ptx::kRedZone`).
 const RED_ZONE: usize = 128;
 
+/// Names a folder with a `kernels-cu` whose sources are taken instead of those in the program: a kernel can be changed
+/// and run without building anything else.
+pub const SOURCES: &str = "GRAFT_KERNELS";
+
 /// The host compiler with the sources of the kernels.
 ///
 /// # Errors
 /// Why this machine cannot build the emulator.
 pub fn toolchain() -> Result<Toolchain> {
+    let builds = cache::folder("emulator")?;
+    let root = match std::env::var_os(SOURCES).filter(|v| !v.is_empty()) {
+        Some(folder) => PathBuf::from(folder),
+        None => cache::tree("kernel-sources", &embedded())?,
+    };
+    Toolchain::find(&root, &builds)
+        .map_err(|why| Error::failure("--backend emu", why).fix("install g++ 12 or newer, or use --backend cpu"))
+}
+
+/// Every file that the emulator and the kernels need, as a path and its text.
+fn embedded() -> Vec<(String, &'static str)> {
     let of = |folder: &str, list: &'static [sources::File]| -> Vec<(String, &'static str)> {
         list.iter().map(|(file, text)| (format!("kernels-cu/{folder}/{file}"), *text)).collect()
     };
     let mut files = [of("common", sources::COMMON), of("emu", sources::EMULATOR)].concat();
     files.extend(sources::OPERATORS.iter().flat_map(|op| of(op, sources::operator(op))));
-    let root = cache::tree("kernel-sources", &files)?;
-    let builds = root.parent().unwrap_or(&root).with_file_name("emulator");
-    Toolchain::find(&root, &builds)
-        .map_err(|why| Error::failure("--backend emu", why).fix("install g++ 12 or newer, or use --backend cpu"))
+    files
 }
 
 /// The sources of an operator, relative to the folder that holds `kernels-cu`.
