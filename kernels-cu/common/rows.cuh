@@ -1,6 +1,7 @@
 // What kernels over rows and columns share: rows kept in registers as they lie in memory, accesses of several elements
-// or of one by the same text, sums of partial results, the sigmoid.
+// or of one by the same text, sums of partial results.
 #pragma once
+#include "activation.cuh"
 #include "vector.cuh"
 
 namespace ptx {
@@ -76,7 +77,5 @@ PTX_FN float sum_partials(const float* first, int count, size_t stride, bool ins
     for (int g = 0; g < kSumGroups; g++) sum += shared[32 * g + threadIdx.x % 32];
     return sum;
 }
-
-PTX_FN float sigmoid(float z) { return rcp_approx(1.0f + ex2(-1.4426950408889634f * z)); }
 
 }  // namespace ptx
