@@ -17,6 +17,7 @@ pub const COMMON: &[File] = &[
     ("memory.cuh", include_str!("common/memory.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),
+    ("rows.cuh", include_str!("common/rows.cuh")),
     ("softmax_attention.cuh", include_str!("common/softmax_attention.cuh")),
     ("tile.cuh", include_str!("common/tile.cuh")),
     ("tma.cuh", include_str!("common/tma.cuh")),
@@ -52,7 +53,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "cross_entropy", "embed", "gemm", "ln_modulate", "loss_diffusion", "loss_regression", "patchify", "philox", "probes", "sinusoid", "solver_step", "sum_squares", "unpatchify"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "cross_attention", "cross_entropy", "embed", "gate_residual", "gemm", "group_norm_silu", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "neighborhood_attention", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "window_attention"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -72,23 +73,44 @@ pub fn operator(op: &str) -> &'static [File] {
         "branch_deltas" => &[
             ("branch_deltas.cu", include_str!("branch_deltas/branch_deltas.cu")),
         ],
+        "conv2d" => &[
+            ("conv2d.cu", include_str!("conv2d/conv2d.cu")),
+        ],
+        "cross_attention" => &[
+            ("cross_attention.cu", include_str!("cross_attention/cross_attention.cu")),
+        ],
         "cross_entropy" => &[
             ("cross_entropy.cu", include_str!("cross_entropy/cross_entropy.cu")),
         ],
         "embed" => &[
             ("embed.cu", include_str!("embed/embed.cu")),
         ],
+        "gate_residual" => &[
+            ("gate_residual.cu", include_str!("gate_residual/gate_residual.cu")),
+        ],
         "gemm" => &[
             ("gemm.cu", include_str!("gemm/gemm.cu")),
         ],
+        "group_norm_silu" => &[
+            ("group_norm_silu.cu", include_str!("group_norm_silu/group_norm_silu.cu")),
+        ],
+        "linear_attention" => &[
+            ("linear_attention.cu", include_str!("linear_attention/linear_attention.cu")),
+        ],
         "ln_modulate" => &[
             ("ln_modulate.cu", include_str!("ln_modulate/ln_modulate.cu")),
+        ],
+        "long_conv" => &[
+            ("long_conv.cu", include_str!("long_conv/long_conv.cu")),
         ],
         "loss_diffusion" => &[
             ("loss_diffusion.cu", include_str!("loss_diffusion/loss_diffusion.cu")),
         ],
         "loss_regression" => &[
             ("loss_regression.cu", include_str!("loss_regression/loss_regression.cu")),
+        ],
+        "neighborhood_attention" => &[
+            ("neighborhood_attention.cu", include_str!("neighborhood_attention/neighborhood_attention.cu")),
         ],
         "patchify" => &[
             ("patchify.cu", include_str!("patchify/patchify.cu")),
@@ -101,6 +123,9 @@ pub fn operator(op: &str) -> &'static [File] {
             ("probes_sm90.cu", include_str!("probes/probes_sm90.cu")),
             ("wgmma_sm90.cu", include_str!("probes/wgmma_sm90.cu")),
         ],
+        "rms_norm" => &[
+            ("rms_norm.cu", include_str!("rms_norm/rms_norm.cu")),
+        ],
         "sinusoid" => &[
             ("sinusoid.cu", include_str!("sinusoid/sinusoid.cu")),
         ],
@@ -112,6 +137,9 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "unpatchify" => &[
             ("unpatchify.cu", include_str!("unpatchify/unpatchify.cu")),
+        ],
+        "window_attention" => &[
+            ("window_attention.cu", include_str!("window_attention/window_attention.cu")),
         ],
         _ => &[],
     }

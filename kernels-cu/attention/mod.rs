@@ -1,6 +1,7 @@
 //! Softmax self-attention on the packed q, k, v projection: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 pub(crate) mod dense;
 pub(crate) mod layout;
 pub(crate) mod local;

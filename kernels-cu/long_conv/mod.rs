@@ -1,6 +1,7 @@
 //! The long Hyena operator between its projections: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 mod direct;
 mod plan;
 mod spectrum;

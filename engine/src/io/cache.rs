@@ -97,6 +97,45 @@ impl Cache {
     }
 }
 
+/// A folder of the user's cache for things that are files of their own.
+///
+/// # Errors
+/// When the environment names no place for a cache.
+pub fn folder(kind: &str) -> Result<PathBuf> {
+    Ok(user_cache(kind)?.folder)
+}
+
+fn user_cache(kind: &str) -> Result<Cache> {
+    Cache::of_user(kind)
+        .ok_or_else(|| Error::failure("cache", "no folder for it").fix(format!("set {VARIABLE} to a folder")))
+}
+
+/// Texts as files in a folder of the user's cache, for compilers that read files; `files` are paths below that folder.
+/// The same texts are written once.
+///
+/// # Errors
+/// When the environment names no place for a cache, or it cannot be written to.
+pub fn tree(kind: &str, files: &[(String, &str)]) -> Result<PathBuf> {
+    let cache = user_cache(kind)?;
+    let parts: Vec<&str> = files.iter().flat_map(|(path, text)| [path.as_str(), *text]).collect();
+    let folder = cache.folder.join(Cache::key(&parts));
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    std::fs::create_dir_all(&cache.folder).map_err(|e| Error::io(&cache.folder, "create the folder", &e))?;
+    let written = atomic::write_folder(&folder, |unfinished| {
+        for (path, text) in files {
+            let path = unfinished.join(path);
+            let parent = path.parent().unwrap_or(unfinished);
+            std::fs::create_dir_all(parent).map_err(|e| Error::io(parent, "create the folder", &e))?;
+            std::fs::write(&path, text).map_err(|e| Error::io(&path, "write", &e))?;
+        }
+        Ok(())
+    });
+    // Another process may have been faster with the same texts.
+    if folder.is_dir() { Ok(folder) } else { written.map(|()| folder) }
+}
+
 /// The content of an entry whose digest holds.
 fn content(bytes: &[u8]) -> Option<&[u8]> {
     let end = bytes.iter().position(|b| *b == b'\n')?;

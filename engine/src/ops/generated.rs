@@ -97,6 +97,15 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
     if device.is_dry() {
         return Ok(());
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::adamw::GpuForward { dims, params, grad: grad.input()?, param: param.output()?, m: m.output()?, v: v.output()?, ema: match ema { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::adamw::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("adamw", other)),
+        }
+        return Ok(());
+    }
     let args = Forward { dims, params, grad: grad.f32s()?, param: param.f32s_mut()?, m: m.f32s_mut()?, v: v.f32s_mut()?, ema: match ema { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::adamw::cpu::forward(args),
@@ -164,6 +173,15 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
     if device.is_dry() {
         return Ok(x_t);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::add_noise::GpuForward { dims, params, x0: x0.input()?, noise: noise.input()?, coefs: coefs.input()?, x_t: x_t.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::add_noise::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("add_noise", other)),
+        }
+        return Ok(x_t);
+    }
     let args = Forward { dims, params, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, x_t: x_t.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::add_noise::cpu::forward(args),
@@ -196,7 +214,7 @@ fn add_noise_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct AttentionOut {
     /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
 }
 
@@ -208,7 +226,7 @@ pub struct AttentionOut {
 /// ```
 /// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
 /// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
-/// - returns `lse` `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -224,9 +242,19 @@ pub fn attention(qkv: &Tensor, params: kernels::generated::attention::Params) ->
     let element = check.element(&device, kernels::generated::attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
     let mut y = device.empty_of(&[b, n, h, e], element)?;
-    let mut lse = device.empty_of(&[b, h, n], element)?;
+    let mut lse = device.empty(&[b, h, n])?;
 
     if device.is_dry() {
+        return Ok(AttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("attention", other)),
+        }
         return Ok(AttentionOut { y, lse });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -256,7 +284,7 @@ pub fn attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, w
     check.float("dy", dy)?;
     check.float("qkv", qkv)?;
     check.float("y", y)?;
-    check.float("lse", lse)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
     let device = dy.device().clone();
     check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
@@ -265,6 +293,16 @@ pub fn attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, w
     let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, lse: lse.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -428,6 +466,16 @@ pub fn branch_deltas(x: &Tensor, first: &Tensor, second: &Tensor, params: kernel
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::branch_deltas::GpuForward { dims, params, x: x.input()?, first: first.input()?, second: second.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::branch_deltas::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::branch_deltas::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("branch_deltas", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, x: x.f32s()?, first: first.f32s()?, second: second.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::branch_deltas::cpu::forward(args),
@@ -457,6 +505,16 @@ pub fn branch_deltas_backward(dy: &Tensor, want_x: bool, want_first: bool, want_
     let mut grad_second = if want_second { Some(device.empty_of(&[b, n, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(BranchDeltasGrads { x: grad_x, first: grad_first, second: grad_second });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::branch_deltas::GpuBackward { dims, params, dy: dy.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dfirst: match &mut grad_first { Some(t) => Some(t.output()?), None => None }, dsecond: match &mut grad_second { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::branch_deltas::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::branch_deltas::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("branch_deltas", other)),
+        }
         return Ok(BranchDeltasGrads { x: grad_x, first: grad_first, second: grad_second });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dfirst: match &mut grad_first { Some(t) => Some(t.f32s_mut()?), None => None }, dsecond: match &mut grad_second { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -554,6 +612,16 @@ pub fn conv2d(x: &Tensor, filters: &Tensor, bias: Option<&Tensor>, oh: usize, ow
     let mut y = device.empty_of(&[b, oh, ow, f], element)?;
 
     if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::conv2d::GpuForward { dims, params, x: x.input()?, filters: filters.input()?, bias: match bias { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::conv2d::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::conv2d::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("conv2d", other)),
+        }
         return Ok(y);
     }
     let args = Forward { dims, params, x: x.f32s()?, filters: filters.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
@@ -736,7 +804,7 @@ fn conv_silu_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct CrossAttentionOut {
     /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
 }
 
@@ -759,7 +827,7 @@ pub struct CrossAttentionGrads {
 /// - `kv` `[B, M, 2, H, E]` float: Keys and values side by side; those that do not count are never read and their gradient is zero.
 /// - `counts` `[B]` i32, optional: Keys that count in each sample, from the first on; 0 to M.
 /// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
-/// - returns `lse` `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -785,9 +853,19 @@ pub fn cross_attention(q: &Tensor, kv: &Tensor, counts: Option<&Tensor>, params:
     let element = check.element(&device, kernels::generated::cross_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
     let mut y = device.empty_of(&[b, n, h, e], element)?;
-    let mut lse = device.empty_of(&[b, h, n], element)?;
+    let mut lse = device.empty(&[b, h, n])?;
 
     if device.is_dry() {
+        return Ok(CrossAttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_attention::GpuForward { dims, params, q: q.input()?, kv: kv.input()?, counts: match counts { Some(t) => Some(t.input()?), None => None }, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::cross_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_attention", other)),
+        }
         return Ok(CrossAttentionOut { y, lse });
     }
     let args = Forward { dims, params, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -823,7 +901,7 @@ pub fn cross_attention_backward(dy: &Tensor, q: &Tensor, kv: &Tensor, counts: Op
     check.float("kv", kv)?;
     if let Some(t) = counts { check.i32("counts", t)?; }
     check.float("y", y)?;
-    check.float("lse", lse)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, m: check.dim("M")?, r: check.dim("R")?, h: check.dim("H")?, e: check.dim("E")? };
     {
         let Dims { m, .. } = dims;
@@ -837,6 +915,16 @@ pub fn cross_attention_backward(dy: &Tensor, q: &Tensor, kv: &Tensor, counts: Op
     let mut grad_kv = if want_kv { Some(device.empty_of(&[b, m, 2, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(CrossAttentionGrads { q: grad_q, kv: grad_kv });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_attention::GpuBackward { dims, params, dy: dy.input()?, q: q.input()?, kv: kv.input()?, counts: match counts { Some(t) => Some(t.input()?), None => None }, y: y.input()?, lse: lse.input()?, dq: match &mut grad_q { Some(t) => Some(t.output()?), None => None }, dkv: match &mut grad_kv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::cross_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_attention", other)),
+        }
         return Ok(CrossAttentionGrads { q: grad_q, kv: grad_kv });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dq: match &mut grad_q { Some(t) => Some(t.f32s_mut()?), None => None }, dkv: match &mut grad_kv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -946,6 +1034,15 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, params: kernels::generate
     if device.is_dry() {
         return Ok(CrossEntropyOut { loss, lse });
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_entropy::GpuForward { dims, params, logits: logits.input()?, labels: labels.input()?, loss: loss.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_entropy::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_entropy", other)),
+        }
+        return Ok(CrossEntropyOut { loss, lse });
+    }
     let args = Forward { dims, params, logits: logits.f32s()?, labels: labels.i32s()?, loss: loss.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_entropy::cpu::forward(args),
@@ -988,6 +1085,15 @@ pub fn cross_entropy_backward(dloss: &Tensor, logits: &Tensor, labels: &Tensor, 
     let mut grad_logits = if want_logits { Some(device.empty_of(&[b, k], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_logits);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_entropy::GpuBackward { dims, params, dloss: dloss.input()?, logits: logits.input()?, labels: labels.input()?, lse: lse.input()?, dlogits: match &mut grad_logits { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_entropy::launch::backward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_entropy", other)),
+        }
         return Ok(grad_logits);
     }
     let args = Backward { dims, params, dloss: dloss.f32s()?, logits: logits.f32s()?, labels: labels.i32s()?, lse: lse.f32s()?, dlogits: match &mut grad_logits { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1104,6 +1210,16 @@ pub fn embed(table: &Tensor, index: &Tensor, addend: Option<&Tensor>, params: ke
     if device.is_dry() {
         return Ok(EmbedOut { y, pre });
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::embed::GpuForward { dims, params, table: table.input()?, index: index.input()?, addend: match addend { Some(t) => Some(t.input()?), None => None }, y: y.output()?, pre: pre.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::embed::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::embed::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("embed", other)),
+        }
+        return Ok(EmbedOut { y, pre });
+    }
     let args = Forward { dims, params, table: table.f32s()?, index: index.i32s()?, addend: match addend { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: pre.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::embed::cpu::forward(args),
@@ -1145,6 +1261,16 @@ pub fn embed_backward(dy: &Tensor, index: &Tensor, pre: &Tensor, v: usize, want_
     let mut grad_addend = if want_addend { Some(device.empty_of(&[b, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(EmbedGrads { table: grad_table, addend: grad_addend });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::embed::GpuBackward { dims, params, dy: dy.input()?, index: index.input()?, pre: pre.input()?, dtable: match &mut grad_table { Some(t) => Some(t.output()?), None => None }, daddend: match &mut grad_addend { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::embed::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::embed::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("embed", other)),
+        }
         return Ok(EmbedGrads { table: grad_table, addend: grad_addend });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, index: index.i32s()?, pre: pre.f32s()?, dtable: match &mut grad_table { Some(t) => Some(t.f32s_mut()?), None => None }, daddend: match &mut grad_addend { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2046,6 +2172,16 @@ pub fn gemm(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, pos: Option<&Tensor>,
     if device.is_dry() {
         return Ok(GemmOut { y, pre });
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gemm::GpuForward { dims, params, x: x.input()?, w: w.input()?, bias: match bias { Some(t) => Some(t.input()?), None => None }, pos: match pos { Some(t) => Some(t.input()?), None => None }, gate: match gate { Some(t) => Some(t.input()?), None => None }, residual: match residual { Some(t) => Some(t.input()?), None => None }, y: y.output()?, pre: match &mut pre { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gemm::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gemm::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gemm", other)),
+        }
+        return Ok(GemmOut { y, pre });
+    }
     let args = Forward { dims, params, x: x.f32s()?, w: w.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, pos: match pos { Some(t) => Some(t.f32s()?), None => None }, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: match &mut pre { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gemm::cpu::forward(args),
@@ -2095,6 +2231,16 @@ pub fn gemm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, gate: Option<&Tensor>,
     let mut grad_gate = if want_gate { Some(device.empty_of(&[b, c, f], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gemm::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, w: w.input()?, gate: match gate { Some(t) => Some(t.input()?), None => None }, pre: match pre { Some(t) => Some(t.input()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.output()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.output()?), None => None }, dpos: match &mut grad_pos { Some(t) => Some(t.output()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gemm::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gemm::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gemm", other)),
+        }
         return Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, w: w.weight()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, pre: match pre { Some(t) => Some(t.f32s()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dpos: match &mut grad_pos { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2555,11 +2701,11 @@ fn kv_compress_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct LinearAttentionOut {
     /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, N]` float: What the weights of each query are divided by.
+    /// `[B, H, N]` f32: What the weights of each query are divided by.
     pub norm: Tensor,
-    /// `[B, H, E, E]` float: Sum over the tokens of the outer products of key features and values.
+    /// `[B, H, E, E]` f32: Sum over the tokens of the outer products of key features and values.
     pub state: Tensor,
-    /// `[B, H, E]` float: Sum over the tokens of the key features.
+    /// `[B, H, E]` f32: Sum over the tokens of the key features.
     pub total: Tensor,
 }
 
@@ -2573,9 +2719,9 @@ pub struct LinearAttentionOut {
 /// ```
 /// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
 /// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
-/// - returns `norm` `[B, H, N]` float: What the weights of each query are divided by.
-/// - returns `state` `[B, H, E, E]` float: Sum over the tokens of the outer products of key features and values.
-/// - returns `total` `[B, H, E]` float: Sum over the tokens of the key features.
+/// - returns `norm` `[B, H, N]` f32: What the weights of each query are divided by.
+/// - returns `state` `[B, H, E, E]` f32: Sum over the tokens of the outer products of key features and values.
+/// - returns `total` `[B, H, E]` f32: Sum over the tokens of the key features.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -2594,11 +2740,21 @@ pub fn linear_attention(qkv: &Tensor, params: kernels::generated::linear_attenti
     let element = check.element(&device, kernels::generated::linear_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
     let mut y = device.empty_of(&[b, n, h, e], element)?;
-    let mut norm = device.empty_of(&[b, h, n], element)?;
-    let mut state = device.empty_of(&[b, h, e, e], element)?;
-    let mut total = device.empty_of(&[b, h, e], element)?;
+    let mut norm = device.empty(&[b, h, n])?;
+    let mut state = device.empty(&[b, h, e, e])?;
+    let mut total = device.empty(&[b, h, e])?;
 
     if device.is_dry() {
+        return Ok(LinearAttentionOut { y, norm, state, total });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::linear_attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, norm: norm.output()?, state: state.output()?, total: total.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::linear_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::linear_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("linear_attention", other)),
+        }
         return Ok(LinearAttentionOut { y, norm, state, total });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, norm: norm.f32s_mut()?, state: state.f32s_mut()?, total: total.f32s_mut()? };
@@ -2632,9 +2788,9 @@ pub fn linear_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, norm: &T
     check.float("dy", dy)?;
     check.float("qkv", qkv)?;
     check.float("y", y)?;
-    check.float("norm", norm)?;
-    check.float("state", state)?;
-    check.float("total", total)?;
+    check.f32("norm", norm)?;
+    check.f32("state", state)?;
+    check.f32("total", total)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
     
     require("linear_attention", params.map <= 1, "map <= 1", "0 (elu + 1) or 1 (relu)", || format!("{dims:?}, {params:?}"))?;
@@ -2646,6 +2802,16 @@ pub fn linear_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, norm: &T
     let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::linear_attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, norm: norm.input()?, state: state.input()?, total: total.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::linear_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::linear_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("linear_attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, norm: norm.f32s()?, state: state.f32s()?, total: total.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2928,6 +3094,16 @@ pub fn long_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::long_conv::GpuForward { dims, params, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, filter: filter.input()?, skip: skip.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::long_conv::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::long_conv::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("long_conv", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, filter: filter.f32s()?, skip: skip.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::long_conv::cpu::forward(args),
@@ -2980,6 +3156,16 @@ pub fn long_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor>
     let mut grad_skip = if want_skip { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(LongConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, filter: grad_filter, skip: grad_skip });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::long_conv::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, filter: filter.input()?, skip: skip.input()?, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.output()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.output()?), None => None }, dfilter: match &mut grad_filter { Some(t) => Some(t.output()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::long_conv::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::long_conv::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("long_conv", other)),
+        }
         return Ok(LongConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, filter: grad_filter, skip: grad_skip });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, filter: filter.f32s()?, skip: skip.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dfilter: match &mut grad_filter { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3111,6 +3297,15 @@ pub fn loss_diffusion(model_output: &Tensor, x0: &Tensor, noise: &Tensor, coefs:
     if device.is_dry() {
         return Ok(LossDiffusionOut { loss, mse, vb });
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_diffusion::GpuForward { dims, params, model_output: model_output.input()?, x0: x0.input()?, noise: noise.input()?, coefs: coefs.input()?, loss: loss.output()?, mse: mse.output()?, vb: vb.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_diffusion::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_diffusion", other)),
+        }
+        return Ok(LossDiffusionOut { loss, mse, vb });
+    }
     let args = Forward { dims, params, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, loss: loss.f32s_mut()?, mse: mse.f32s_mut()?, vb: vb.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::forward(args),
@@ -3152,6 +3347,15 @@ pub fn loss_diffusion_backward(dloss: &Tensor, model_output: &Tensor, x0: &Tenso
     let mut grad_model_output = if want_model_output { Some(device.empty_of(&[b, 2*c, s], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_model_output);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_diffusion::GpuBackward { dims, params, dloss: dloss.input()?, model_output: model_output.input()?, x0: x0.input()?, noise: noise.input()?, coefs: coefs.input()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_diffusion::launch::backward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_diffusion", other)),
+        }
         return Ok(grad_model_output);
     }
     let args = Backward { dims, params, dloss: dloss.f32s()?, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3249,6 +3453,15 @@ pub fn loss_regression(pred: &Tensor, target: &Tensor, params: kernels::generate
     if device.is_dry() {
         return Ok(loss);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_regression::GpuForward { dims, params, pred: pred.input()?, target: target.input()?, loss: loss.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_regression::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_regression", other)),
+        }
+        return Ok(loss);
+    }
     let args = Forward { dims, params, pred: pred.f32s()?, target: target.f32s()?, loss: loss.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_regression::cpu::forward(args),
@@ -3286,6 +3499,15 @@ pub fn loss_regression_backward(dloss: &Tensor, pred: &Tensor, target: &Tensor, 
     let mut grad_pred = if want_pred { Some(device.empty_of(&[b, n, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_pred);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_regression::GpuBackward { dims, params, dloss: dloss.input()?, pred: pred.input()?, target: target.input()?, dpred: match &mut grad_pred { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_regression::launch::backward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_regression", other)),
+        }
         return Ok(grad_pred);
     }
     let args = Backward { dims, params, dloss: dloss.f32s()?, pred: pred.f32s()?, target: target.f32s()?, dpred: match &mut grad_pred { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3534,7 +3756,7 @@ fn mamba2_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct NeighborhoodAttentionOut {
     /// `[B, Gh, Gw, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, Gh, Gw]` float: Log of the sum of the exponentials of the scaled scores of each query.
+    /// `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
 }
 
@@ -3548,7 +3770,7 @@ pub struct NeighborhoodAttentionOut {
 /// ```
 /// - `qkv` `[B, Gh, Gw, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them; tokens row by row.
 /// - returns `y` `[B, Gh, Gw, H, E]` float: Attention output, heads side by side.
-/// - returns `lse` `[B, H, Gh, Gw]` float: Log of the sum of the exponentials of the scaled scores of each query.
+/// - returns `lse` `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -3567,9 +3789,19 @@ pub fn neighborhood_attention(qkv: &Tensor, k: usize, params: kernels::generated
     let element = check.element(&device, kernels::generated::neighborhood_attention::INFO.elements)?;
     let Dims { b, gh, gw, h, e, .. } = dims;
     let mut y = device.empty_of(&[b, gh, gw, h, e], element)?;
-    let mut lse = device.empty_of(&[b, h, gh, gw], element)?;
+    let mut lse = device.empty(&[b, h, gh, gw])?;
 
     if device.is_dry() {
+        return Ok(NeighborhoodAttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::neighborhood_attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::neighborhood_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::neighborhood_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("neighborhood_attention", other)),
+        }
         return Ok(NeighborhoodAttentionOut { y, lse });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -3600,7 +3832,7 @@ pub fn neighborhood_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, ls
     check.float("dy", dy)?;
     check.float("qkv", qkv)?;
     check.float("y", y)?;
-    check.float("lse", lse)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
     let Dims { gh, gw, k, .. } = dims;
     require("neighborhood_attention", k % 2 == 1 && k <= gh && k <= gw, "K % 2 == 1 && K <= Gh && K <= Gw", "an odd kernel, no wider than the grid", || format!("{dims:?}, {params:?}"))?;
@@ -3611,6 +3843,16 @@ pub fn neighborhood_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, ls
     let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, gh, gw, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::neighborhood_attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, lse: lse.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::neighborhood_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::neighborhood_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("neighborhood_attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3699,6 +3941,16 @@ pub fn patchify(x: &Tensor, p: usize, gh: usize, gw: usize, params: kernels::gen
     if device.is_dry() {
         return Ok(tokens);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::patchify::GpuForward { dims, params, x: x.input()?, tokens: tokens.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::patchify::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::patchify::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("patchify", other)),
+        }
+        return Ok(tokens);
+    }
     let args = Forward { dims, params, x: x.f32s()?, tokens: tokens.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::patchify::cpu::forward(args),
@@ -3732,6 +3984,16 @@ pub fn patchify_backward(dtokens: &Tensor, p: usize, gh: usize, gw: usize, c: us
     let mut grad_x = if want_x { Some(device.empty_of(&[b, c, gh*p, gw*p], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_x);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::patchify::GpuBackward { dims, params, dtokens: dtokens.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::patchify::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::patchify::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("patchify", other)),
+        }
         return Ok(grad_x);
     }
     let args = Backward { dims, params, dtokens: dtokens.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3808,6 +4070,15 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
     let mut z = device.empty_of(&[l], element)?;
 
     if device.is_dry() {
+        return Ok(z);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::philox::GpuForward { dims, params, z: z.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::philox::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("philox", other)),
+        }
         return Ok(z);
     }
     let args = Forward { dims, params, z: z.f32s_mut()? };
@@ -4032,6 +4303,15 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::sinusoid::GpuForward { dims, params, t: t.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::sinusoid::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("sinusoid", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, t: t.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::sinusoid::cpu::forward(args),
@@ -4118,6 +4398,15 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
     if device.is_dry() {
         return Ok(SolverStepOut { x_next, x0 });
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::solver_step::GpuForward { dims, params, x: x.input()?, cond: cond.input()?, uncond: match uncond { Some(t) => Some(t.input()?), None => None }, noise: match noise { Some(t) => Some(t.input()?), None => None }, x0_prev: match x0_prev { Some(t) => Some(t.input()?), None => None }, x_next: x_next.output()?, x0: x0.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::solver_step::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("solver_step", other)),
+        }
+        return Ok(SolverStepOut { x_next, x0 });
+    }
     let args = Forward { dims, params, x: x.f32s()?, cond: cond.f32s()?, uncond: match uncond { Some(t) => Some(t.f32s()?), None => None }, noise: match noise { Some(t) => Some(t.f32s()?), None => None }, x0_prev: match x0_prev { Some(t) => Some(t.f32s()?), None => None }, x_next: x_next.f32s_mut()?, x0: x0.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::solver_step::cpu::forward(args),
@@ -4173,6 +4462,15 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
     let mut out = device.empty_of(&[1], element)?;
 
     if device.is_dry() {
+        return Ok(out);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::sum_squares::GpuForward { dims, params, x: x.input()?, out: out.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::sum_squares::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("sum_squares", other)),
+        }
         return Ok(out);
     }
     let args = Forward { dims, params, x: x.f32s()?, out: out.f32s_mut()? };
@@ -4234,6 +4532,16 @@ pub fn unpatchify(tokens: &Tensor, c: usize, p: usize, gh: usize, gw: usize, par
     if device.is_dry() {
         return Ok(x);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::unpatchify::GpuForward { dims, params, tokens: tokens.input()?, x: x.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::unpatchify::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::unpatchify::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("unpatchify", other)),
+        }
+        return Ok(x);
+    }
     let args = Forward { dims, params, tokens: tokens.f32s()?, x: x.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::unpatchify::cpu::forward(args),
@@ -4267,6 +4575,16 @@ pub fn unpatchify_backward(dx: &Tensor, c: usize, p: usize, gh: usize, gw: usize
     let mut grad_tokens = if want_tokens { Some(device.empty_of(&[b, gh*gw, p*p*c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_tokens);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::unpatchify::GpuBackward { dims, params, dx: dx.input()?, dtokens: match &mut grad_tokens { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::unpatchify::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::unpatchify::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("unpatchify", other)),
+        }
         return Ok(grad_tokens);
     }
     let args = Backward { dims, params, dx: dx.f32s()?, dtokens: match &mut grad_tokens { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -4433,7 +4751,7 @@ fn upsample_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct WindowAttentionOut {
     /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
 }
 
@@ -4446,7 +4764,7 @@ pub struct WindowAttentionOut {
 /// ```
 /// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
 /// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
-/// - returns `lse` `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4463,9 +4781,19 @@ pub fn window_attention(qkv: &Tensor, w: usize, params: kernels::generated::wind
     let element = check.element(&device, kernels::generated::window_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
     let mut y = device.empty_of(&[b, n, h, e], element)?;
-    let mut lse = device.empty_of(&[b, h, n], element)?;
+    let mut lse = device.empty(&[b, h, n])?;
 
     if device.is_dry() {
+        return Ok(WindowAttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::window_attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::window_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::window_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("window_attention", other)),
+        }
         return Ok(WindowAttentionOut { y, lse });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -4496,7 +4824,7 @@ pub fn window_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Te
     check.float("dy", dy)?;
     check.float("qkv", qkv)?;
     check.float("y", y)?;
-    check.float("lse", lse)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")?, w: check.dim("W")? };
     let device = dy.device().clone();
     check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
@@ -4505,6 +4833,16 @@ pub fn window_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Te
     let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::window_attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, lse: lse.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::window_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::window_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("window_attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
