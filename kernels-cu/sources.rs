@@ -13,10 +13,12 @@ pub const COMMON: &[File] = &[
     ("base.cuh", include_str!("common/base.cuh")),
     ("cluster.cuh", include_str!("common/cluster.cuh")),
     ("elementwise.cuh", include_str!("common/elementwise.cuh")),
+    ("gated_window.cuh", include_str!("common/gated_window.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),
+    ("rows.cuh", include_str!("common/rows.cuh")),
     ("softmax_attention.cuh", include_str!("common/softmax_attention.cuh")),
     ("tile.cuh", include_str!("common/tile.cuh")),
     ("tma.cuh", include_str!("common/tma.cuh")),
@@ -52,7 +54,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "cross_entropy", "embed", "gemm", "ln_modulate", "loss_diffusion", "loss_regression", "patchify", "philox", "probes", "sinusoid", "solver_step", "sum_squares", "unpatchify"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "cross_entropy", "embed", "gate_residual", "gated_conv", "gemm", "group_norm_silu", "ln_modulate", "loss_diffusion", "loss_regression", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -78,8 +80,19 @@ pub fn operator(op: &str) -> &'static [File] {
         "embed" => &[
             ("embed.cu", include_str!("embed/embed.cu")),
         ],
+        "gate_residual" => &[
+            ("gate_residual.cu", include_str!("gate_residual/gate_residual.cu")),
+        ],
+        "gated_conv" => &[
+            ("gated_conv.cu", include_str!("gated_conv/gated_conv.cu")),
+            ("walk.cuh", include_str!("gated_conv/walk.cuh")),
+            ("walk_backward.cuh", include_str!("gated_conv/walk_backward.cuh")),
+        ],
         "gemm" => &[
             ("gemm.cu", include_str!("gemm/gemm.cu")),
+        ],
+        "group_norm_silu" => &[
+            ("group_norm_silu.cu", include_str!("group_norm_silu/group_norm_silu.cu")),
         ],
         "ln_modulate" => &[
             ("ln_modulate.cu", include_str!("ln_modulate/ln_modulate.cu")),
@@ -100,6 +113,9 @@ pub fn operator(op: &str) -> &'static [File] {
             ("probes.cu", include_str!("probes/probes.cu")),
             ("probes_sm90.cu", include_str!("probes/probes_sm90.cu")),
             ("wgmma_sm90.cu", include_str!("probes/wgmma_sm90.cu")),
+        ],
+        "rms_norm" => &[
+            ("rms_norm.cu", include_str!("rms_norm/rms_norm.cu")),
         ],
         "sinusoid" => &[
             ("sinusoid.cu", include_str!("sinusoid/sinusoid.cu")),
