@@ -371,6 +371,15 @@ pub mod axpy {
         pub y: &'a mut [T],
     }
 
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { l, .. } = dims;
@@ -391,7 +400,7 @@ pub mod axpy {
         Case { name: "dit_block", tier: Tier::Real, dims: Dims { l: 21255552 }, params: Params { alpha: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "axpy", summary: "Adds a multiple of a tensor to another in place.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block"], tolerance: None, tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "axpy", summary: "Adds a multiple of a tensor to another in place.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
 }
 

@@ -9,6 +9,7 @@ use std::marker::PhantomData;
 
 /// Every kernel of the operators.
 pub const KERNELS: &[&Kernel] = &[
+    &axpy::AXPY_FORWARD,
     &gate_residual::GATE_RESIDUAL_FORWARD,
     &gate_residual::GATE_RESIDUAL_FORWARD_ANY,
     &gate_residual::GATE_RESIDUAL_BACKWARD,
@@ -66,6 +67,33 @@ pub const KERNELS: &[&Kernel] = &[
     &rms_norm::RMS_NORM_BACKWARD_COLUMNS_ANY,
     &rms_norm::RMS_NORM_BACKWARD_WEIGHT,
 ];
+
+/// Kernels of `axpy`.
+pub mod axpy {
+    use super::*;
+
+    pub const AXPY_FORWARD: Kernel = Kernel { op: "axpy", source: "axpy.cu", name: "axpy_forward", arch: 80 };
+
+    /// Arguments of [`AXPY_FORWARD`].
+    pub struct AxpyForward<T> {
+        pub x: In<T>,
+        pub y: Out<T>,
+        pub l: usize,
+        pub alpha: f32,
+    }
+
+    impl<T: Element> AxpyForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &AXPY_FORWARD, "l", self.l)?,
+                Arg::F32(self.alpha),
+            ];
+            queue.launch(&Launch { kernel: &AXPY_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
 
 /// Kernels of `gate_residual`.
 pub mod gate_residual {

@@ -13,7 +13,9 @@ pub use crate::tensor::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 use graft_kernels::axpy;
-use graft_kernels::generated::axpy::{Dims, Forward, Params};
+use graft_kernels::generated::axpy::{Dims, Forward, GpuForward, Params};
+use half::bf16;
+use std::marker::PhantomData;
 
 /// The device that a `--backend` flag names, in its default working type.
 ///
@@ -31,10 +33,7 @@ pub fn open_as(name: &str, element: DType) -> Result<Device> {
     match name {
         "cpu" => Ok(Device::cpu()),
         "oracle" => Ok(Device::oracle()),
-        "cuda" => {
-            cuda::probe()?;
-            Err(Error::failure("--backend cuda", "this build has no CUDA kernels yet").fix("use --backend cpu"))
-        }
+        "cuda" => cuda::open(element, 0),
         "emu" => emu::open(element, 0),
         other => {
             Err(Error::usage("--backend", "unknown backend").is(format!("{other:?}")).must("cpu, oracle, emu or cuda"))
@@ -71,6 +70,9 @@ pub fn add_into(target: &mut Tensor, addend: &Tensor) -> Result<()> {
     }
     let dims = Dims { l: target.len() };
     let params = Params { alpha: 1.0 };
+    if target.device().is_gpu() {
+        return add_into_gpu(target, addend, dims, params);
+    }
     let args = Forward { dims, params, x: addend.f32s()?, y: target.f32s_mut()? };
     match kind {
         DeviceKind::Cpu => axpy::cpu::forward(args),
@@ -78,4 +80,19 @@ pub fn add_into(target: &mut Tensor, addend: &Tensor) -> Result<()> {
         other => return Err(Error::failure("add", format!("no {other} path"))),
     }
     Ok(())
+}
+
+fn add_into_gpu(target: &mut Tensor, addend: &Tensor, dims: Dims, params: Params) -> Result<()> {
+    if addend.dtype() != target.dtype() {
+        return Err(Error::failure("add", "types differ").is(addend.dtype()).must(target.dtype()));
+    }
+    let device = target.device().clone();
+    let mut queue = device.queue()?;
+    if target.dtype() == DType::BF16 {
+        let args = GpuForward::<bf16> { dims, params, x: addend.input()?, y: target.output()?, element: PhantomData };
+        axpy::launch::forward(&mut queue, args)
+    } else {
+        let args = GpuForward::<f32> { dims, params, x: addend.input()?, y: target.output()?, element: PhantomData };
+        axpy::launch::forward(&mut queue, args)
+    }
 }

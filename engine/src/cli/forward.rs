@@ -68,7 +68,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
     };
     let shape = result.shape();
-    safetensors::write(&args.output, [TensorRecord::f32("output", shape.dims(), result.f32s()?)], &BTreeMap::new())?;
+    safetensors::write(&args.output, [TensorRecord::f32("output", shape.dims(), result.values()?)], &BTreeMap::new())?;
     out::line(format!("output {shape} in {}", args.output.display()))
 }
 

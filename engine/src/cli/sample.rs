@@ -136,7 +136,7 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(path) = &args.output_latents {
         let shape = images.shape();
         let metadata = BTreeMap::from([(png::RECORD_KEY.to_string(), record.to_string())]);
-        safetensors::write(path, [TensorRecord::f32("latents", shape.dims(), images.f32s()?)], &metadata)?;
+        safetensors::write(path, [TensorRecord::f32("latents", shape.dims(), images.values()?)], &metadata)?;
         eprintln!("latents in {}", path.display());
     }
     let Some(target) = pictures else { return Ok(()) };

@@ -18,6 +18,7 @@
 //! | [`npz`] | arrays of numpy: statistics and sets of samples |
 //! | [`pictures`] | sets of equally large pictures without labels |
 //! | [`hash`] | SHA-256 |
+//! | [`cache`] | results kept between runs, files beside the program; the one module that backends may use |
 //! | [`jsonl`] | append-only logs, one JSON object per line |
 //! | [`system`] | memory of the process, free space of a disk |
 //!
@@ -26,6 +27,7 @@
 
 pub mod archive;
 pub mod atomic;
+pub mod cache;
 pub mod datasets;
 pub mod dtype;
 pub mod files;

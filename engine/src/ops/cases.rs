@@ -118,12 +118,11 @@ impl<'a> Io<'a, '_> {
             return self.device.empty_of(shape, self.element);
         }
         let mut values = draw_f32(case, name, shape.iter().product(), fill);
-        if self.element == DType::F32 {
+        if self.element == DType::BF16 && !self.device.is_gpu() {
+            values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32());
             return Tensor::from_f32(self.device, shape, &values);
         }
-        values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32());
-        let t = Tensor::from_f32(self.device, shape, &values)?;
-        if self.device.is_gpu() { t.to_bf16() } else { Ok(t) }
+        Tensor::from_f32_as(self.device, shape, &values, self.element)
     }
 
     /// A tensor that is f32 whatever the working type.

@@ -347,6 +347,16 @@ pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params
     if device.is_dry() {
         return Ok(());
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::axpy::GpuForward { dims, params, x: x.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::axpy::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::axpy::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("axpy", other)),
+        }
+        return Ok(());
+    }
     let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::axpy::cpu::forward(args),

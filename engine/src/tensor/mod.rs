@@ -97,6 +97,24 @@ impl Tensor {
         Ok(t)
     }
 
+    /// f32 values rounded to a float type (ties to even), with a shape, on a device.
+    ///
+    /// # Errors
+    /// As [`Tensor::from_f32`], or when the type is an integer.
+    pub fn from_f32_as(device: &Device, shape: &[usize], values: &[f32], dtype: DType) -> Result<Tensor> {
+        match dtype {
+            DType::F32 => Tensor::from_f32(device, shape, values),
+            DType::BF16 => {
+                let mut t = device.empty_of(shape, dtype)?;
+                same_length(t.shape, values.len())?;
+                let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
+                t.write(bytemuck::cast_slice(&rounded))?;
+                Ok(t)
+            }
+            DType::I32 => Err(Error::failure("tensor", "wrong dtype").is(dtype).must("f32 or bf16")),
+        }
+    }
+
     /// i32 values with a shape, on a device.
     ///
     /// # Errors
@@ -370,18 +388,15 @@ impl Tensor {
     /// # Errors
     /// When the dtype is not f32, or memory runs out.
     pub fn to_bf16(&self) -> Result<Tensor> {
+        if self.device().is_gpu() {
+            return Tensor::from_f32_as(self.device(), self.shape.dims(), &self.values()?, DType::BF16);
+        }
         let mut rounded = self.device().empty_of(self.shape.dims(), DType::BF16)?;
         if self.device().is_dry() {
             return Ok(rounded);
         }
-        let source = self.values()?;
-        if self.device().is_gpu() {
-            let values: Vec<bf16> = source.iter().map(|v| bf16::from_f32(*v)).collect();
-            rounded.write(bytemuck::cast_slice(&values))?;
-        } else {
-            let target: &mut [bf16] = bytemuck::cast_slice_mut(rounded.floats_mut()?);
-            target.iter_mut().zip(source.iter()).for_each(|(t, s)| *t = bf16::from_f32(*s));
-        }
+        let target: &mut [bf16] = bytemuck::cast_slice_mut(rounded.floats_mut()?);
+        target.iter_mut().zip(self.f32s()?).for_each(|(t, s)| *t = bf16::from_f32(*s));
         Ok(rounded)
     }
 

@@ -12,13 +12,15 @@ mod record;
 pub use record::{Recorder, Recording};
 
 use crate::error::{Error, Result};
+use crate::io::cache;
 use crate::tensor::{DType, Device, DeviceKind, Gpu};
 use graft_kernels::emu::{Build, Toolchain};
 use graft_kernels::launch::{Arg, ElementType, Kernel, Launch, Properties};
+use graft_kernels::sources;
 use library::Library;
 use memory::Memory;
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What the emulator pretends to be: few multiprocessors, so that small cases already have more blocks than those.
@@ -50,18 +52,36 @@ fn fits(launch: &Launch<'_>, device: &Properties) -> Result<()> {
 /// Bytes that the emulator puts behind each region of shared memory (`ptx::kRedZone`).
 const RED_ZONE: usize = 128;
 
+/// Names a folder with a `kernels-cu` whose sources are taken instead of those in the program: a kernel can be changed
+/// and run without building anything else.
+pub const SOURCES: &str = "GRAFT_KERNELS";
+
 /// The host compiler with the sources of the kernels.
 ///
 /// # Errors
 /// Why this machine cannot build the emulator.
 pub fn toolchain() -> Result<Toolchain> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    Toolchain::find(&root, &root.join("target/emu"))
+    let builds = cache::folder("emulator")?;
+    let root = match std::env::var_os(SOURCES).filter(|v| !v.is_empty()) {
+        Some(folder) => PathBuf::from(folder),
+        None => cache::tree("kernel-sources", &embedded())?,
+    };
+    Toolchain::find(&root, &builds)
         .map_err(|why| Error::failure("--backend emu", why).fix("install g++ 12 or newer, or use --backend cpu"))
 }
 
+/// Every file that the emulator and the kernels need, as a path and its text.
+fn embedded() -> Vec<(String, &'static str)> {
+    let of = |folder: &str, list: &'static [sources::File]| -> Vec<(String, &'static str)> {
+        list.iter().map(|(file, text)| (format!("kernels-cu/{folder}/{file}"), *text)).collect()
+    };
+    let mut files = [of("common", sources::COMMON), of("emu", sources::EMULATOR)].concat();
+    files.extend(sources::OPERATORS.iter().flat_map(|op| of(op, sources::operator(op))));
+    files
+}
+
 /// The sources of an operator, relative to the folder that holds `kernels-cu`.
-pub(crate) fn sources(op: &str) -> Vec<String> {
+pub(crate) fn files_of(op: &str) -> Vec<String> {
     let mut files: Vec<&str> =
         graft_kernels::launchers::KERNELS.iter().filter(|k| k.op == op).map(|k| k.source).collect();
     files.dedup();
@@ -105,7 +125,7 @@ impl Emu {
         let place = || format!("{}: {} for {element}", kernel.op, kernel.source);
         let program = self
             .toolchain
-            .compile(&sources(kernel.op), Some(element), Build::Plain)
+            .compile(&files_of(kernel.op), Some(element), Build::Plain)
             .map_err(|said| Error::failure(place(), format!("does not compile for the emulator:\n{said}")))?;
         let path = program.library.unwrap_or_default();
         let library = Arc::new(Library::open(&path).map_err(|why| Error::failure(place(), why))?);

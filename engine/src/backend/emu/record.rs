@@ -4,7 +4,7 @@
 //! Nothing is computed while recording: what is read back is zero. It serves work whose launches do not depend on
 //! values, as those of operators do not.
 
-use super::{RED_ZONE, properties, sources, toolchain};
+use super::{RED_ZONE, files_of, properties, toolchain};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Device, DeviceKind, Gpu};
 use graft_kernels::emu::{Argument, Build, Case, Outcome};
@@ -93,7 +93,7 @@ impl Recording {
     /// When it cannot be compiled or started; a report of the checker is an [`Outcome`].
     pub fn run(&self, build: Build, seed: u64) -> Result<Outcome> {
         let failed = |why: String| Error::failure(format!("{} for {} ({build} build)", self.op, self.element), why);
-        let program = toolchain()?.compile(&sources(self.op), Some(self.element), build).map_err(failed)?;
+        let program = toolchain()?.compile(&files_of(self.op), Some(self.element), build).map_err(failed)?;
         self.case.run(&program, seed, false).map_err(failed)
     }
 }
