@@ -1,8 +1,7 @@
-// What kernels over rows and columns share: rows kept in registers as they lie in memory, accesses of several elements
-// or of one by the same text, sums of partial results.
+// What kernels over rows and columns share: rows kept in registers as they lie in memory, sums of partial results.
 #pragma once
 #include "activation.cuh"
-#include "vector.cuh"
+#include "elementwise.cuh"
 
 namespace ptx {
 
@@ -29,30 +28,6 @@ template <class E> PTX_FN void unpack(float (&r)[8], const Packed8<E>& v) {
         unpack4(r, v.words[0]);
         unpack4(r + 4, v.words[1]);
     }
-}
-
-// W elements, 8 aligned to 16 bytes or 1: a kernel's text serves both.
-template <int W, class E> PTX_FN void load_w(float (&r)[W], const E* p PTX_AT) {
-    static_assert(W == 8 || W == 1, "vectors or single elements");
-    if constexpr (W == 8)
-        load8(r, p PTX_FROM);
-    else
-        r[0] = to_float(*p);
-}
-// The same of what is read again soon: kept in L1.
-template <int W, class E> PTX_FN void load_w_kept(float (&r)[W], const E* p) {
-    static_assert(W == 8 || W == 1, "vectors or single elements");
-    if constexpr (W == 8)
-        load8_kept(r, p);
-    else
-        r[0] = to_float(*p);
-}
-template <int W, class E> PTX_FN void store_w(E* p, const float (&v)[W] PTX_AT) {
-    static_assert(W == 8 || W == 1, "vectors or single elements");
-    if constexpr (W == 8)
-        store8(p, v PTX_FROM);
-    else
-        *p = from_float<E>(v[0]);
 }
 
 // Zeros in the columns of a row outside [from, to), by `threads` threads of which this is number `thread`.
