@@ -1370,6 +1370,29 @@ pub mod gate_residual {
         pub dbranch: Option<&'a mut [T]>,
     }
 
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub residual: In<T>,
+        pub modulation: In<T>,
+        pub branch: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub modulation: In<T>,
+        pub branch: In<T>,
+        pub dmodulation: Option<Out<T>>,
+        pub dbranch: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, d, .. } = dims;
@@ -1389,7 +1412,7 @@ pub mod gate_residual {
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 6, d: 1152 }, params: Params { gate_row: 5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gate_residual", summary: "Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.", backward: true, cases: &["odd", "one", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "gate_residual", summary: "Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.", backward: true, cases: &["odd", "one", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1480,6 +1503,37 @@ pub mod gated_conv {
         pub dinner_bias: Option<&'a mut [T]>,
     }
 
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub p: In<T>,
+        pub short_weight: Option<In<T>>,
+        pub short_bias: Option<In<T>>,
+        pub inner_weight: Option<In<T>>,
+        pub inner_bias: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: Option<In<T>>,
+        pub short_bias: Option<In<T>>,
+        pub inner_weight: Option<In<T>>,
+        pub inner_bias: Option<In<T>>,
+        pub dp: Option<Out<T>>,
+        pub dshort_weight: Option<Out<T>>,
+        pub dshort_bias: Option<Out<T>>,
+        pub dinner_weight: Option<Out<T>>,
+        pub dinner_bias: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, c, k, .. } = dims;
@@ -1518,7 +1572,7 @@ pub mod gated_conv {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "se_bidirectional", "x_bidirectional", "y_all_reversed", "bidirectional_blocks", "bidirectional_more_taps_than_tokens", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "dit_xl_256_bidirectional", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "se_bidirectional", "x_bidirectional", "y_all_reversed", "bidirectional_blocks", "bidirectional_more_taps_than_tokens", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "dit_xl_256_bidirectional", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1887,13 +1941,13 @@ pub mod group_norm_silu {
         pub gamma: &'a [T],
         /// `[C]` float: Shift of each channel.
         pub beta: &'a [T],
-        /// `[B, 2, G]` float: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
+        /// `[B, 2, G]` f32: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
         pub stats: Option<&'a [T]>,
         /// `[B, H, W, C]` float: Result.
         pub y: &'a mut [T],
-        /// `[B, G]` float: Mean of each group.
+        /// `[B, G]` f32: Mean of each group.
         pub mean: &'a mut [T],
-        /// `[B, G]` float: Reciprocal standard deviation of each group.
+        /// `[B, G]` f32: Reciprocal standard deviation of each group.
         pub rstd: &'a mut [T],
     }
 
@@ -1908,11 +1962,11 @@ pub mod group_norm_silu {
         pub gamma: &'a [T],
         /// `[C]` float: Shift of each channel.
         pub beta: &'a [T],
-        /// `[B, 2, G]` float: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
+        /// `[B, 2, G]` f32: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
         pub stats: Option<&'a [T]>,
-        /// `[B, G]` float: Mean of each group.
+        /// `[B, G]` f32: Mean of each group.
         pub mean: &'a [T],
-        /// `[B, G]` float: Reciprocal standard deviation of each group.
+        /// `[B, G]` f32: Reciprocal standard deviation of each group.
         pub rstd: &'a [T],
         /// `[B, H, W, C]` float: Images, channels last.
         pub dx: Option<&'a mut [T]>,
@@ -1920,6 +1974,37 @@ pub mod group_norm_silu {
         pub dgamma: Option<&'a mut [T]>,
         /// `[C]` float: Shift of each channel.
         pub dbeta: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub stats: Option<In<f32>>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub stats: Option<In<f32>>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Option<Out<T>>,
+        pub dgamma: Option<Out<T>>,
+        pub dbeta: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -1949,7 +2034,7 @@ pub mod group_norm_silu {
         Case { name: "vae_strip", tier: Tier::Real, dims: Dims { b: 1, h: 32, w: 2048, c: 256, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "group_norm_silu", summary: "Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.", backward: true, cases: &["one", "odd", "one_group", "channel_groups", "one_row", "blocks", "strip", "strip_plain", "vae_mid", "vae_last", "vae_strip"], tolerance: None, tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "group_norm_silu", summary: "Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.", backward: true, cases: &["one", "odd", "one_group", "channel_groups", "one_row", "blocks", "strip", "strip_plain", "vae_mid", "vae_last", "vae_strip"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2279,9 +2364,9 @@ pub mod ln_modulate {
         pub modulation: &'a [T],
         /// `[B, N, D]` float: Normalised and modulated.
         pub y: &'a mut [T],
-        /// `[B, N]` float: Mean of each token.
+        /// `[B, N]` f32: Mean of each token.
         pub mean: &'a mut [T],
-        /// `[B, N]` float: Reciprocal standard deviation of each token.
+        /// `[B, N]` f32: Reciprocal standard deviation of each token.
         pub rstd: &'a mut [T],
     }
 
@@ -2294,14 +2379,40 @@ pub mod ln_modulate {
         pub x: &'a [T],
         /// `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
         pub modulation: &'a [T],
-        /// `[B, N]` float: Mean of each token.
+        /// `[B, N]` f32: Mean of each token.
         pub mean: &'a [T],
-        /// `[B, N]` float: Reciprocal standard deviation of each token.
+        /// `[B, N]` f32: Reciprocal standard deviation of each token.
         pub rstd: &'a [T],
         /// `[B, N, D]` float: Residual stream.
         pub dx: Option<&'a mut [T]>,
         /// `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
         pub dmodulation: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub modulation: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub modulation: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Option<Out<T>>,
+        pub dmodulation: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -2325,7 +2436,7 @@ pub mod ln_modulate {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 6, d: 1152 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "one_token", "dit_s", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "one_token", "dit_s", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3231,7 +3342,7 @@ pub mod rms_norm {
         pub weight: &'a [T],
         /// `[B, N, D]` float: Normalised rows.
         pub y: &'a mut [T],
-        /// `[B, N]` float: Reciprocal root mean square of each row.
+        /// `[B, N]` f32: Reciprocal root mean square of each row.
         pub rstd: &'a mut [T],
     }
 
@@ -3246,7 +3357,7 @@ pub mod rms_norm {
         pub gate: Option<&'a [T]>,
         /// `[D]` float: Factor of each column.
         pub weight: &'a [T],
-        /// `[B, N]` float: Reciprocal root mean square of each row.
+        /// `[B, N]` f32: Reciprocal root mean square of each row.
         pub rstd: &'a [T],
         /// `[B, N, D]` float: Rows.
         pub dx: Option<&'a mut [T]>,
@@ -3254,6 +3365,33 @@ pub mod rms_norm {
         pub dgate: Option<&'a mut [T]>,
         /// `[D]` float: Factor of each column.
         pub dweight: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub gate: Option<In<T>>,
+        pub weight: In<T>,
+        pub y: Out<T>,
+        pub rstd: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gate: Option<In<T>>,
+        pub weight: In<T>,
+        pub rstd: In<f32>,
+        pub dx: Option<Out<T>>,
+        pub dgate: Option<Out<T>>,
+        pub dweight: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -3280,7 +3418,7 @@ pub mod rms_norm {
         Case { name: "t5_xxl_300", tier: Tier::Real, dims: Dims { b: 2, n: 300, d: 4096, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "gated", "gate_is_the_row", "blocks", "one_column", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None, tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "gated", "gate_is_the_row", "blocks", "one_column", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

@@ -1635,6 +1635,16 @@ pub fn gate_residual(residual: &Tensor, modulation: &Tensor, branch: &Tensor, pa
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gate_residual::GpuForward { dims, params, residual: residual.input()?, modulation: modulation.input()?, branch: branch.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gate_residual::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gate_residual::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gate_residual", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, residual: residual.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gate_residual::cpu::forward(args),
@@ -1671,6 +1681,16 @@ pub fn gate_residual_backward(dy: &Tensor, modulation: &Tensor, branch: &Tensor,
     let mut grad_branch = if want_branch { Some(device.empty_of(&[b, n, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gate_residual::GpuBackward { dims, params, dy: dy.input()?, modulation: modulation.input()?, branch: branch.input()?, dmodulation: match &mut grad_modulation { Some(t) => Some(t.output()?), None => None }, dbranch: match &mut grad_branch { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gate_residual::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gate_residual::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gate_residual", other)),
+        }
         return Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None }, dbranch: match &mut grad_branch { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1793,6 +1813,16 @@ pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gated_conv::GpuForward { dims, params, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.input()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gated_conv::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gated_conv::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gated_conv", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv::cpu::forward(args),
@@ -1845,6 +1875,16 @@ pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor
     let mut grad_inner_bias = if want_inner_bias { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gated_conv::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.input()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.input()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.output()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.output()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.output()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gated_conv::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gated_conv::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gated_conv", other)),
+        }
         return Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2317,9 +2357,9 @@ fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct GroupNormSiluOut {
     /// `[B, H, W, C]` float: Result.
     pub y: Tensor,
-    /// `[B, G]` float: Mean of each group.
+    /// `[B, G]` f32: Mean of each group.
     pub mean: Tensor,
-    /// `[B, G]` float: Reciprocal standard deviation of each group.
+    /// `[B, G]` f32: Reciprocal standard deviation of each group.
     pub rstd: Tensor,
 }
 
@@ -2342,10 +2382,10 @@ pub struct GroupNormSiluGrads {
 /// - `x` `[B, H, W, C]` float: Images, channels last.
 /// - `gamma` `[C]` float: Scale of each channel.
 /// - `beta` `[C]` float: Shift of each channel.
-/// - `stats` `[B, 2, G]` float, optional: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
+/// - `stats` `[B, 2, G]` f32, optional: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
 /// - returns `y` `[B, H, W, C]` float: Result.
-/// - returns `mean` `[B, G]` float: Mean of each group.
-/// - returns `rstd` `[B, G]` float: Reciprocal standard deviation of each group.
+/// - returns `mean` `[B, G]` f32: Mean of each group.
+/// - returns `rstd` `[B, G]` f32: Reciprocal standard deviation of each group.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -2364,7 +2404,7 @@ pub fn group_norm_silu(x: &Tensor, gamma: &Tensor, beta: &Tensor, stats: Option<
     check.float("x", x)?;
     check.float("gamma", gamma)?;
     check.float("beta", beta)?;
-    if let Some(t) = stats { check.float("stats", t)?; }
+    if let Some(t) = stats { check.f32("stats", t)?; }
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, g: check.dim("G")? };
     let Dims { h, w, c, g, .. } = dims;
     require("group_norm_silu", g >= 1 && c % g == 0, "G >= 1 && C % G == 0", "channels that divide into G groups", || format!("{dims:?}, {params:?}"))?;
@@ -2374,10 +2414,20 @@ pub fn group_norm_silu(x: &Tensor, gamma: &Tensor, beta: &Tensor, stats: Option<
     let element = check.element(&device, kernels::generated::group_norm_silu::INFO.elements)?;
     let Dims { b, h, w, c, g, .. } = dims;
     let mut y = device.empty_of(&[b, h, w, c], element)?;
-    let mut mean = device.empty_of(&[b, g], element)?;
-    let mut rstd = device.empty_of(&[b, g], element)?;
+    let mut mean = device.empty(&[b, g])?;
+    let mut rstd = device.empty(&[b, g])?;
 
     if device.is_dry() {
+        return Ok(GroupNormSiluOut { y, mean, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::group_norm_silu::GpuForward { dims, params, x: x.input()?, gamma: gamma.input()?, beta: beta.input()?, stats: match stats { Some(t) => Some(t.input()?), None => None }, y: y.output()?, mean: mean.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::group_norm_silu::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::group_norm_silu::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("group_norm_silu", other)),
+        }
         return Ok(GroupNormSiluOut { y, mean, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, stats: match stats { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -2415,9 +2465,9 @@ pub fn group_norm_silu_backward(dy: &Tensor, x: &Tensor, gamma: &Tensor, beta: &
     check.float("x", x)?;
     check.float("gamma", gamma)?;
     check.float("beta", beta)?;
-    if let Some(t) = stats { check.float("stats", t)?; }
-    check.float("mean", mean)?;
-    check.float("rstd", rstd)?;
+    if let Some(t) = stats { check.f32("stats", t)?; }
+    check.f32("mean", mean)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, g: check.dim("G")? };
     let Dims { h, w, c, g, .. } = dims;
     require("group_norm_silu", g >= 1 && c % g == 0, "G >= 1 && C % G == 0", "channels that divide into G groups", || format!("{dims:?}, {params:?}"))?;
@@ -2431,6 +2481,16 @@ pub fn group_norm_silu_backward(dy: &Tensor, x: &Tensor, gamma: &Tensor, beta: &
     let mut grad_beta = if want_beta { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GroupNormSiluGrads { x: grad_x, gamma: grad_gamma, beta: grad_beta });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::group_norm_silu::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, gamma: gamma.input()?, beta: beta.input()?, stats: match stats { Some(t) => Some(t.input()?), None => None }, mean: mean.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.output()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::group_norm_silu::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::group_norm_silu::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("group_norm_silu", other)),
+        }
         return Ok(GroupNormSiluGrads { x: grad_x, gamma: grad_gamma, beta: grad_beta });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, stats: match stats { Some(t) => Some(t.f32s()?), None => None }, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2482,7 +2542,7 @@ fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
             let x = io.draw(case.name, "x", &[b, h, w, c], Fill::Normal)?;
             let gamma = io.draw(case.name, "gamma", &[c], Fill::Normal)?;
             let beta = io.draw(case.name, "beta", &[c], Fill::Normal)?;
-            let stats = if absent("stats") { None } else { Some(io.draw(case.name, "stats", &[b, 2, g], Fill::Uniform(0.5f64, 1.5f64))?) };
+            let stats = if absent("stats") { None } else { Some(io.draw_f32(case.name, "stats", &[b, 2, g], Fill::Uniform(0.5f64, 1.5f64))?) };
             let out = io.call("forward", || group_norm_silu(&x, &gamma, &beta, stats.as_ref(), g, params))?;
             io.result("y", &out.y)?;
             io.result("mean", &out.mean)?;
@@ -2876,9 +2936,9 @@ fn linear_attention_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct LnModulateOut {
     /// `[B, N, D]` float: Normalised and modulated.
     pub y: Tensor,
-    /// `[B, N]` float: Mean of each token.
+    /// `[B, N]` f32: Mean of each token.
     pub mean: Tensor,
-    /// `[B, N]` float: Reciprocal standard deviation of each token.
+    /// `[B, N]` f32: Reciprocal standard deviation of each token.
     pub rstd: Tensor,
 }
 
@@ -2899,8 +2959,8 @@ pub struct LnModulateGrads {
 /// - `x` `[B, N, D]` float: Residual stream.
 /// - `modulation` `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
 /// - returns `y` `[B, N, D]` float: Normalised and modulated.
-/// - returns `mean` `[B, N]` float: Mean of each token.
-/// - returns `rstd` `[B, N]` float: Reciprocal standard deviation of each token.
+/// - returns `mean` `[B, N]` f32: Mean of each token.
+/// - returns `rstd` `[B, N]` f32: Reciprocal standard deviation of each token.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -2921,10 +2981,20 @@ pub fn ln_modulate(x: &Tensor, modulation: &Tensor, params: kernels::generated::
     let element = check.element(&device, kernels::generated::ln_modulate::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
     let mut y = device.empty_of(&[b, n, d], element)?;
-    let mut mean = device.empty_of(&[b, n], element)?;
-    let mut rstd = device.empty_of(&[b, n], element)?;
+    let mut mean = device.empty(&[b, n])?;
+    let mut rstd = device.empty(&[b, n])?;
 
     if device.is_dry() {
+        return Ok(LnModulateOut { y, mean, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::ln_modulate::GpuForward { dims, params, x: x.input()?, modulation: modulation.input()?, y: y.output()?, mean: mean.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::ln_modulate::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::ln_modulate::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("ln_modulate", other)),
+        }
         return Ok(LnModulateOut { y, mean, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, modulation: modulation.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -2956,8 +3026,8 @@ pub fn ln_modulate_backward(dy: &Tensor, x: &Tensor, modulation: &Tensor, mean: 
     check.float("dy", dy)?;
     check.float("x", x)?;
     check.float("modulation", modulation)?;
-    check.float("mean", mean)?;
-    check.float("rstd", rstd)?;
+    check.f32("mean", mean)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, d: check.dim("D")? };
     let Dims { c, .. } = dims;
     require("ln_modulate", params.shift < c && params.scale < c && params.shift != params.scale, "shift < C && scale < C && shift != scale", "two different rows of the modulation table", || format!("{dims:?}, {params:?}"))?;
@@ -2969,6 +3039,16 @@ pub fn ln_modulate_backward(dy: &Tensor, x: &Tensor, modulation: &Tensor, mean: 
     let mut grad_modulation = if want_modulation { Some(device.empty_of(&[b, c, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(LnModulateGrads { x: grad_x, modulation: grad_modulation });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::ln_modulate::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, modulation: modulation.input()?, mean: mean.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dmodulation: match &mut grad_modulation { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::ln_modulate::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::ln_modulate::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("ln_modulate", other)),
+        }
         return Ok(LnModulateGrads { x: grad_x, modulation: grad_modulation });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, modulation: modulation.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -4131,7 +4211,7 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct RmsNormOut {
     /// `[B, N, D]` float: Normalised rows.
     pub y: Tensor,
-    /// `[B, N]` float: Reciprocal root mean square of each row.
+    /// `[B, N]` f32: Reciprocal root mean square of each row.
     pub rstd: Tensor,
 }
 
@@ -4155,7 +4235,7 @@ pub struct RmsNormGrads {
 /// - `gate` `[B, N, W]` float, optional: Packed rows that hold the gate; the gradient is zero outside its columns.
 /// - `weight` `[D]` float: Factor of each column.
 /// - returns `y` `[B, N, D]` float: Normalised rows.
-/// - returns `rstd` `[B, N]` float: Reciprocal root mean square of each row.
+/// - returns `rstd` `[B, N]` f32: Reciprocal root mean square of each row.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4179,9 +4259,19 @@ pub fn rms_norm(x: &Tensor, gate: Option<&Tensor>, weight: &Tensor, params: kern
     let element = check.element(&device, kernels::generated::rms_norm::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
     let mut y = device.empty_of(&[b, n, d], element)?;
-    let mut rstd = device.empty_of(&[b, n], element)?;
+    let mut rstd = device.empty(&[b, n])?;
 
     if device.is_dry() {
+        return Ok(RmsNormOut { y, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::rms_norm::GpuForward { dims, params, x: x.input()?, gate: match gate { Some(t) => Some(t.input()?), None => None }, weight: weight.input()?, y: y.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::rms_norm::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::rms_norm::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("rms_norm", other)),
+        }
         return Ok(RmsNormOut { y, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, y: y.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -4215,7 +4305,7 @@ pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, gate: Option<&Tensor>, weight:
     check.float("x", x)?;
     if let Some(t) = gate { check.float("gate", t)?; }
     check.float("weight", weight)?;
-    check.float("rstd", rstd)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")?, w: check.dim("W")? };
     let Dims { d, w, .. } = dims;
     require("rms_norm", !gate.is_some() || params.gate_offset + d <= w, "!has(gate) || gate_offset + D <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
@@ -4228,6 +4318,16 @@ pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, gate: Option<&Tensor>, weight:
     let mut grad_weight = if want_weight { Some(device.empty_of(&[d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(RmsNormGrads { x: grad_x, gate: grad_gate, weight: grad_weight });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::rms_norm::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, gate: match gate { Some(t) => Some(t.input()?), None => None }, weight: weight.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.output()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::rms_norm::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::rms_norm::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("rms_norm", other)),
+        }
         return Ok(RmsNormGrads { x: grad_x, gate: grad_gate, weight: grad_weight });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None } };
