@@ -4,6 +4,7 @@
 #![cfg_attr(rustfmt, rustfmt::skip)]
 
 use crate::check::{self, Fill, GradCheck};
+use crate::launch::{ElementType, In, Out};
 use crate::{Case, OpInfo, Tier, Weight};
 
 /// Every operator, by name.
@@ -170,16 +171,28 @@ pub mod adamw {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[L]` f32: Gradient.
+        /// `[L]` float: Gradient.
         pub grad: &'a [T],
-        /// `[L]` f32: Parameters.
+        /// `[L]` float: Parameters.
         pub param: &'a mut [T],
-        /// `[L]` f32: First moment.
+        /// `[L]` float: First moment.
         pub m: &'a mut [T],
-        /// `[L]` f32: Second moment.
+        /// `[L]` float: Second moment.
         pub v: &'a mut [T],
-        /// `[L]` f32: Moving average of the parameters.
+        /// `[L]` float: Moving average of the parameters.
         pub ema: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub grad: In<T>,
+        pub param: Out<T>,
+        pub m: Out<T>,
+        pub v: Out<T>,
+        pub ema: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -205,7 +218,7 @@ pub mod adamw {
         Case { name: "fashion", tier: Tier::Real, dims: Dims { l: 65536 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "adamw", summary: "One AdamW step of one parameter tensor in place, with the moving average of the parameters.", backward: false, cases: &["first_step", "no_ema", "one", "clipped", "over_a_block", "dit_block", "fashion"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "adamw", summary: "One AdamW step of one parameter tensor in place, with the moving average of the parameters.", backward: false, cases: &["first_step", "no_ema", "one", "clipped", "over_a_block", "dit_block", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
 
 }
 
@@ -226,14 +239,25 @@ pub mod add_noise {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, L]` f32: Clean latents.
+        /// `[B, L]` float: Clean latents.
         pub x0: &'a [T],
-        /// `[B, L]` f32: Standard normal noise.
+        /// `[B, L]` float: Standard normal noise.
         pub noise: &'a [T],
-        /// `[B, 2]` f32: Per sample: sqrt(alpha_bar), sqrt(1 - alpha_bar).
+        /// `[B, 2]` float: Per sample: sqrt(alpha_bar), sqrt(1 - alpha_bar).
         pub coefs: &'a [T],
-        /// `[B, L]` f32: Noisy latents.
+        /// `[B, L]` float: Noisy latents.
         pub x_t: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x0: In<T>,
+        pub noise: In<T>,
+        pub coefs: In<T>,
+        pub x_t: Out<T>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -257,7 +281,7 @@ pub mod add_noise {
         Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, l: 784 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "add_noise", summary: "Noisy latents of the forward diffusion process.", backward: false, cases: &["odd", "one", "wide", "dit_xl_256", "fashion"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "add_noise", summary: "Noisy latents of the forward diffusion process.", backward: false, cases: &["odd", "one", "wide", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
 
 }
 
@@ -282,9 +306,9 @@ pub mod attention {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub qkv: &'a [T],
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a mut [T],
         /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
         pub lse: &'a mut [T],
@@ -293,16 +317,38 @@ pub mod attention {
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub dy: &'a [T],
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub qkv: &'a [T],
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a [T],
         /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
         pub lse: &'a [T],
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub dqkv: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub dqkv: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -325,12 +371,13 @@ pub mod attention {
         Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 523, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, n: 300, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_head", tier: Tier::Tiny, dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -372,10 +419,19 @@ pub mod axpy {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[L]` f32: Added tensor.
+        /// `[L]` float: Added tensor.
         pub x: &'a [T],
-        /// `[L]` f32: Updated tensor.
+        /// `[L]` float: Updated tensor.
         pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -398,7 +454,7 @@ pub mod axpy {
         Case { name: "dit_block", tier: Tier::Real, dims: Dims { l: 21255552 }, params: Params { alpha: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "axpy", summary: "Adds a multiple of a tensor to another in place.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "axpy", summary: "Adds a multiple of a tensor to another in place.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
 }
 
@@ -420,27 +476,49 @@ pub mod branch_deltas {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, D]` f32: Common input of both blocks.
+        /// `[B, N, D]` float: Common input of both blocks.
         pub x: &'a [T],
-        /// `[B, N, D]` f32: Result of the first block.
+        /// `[B, N, D]` float: Result of the first block.
         pub first: &'a [T],
-        /// `[B, N, D]` f32: Result of the second block.
+        /// `[B, N, D]` float: Result of the second block.
         pub second: &'a [T],
-        /// `[B, N, 2, D]` f32: Both differences; a row of 2·D values is what a linear layer takes.
+        /// `[B, N, 2, D]` float: Both differences; a row of 2·D values is what a linear layer takes.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, 2, D]` f32: Both differences; a row of 2·D values is what a linear layer takes.
+        /// `[B, N, 2, D]` float: Both differences; a row of 2·D values is what a linear layer takes.
         pub dy: &'a [T],
-        /// `[B, N, D]` f32: Common input of both blocks.
+        /// `[B, N, D]` float: Common input of both blocks.
         pub dx: Option<&'a mut [T]>,
-        /// `[B, N, D]` f32: Result of the first block.
+        /// `[B, N, D]` float: Result of the first block.
         pub dfirst: Option<&'a mut [T]>,
-        /// `[B, N, D]` f32: Result of the second block.
+        /// `[B, N, D]` float: Result of the second block.
         pub dsecond: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub first: In<T>,
+        pub second: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub dx: Option<Out<T>>,
+        pub dfirst: Option<Out<T>>,
+        pub dsecond: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -463,7 +541,7 @@ pub mod branch_deltas {
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, d: 1152 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "branch_deltas", summary: "What two parallel blocks add to their common input, side by side: what the merge of a block pair reads.", backward: true, cases: &["odd", "one", "wide", "dit_xl_256"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "branch_deltas", summary: "What two parallel blocks add to their common input, side by side: what the merge of a block pair reads.", backward: true, cases: &["odd", "one", "wide", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -526,14 +604,25 @@ pub mod conv2d {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, H, W, C]` f32: Images, channels last.
+        /// `[B, H, W, C]` float: Images, channels last.
         pub x: &'a [T],
-        /// `[F, Kh, Kw, C]` f32|bf16: One kernel per output channel.
+        /// `[F, Kh, Kw, C]` float (f32 or bf16 on the CPU): One kernel per output channel.
         pub filters: Weight<'a, T>,
-        /// `[F]` f32: Added to every pixel.
+        /// `[F]` float: Added to every pixel.
         pub bias: Option<&'a [T]>,
-        /// `[B, Oh, Ow, F]` f32: Result.
+        /// `[B, Oh, Ow, F]` float: Result.
         pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -571,7 +660,7 @@ pub mod conv2d {
         Case { name: "vae_512_bf16", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
 }
 
@@ -599,32 +688,32 @@ pub mod conv_silu {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
+        /// `[B, N, W]` float: Packed rows of a projection; the gradient is zero outside the columns read.
         pub p: &'a [T],
-        /// `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
+        /// `[C, K]` float: Taps, the earliest token first; with `reverse` the latest.
         pub weight: &'a [T],
-        /// `[C]` f32: Bias.
+        /// `[C]` float: Bias.
         pub bias: &'a [T],
-        /// `[B, N, C]` f32: Convolved and activated columns.
+        /// `[B, N, C]` float: Convolved and activated columns.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, C]` f32: Convolved and activated columns.
+        /// `[B, N, C]` float: Convolved and activated columns.
         pub dy: &'a [T],
-        /// `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
+        /// `[B, N, W]` float: Packed rows of a projection; the gradient is zero outside the columns read.
         pub p: &'a [T],
-        /// `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
+        /// `[C, K]` float: Taps, the earliest token first; with `reverse` the latest.
         pub weight: &'a [T],
-        /// `[C]` f32: Bias.
+        /// `[C]` float: Bias.
         pub bias: &'a [T],
-        /// `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
+        /// `[B, N, W]` float: Packed rows of a projection; the gradient is zero outside the columns read.
         pub dp: Option<&'a mut [T]>,
-        /// `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
+        /// `[C, K]` float: Taps, the earliest token first; with `reverse` the latest.
         pub dweight: Option<&'a mut [T]>,
-        /// `[C]` f32: Bias.
+        /// `[C]` float: Bias.
         pub dbias: Option<&'a mut [T]>,
     }
 
@@ -654,7 +743,7 @@ pub mod conv_silu {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "conv_silu", summary: "Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.", backward: true, cases: &["odd", "reversed", "whole_row", "more_taps_than_tokens", "one_token_one_tap", "blocks", "blocks_reversed", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 5e-5, rtol: 1e-5, rms: 3e-6 }) };
+    pub const INFO: OpInfo = OpInfo { name: "conv_silu", summary: "Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.", backward: true, cases: &["odd", "reversed", "whole_row", "more_taps_than_tokens", "one_token_one_tap", "blocks", "blocks_reversed", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 5e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -706,13 +795,13 @@ pub mod cross_attention {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, R, H, E]` f32: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
+        /// `[B, N, R, H, E]` float: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
         pub q: &'a [T],
-        /// `[B, M, 2, H, E]` f32: Keys and values side by side; those that do not count are never read and their gradient is zero.
+        /// `[B, M, 2, H, E]` float: Keys and values side by side; those that do not count are never read and their gradient is zero.
         pub kv: &'a [T],
         /// `[B]` i32: Keys that count in each sample, from the first on; 0 to M.
         pub counts: Option<&'a [i32]>,
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a mut [T],
         /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
         pub lse: &'a mut [T],
@@ -721,22 +810,49 @@ pub mod cross_attention {
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub dy: &'a [T],
-        /// `[B, N, R, H, E]` f32: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
+        /// `[B, N, R, H, E]` float: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
         pub q: &'a [T],
-        /// `[B, M, 2, H, E]` f32: Keys and values side by side; those that do not count are never read and their gradient is zero.
+        /// `[B, M, 2, H, E]` float: Keys and values side by side; those that do not count are never read and their gradient is zero.
         pub kv: &'a [T],
         /// `[B]` i32: Keys that count in each sample, from the first on; 0 to M.
         pub counts: Option<&'a [i32]>,
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a [T],
         /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
         pub lse: &'a [T],
-        /// `[B, N, R, H, E]` f32: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
+        /// `[B, N, R, H, E]` float: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
         pub dq: Option<&'a mut [T]>,
-        /// `[B, M, 2, H, E]` f32: Keys and values side by side; those that do not count are never read and their gradient is zero.
+        /// `[B, M, 2, H, E]` float: Keys and values side by side; those that do not count are never read and their gradient is zero.
         pub dkv: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: Option<In<i32>>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: Option<In<i32>>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub dq: Option<Out<T>>,
+        pub dkv: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -763,12 +879,13 @@ pub mod cross_attention {
         Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 203, m: 523, r: 2, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "blocks_counted", tier: Tier::Tiny, dims: Dims { b: 2, n: 67, m: 600, r: 1, h: 1, e: 8 }, params: Params { scale: 0.35355338 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, m: 140, r: 1, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "wide_head", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, m: 35, r: 1, h: 2, e: 137 }, params: Params { scale: 0.08 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "compressed_dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, m: 64, r: 3, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "pixart_512", tier: Tier::Real, dims: Dims { b: 2, n: 1024, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k_text", tier: Tier::Real, dims: Dims { b: 1, n: 16384, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "wide_head", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -813,29 +930,52 @@ pub mod cross_entropy {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, K]` f32: Unnormalised log probabilities of K classes.
+        /// `[B, K]` float: Unnormalised log probabilities of K classes.
         pub logits: &'a [T],
         /// `[B]` i32: True class per sample.
         pub labels: &'a [i32],
-        /// `[1]` f32: Mean over the samples, in nats.
+        /// `[1]` float: Mean over the samples, in nats.
         pub loss: &'a mut [T],
-        /// `[B]` f32: Log of the sum of the exponentials of each row.
+        /// `[B]` float: Log of the sum of the exponentials of each row.
         pub lse: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[1]` f32: Mean over the samples, in nats.
+        /// `[1]` float: Mean over the samples, in nats.
         pub dloss: &'a [T],
-        /// `[B, K]` f32: Unnormalised log probabilities of K classes.
+        /// `[B, K]` float: Unnormalised log probabilities of K classes.
         pub logits: &'a [T],
         /// `[B]` i32: True class per sample.
         pub labels: &'a [i32],
-        /// `[B]` f32: Log of the sum of the exponentials of each row.
+        /// `[B]` float: Log of the sum of the exponentials of each row.
         pub lse: &'a [T],
-        /// `[B, K]` f32: Unnormalised log probabilities of K classes.
+        /// `[B, K]` float: Unnormalised log probabilities of K classes.
         pub dlogits: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub logits: In<T>,
+        pub labels: In<i32>,
+        pub loss: Out<T>,
+        pub lse: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dloss: In<T>,
+        pub logits: In<T>,
+        pub labels: In<i32>,
+        pub lse: In<T>,
+        pub dlogits: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -860,7 +1000,7 @@ pub mod cross_entropy {
         Case { name: "imagenet", tier: Tier::Real, dims: Dims { b: 256, k: 1000 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "cross_entropy", summary: "Mean cross-entropy of softmax probabilities against class labels.", backward: true, cases: &["fashion", "one", "one_sample", "over_a_lane", "over_a_block", "imagenet"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "cross_entropy", summary: "Mean cross-entropy of softmax probabilities against class labels.", backward: true, cases: &["fashion", "one", "one_sample", "over_a_lane", "over_a_block", "imagenet"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -905,31 +1045,55 @@ pub mod embed {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[V, D]` f32: Embedding table.
+        /// `[V, D]` float: Embedding table.
         pub table: &'a [T],
         /// `[B]` i32: Row per sample.
         pub index: &'a [i32],
-        /// `[B, D]` f32: Added to the row, such as the embedding of the timestep.
+        /// `[B, D]` float: Added to the row, such as the embedding of the timestep.
         pub addend: Option<&'a [T]>,
-        /// `[B, D]` f32: Activated sum.
+        /// `[B, D]` float: Activated sum.
         pub y: &'a mut [T],
-        /// `[B, D]` f32: Sum before the activation.
+        /// `[B, D]` float: Sum before the activation.
         pub pre: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, D]` f32: Activated sum.
+        /// `[B, D]` float: Activated sum.
         pub dy: &'a [T],
         /// `[B]` i32: Row per sample.
         pub index: &'a [i32],
-        /// `[B, D]` f32: Sum before the activation.
+        /// `[B, D]` float: Sum before the activation.
         pub pre: &'a [T],
-        /// `[V, D]` f32: Embedding table.
+        /// `[V, D]` float: Embedding table.
         pub dtable: Option<&'a mut [T]>,
-        /// `[B, D]` f32: Added to the row, such as the embedding of the timestep.
+        /// `[B, D]` float: Added to the row, such as the embedding of the timestep.
         pub daddend: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub table: In<T>,
+        pub index: In<i32>,
+        pub addend: Option<In<T>>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub index: In<i32>,
+        pub pre: In<T>,
+        pub dtable: Option<Out<T>>,
+        pub daddend: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -951,11 +1115,12 @@ pub mod embed {
         Case { name: "silu", tier: Tier::Tiny, dims: Dims { b: 5, v: 2, d: 17 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "silu_bare", tier: Tier::Tiny, dims: Dims { b: 1, v: 1, d: 1 }, params: Params { act: 2 }, absent: &["addend"], bf16: &[], gradcheck: true },
         Case { name: "shared_rows", tier: Tier::Tiny, dims: Dims { b: 17, v: 3, d: 384 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "many_samples", tier: Tier::Tiny, dims: Dims { b: 70, v: 3, d: 16 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl", tier: Tier::Real, dims: Dims { b: 32, v: 1001, d: 1152 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, v: 11, d: 128 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "embed", summary: "Row of a table per sample, plus an addend, through an optional activation.", backward: true, cases: &["plain", "added", "silu", "silu_bare", "shared_rows", "dit_xl", "fashion"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "embed", summary: "Row of a table per sample, plus an addend, through an optional activation.", backward: true, cases: &["plain", "added", "silu", "silu_bare", "shared_rows", "many_samples", "dit_xl", "fashion"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 4e-3, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1002,32 +1167,32 @@ pub mod feature_gated_conv {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, 3, F]` f32: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
+        /// `[B, N, 3, F]` float: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
         pub p: &'a [T],
-        /// `[N, K]` f32: Taps of each token, the earliest feature first.
+        /// `[N, K]` float: Taps of each token, the earliest feature first.
         pub weight: &'a [T],
-        /// `[N]` f32: Bias of each token.
+        /// `[N]` float: Bias of each token.
         pub bias: &'a [T],
-        /// `[B, N, F]` f32: Gated result, before the output projection.
+        /// `[B, N, F]` float: Gated result, before the output projection.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, F]` f32: Gated result, before the output projection.
+        /// `[B, N, F]` float: Gated result, before the output projection.
         pub dy: &'a [T],
-        /// `[B, N, 3, F]` f32: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
+        /// `[B, N, 3, F]` float: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
         pub p: &'a [T],
-        /// `[N, K]` f32: Taps of each token, the earliest feature first.
+        /// `[N, K]` float: Taps of each token, the earliest feature first.
         pub weight: &'a [T],
-        /// `[N]` f32: Bias of each token.
+        /// `[N]` float: Bias of each token.
         pub bias: &'a [T],
-        /// `[B, N, 3, F]` f32: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
+        /// `[B, N, 3, F]` float: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
         pub dp: Option<&'a mut [T]>,
-        /// `[N, K]` f32: Taps of each token, the earliest feature first.
+        /// `[N, K]` float: Taps of each token, the earliest feature first.
         pub dweight: Option<&'a mut [T]>,
-        /// `[N]` f32: Bias of each token.
+        /// `[N]` float: Bias of each token.
         pub dbias: Option<&'a mut [T]>,
     }
 
@@ -1055,7 +1220,7 @@ pub mod feature_gated_conv {
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, f: 2304, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "feature_gated_conv", summary: "MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.", backward: true, cases: &["odd", "golden", "over_a_chunk", "more_taps_than_features", "one_of_everything", "one_token", "fashion_b128", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }) };
+    pub const INFO: OpInfo = OpInfo { name: "feature_gated_conv", summary: "MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.", backward: true, cases: &["odd", "golden", "over_a_chunk", "more_taps_than_features", "one_of_everything", "one_token", "fashion_b128", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1109,18 +1274,18 @@ pub mod filter_window {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[L, C]` f32: Filters of every channel, lags first, as a network over positions gives them.
+        /// `[L, C]` float: Filters of every channel, lags first, as a network over positions gives them.
         pub x: &'a [T],
-        /// `[C, L]` f32: Windowed filters, channels first.
+        /// `[C, L]` float: Windowed filters, channels first.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[C, L]` f32: Windowed filters, channels first.
+        /// `[C, L]` float: Windowed filters, channels first.
         pub dy: &'a [T],
-        /// `[L, C]` f32: Filters of every channel, lags first, as a network over positions gives them.
+        /// `[L, C]` float: Filters of every channel, lags first, as a network over positions gives them.
         pub dx: Option<&'a mut [T]>,
     }
 
@@ -1144,7 +1309,7 @@ pub mod filter_window {
         Case { name: "dit_xl_256_centred", tier: Tier::Real, dims: Dims { l: 511, c: 1152 }, params: Params { centre: 255, period: 1152, slow: 0.01, fast: 0.06 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "filter_window", summary: "Exponential window over implicit filters, which are turned from lags by channels to channels by lags.", backward: true, cases: &["odd", "centred_two_periods", "one", "dit_xl_256_centred"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "filter_window", summary: "Exponential window over implicit filters, which are turned from lags by channels to channels by lags.", backward: true, cases: &["odd", "centred_two_periods", "one", "dit_xl_256_centred"], tolerance: None, tolerance_bf16: None, elements: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1188,29 +1353,52 @@ pub mod gate_residual {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, D]` f32: Residual stream.
+        /// `[B, N, D]` float: Residual stream.
         pub residual: &'a [T],
-        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub modulation: &'a [T],
-        /// `[B, N, D]` f32: Result of the block's operator.
+        /// `[B, N, D]` float: Result of the block's operator.
         pub branch: &'a [T],
-        /// `[B, N, D]` f32: New residual stream.
+        /// `[B, N, D]` float: New residual stream.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, D]` f32: New residual stream.
+        /// `[B, N, D]` float: New residual stream.
         pub dy: &'a [T],
-        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub modulation: &'a [T],
-        /// `[B, N, D]` f32: Result of the block's operator.
+        /// `[B, N, D]` float: Result of the block's operator.
         pub branch: &'a [T],
-        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub dmodulation: Option<&'a mut [T]>,
-        /// `[B, N, D]` f32: Result of the block's operator.
+        /// `[B, N, D]` float: Result of the block's operator.
         pub dbranch: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub residual: In<T>,
+        pub modulation: In<T>,
+        pub branch: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub modulation: In<T>,
+        pub branch: In<T>,
+        pub dmodulation: Option<Out<T>>,
+        pub dbranch: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -1232,7 +1420,7 @@ pub mod gate_residual {
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 6, d: 1152 }, params: Params { gate_row: 5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gate_residual", summary: "Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.", backward: true, cases: &["odd", "one", "dit_xl_256"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "gate_residual", summary: "Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.", backward: true, cases: &["odd", "one", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1282,45 +1470,76 @@ pub mod gated_conv {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+        /// `[B, N, 3, C]` float: Queries, keys and values side by side, as the input projection writes them.
         pub p: &'a [T],
-        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        /// `[3, C, K]` float: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
         pub short_weight: Option<&'a [T]>,
-        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` float: Bias of the convolution on q, k and v.
         pub short_bias: Option<&'a [T]>,
-        /// `[C, K]` f32: Taps of the convolution on k * v; absent in Hyena-X.
+        /// `[C, K]` float: Taps of the convolution on k * v; absent in Hyena-X.
         pub inner_weight: Option<&'a [T]>,
-        /// `[C]` f32: Bias of the convolution on k * v.
+        /// `[C]` float: Bias of the convolution on k * v.
         pub inner_bias: Option<&'a [T]>,
-        /// `[B, N, C]` f32: Gated result, before the output projection.
+        /// `[B, N, C]` float: Gated result, before the output projection.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, C]` f32: Gated result, before the output projection.
+        /// `[B, N, C]` float: Gated result, before the output projection.
         pub dy: &'a [T],
-        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+        /// `[B, N, 3, C]` float: Queries, keys and values side by side, as the input projection writes them.
         pub p: &'a [T],
-        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        /// `[3, C, K]` float: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
         pub short_weight: Option<&'a [T]>,
-        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` float: Bias of the convolution on q, k and v.
         pub short_bias: Option<&'a [T]>,
-        /// `[C, K]` f32: Taps of the convolution on k * v; absent in Hyena-X.
+        /// `[C, K]` float: Taps of the convolution on k * v; absent in Hyena-X.
         pub inner_weight: Option<&'a [T]>,
-        /// `[C]` f32: Bias of the convolution on k * v.
+        /// `[C]` float: Bias of the convolution on k * v.
         pub inner_bias: Option<&'a [T]>,
-        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+        /// `[B, N, 3, C]` float: Queries, keys and values side by side, as the input projection writes them.
         pub dp: Option<&'a mut [T]>,
-        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+        /// `[3, C, K]` float: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
         pub dshort_weight: Option<&'a mut [T]>,
-        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` float: Bias of the convolution on q, k and v.
         pub dshort_bias: Option<&'a mut [T]>,
-        /// `[C, K]` f32: Taps of the convolution on k * v; absent in Hyena-X.
+        /// `[C, K]` float: Taps of the convolution on k * v; absent in Hyena-X.
         pub dinner_weight: Option<&'a mut [T]>,
-        /// `[C]` f32: Bias of the convolution on k * v.
+        /// `[C]` float: Bias of the convolution on k * v.
         pub dinner_bias: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub p: In<T>,
+        pub short_weight: Option<In<T>>,
+        pub short_bias: Option<In<T>>,
+        pub inner_weight: Option<In<T>>,
+        pub inner_bias: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: Option<In<T>>,
+        pub short_bias: Option<In<T>>,
+        pub inner_weight: Option<In<T>>,
+        pub inner_bias: Option<In<T>>,
+        pub dp: Option<Out<T>>,
+        pub dshort_weight: Option<Out<T>>,
+        pub dshort_bias: Option<Out<T>>,
+        pub dinner_weight: Option<Out<T>>,
+        pub dinner_bias: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -1361,7 +1580,7 @@ pub mod gated_conv {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "se_bidirectional", "x_bidirectional", "y_all_reversed", "bidirectional_blocks", "bidirectional_more_taps_than_tokens", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "dit_xl_256_bidirectional", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }) };
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "se_bidirectional", "x_bidirectional", "y_all_reversed", "bidirectional_blocks", "bidirectional_more_taps_than_tokens", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "dit_xl_256_bidirectional", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1416,44 +1635,44 @@ pub mod gated_conv_2d {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, Gh, Gw, 3, C]` f32: Queries, keys and values of every token side by side, as the input projection writes them.
+        /// `[B, Gh, Gw, 3, C]` float: Queries, keys and values of every token side by side, as the input projection writes them.
         pub p: &'a [T],
-        /// `[3, C, K, K]` f32: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
+        /// `[3, C, K, K]` float: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
         pub short_weight: Option<&'a [T]>,
-        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` float: Bias of the convolution on q, k and v.
         pub short_bias: Option<&'a [T]>,
-        /// `[C, K, K]` f32: Taps of the convolution on k * v; absent in the X form.
+        /// `[C, K, K]` float: Taps of the convolution on k * v; absent in the X form.
         pub inner_weight: Option<&'a [T]>,
-        /// `[C]` f32: Bias of the convolution on k * v.
+        /// `[C]` float: Bias of the convolution on k * v.
         pub inner_bias: Option<&'a [T]>,
-        /// `[B, Gh, Gw, C]` f32: Gated result, before the output projection.
+        /// `[B, Gh, Gw, C]` float: Gated result, before the output projection.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, Gh, Gw, C]` f32: Gated result, before the output projection.
+        /// `[B, Gh, Gw, C]` float: Gated result, before the output projection.
         pub dy: &'a [T],
-        /// `[B, Gh, Gw, 3, C]` f32: Queries, keys and values of every token side by side, as the input projection writes them.
+        /// `[B, Gh, Gw, 3, C]` float: Queries, keys and values of every token side by side, as the input projection writes them.
         pub p: &'a [T],
-        /// `[3, C, K, K]` f32: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
+        /// `[3, C, K, K]` float: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
         pub short_weight: Option<&'a [T]>,
-        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` float: Bias of the convolution on q, k and v.
         pub short_bias: Option<&'a [T]>,
-        /// `[C, K, K]` f32: Taps of the convolution on k * v; absent in the X form.
+        /// `[C, K, K]` float: Taps of the convolution on k * v; absent in the X form.
         pub inner_weight: Option<&'a [T]>,
-        /// `[C]` f32: Bias of the convolution on k * v.
+        /// `[C]` float: Bias of the convolution on k * v.
         pub inner_bias: Option<&'a [T]>,
-        /// `[B, Gh, Gw, 3, C]` f32: Queries, keys and values of every token side by side, as the input projection writes them.
+        /// `[B, Gh, Gw, 3, C]` float: Queries, keys and values of every token side by side, as the input projection writes them.
         pub dp: Option<&'a mut [T]>,
-        /// `[3, C, K, K]` f32: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
+        /// `[3, C, K, K]` float: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
         pub dshort_weight: Option<&'a mut [T]>,
-        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` float: Bias of the convolution on q, k and v.
         pub dshort_bias: Option<&'a mut [T]>,
-        /// `[C, K, K]` f32: Taps of the convolution on k * v; absent in the X form.
+        /// `[C, K, K]` float: Taps of the convolution on k * v; absent in the X form.
         pub dinner_weight: Option<&'a mut [T]>,
-        /// `[C]` f32: Bias of the convolution on k * v.
+        /// `[C]` float: Bias of the convolution on k * v.
         pub dinner_bias: Option<&'a mut [T]>,
     }
 
@@ -1486,7 +1705,7 @@ pub mod gated_conv_2d {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, gh: 128, gw: 128, c: 1152, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gated_conv_2d", summary: "Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.", backward: true, cases: &["se_odd", "x_wide_grid", "y_tall_grid", "five_by_five", "window_over_the_grid", "one_token", "one_tap", "one_row", "blocks", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }) };
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv_2d", summary: "Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.", backward: true, cases: &["se_odd", "x_wide_grid", "y_tall_grid", "five_by_five", "window_over_the_grid", "one_token", "one_tap", "one_row", "blocks", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1547,47 +1766,79 @@ pub mod gemm {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, K]` f32: Input rows.
+        /// `[B, N, K]` float: Input rows.
         pub x: &'a [T],
-        /// `[F, K]` f32|bf16: Weight, one row per output feature.
+        /// `[F, K]` float (f32 or bf16 on the CPU): Weight, one row per output feature.
         pub w: Weight<'a, T>,
-        /// `[F]` f32: Added to every row.
+        /// `[F]` float: Added to every row.
         pub bias: Option<&'a [T]>,
-        /// `[N, F]` f32: Added to row n of every sample: a table of positions.
+        /// `[N, F]` float: Added to row n of every sample: a table of positions.
         pub pos: Option<&'a [T]>,
-        /// `[B, C, F]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, F]` float: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub gate: Option<&'a [T]>,
-        /// `[B, N, F]` f32: Residual stream that the result is added to.
+        /// `[B, N, F]` float: Residual stream that the result is added to.
         pub residual: Option<&'a [T]>,
-        /// `[B, N, F]` f32: Result.
+        /// `[B, N, F]` float: Result.
         pub y: &'a mut [T],
-        /// `[B, N, F]` f32: u, the value before the activation or the gate.
+        /// `[B, N, F]` float: u, the value before the activation or the gate.
         pub pre: Option<&'a mut [T]>,
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, F]` f32: Result.
+        /// `[B, N, F]` float: Result.
         pub dy: &'a [T],
-        /// `[B, N, K]` f32: Input rows.
+        /// `[B, N, K]` float: Input rows.
         pub x: &'a [T],
-        /// `[F, K]` f32|bf16: Weight, one row per output feature.
+        /// `[F, K]` float (f32 or bf16 on the CPU): Weight, one row per output feature.
         pub w: Weight<'a, T>,
-        /// `[B, C, F]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, F]` float: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub gate: Option<&'a [T]>,
-        /// `[B, N, F]` f32: u, the value before the activation or the gate.
+        /// `[B, N, F]` float: u, the value before the activation or the gate.
         pub pre: Option<&'a [T]>,
-        /// `[B, N, K]` f32: Input rows.
+        /// `[B, N, K]` float: Input rows.
         pub dx: Option<&'a mut [T]>,
-        /// `[F, K]` f32|bf16: Weight, one row per output feature.
+        /// `[F, K]` float (f32 or bf16 on the CPU): Weight, one row per output feature.
         pub dw: Option<&'a mut [T]>,
-        /// `[F]` f32: Added to every row.
+        /// `[F]` float: Added to every row.
         pub dbias: Option<&'a mut [T]>,
-        /// `[N, F]` f32: Added to row n of every sample: a table of positions.
+        /// `[N, F]` float: Added to row n of every sample: a table of positions.
         pub dpos: Option<&'a mut [T]>,
-        /// `[B, C, F]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+        /// `[B, C, F]` float: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
         pub dgate: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: Option<In<T>>,
+        pub pos: Option<In<T>>,
+        pub gate: Option<In<T>>,
+        pub residual: Option<In<T>>,
+        pub y: Out<T>,
+        pub pre: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub w: In<T>,
+        pub gate: Option<In<T>>,
+        pub pre: Option<In<T>>,
+        pub dx: Option<Out<T>>,
+        pub dw: Option<Out<T>>,
+        pub dbias: Option<Out<T>>,
+        pub dpos: Option<Out<T>>,
+        pub dgate: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -1620,6 +1871,7 @@ pub mod gemm {
         Case { name: "bf16_long_k", tier: Tier::Tiny, dims: Dims { b: 1, n: 19, k: 1537, f: 66, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
         Case { name: "bf16_vectors", tier: Tier::Tiny, dims: Dims { b: 4, n: 1, k: 131, f: 70, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
         Case { name: "bf16_one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
+        Case { name: "split_rows", tier: Tier::Tiny, dims: Dims { b: 2, n: 301, k: 9, f: 10, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: true },
         Case { name: "fashion_qkv", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 128, f: 384, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
         Case { name: "fashion_fc1", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
         Case { name: "fashion_fc2", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 512, f: 128, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
@@ -1630,7 +1882,7 @@ pub mod gemm {
         Case { name: "pixart_2k_fc1", tier: Tier::Real, dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1691,15 +1943,15 @@ pub mod group_norm_silu {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, H, W, C]` f32: Images, channels last.
+        /// `[B, H, W, C]` float: Images, channels last.
         pub x: &'a [T],
-        /// `[C]` f32: Scale of each channel.
+        /// `[C]` float: Scale of each channel.
         pub gamma: &'a [T],
-        /// `[C]` f32: Shift of each channel.
+        /// `[C]` float: Shift of each channel.
         pub beta: &'a [T],
         /// `[B, 2, G]` f32: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
         pub stats: Option<&'a [T]>,
-        /// `[B, H, W, C]` f32: Result.
+        /// `[B, H, W, C]` float: Result.
         pub y: &'a mut [T],
         /// `[B, G]` f32: Mean of each group.
         pub mean: &'a mut [T],
@@ -1710,13 +1962,13 @@ pub mod group_norm_silu {
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, H, W, C]` f32: Result.
+        /// `[B, H, W, C]` float: Result.
         pub dy: &'a [T],
-        /// `[B, H, W, C]` f32: Images, channels last.
+        /// `[B, H, W, C]` float: Images, channels last.
         pub x: &'a [T],
-        /// `[C]` f32: Scale of each channel.
+        /// `[C]` float: Scale of each channel.
         pub gamma: &'a [T],
-        /// `[C]` f32: Shift of each channel.
+        /// `[C]` float: Shift of each channel.
         pub beta: &'a [T],
         /// `[B, 2, G]` f32: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
         pub stats: Option<&'a [T]>,
@@ -1724,12 +1976,43 @@ pub mod group_norm_silu {
         pub mean: &'a [T],
         /// `[B, G]` f32: Reciprocal standard deviation of each group.
         pub rstd: &'a [T],
-        /// `[B, H, W, C]` f32: Images, channels last.
+        /// `[B, H, W, C]` float: Images, channels last.
         pub dx: Option<&'a mut [T]>,
-        /// `[C]` f32: Scale of each channel.
+        /// `[C]` float: Scale of each channel.
         pub dgamma: Option<&'a mut [T]>,
-        /// `[C]` f32: Shift of each channel.
+        /// `[C]` float: Shift of each channel.
         pub dbeta: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub stats: Option<In<f32>>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub stats: Option<In<f32>>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Option<Out<T>>,
+        pub dgamma: Option<Out<T>>,
+        pub dbeta: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -1759,7 +2042,7 @@ pub mod group_norm_silu {
         Case { name: "vae_strip", tier: Tier::Real, dims: Dims { b: 1, h: 32, w: 2048, c: 256, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "group_norm_silu", summary: "Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.", backward: true, cases: &["one", "odd", "one_group", "channel_groups", "one_row", "blocks", "strip", "strip_plain", "vae_mid", "vae_last", "vae_strip"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "group_norm_silu", summary: "Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.", backward: true, cases: &["one", "odd", "one_group", "channel_groups", "one_row", "blocks", "strip", "strip_plain", "vae_mid", "vae_last", "vae_strip"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1816,50 +2099,50 @@ pub mod kv_compress {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, Gh, Gw, R, D]` f32: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
+        /// `[B, Gh, Gw, R, D]` float: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
         pub x: &'a [T],
-        /// `[D, K, K]` f32: Taps of each channel, row by row.
+        /// `[D, K, K]` float: Taps of each channel, row by row.
         pub weight: &'a [T],
-        /// `[D]` f32: Bias of the convolution.
+        /// `[D]` float: Bias of the convolution.
         pub bias: &'a [T],
-        /// `[D]` f32: Scale after the normalisation.
+        /// `[D]` float: Scale after the normalisation.
         pub gamma: &'a [T],
-        /// `[D]` f32: Shift after the normalisation.
+        /// `[D]` float: Shift after the normalisation.
         pub beta: &'a [T],
-        /// `[B, Gh/K, Gw/K, 2, D]` f32: Keys and values of the coarse grid, side by side.
+        /// `[B, Gh/K, Gw/K, 2, D]` float: Keys and values of the coarse grid, side by side.
         pub y: &'a mut [T],
-        /// `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
+        /// `[B, Gh/K, Gw/K, 2]` float: Mean over the channels of each vector.
         pub mean: &'a mut [T],
-        /// `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
+        /// `[B, Gh/K, Gw/K, 2]` float: Reciprocal standard deviation over the channels of each vector.
         pub rstd: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, Gh/K, Gw/K, 2, D]` f32: Keys and values of the coarse grid, side by side.
+        /// `[B, Gh/K, Gw/K, 2, D]` float: Keys and values of the coarse grid, side by side.
         pub dy: &'a [T],
-        /// `[B, Gh, Gw, R, D]` f32: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
+        /// `[B, Gh, Gw, R, D]` float: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
         pub x: &'a [T],
-        /// `[D, K, K]` f32: Taps of each channel, row by row.
+        /// `[D, K, K]` float: Taps of each channel, row by row.
         pub weight: &'a [T],
-        /// `[D]` f32: Bias of the convolution.
+        /// `[D]` float: Bias of the convolution.
         pub bias: &'a [T],
-        /// `[D]` f32: Scale after the normalisation.
+        /// `[D]` float: Scale after the normalisation.
         pub gamma: &'a [T],
-        /// `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
+        /// `[B, Gh/K, Gw/K, 2]` float: Mean over the channels of each vector.
         pub mean: &'a [T],
-        /// `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
+        /// `[B, Gh/K, Gw/K, 2]` float: Reciprocal standard deviation over the channels of each vector.
         pub rstd: &'a [T],
-        /// `[B, Gh, Gw, R, D]` f32: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
+        /// `[B, Gh, Gw, R, D]` float: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
         pub dx: Option<&'a mut [T]>,
-        /// `[D, K, K]` f32: Taps of each channel, row by row.
+        /// `[D, K, K]` float: Taps of each channel, row by row.
         pub dweight: Option<&'a mut [T]>,
-        /// `[D]` f32: Bias of the convolution.
+        /// `[D]` float: Bias of the convolution.
         pub dbias: Option<&'a mut [T]>,
-        /// `[D]` f32: Scale after the normalisation.
+        /// `[D]` float: Scale after the normalisation.
         pub dgamma: Option<&'a mut [T]>,
-        /// `[D]` f32: Shift after the normalisation.
+        /// `[D]` float: Shift after the normalisation.
         pub dbeta: Option<&'a mut [T]>,
     }
 
@@ -1888,7 +2171,7 @@ pub mod kv_compress {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, gh: 128, gw: 128, r: 3, d: 1152, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "kv_compress", summary: "Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.", backward: true, cases: &["golden_shape", "odd_grid", "one_square", "every_token", "thirds", "quarters", "wide", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }) };
+    pub const INFO: OpInfo = OpInfo { name: "kv_compress", summary: "Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.", backward: true, cases: &["golden_shape", "odd_grid", "one_square", "every_token", "thirds", "quarters", "wide", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1948,9 +2231,9 @@ pub mod linear_attention {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub qkv: &'a [T],
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a mut [T],
         /// `[B, H, N]` f32: What the weights of each query are divided by.
         pub norm: &'a mut [T],
@@ -1963,11 +2246,11 @@ pub mod linear_attention {
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub dy: &'a [T],
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub qkv: &'a [T],
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a [T],
         /// `[B, H, N]` f32: What the weights of each query are divided by.
         pub norm: &'a [T],
@@ -1975,8 +2258,34 @@ pub mod linear_attention {
         pub state: &'a [T],
         /// `[B, H, E]` f32: Sum over the tokens of the key features.
         pub total: &'a [T],
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub dqkv: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub norm: Out<f32>,
+        pub state: Out<f32>,
+        pub total: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub norm: In<f32>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub dqkv: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -2006,7 +2315,7 @@ pub mod linear_attention {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2057,11 +2366,11 @@ pub mod ln_modulate {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, D]` f32: Residual stream.
+        /// `[B, N, D]` float: Residual stream.
         pub x: &'a [T],
-        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
+        /// `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
         pub modulation: &'a [T],
-        /// `[B, N, D]` f32: Normalised and modulated.
+        /// `[B, N, D]` float: Normalised and modulated.
         pub y: &'a mut [T],
         /// `[B, N]` f32: Mean of each token.
         pub mean: &'a mut [T],
@@ -2072,20 +2381,46 @@ pub mod ln_modulate {
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, D]` f32: Normalised and modulated.
+        /// `[B, N, D]` float: Normalised and modulated.
         pub dy: &'a [T],
-        /// `[B, N, D]` f32: Residual stream.
+        /// `[B, N, D]` float: Residual stream.
         pub x: &'a [T],
-        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
+        /// `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
         pub modulation: &'a [T],
         /// `[B, N]` f32: Mean of each token.
         pub mean: &'a [T],
         /// `[B, N]` f32: Reciprocal standard deviation of each token.
         pub rstd: &'a [T],
-        /// `[B, N, D]` f32: Residual stream.
+        /// `[B, N, D]` float: Residual stream.
         pub dx: Option<&'a mut [T]>,
-        /// `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
+        /// `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
         pub dmodulation: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub modulation: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub modulation: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Option<Out<T>>,
+        pub dmodulation: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -2109,7 +2444,7 @@ pub mod ln_modulate {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 6, d: 1152 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "one_token", "dit_s", "dit_xl_256", "pixart_2k"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "one_token", "dit_s", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2163,45 +2498,76 @@ pub mod long_conv {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+        /// `[B, N, 3, C]` float: Queries, keys and values side by side, as the input projection writes them.
         pub p: &'a [T],
-        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first.
+        /// `[3, C, K]` float: Taps of the convolution on q, k and v, the earliest token first.
         pub short_weight: Option<&'a [T]>,
-        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` float: Bias of the convolution on q, k and v.
         pub short_bias: Option<&'a [T]>,
-        /// `[C, L]` f32: The long filter of each channel by lag: tap l reads the token l - centre places back.
+        /// `[C, L]` float: The long filter of each channel by lag: tap l reads the token l - centre places back.
         pub filter: &'a [T],
-        /// `[C]` f32: Factor of the current k * v beside the filter.
+        /// `[C]` float: Factor of the current k * v beside the filter.
         pub skip: &'a [T],
-        /// `[B, N, C]` f32: Gated result, before the output projection.
+        /// `[B, N, C]` float: Gated result, before the output projection.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, C]` f32: Gated result, before the output projection.
+        /// `[B, N, C]` float: Gated result, before the output projection.
         pub dy: &'a [T],
-        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+        /// `[B, N, 3, C]` float: Queries, keys and values side by side, as the input projection writes them.
         pub p: &'a [T],
-        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first.
+        /// `[3, C, K]` float: Taps of the convolution on q, k and v, the earliest token first.
         pub short_weight: Option<&'a [T]>,
-        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` float: Bias of the convolution on q, k and v.
         pub short_bias: Option<&'a [T]>,
-        /// `[C, L]` f32: The long filter of each channel by lag: tap l reads the token l - centre places back.
+        /// `[C, L]` float: The long filter of each channel by lag: tap l reads the token l - centre places back.
         pub filter: &'a [T],
-        /// `[C]` f32: Factor of the current k * v beside the filter.
+        /// `[C]` float: Factor of the current k * v beside the filter.
         pub skip: &'a [T],
-        /// `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
+        /// `[B, N, 3, C]` float: Queries, keys and values side by side, as the input projection writes them.
         pub dp: Option<&'a mut [T]>,
-        /// `[3, C, K]` f32: Taps of the convolution on q, k and v, the earliest token first.
+        /// `[3, C, K]` float: Taps of the convolution on q, k and v, the earliest token first.
         pub dshort_weight: Option<&'a mut [T]>,
-        /// `[3, C]` f32: Bias of the convolution on q, k and v.
+        /// `[3, C]` float: Bias of the convolution on q, k and v.
         pub dshort_bias: Option<&'a mut [T]>,
-        /// `[C, L]` f32: The long filter of each channel by lag: tap l reads the token l - centre places back.
+        /// `[C, L]` float: The long filter of each channel by lag: tap l reads the token l - centre places back.
         pub dfilter: Option<&'a mut [T]>,
-        /// `[C]` f32: Factor of the current k * v beside the filter.
+        /// `[C]` float: Factor of the current k * v beside the filter.
         pub dskip: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub p: In<T>,
+        pub short_weight: Option<In<T>>,
+        pub short_bias: Option<In<T>>,
+        pub filter: In<T>,
+        pub skip: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: Option<In<T>>,
+        pub short_bias: Option<In<T>>,
+        pub filter: In<T>,
+        pub skip: In<T>,
+        pub dp: Option<Out<T>>,
+        pub dshort_weight: Option<Out<T>>,
+        pub dshort_bias: Option<Out<T>>,
+        pub dfilter: Option<Out<T>>,
+        pub dskip: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -2236,7 +2602,7 @@ pub mod long_conv {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 1152, k: 4, l: 16384 }, params: Params { lead: 3, centre: 0, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "long_conv", summary: "The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.", backward: true, cases: &["causal", "centred", "bidirectional", "no_short_filters", "filter_shorter_than_the_sequence", "filter_longer_than_the_sequence", "one_token", "many_samples", "by_transform_causal", "by_transform_centred", "by_transform_short_filter", "fashion_b128", "dit_xl_256", "dit_xl_256_centred", "dit_xl_512", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 2e-4, rtol: 1e-5, rms: 3e-6 }) };
+    pub const INFO: OpInfo = OpInfo { name: "long_conv", summary: "The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.", backward: true, cases: &["causal", "centred", "bidirectional", "no_short_filters", "filter_shorter_than_the_sequence", "filter_longer_than_the_sequence", "one_token", "many_samples", "by_transform_causal", "by_transform_centred", "by_transform_short_filter", "fashion_b128", "dit_xl_256", "dit_xl_256_centred", "dit_xl_512", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 2e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2291,37 +2657,64 @@ pub mod loss_diffusion {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, 2*C, S]` f32: Predicted noise, then variance values v in about [-1, 1].
+        /// `[B, 2*C, S]` float: Predicted noise, then variance values v in about [-1, 1].
         pub model_output: &'a [T],
-        /// `[B, C, S]` f32: Clean latents; read only where `first`.
+        /// `[B, C, S]` float: Clean latents; read only where `first`.
         pub x0: &'a [T],
-        /// `[B, C, S]` f32: The noise in the model's input.
+        /// `[B, C, S]` float: The noise in the model's input.
         pub noise: &'a [T],
-        /// `[B, 4]` f32: Per sample: gap, log_lo (clipped log variance of the posterior, at v = -1), log_range (log variance at v = 1, ln beta, less log_lo), first (1 at t = 0, else 0).
+        /// `[B, 4]` float: Per sample: gap, log_lo (clipped log variance of the posterior, at v = -1), log_range (log variance at v = 1, ln beta, less log_lo), first (1 at t = 0, else 0).
         pub coefs: &'a [T],
-        /// `[1]` f32: Mean over the batch.
+        /// `[1]` float: Mean over the batch.
         pub loss: &'a mut [T],
-        /// `[B]` f32: Squared error per sample, for reporting.
+        /// `[B]` float: Squared error per sample, for reporting.
         pub mse: &'a mut [T],
-        /// `[B]` f32: Bound per sample in bits per element, for reporting.
+        /// `[B]` float: Bound per sample in bits per element, for reporting.
         pub vb: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[1]` f32: Mean over the batch.
+        /// `[1]` float: Mean over the batch.
         pub dloss: &'a [T],
-        /// `[B, 2*C, S]` f32: Predicted noise, then variance values v in about [-1, 1].
+        /// `[B, 2*C, S]` float: Predicted noise, then variance values v in about [-1, 1].
         pub model_output: &'a [T],
-        /// `[B, C, S]` f32: Clean latents; read only where `first`.
+        /// `[B, C, S]` float: Clean latents; read only where `first`.
         pub x0: &'a [T],
-        /// `[B, C, S]` f32: The noise in the model's input.
+        /// `[B, C, S]` float: The noise in the model's input.
         pub noise: &'a [T],
-        /// `[B, 4]` f32: Per sample: gap, log_lo (clipped log variance of the posterior, at v = -1), log_range (log variance at v = 1, ln beta, less log_lo), first (1 at t = 0, else 0).
+        /// `[B, 4]` float: Per sample: gap, log_lo (clipped log variance of the posterior, at v = -1), log_range (log variance at v = 1, ln beta, less log_lo), first (1 at t = 0, else 0).
         pub coefs: &'a [T],
-        /// `[B, 2*C, S]` f32: Predicted noise, then variance values v in about [-1, 1].
+        /// `[B, 2*C, S]` float: Predicted noise, then variance values v in about [-1, 1].
         pub dmodel_output: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub model_output: In<T>,
+        pub x0: In<T>,
+        pub noise: In<T>,
+        pub coefs: In<T>,
+        pub loss: Out<T>,
+        pub mse: Out<T>,
+        pub vb: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dloss: In<T>,
+        pub model_output: In<T>,
+        pub x0: In<T>,
+        pub noise: In<T>,
+        pub coefs: In<T>,
+        pub dmodel_output: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -2347,7 +2740,7 @@ pub mod loss_diffusion {
         Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, c: 1, s: 784 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "loss_diffusion", summary: "Training loss of DiT: squared error of the noise plus the variational bound of the learned variance.", backward: true, cases: &["learned", "weighted", "mse_only", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "loss_diffusion", summary: "Training loss of DiT: squared error of the noise plus the variational bound of the learned variance.", backward: true, cases: &["learned", "weighted", "mse_only", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2397,25 +2790,46 @@ pub mod loss_regression {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, D]` f32: Output of the student.
+        /// `[B, N, D]` float: Output of the student.
         pub pred: &'a [T],
-        /// `[B, N, D]` f32: Output of the teacher.
+        /// `[B, N, D]` float: Output of the teacher.
         pub target: &'a [T],
-        /// `[1]` f32: Mean.
+        /// `[1]` float: Mean.
         pub loss: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[1]` f32: Mean.
+        /// `[1]` float: Mean.
         pub dloss: &'a [T],
-        /// `[B, N, D]` f32: Output of the student.
+        /// `[B, N, D]` float: Output of the student.
         pub pred: &'a [T],
-        /// `[B, N, D]` f32: Output of the teacher.
+        /// `[B, N, D]` float: Output of the teacher.
         pub target: &'a [T],
-        /// `[B, N, D]` f32: Output of the student.
+        /// `[B, N, D]` float: Output of the student.
         pub dpred: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub pred: In<T>,
+        pub target: In<T>,
+        pub loss: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dloss: In<T>,
+        pub pred: In<T>,
+        pub target: In<T>,
+        pub dpred: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -2442,7 +2856,7 @@ pub mod loss_regression {
         Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, n: 49, d: 128 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "loss_regression", summary: "Mean absolute, squared or Huber error over all elements.", backward: true, cases: &["l1", "l2", "huber", "huber_narrow", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "loss_regression", summary: "Mean absolute, squared or Huber error over all elements.", backward: true, cases: &["l1", "l2", "huber", "huber_narrow", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2491,47 +2905,79 @@ pub mod mamba2 {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
+        /// `[B, N, H*E + 2*K]` float: Values of every head, then what is written to the state (B) and how it is read (C).
         pub xbc: &'a [T],
-        /// `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+        /// `[B, N, W]` float: Packed rows that hold the step sizes; the gradient is zero outside their columns.
         pub p: &'a [T],
-        /// `[H]` f32: Added to the step sizes before softplus.
+        /// `[H]` float: Added to the step sizes before softplus.
         pub dt_bias: &'a [T],
-        /// `[H]` f32: Logarithm of the decay rate of each head.
+        /// `[H]` float: Logarithm of the decay rate of each head.
         pub a_log: &'a [T],
-        /// `[H]` f32: Factor of the direct path of each head (D in the literature).
+        /// `[H]` float: Factor of the direct path of each head (D in the literature).
         pub skip: &'a [T],
-        /// `[B, N, H*E]` f32: Added to the result: that of the other direction.
+        /// `[B, N, H*E]` float: Added to the result: that of the other direction.
         pub residual: Option<&'a [T]>,
-        /// `[B, N, H*E]` f32: Result, head by head.
+        /// `[B, N, H*E]` float: Result, head by head.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, H*E]` f32: Result, head by head.
+        /// `[B, N, H*E]` float: Result, head by head.
         pub dy: &'a [T],
-        /// `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
+        /// `[B, N, H*E + 2*K]` float: Values of every head, then what is written to the state (B) and how it is read (C).
         pub xbc: &'a [T],
-        /// `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+        /// `[B, N, W]` float: Packed rows that hold the step sizes; the gradient is zero outside their columns.
         pub p: &'a [T],
-        /// `[H]` f32: Added to the step sizes before softplus.
+        /// `[H]` float: Added to the step sizes before softplus.
         pub dt_bias: &'a [T],
-        /// `[H]` f32: Logarithm of the decay rate of each head.
+        /// `[H]` float: Logarithm of the decay rate of each head.
         pub a_log: &'a [T],
-        /// `[H]` f32: Factor of the direct path of each head (D in the literature).
+        /// `[H]` float: Factor of the direct path of each head (D in the literature).
         pub skip: &'a [T],
-        /// `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
+        /// `[B, N, H*E + 2*K]` float: Values of every head, then what is written to the state (B) and how it is read (C).
         pub dxbc: Option<&'a mut [T]>,
-        /// `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+        /// `[B, N, W]` float: Packed rows that hold the step sizes; the gradient is zero outside their columns.
         pub dp: Option<&'a mut [T]>,
-        /// `[H]` f32: Added to the step sizes before softplus.
+        /// `[H]` float: Added to the step sizes before softplus.
         pub ddt_bias: Option<&'a mut [T]>,
-        /// `[H]` f32: Logarithm of the decay rate of each head.
+        /// `[H]` float: Logarithm of the decay rate of each head.
         pub da_log: Option<&'a mut [T]>,
-        /// `[H]` f32: Factor of the direct path of each head (D in the literature).
+        /// `[H]` float: Factor of the direct path of each head (D in the literature).
         pub dskip: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub residual: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub dxbc: Option<Out<T>>,
+        pub dp: Option<Out<T>>,
+        pub ddt_bias: Option<Out<T>>,
+        pub da_log: Option<Out<T>>,
+        pub dskip: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -2558,7 +3004,7 @@ pub mod mamba2 {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2617,9 +3063,9 @@ pub mod neighborhood_attention {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, Gh, Gw, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them; tokens row by row.
+        /// `[B, Gh, Gw, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them; tokens row by row.
         pub qkv: &'a [T],
-        /// `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+        /// `[B, Gh, Gw, H, E]` float: Attention output, heads side by side.
         pub y: &'a mut [T],
         /// `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
         pub lse: &'a mut [T],
@@ -2628,16 +3074,38 @@ pub mod neighborhood_attention {
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+        /// `[B, Gh, Gw, H, E]` float: Attention output, heads side by side.
         pub dy: &'a [T],
-        /// `[B, Gh, Gw, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them; tokens row by row.
+        /// `[B, Gh, Gw, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them; tokens row by row.
         pub qkv: &'a [T],
-        /// `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+        /// `[B, Gh, Gw, H, E]` float: Attention output, heads side by side.
         pub y: &'a [T],
         /// `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
         pub lse: &'a [T],
-        /// `[B, Gh, Gw, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them; tokens row by row.
+        /// `[B, Gh, Gw, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them; tokens row by row.
         pub dqkv: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub dqkv: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -2668,7 +3136,7 @@ pub mod neighborhood_attention {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, gh: 128, gw: 128, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2712,19 +3180,37 @@ pub mod patchify {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
+        /// `[B, C, Gh*P, Gw*P]` float: Image, channels first.
         pub x: &'a [T],
-        /// `[B, Gh*Gw, C*P*P]` f32: Patches in raster order; within one: channel, row, column.
+        /// `[B, Gh*Gw, C*P*P]` float: Patches in raster order; within one: channel, row, column.
         pub tokens: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, Gh*Gw, C*P*P]` f32: Patches in raster order; within one: channel, row, column.
+        /// `[B, Gh*Gw, C*P*P]` float: Patches in raster order; within one: channel, row, column.
         pub dtokens: &'a [T],
-        /// `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
+        /// `[B, C, Gh*P, Gw*P]` float: Image, channels first.
         pub dx: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub tokens: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dtokens: In<T>,
+        pub dx: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -2751,7 +3237,7 @@ pub mod patchify {
         Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "patchify", summary: "Cuts an image into square patches, one token each, in the order of a convolution weight.", backward: true, cases: &["odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "patchify", summary: "Cuts an image into square patches, one token each, in the order of a convolution weight.", backward: true, cases: &["odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2796,8 +3282,16 @@ pub mod philox {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[L]` f32: Standard normal numbers.
+        /// `[L]` float: Standard normal numbers.
         pub z: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub z: Out<T>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -2821,7 +3315,7 @@ pub mod philox {
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { l: 131072 }, params: Params { seed: 42, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }) };
+    pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }), tolerance_bf16: None, elements: &[ElementType::F32] };
 
 }
 
@@ -2845,48 +3339,48 @@ pub mod qk_norm {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, 3, D]` f32: Queries, keys and values side by side, all heads of one in a row.
+        /// `[B, N, 3, D]` float: Queries, keys and values side by side, all heads of one in a row.
         pub x: &'a [T],
-        /// `[D]` f32: Scale of the queries.
+        /// `[D]` float: Scale of the queries.
         pub q_gamma: &'a [T],
-        /// `[D]` f32: Shift of the queries.
+        /// `[D]` float: Shift of the queries.
         pub q_beta: &'a [T],
-        /// `[D]` f32: Scale of the keys.
+        /// `[D]` float: Scale of the keys.
         pub k_gamma: &'a [T],
-        /// `[D]` f32: Shift of the keys.
+        /// `[D]` float: Shift of the keys.
         pub k_beta: &'a [T],
-        /// `[B, N, 3, D]` f32: Normalised queries and keys, and the values.
+        /// `[B, N, 3, D]` float: Normalised queries and keys, and the values.
         pub y: &'a mut [T],
-        /// `[B, N, 2]` f32: Means of queries and keys.
+        /// `[B, N, 2]` float: Means of queries and keys.
         pub mean: &'a mut [T],
-        /// `[B, N, 2]` f32: Reciprocal standard deviations of queries and keys.
+        /// `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
         pub rstd: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, 3, D]` f32: Normalised queries and keys, and the values.
+        /// `[B, N, 3, D]` float: Normalised queries and keys, and the values.
         pub dy: &'a [T],
-        /// `[B, N, 3, D]` f32: Queries, keys and values side by side, all heads of one in a row.
+        /// `[B, N, 3, D]` float: Queries, keys and values side by side, all heads of one in a row.
         pub x: &'a [T],
-        /// `[D]` f32: Scale of the queries.
+        /// `[D]` float: Scale of the queries.
         pub q_gamma: &'a [T],
-        /// `[D]` f32: Scale of the keys.
+        /// `[D]` float: Scale of the keys.
         pub k_gamma: &'a [T],
-        /// `[B, N, 2]` f32: Means of queries and keys.
+        /// `[B, N, 2]` float: Means of queries and keys.
         pub mean: &'a [T],
-        /// `[B, N, 2]` f32: Reciprocal standard deviations of queries and keys.
+        /// `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
         pub rstd: &'a [T],
-        /// `[B, N, 3, D]` f32: Queries, keys and values side by side, all heads of one in a row.
+        /// `[B, N, 3, D]` float: Queries, keys and values side by side, all heads of one in a row.
         pub dx: Option<&'a mut [T]>,
-        /// `[D]` f32: Scale of the queries.
+        /// `[D]` float: Scale of the queries.
         pub dq_gamma: Option<&'a mut [T]>,
-        /// `[D]` f32: Shift of the queries.
+        /// `[D]` float: Shift of the queries.
         pub dq_beta: Option<&'a mut [T]>,
-        /// `[D]` f32: Scale of the keys.
+        /// `[D]` float: Scale of the keys.
         pub dk_gamma: Option<&'a mut [T]>,
-        /// `[D]` f32: Shift of the keys.
+        /// `[D]` float: Shift of the keys.
         pub dk_beta: Option<&'a mut [T]>,
     }
 
@@ -2912,7 +3406,7 @@ pub mod qk_norm {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, d: 1152 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "qk_norm", summary: "LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.", backward: true, cases: &["odd", "one_token", "one_column", "blocks", "dit_xl_256", "pixart_2k"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "qk_norm", summary: "LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.", backward: true, cases: &["odd", "one_token", "one_column", "blocks", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2970,36 +3464,36 @@ pub mod relative_attention {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub qkv: &'a [T],
-        /// `[2*N - 1, H]` f32: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+        /// `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
         pub bias: &'a [T],
         /// `[B]` i32: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
         pub counts: Option<&'a [i32]>,
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a mut [T],
-        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
+        /// `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
         pub lse: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub dy: &'a [T],
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub qkv: &'a [T],
-        /// `[2*N - 1, H]` f32: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+        /// `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
         pub bias: &'a [T],
         /// `[B]` i32: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
         pub counts: Option<&'a [i32]>,
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a [T],
-        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
+        /// `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
         pub lse: &'a [T],
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub dqkv: Option<&'a mut [T]>,
-        /// `[2*N - 1, H]` f32: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+        /// `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
         pub dbias: Option<&'a mut [T]>,
     }
 
@@ -3026,7 +3520,7 @@ pub mod relative_attention {
         Case { name: "t5_xxl_32", tier: Tier::Real, dims: Dims { b: 1, n: 32, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "t5_xxl_300", "t5_xxl_32"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "t5_xxl_300", "t5_xxl_32"], tolerance: None, tolerance_bf16: None, elements: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3077,13 +3571,13 @@ pub mod rms_norm {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, D]` f32: Rows.
+        /// `[B, N, D]` float: Rows.
         pub x: &'a [T],
-        /// `[B, N, W]` f32: Packed rows that hold the gate; the gradient is zero outside its columns.
+        /// `[B, N, W]` float: Packed rows that hold the gate; the gradient is zero outside its columns.
         pub gate: Option<&'a [T]>,
-        /// `[D]` f32: Factor of each column.
+        /// `[D]` float: Factor of each column.
         pub weight: &'a [T],
-        /// `[B, N, D]` f32: Normalised rows.
+        /// `[B, N, D]` float: Normalised rows.
         pub y: &'a mut [T],
         /// `[B, N]` f32: Reciprocal root mean square of each row.
         pub rstd: &'a mut [T],
@@ -3092,22 +3586,49 @@ pub mod rms_norm {
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, D]` f32: Normalised rows.
+        /// `[B, N, D]` float: Normalised rows.
         pub dy: &'a [T],
-        /// `[B, N, D]` f32: Rows.
+        /// `[B, N, D]` float: Rows.
         pub x: &'a [T],
-        /// `[B, N, W]` f32: Packed rows that hold the gate; the gradient is zero outside its columns.
+        /// `[B, N, W]` float: Packed rows that hold the gate; the gradient is zero outside its columns.
         pub gate: Option<&'a [T]>,
-        /// `[D]` f32: Factor of each column.
+        /// `[D]` float: Factor of each column.
         pub weight: &'a [T],
         /// `[B, N]` f32: Reciprocal root mean square of each row.
         pub rstd: &'a [T],
-        /// `[B, N, D]` f32: Rows.
+        /// `[B, N, D]` float: Rows.
         pub dx: Option<&'a mut [T]>,
-        /// `[B, N, W]` f32: Packed rows that hold the gate; the gradient is zero outside its columns.
+        /// `[B, N, W]` float: Packed rows that hold the gate; the gradient is zero outside its columns.
         pub dgate: Option<&'a mut [T]>,
-        /// `[D]` f32: Factor of each column.
+        /// `[D]` float: Factor of each column.
         pub dweight: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub gate: Option<In<T>>,
+        pub weight: In<T>,
+        pub y: Out<T>,
+        pub rstd: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gate: Option<In<T>>,
+        pub weight: In<T>,
+        pub rstd: In<f32>,
+        pub dx: Option<Out<T>>,
+        pub dgate: Option<Out<T>>,
+        pub dweight: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -3134,7 +3655,7 @@ pub mod rms_norm {
         Case { name: "t5_xxl_300", tier: Tier::Real, dims: Dims { b: 2, n: 300, d: 4096, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "gated", "gate_is_the_row", "blocks", "one_column", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "gated", "gate_is_the_row", "blocks", "one_column", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3183,10 +3704,19 @@ pub mod sinusoid {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B]` f32: Timestep, fractional values allowed.
+        /// `[B]` float: Timestep, fractional values allowed.
         pub t: &'a [T],
-        /// `[B, D]` f32: Features.
+        /// `[B, D]` float: Features.
         pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub t: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -3210,7 +3740,7 @@ pub mod sinusoid {
         Case { name: "training", tier: Tier::Real, dims: Dims { b: 256, d: 256 }, params: Params { denominator: 128.0 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "sinusoid", summary: "Sinusoidal features of the timestep, cosines first, every step of the phase rounded to f32 as in DiT.", backward: false, cases: &["odd_half", "one", "dit", "diffusers", "training"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "sinusoid", summary: "Sinusoidal features of the timestep, cosines first, every step of the phase rounded to f32 as in DiT.", backward: false, cases: &["odd_half", "one", "dit", "diffusers", "training"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
 
 }
 
@@ -3257,20 +3787,34 @@ pub mod solver_step {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, C, S]` f32: Current latents.
+        /// `[B, C, S]` float: Current latents.
         pub x: &'a [T],
-        /// `[B, Co, S]` f32: Model output for the condition.
+        /// `[B, Co, S]` float: Model output for the condition.
         pub cond: &'a [T],
-        /// `[B, Co, S]` f32: Model output for the null condition.
+        /// `[B, Co, S]` float: Model output for the null condition.
         pub uncond: Option<&'a [T]>,
-        /// `[B, C, S]` f32: Standard normal noise.
+        /// `[B, C, S]` float: Standard normal noise.
         pub noise: Option<&'a [T]>,
-        /// `[B, C, S]` f32: Clean estimate of the previous step (second order).
+        /// `[B, C, S]` float: Clean estimate of the previous step (second order).
         pub x0_prev: Option<&'a [T]>,
-        /// `[B, C, S]` f32: Latents of the next step.
+        /// `[B, C, S]` float: Latents of the next step.
         pub x_next: &'a mut [T],
-        /// `[B, C, S]` f32: Clean estimate.
+        /// `[B, C, S]` float: Clean estimate.
         pub x0: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub cond: In<T>,
+        pub uncond: Option<In<T>>,
+        pub noise: Option<In<T>>,
+        pub x0_prev: Option<In<T>>,
+        pub x_next: Out<T>,
+        pub x0: Out<T>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -3297,7 +3841,7 @@ pub mod solver_step {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, c: 4, co: 8, s: 65536 }, params: Params { guidance: 4.5, guided_channels: 8, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: -0.35, cn: 0.0, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["noise"], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "solver_step", summary: "One step of a diffusion sampler: guidance, clean estimate, and the update of any linear solver, fused.", backward: false, cases: &["ancestral_learned", "guided_variance", "last_step_learned", "second_order", "unguided_fixed", "deterministic", "dit_xl_256", "pixart_2k"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "solver_step", summary: "One step of a diffusion sampler: guidance, clean estimate, and the update of any linear solver, fused.", backward: false, cases: &["ancestral_learned", "guided_variance", "last_step_learned", "second_order", "unguided_fixed", "deterministic", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
 
 }
 
@@ -3317,10 +3861,19 @@ pub mod sum_squares {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[L]` f32: Any tensor.
+        /// `[L]` float: Any tensor.
         pub x: &'a [T],
-        /// `[1]` f32: Sum.
+        /// `[1]` float: Sum.
         pub out: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub out: Out<T>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -3344,7 +3897,7 @@ pub mod sum_squares {
         Case { name: "fashion", tier: Tier::Real, dims: Dims { l: 65536 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "sum_squares", summary: "Sum of squares, for the global norm of the gradients.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block", "fashion"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "sum_squares", summary: "Sum of squares, for the global norm of the gradients.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
 
 }
 
@@ -3368,19 +3921,37 @@ pub mod unpatchify {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, Gh*Gw, P*P*C]` f32: Patches in raster order; within one: row, column, channel.
+        /// `[B, Gh*Gw, P*P*C]` float: Patches in raster order; within one: row, column, channel.
         pub tokens: &'a [T],
-        /// `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
+        /// `[B, C, Gh*P, Gw*P]` float: Image, channels first.
         pub x: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
+        /// `[B, C, Gh*P, Gw*P]` float: Image, channels first.
         pub dx: &'a [T],
-        /// `[B, Gh*Gw, P*P*C]` f32: Patches in raster order; within one: row, column, channel.
+        /// `[B, Gh*Gw, P*P*C]` float: Patches in raster order; within one: row, column, channel.
         pub dtokens: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub tokens: In<T>,
+        pub x: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dx: In<T>,
+        pub dtokens: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -3407,7 +3978,7 @@ pub mod unpatchify {
         Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "unpatchify", summary: "Lays the tokens of a transformer back as an image, in the order of the output layer of DiT.", backward: true, cases: &["odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "unpatchify", summary: "Lays the tokens of a transformer back as an image, in the order of the output layer of DiT.", backward: true, cases: &["odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3449,18 +4020,18 @@ pub mod upsample {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, H, W, C]` f32: Images, channels last.
+        /// `[B, H, W, C]` float: Images, channels last.
         pub x: &'a [T],
-        /// `[B, 2*H, 2*W, C]` f32: Images of twice the height and width.
+        /// `[B, 2*H, 2*W, C]` float: Images of twice the height and width.
         pub y: &'a mut [T],
     }
 
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, 2*H, 2*W, C]` f32: Images of twice the height and width.
+        /// `[B, 2*H, 2*W, C]` float: Images of twice the height and width.
         pub dy: &'a [T],
-        /// `[B, H, W, C]` f32: Images, channels last.
+        /// `[B, H, W, C]` float: Images, channels last.
         pub dx: Option<&'a mut [T]>,
     }
 
@@ -3486,7 +4057,7 @@ pub mod upsample {
         Case { name: "vae_512", tier: Tier::Real, dims: Dims { b: 1, h: 512, w: 512, c: 256 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "upsample", summary: "Images twice as high and wide, channels last: every pixel becomes a square of four.", backward: true, cases: &["one_pixel", "odd", "wide", "tall", "vae_64", "vae_512"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "upsample", summary: "Images twice as high and wide, channels last: every pixel becomes a square of four.", backward: true, cases: &["one_pixel", "odd", "wide", "tall", "vae_64", "vae_512"], tolerance: None, tolerance_bf16: None, elements: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3531,9 +4102,9 @@ pub mod window_attention {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub qkv: &'a [T],
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a mut [T],
         /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
         pub lse: &'a mut [T],
@@ -3542,16 +4113,38 @@ pub mod window_attention {
     pub struct Backward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub dy: &'a [T],
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub qkv: &'a [T],
-        /// `[B, N, H, E]` f32: Attention output, heads side by side.
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a [T],
         /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
         pub lse: &'a [T],
-        /// `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub dqkv: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub dqkv: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -3582,7 +4175,7 @@ pub mod window_attention {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72, w: 32 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None };
+    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

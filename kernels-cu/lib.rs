@@ -4,11 +4,18 @@
 //! Everything here works on plain slices: this crate knows nothing of tensors, models or devices. Shapes are
 //! checked by the engine's generated entry points before a call; lengths are therefore trusted here.
 
+pub mod archive;
 pub mod check;
+pub mod emu;
 #[rustfmt::skip]
 pub mod generated;
+pub mod launch;
+#[rustfmt::skip]
+pub mod launchers;
 pub mod rng;
 pub mod simd;
+#[rustfmt::skip]
+pub mod sources;
 
 pub mod adamw;
 pub mod add_noise;
@@ -147,8 +154,12 @@ pub struct OpInfo {
     pub backward: bool,
     /// Names of its cases.
     pub cases: &'static [&'static str],
-    /// Bounds that replace those of the dtype.
+    /// Bounds that replace those of f32.
     pub tolerance: Option<check::Tolerance>,
+    /// Bounds that replace those of bf16.
+    pub tolerance_bf16: Option<check::Tolerance>,
+    /// Working types of its CUDA kernels; none where it has no kernels.
+    pub elements: &'static [launch::ElementType],
 }
 
 #[cfg(test)]

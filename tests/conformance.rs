@@ -1,13 +1,19 @@
 //! Conformance: operator × case × backend, every output against the oracle.
+//!
+//! The emulator's rows are skipped where there is no C++ compiler; `REQUIRE_EMU=1` makes that a failure. `EMU_SOAK=1`
+//! runs more seeds and every case in the builds with a checker. An argument chooses operators by part of their name.
 
-use graft_engine::backend::Device;
-use graft_engine::cli::op::{Summary, report};
-use graft_engine::ops::check::conformance;
+use graft_engine::backend::DeviceKind;
+use graft_engine::cli::op::{Summary, report, subjects};
+use graft_engine::error::{Error, Result};
+use graft_engine::ops::check::{Row, Verdict, conformance};
 use std::process::ExitCode;
+use std::time::Instant;
 
 fn main() -> ExitCode {
     let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
-    let rows = match conformance(&Device::cpu(), &filter) {
+    let set = |name| std::env::var_os(name).is_some_and(|v| v != "0");
+    let rows = match run(&filter, set("EMU_SOAK")) {
         Ok(rows) => rows,
         Err(e) => {
             eprintln!("conformance: {e}");
@@ -15,5 +21,38 @@ fn main() -> ExitCode {
         }
     };
     print!("{}", report(&rows));
+    let missing = |kind| rows.iter().any(|r| r.kind == kind && matches!(r.verdict, Verdict::Skip(_)));
+    let required = [("REQUIRE_EMU", DeviceKind::Emu), ("REQUIRE_GPU", DeviceKind::Cuda)];
+    for (name, kind) in required.into_iter().filter(|(name, kind)| set(name) && missing(*kind)) {
+        println!("conformance: {name} is set, and rows of {kind} were skipped");
+        return ExitCode::FAILURE;
+    }
     if Summary::of(&rows).good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn run(filter: &str, soak: bool) -> Result<Vec<Row>> {
+    let seeds = if soak { 0..10 } else { 0..3 };
+    let mut plan: Vec<(&str, u64, bool)> = vec![("cpu", 0, false), ("plan", 0, false), ("cuda", 0, false)];
+    plan.extend(seeds.map(|seed| ("emu", seed, false)));
+    plan.extend([("asan", 0, true), ("tsan", 0, soak)]);
+    let mut rows = Vec::new();
+    for (backend, seed, every) in plan {
+        let start = Instant::now();
+        match subjects(backend, None, seed, every) {
+            Ok(found) => {
+                for subject in found {
+                    rows.extend(conformance(&subject, filter)?);
+                }
+            }
+            Err(e) => rows.push(skipped(backend, &e)),
+        }
+        println!("conformance: {backend}, seed {seed}: {:.1} s", start.elapsed().as_secs_f64());
+    }
+    Ok(rows)
+}
+
+fn skipped(backend: &str, why: &Error) -> Row {
+    let kind = if backend == "cuda" { DeviceKind::Cuda } else { DeviceKind::Emu };
+    let verdict = Verdict::Skip(why.problem().to_string());
+    Row { op: "all", case: "all", backend: backend.to_string(), kind, verdict }
 }

@@ -40,6 +40,10 @@ pub struct Contract {
     pub cost: Cost,
     /// Bounds that differ from the table of the dtype, with the reason.
     pub tolerance: Option<Tolerance>,
+    /// As `tolerance`, where the working type is bf16.
+    pub tolerance_bf16: Option<Tolerance>,
+    /// Present when the operator has CUDA kernels.
+    pub cuda: Option<Cuda>,
     /// Named shapes.
     #[serde(default)]
     pub case: Vec<Case>,
@@ -76,8 +80,9 @@ pub struct Tensor {
     pub name: String,
     /// Dim expressions; `[]` is a scalar.
     pub shape: Vec<String>,
-    /// `f32` (default), `i32`, or `f32|bf16` for a weight that may be stored in either.
-    #[serde(default = "f32_name")]
+    /// `float` (default): the working type, f32 on the CPU, any of `cuda.elements` on a GPU. `weight`: the same, but
+    /// on the CPU it may be stored in bf16 as well. `f32` and `i32`: always that.
+    #[serde(default = "float_name")]
     pub dtype: String,
     /// May be absent.
     #[serde(default)]
@@ -98,8 +103,25 @@ pub struct Tensor {
     pub doc: String,
 }
 
-fn f32_name() -> String {
-    "f32".into()
+fn float_name() -> String {
+    "float".into()
+}
+
+impl Tensor {
+    /// The dtype in words, as documentation has it.
+    pub fn dtype_doc(&self) -> &'static str {
+        match self.dtype.as_str() {
+            "i32" => "i32",
+            "f32" => "f32",
+            "weight" => "float (f32 or bf16 on the CPU)",
+            _ => "float",
+        }
+    }
+
+    /// Whether it is of the working type on a GPU.
+    pub fn is_float(&self) -> bool {
+        ["float", "weight"].contains(&self.dtype.as_str())
+    }
 }
 
 fn normal_name() -> String {
@@ -125,6 +147,14 @@ pub enum Grad {
 pub struct Gradient {
     /// Forward tensors (inputs, outputs) that it reads.
     pub needs: Vec<String>,
+}
+
+/// The CUDA kernels of an operator.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cuda {
+    /// Working types that its sources are compiled for: `f32`, `bf16`.
+    pub elements: Vec<String>,
 }
 
 /// Cost of one forward call.
@@ -221,8 +251,14 @@ impl Contract {
         };
         for tensor in self.tensors() {
             tensor.shape.iter().try_for_each(|e| known_dim(e)).map_err(|e| format!("tensor {}: {e}", tensor.name))?;
-            if !["f32", "i32", "f32|bf16"].contains(&tensor.dtype.as_str()) {
-                return Err(format!("tensor {}: dtype {} is not f32, i32 or f32|bf16", tensor.name, tensor.dtype));
+            if !["float", "weight", "f32", "i32"].contains(&tensor.dtype.as_str()) {
+                return Err(format!("tensor {}: dtype {} is not float, weight, f32 or i32", tensor.name, tensor.dtype));
+            }
+        }
+        if let Some(cuda) = &self.cuda {
+            let known = |e: &String| ["f32", "bf16"].contains(&e.as_str());
+            if cuda.elements.is_empty() || !cuda.elements.iter().all(known) {
+                return Err(format!("cuda.elements: {:?} is not a list of f32, bf16", cuda.elements));
             }
         }
         let conditions = self.require.iter().map(|r| &r.that).chain(self.output.iter().filter_map(|t| t.when.as_ref()));

@@ -16,9 +16,13 @@ pub fn conform(out: &mut String, c: &Contract) {
     let mut body = String::new();
     body += "            let absent = |name: &str| case.absent.contains(&name);\n";
     for t in c.input.iter().chain(&c.inout) {
-        let method = if t.dtype == "i32" { "draw_i32" } else { "draw" };
+        let method = match t.dtype.as_str() {
+            "i32" => "draw_i32",
+            "f32" => "draw_f32",
+            _ => "draw",
+        };
         let mut value = format!("io.{method}(case.name, {:?}, {}, {})?", t.name, shape_array(t), fill(t));
-        if t.dtype == "f32|bf16" {
+        if t.dtype == "weight" {
             value = format!("io.stored({value}, case.bf16.contains(&{:?}))?", t.name);
         }
         if t.optional {

@@ -3,6 +3,7 @@
 use crate::HEADER;
 use crate::contract::{Contract, Grad, Gradient, Tensor, named_by_has};
 use crate::emit_conform::conform;
+use crate::emit_dispatch::{self, Access, Field};
 use crate::names::{camel, dim_locals, rust_expr, shape_doc};
 use std::fmt::Write;
 
@@ -13,10 +14,10 @@ pub fn render(contracts: &[Contract]) -> String {
          //!\n//! An entry point unifies the dims over its arguments, names the argument that does not fit, allocates the\n\
          //! outputs and hands plain slices to the device's path. Nothing runs before every check has passed.\n\
          #![allow(clippy::all, unused)]\n#![cfg_attr(rustfmt, rustfmt::skip)]\n\n\
-         use super::check::{{CaseRow, Conform, DimCheck, check_index, no_path, require, want_dtype}};\n\
+         use super::cases::{{CaseRow, Conform}};\nuse super::entry::{{DimCheck, check_index, no_element, no_path, require}};\n\
          use crate::autograd::{{Graph, Var}};\nuse crate::backend::{{Device, DeviceKind}};\n\
          use crate::error::{{Error, Result}};\nuse crate::tensor::{{DType, Tensor}};\nuse graft_kernels as kernels;\n\
-         use graft_kernels::check::Fill;\nuse graft_kernels::{{Case, Tier}};\n\n\
+         use graft_kernels::check::Fill;\nuse graft_kernels::{{Case, Tier}};\nuse half::bf16;\n\n\
          /// Runs every case of every operator; see [`super::check`].\npub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[\n"
     );
     for c in contracts {
@@ -41,7 +42,7 @@ fn out_struct(out: &mut String, c: &Contract) {
         let _ = writeln!(out, "\n/// Outputs of [`{}`].\npub struct {}Out {{", c.name, camel(&c.name));
         for t in &c.output {
             let ty = if t.optional { "Option<Tensor>" } else { "Tensor" };
-            let _ = writeln!(out, "    /// `{}` {}: {}\n    pub {}: {ty},", shape_doc(t), t.dtype, t.doc, t.name);
+            let _ = writeln!(out, "    /// `{}` {}: {}\n    pub {}: {ty},", shape_doc(t), t.dtype_doc(), t.doc, t.name);
         }
         out.push_str("}\n");
     }
@@ -53,7 +54,7 @@ fn out_struct(out: &mut String, c: &Contract) {
             camel(&c.name)
         );
         for t in c.computed_grads() {
-            let _ = writeln!(out, "    /// `{}` f32\n    pub {}: Option<Tensor>,", shape_doc(t), t.name);
+            let _ = writeln!(out, "    /// `{}` float\n    pub {}: Option<Tensor>,", shape_doc(t), t.name);
         }
         out.push_str("}\n");
     }
@@ -106,19 +107,11 @@ fn checks(c: &Contract, tensors: &[(&Tensor, String)]) -> String {
         }
     }
     for (t, name) in tensors {
-        let allowed = match t.dtype.as_str() {
-            "i32" => "&[DType::I32]",
-            "f32|bf16" => "&[DType::F32, DType::BF16]",
-            _ => "&[DType::F32]",
-        };
+        let call = |value: &str| format!("check.{}({name:?}, {value})?;", t.dtype);
         let line = if t.optional {
-            format!(
-                "if let Some(t) = {} {{ want_dtype({:?}, {name:?}, t, {allowed})?; }}",
-                reborrow(t, c, name),
-                c.name
-            )
+            format!("if let Some(t) = {} {{ {} }}", reborrow(t, c, name), call("t"))
         } else {
-            format!("want_dtype({:?}, {name:?}, {}, {allowed})?;", c.name, plain(t, c, name))
+            call(&plain(t, c, name))
         };
         let _ = writeln!(s, "    {line}");
     }
@@ -212,38 +205,22 @@ fn replace_word(text: &str, word: &str, with: &str) -> String {
     out
 }
 
+/// The statement that settles the working type of a call.
+fn element(c: &Contract) -> String {
+    format!("    let element = check.element(&device, kernels::generated::{}::INFO.elements)?;\n", c.name)
+}
+
+/// An expression for a new tensor of the contract's shape and dtype.
+fn empty(t: &Tensor) -> String {
+    match t.dtype.as_str() {
+        "i32" => format!("device.empty_i32({})", shape_array(t)),
+        "f32" => format!("device.empty({})", shape_array(t)),
+        _ => format!("device.empty_of({}, element)", shape_array(t)),
+    }
+}
+
 pub(crate) fn shape_array(t: &Tensor) -> String {
     format!("&[{}]", t.shape.iter().map(|s| rust_expr(s)).collect::<Vec<_>>().join(", "))
-}
-
-/// Passes a tensor read to the kernel struct.
-fn read(t: &Tensor, name: &str) -> String {
-    let method = match t.dtype.as_str() {
-        "i32" => "i32s",
-        "f32|bf16" => "weight",
-        _ => "f32s",
-    };
-    if t.optional {
-        format!("{}: match {name} {{ Some(t) => Some(t.{method}()?), None => None }}", t.name)
-    } else {
-        format!("{}: {name}.{method}()?", t.name)
-    }
-}
-
-fn write(t: &Tensor, field: &str, var: &str, optional: bool) -> String {
-    let method = if t.dtype == "i32" { "i32s_mut" } else { "f32s_mut" };
-    if optional {
-        format!("{field}: match &mut {var} {{ Some(t) => Some(t.{method}()?), None => None }}")
-    } else {
-        format!("{field}: {var}.{method}()?")
-    }
-}
-
-fn dispatch(c: &Contract, pass: &str) -> String {
-    format!(
-        "    match device.kind() {{\n        DeviceKind::Cpu => kernels::{0}::cpu::{pass}(args),\n        DeviceKind::Oracle => kernels::{0}::reference::{pass}(args),\n        other => return Err(no_path({0:?}, other)),\n    }}\n",
-        c.name
-    )
 }
 
 fn forward(out: &mut String, c: &Contract) {
@@ -259,13 +236,13 @@ fn forward(out: &mut String, c: &Contract) {
             "/// - `{}` `{}` {}{}: {}",
             t.name,
             shape_doc(t),
-            t.dtype.replace('|', " or "),
+            t.dtype_doc(),
             if t.optional { ", optional" } else { "" },
             t.doc
         );
     }
     for t in &c.output {
-        let _ = writeln!(out, "/// - returns `{}` `{}` {}: {}", t.name, shape_doc(t), t.dtype, t.doc);
+        let _ = writeln!(out, "/// - returns `{}` `{}` {}: {}", t.name, shape_doc(t), t.dtype_doc(), t.doc);
     }
     let _ = writeln!(
         out,
@@ -299,40 +276,30 @@ fn forward(out: &mut String, c: &Contract) {
     } else {
         out.push_str("    let device = device.clone();\n");
     }
+    out.push_str(&element(c));
     let mut body = String::new();
     for t in &c.output {
-        let alloc = if t.dtype == "i32" { "empty_i32" } else { "empty" };
         let value = if t.optional {
-            format!("if want_{} {{ Some(device.{alloc}({})?) }} else {{ None }}", t.name, shape_array(t))
+            format!("if want_{} {{ Some({}?) }} else {{ None }}", t.name, empty(t))
         } else {
-            format!("device.{alloc}({})?", shape_array(t))
+            format!("{}?", empty(t))
         };
         let _ = writeln!(body, "    let mut {} = {value};", t.name);
     }
     if !body.is_empty() {
         let _ = writeln!(out, "    {}\n{body}", dim_locals(c, &body));
     }
-    let mut fields = vec!["dims".to_string(), "params".to_string()];
-    fields.extend(c.input.iter().map(|t| read(t, &t.name)));
-    fields.extend(c.inout.iter().map(|t| {
-        if t.optional {
-            let method = if t.dtype == "i32" { "i32s_mut" } else { "f32s_mut" };
-            format!("{0}: match {0} {{ Some(t) => Some(t.{method}()?), None => None }}", t.name)
-        } else {
-            write(t, &t.name, &t.name, false)
-        }
-    }));
-    fields.extend(c.output.iter().map(|t| write(t, &t.name, &t.name, t.optional)));
+    let mut fields: Vec<Field<'_>> = c.input.iter().map(Field::read).collect();
+    fields.extend(c.inout.iter().map(|t| Field { access: Access::Update, ..Field::read(t) }));
+    fields.extend(c.output.iter().map(|t| Field { access: Access::Write(t.optional), ..Field::read(t) }));
     let names: Vec<&str> = c.output.iter().map(|t| t.name.as_str()).collect();
     let result = match names.len() {
         0 => "()".into(),
         1 => names[0].to_string(),
         _ => format!("{}Out {{ {} }}", camel(name), names.join(", ")),
     };
-    let _ = writeln!(out, "    if device.is_dry() {{\n        return Ok({result});\n    }}");
-    let _ = writeln!(out, "    let args = Forward {{ {} }};", fields.join(", "));
-    out.push_str(&dispatch(c, "forward"));
-    let _ = writeln!(out, "    Ok({result})\n}}");
+    out.push_str(&emit_dispatch::render(c, "forward", &fields, &result));
+    out.push_str("}\n");
 }
 
 pub(crate) fn needs<'a>(c: &'a Contract, gradient: &'a Gradient) -> Vec<&'a Tensor> {
@@ -398,19 +365,21 @@ fn backward(out: &mut String, c: &Contract, gradient: &Gradient) {
         "    let device = {dy}.device().clone();\n    check.same_device(&device, &[{}])?;",
         others.join(", ")
     );
+    out.push_str(&element(c));
     let mut body = String::new();
     for t in c.computed_grads() {
-        let _ = writeln!(
-            body,
-            "    let mut grad_{0} = if want_{0} {{ Some(device.empty({1})?) }} else {{ None }};",
-            t.name,
-            shape_array(t)
-        );
+        let _ =
+            writeln!(body, "    let mut grad_{0} = if want_{0} {{ Some({1}?) }} else {{ None }};", t.name, empty(t));
     }
     let _ = writeln!(out, "    {}\n{body}", dim_locals(c, &body));
-    let mut fields = vec!["dims".into(), "params".into(), format!("{dy}: {dy}.f32s()?")];
-    fields.extend(needs.iter().map(|t| read(t, &t.name)));
-    fields.extend(c.computed_grads().map(|t| write(t, &format!("d{}", t.name), &format!("grad_{}", t.name), true)));
+    let mut fields = vec![Field { tensor: result, name: dy.clone(), variable: dy.clone(), access: Access::Read }];
+    fields.extend(needs.iter().map(|t| Field::read(t)));
+    fields.extend(c.computed_grads().map(|t| Field {
+        tensor: t,
+        name: format!("d{}", t.name),
+        variable: format!("grad_{}", t.name),
+        access: Access::Write(true),
+    }));
     let grads: Vec<&Tensor> = c.computed_grads().collect();
     let value = if grads.len() > 1 {
         let fields: Vec<String> = grads.iter().map(|t| format!("{0}: grad_{0}", t.name)).collect();
@@ -418,10 +387,8 @@ fn backward(out: &mut String, c: &Contract, gradient: &Gradient) {
     } else {
         format!("grad_{}", grads[0].name)
     };
-    let _ = writeln!(out, "    if device.is_dry() {{\n        return Ok({value});\n    }}");
-    let _ = writeln!(out, "    let args = Backward {{ {} }};", fields.join(", "));
-    out.push_str(&dispatch(c, "backward"));
-    let _ = writeln!(out, "    Ok({value})\n}}");
+    out.push_str(&emit_dispatch::render(c, "backward", &fields, &value));
+    out.push_str("}\n");
 }
 
 /// Extra dims of the backward entry point, in its parameter order.

@@ -1,8 +1,8 @@
 //! `kernels-cu/generated.rs`: argument structs, costs, cases and gradient checks of every operator.
 
 use crate::HEADER;
-use crate::contract::{Case, Contract, Gradient, Tensor};
-use crate::names::{dim_locals, len_expr, mentions, rust_expr, shape_doc};
+use crate::contract::{Case, Contract, Gradient, Tensor, Tolerance};
+use crate::names::{camel, dim_locals, len_expr, mentions, rust_expr, shape_doc};
 use std::fmt::Write;
 
 /// Renders the file.
@@ -10,7 +10,7 @@ pub fn render(contracts: &[Contract]) -> String {
     let mut out = format!(
         "{HEADER}//! Argument structs, costs, cases and gradient checks, one module per operator.\n\
          #![allow(clippy::all, missing_docs, unused)]\n#![cfg_attr(rustfmt, rustfmt::skip)]\n\n\
-         use crate::check::{{self, Fill, GradCheck}};\nuse crate::{{Case, OpInfo, Tier, Weight}};\n\n\
+         use crate::check::{{self, Fill, GradCheck}};\nuse crate::launch::{{ElementType, In, Out}};\nuse crate::{{Case, OpInfo, Tier, Weight}};\n\n\
          /// Every operator, by name.\npub const OPS: &[OpInfo] = &[\n"
     );
     for c in contracts {
@@ -35,6 +35,9 @@ pub fn render(contracts: &[Contract]) -> String {
 fn op_module(out: &mut String, c: &Contract) {
     let _ = write!(out, "\n/// {}\npub mod {} {{\n    use super::*;\n\n", c.summary, c.name);
     structs(out, c);
+    if c.cuda.is_some() {
+        gpu_structs(out, c);
+    }
     costs(out, c);
     cases(out, c);
     if let Some(gradient) = &c.gradient {
@@ -77,14 +80,54 @@ fn structs(out: &mut String, c: &Contract) {
     *out += "    }\n\n";
 }
 
+/// The same arguments as addresses in device memory, for the launchers.
+fn gpu_structs(out: &mut String, c: &Contract) {
+    let mut passes = vec![("Forward", gpu_forward(c))];
+    passes.extend(c.gradient.as_ref().map(|gradient| ("Backward", gpu_backward(c, gradient))));
+    for (pass, fields) in passes {
+        let _ = write!(
+            out,
+            "    /// [`{pass}`] on a device with its own memory.\n    pub struct Gpu{pass}<T> {{\n        pub dims: Dims,\n        pub params: Params,\n"
+        );
+        for (name, ty) in fields {
+            let _ = writeln!(out, "        pub {name}: {ty},");
+        }
+        // T has a place even where every tensor is of a fixed type.
+        *out += "        pub element: std::marker::PhantomData<T>,\n    }\n\n";
+    }
+}
+
+fn gpu_type(t: &Tensor, wrapper: &str, optional: bool) -> String {
+    let element = match t.dtype.as_str() {
+        "i32" => "i32",
+        "f32" => "f32",
+        _ => "T",
+    };
+    if optional { format!("Option<{wrapper}<{element}>>") } else { format!("{wrapper}<{element}>") }
+}
+
+fn gpu_forward(c: &Contract) -> Vec<(String, String)> {
+    let read = c.input.iter().map(|t| (t.name.clone(), gpu_type(t, "In", t.optional)));
+    let write = c.inout.iter().chain(&c.output).map(|t| (t.name.clone(), gpu_type(t, "Out", t.optional)));
+    read.chain(write).collect()
+}
+
+fn gpu_backward(c: &Contract, gradient: &Gradient) -> Vec<(String, String)> {
+    let result = c.result().map(|t| (format!("d{}", t.name), gpu_type(t, "In", false)));
+    let needs = gradient.needs.iter().filter_map(|n| c.tensor(n));
+    let needs = needs.map(|t| (t.name.clone(), gpu_type(t, "In", t.optional)));
+    let grads = c.computed_grads().map(|t| (format!("d{}", t.name), gpu_type(t, "Out", true)));
+    result.into_iter().chain(needs).chain(grads).collect()
+}
+
 fn field(out: &mut String, name: &str, ty: &str, t: &Tensor) {
-    let _ = writeln!(out, "        /// `{}` {}: {}\n        pub {name}: {ty},", shape_doc(t), t.dtype, t.doc);
+    let _ = writeln!(out, "        /// `{}` {}: {}\n        pub {name}: {ty},", shape_doc(t), t.dtype_doc(), t.doc);
 }
 
 fn read_type(t: &Tensor) -> String {
     let base = match t.dtype.as_str() {
         "i32" => "&'a [i32]",
-        "f32|bf16" => "Weight<'a, T>",
+        "weight" => "Weight<'a, T>",
         _ => "&'a [T]",
     };
     if t.optional { format!("Option<{base}>") } else { base.into() }
@@ -128,16 +171,21 @@ fn cases(out: &mut String, c: &Contract) {
         );
     }
     let names: Vec<&str> = c.case.iter().map(|k| k.name.as_str()).collect();
-    let tolerance = match &c.tolerance {
+    let bounds = |t: &Option<Tolerance>| match t {
         Some(t) => format!("Some(check::Tolerance {{ atol: {:e}, rtol: {:e}, rms: {:e} }})", t.atol, t.rtol, t.rms),
         None => "None".into(),
     };
+    let elements: Vec<String> =
+        c.cuda.iter().flat_map(|cuda| &cuda.elements).map(|e| format!("ElementType::{}", camel(e))).collect();
     let _ = write!(
         out,
-        "    ];\n\n    pub const INFO: OpInfo = OpInfo {{ name: {:?}, summary: {:?}, backward: {}, cases: &{names:?}, tolerance: {tolerance} }};\n\n",
+        "    ];\n\n    pub const INFO: OpInfo = OpInfo {{ name: {:?}, summary: {:?}, backward: {}, cases: &{names:?}, tolerance: {}, tolerance_bf16: {}, elements: &[{}] }};\n\n",
         c.name,
         c.summary,
         c.gradient.is_some(),
+        bounds(&c.tolerance),
+        bounds(&c.tolerance_bf16),
+        elements.join(", "),
     );
 }
 
@@ -257,7 +305,7 @@ pub fn fill(t: &Tensor) -> String {
 
 fn pass_read(t: &Tensor, borrowed: bool) -> String {
     let plain = if borrowed { t.name.clone() } else { format!("&{}[..]", t.name) };
-    let value = if t.dtype == "f32|bf16" { format!("Weight::Native({plain})") } else { plain };
+    let value = if t.dtype == "weight" { format!("Weight::Native({plain})") } else { plain };
     if t.optional { format!("(!absent({:?})).then_some({value})", t.name) } else { value }
 }
 

@@ -1,6 +1,7 @@
 //! `y += alpha·x`: see `op.toml`.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle.
 pub mod reference {

@@ -2,7 +2,7 @@
 //
 // The same text has two readers. nvcc and NVRTC take the first argument of PTX_DO, which is inline assembly; a host
 // compiler takes the rest, which calls the emulator (kernels-cu/emu). PTX_AT gives the emulator the line of the kernel
-// that called a wrapper, so that its reports name it. Kernels themselves contain neither assembly nor an #if.
+// that called a wrapper, so that its reports name it; a wrapper of wrappers hands it on with PTX_FROM. Kernels themselves contain neither assembly nor an #if.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
@@ -25,6 +25,8 @@ typedef long long int64_t;
 #define PTX_DO(device, ...) device
 #define PTX_AT
 #define PTX_AT_ONLY
+#define PTX_FROM
+#define PTX_FROM_ONLY
 #define PTX_FN __device__ __forceinline__
 #define PTX_BOTH __host__ __device__ constexpr
 // Wrappers of instructions that only Hopper has; other architectures do not see them.
@@ -51,6 +53,8 @@ extern __shared__ __align__(1024) unsigned char ptx_smem_dynamic[];
 #define PTX_DO(device, ...) __VA_ARGS__
 #define PTX_AT , emu::At at = emu::At::current()
 #define PTX_AT_ONLY emu::At at = emu::At::current()
+#define PTX_FROM , at
+#define PTX_FROM_ONLY at
 #define PTX_FN inline
 #define PTX_BOTH constexpr
 #define PTX_SM90 1
@@ -72,6 +76,15 @@ namespace ptx {
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 struct e4m3 { uint8_t bits; };
+
+// The element that a source is compiled for: an operator's kernels are written once, for T.
+#if defined(ELEMENT_F32)
+using T = float;
+#elif defined(ELEMENT_BF16)
+using T = bf16;
+#elif defined(ELEMENT_F16)
+using T = f16;
+#endif
 
 template <class T, class U> struct Same { static constexpr bool value = false; };
 template <class T> struct Same<T, T> { static constexpr bool value = true; };

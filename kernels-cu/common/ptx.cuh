@@ -10,5 +10,6 @@
 #include "memory.cuh"
 #include "numbers.cuh"
 #include "tma.cuh"
+#include "vector.cuh"
 #include "warp.cuh"
 #include "wgmma.cuh"

@@ -149,8 +149,20 @@ inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __fadd_rn(float x, float y) { return x + y; }
+// Rounded by themselves: the empty assembly keeps the host compiler from contracting them with what follows.
+inline float __fmul_rn(float x, float y) {
+    float r = x * y;
+    asm("" : "+x"(r));
+    return r;
+}
+inline float __fadd_rn(float x, float y) {
+    float r = x + y;
+    asm("" : "+x"(r));
+    return r;
+}
+inline float __fsub_rn(float x, float y) { return __fadd_rn(x, -y); }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline uint32_t __float_as_uint(float v) { return emu::bits_of_float(v); }
 inline float __uint_as_float(uint32_t v) { return emu::float_of_bits(v); }
 inline int __float_as_int(float v) { return int(emu::bits_of_float(v)); }

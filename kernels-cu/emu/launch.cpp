@@ -12,8 +12,9 @@ namespace emu {
 
 const Registered* Registered::first = nullptr;
 
-const Config& config() {
-    static const Config chosen = [] {
+namespace {
+Config& chosen_config() {
+    static Config chosen = [] {
         Config c;
         if (const char* s = getenv("EMU_SEED")) c.seed = strtoull(s, nullptr, 0);
         if (const char* s = getenv("EMU_THREADS")) c.threads = unsigned(atoi(s));
@@ -22,6 +23,9 @@ const Config& config() {
     }();
     return chosen;
 }
+}  // namespace
+
+const Config& config() { return chosen_config(); }
 
 namespace {
 
@@ -176,6 +180,9 @@ int emu_launch(const char* kernel, const EmuShape* s, void** args, char* error, 
         return 1;
     }
 }
+
+// The seed of the launches that follow, in place of EMU_SEED.
+void emu_seed(uint64_t seed) { emu::chosen_config().seed = seed; }
 
 // Runs a grid that is held back for a dependent one.
 int emu_synchronize(char* error, size_t capacity) {

@@ -1,7 +1,7 @@
 //! Correct kernels under many schedules: nothing is reported, and the result is right every time.
 
 use super::{Row, faults};
-use graft_tools::emu::Build;
+use graft_kernels::emu::Build;
 
 const KERNELS: [&str; 5] = ["rows", "pipeline", "gemm", "cluster", "grids"];
 

@@ -8,8 +8,8 @@ use super::Row;
 use super::data::*;
 use super::probes_sm90::SWIZZLE_OF_TYPE;
 use super::wgmma::{self, add_images};
+use graft_kernels::emu::{Argument, Build, Case, Program};
 use graft_tools::codegen::workspace_root;
-use graft_tools::emu::{Argument, Build, Case, Program};
 use half::bf16;
 use std::collections::BTreeMap;
 

@@ -1,7 +1,7 @@
 //! Inputs of probes as bytes, and comparisons of what came back.
 
 use graft_kernels::check::SplitMix64;
-use graft_tools::emu::{Argument, Build, Case, Outcome, Program};
+use graft_kernels::emu::{Argument, Build, Case, Outcome, Program};
 
 pub fn words(values: &[u32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()

@@ -2,7 +2,7 @@
 
 use super::Row;
 use super::data::*;
-use graft_tools::emu::{Argument, Build, Case, Outcome, Program};
+use graft_kernels::emu::{Argument, Build, Case, Outcome, Program};
 use half::bf16;
 
 pub const SOURCE: &str = "tests/emulator/faults.cu";

@@ -8,13 +8,12 @@ mod clean;
 mod cute;
 mod data;
 mod faults;
-mod ops;
 mod probes;
 mod probes_sm90;
 mod wgmma;
 
+use graft_kernels::emu::{Build, Program, Toolchain};
 use graft_tools::codegen::workspace_root;
-use graft_tools::emu::{Build, Program, Toolchain};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -49,9 +48,9 @@ fn main() -> ExitCode {
     rows.extend(cute::rows());
     rows.extend(faults::rows());
     rows.extend(clean::rows(soak));
-    rows.extend(ops::rows());
     rows.retain(|r| format!("{} {}", r.name, r.build).contains(&filter));
-    match Toolchain::find(&workspace_root()) {
+    let root = workspace_root();
+    match Toolchain::find(&root, &root.join("target/emu")) {
         Ok(toolchain) => run(&toolchain, &rows),
         Err(why) => {
             for row in &rows {
@@ -75,7 +74,7 @@ fn run(toolchain: &Toolchain, rows: &[Row]) -> ExitCode {
         println!("emulator: FAIL the runtime does not compile: {e}");
         return ExitCode::FAILURE;
     }
-    let compiled = parallel(&sources, |(source, build)| toolchain.compile(source, *build));
+    let compiled = parallel(&sources, |(source, build)| toolchain.compile(&[source.to_string()], None, *build));
     println!("emulator: {} programs ready after {:.1} s", sources.len(), start.elapsed().as_secs_f64());
     let results = parallel(rows, |row| {
         let at = sources.iter().position(|s| *s == (row.source, row.build));

@@ -2,7 +2,7 @@
 
 use super::Row;
 use super::data::*;
-use graft_tools::emu::{Argument, Build, Case, Program};
+use graft_kernels::emu::{Argument, Build, Case, Program};
 use half::bf16;
 
 const SOURCE: &str = "kernels-cu/probes/probes_sm90.cu";

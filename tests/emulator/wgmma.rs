@@ -3,7 +3,7 @@
 use super::Row;
 use super::data::*;
 use super::probes_sm90::e4m3;
-use graft_tools::emu::{Argument, Build, Case, Program};
+use graft_kernels::emu::{Argument, Build, Case, Program};
 use half::{bf16, f16};
 
 pub const SOURCE: &str = "kernels-cu/probes/wgmma_sm90.cu";

@@ -11,3 +11,14 @@ fn every_rule_holds() {
     let broken = findings.iter().filter(|f| !f.warning).count();
     assert_eq!(broken, 0, "the findings are printed above; `cargo xtask tidy` shows them too");
 }
+
+#[path = "../mutants/mutant.rs"]
+#[allow(dead_code)]
+mod mutant;
+
+/// A mutant whose text is gone from its source would plant nothing.
+#[test]
+fn every_mutant_fits_its_source() {
+    let mutants = mutant::all(&codegen::workspace_root()).unwrap();
+    assert!(mutants.len() >= 40, "{} mutants", mutants.len());
+}

@@ -199,7 +199,7 @@ impl<'m> Graph<'m> {
             if x.tensor.len() != 1 {
                 return Err(Error::failure("weighted sum", "a term is not a scalar").is(x.tensor.shape()).must("[1]"));
             }
-            sum += f64::from(*factor) * f64::from(x.tensor.f32s()?[0]);
+            sum += f64::from(*factor) * f64::from(x.tensor.values()?[0]);
         }
         let Some((_, first)) = terms.first() else {
             return Err(Error::failure("weighted sum", "nothing to add").must("at least one term"));
@@ -211,7 +211,7 @@ impl<'m> Graph<'m> {
             return Ok(Var::constant(sum));
         }
         Ok(self.record("weighted_sum", sum, 0, move |dy, grads| {
-            let dy_value = dy.f32s()?[0];
+            let dy_value = dy.values()?[0];
             for (factor, source) in sources {
                 grads.add(source, Some(Tensor::from_f32(dy.device(), dy.shape().dims(), &[factor * dy_value])?))?;
             }
@@ -300,6 +300,6 @@ impl<'m> Graph<'m> {
 /// −x.
 fn negated(x: &Tensor) -> Result<Tensor> {
     let mut out = x.copy()?;
-    out.f32s_mut()?.iter_mut().for_each(|v| *v = -*v);
+    out.edit(|values| values.iter_mut().for_each(|v| *v = -*v))?;
     Ok(out)
 }

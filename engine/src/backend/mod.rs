@@ -6,30 +6,50 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod emu;
 
 pub use crate::tensor::{Device, DeviceKind};
 
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 use graft_kernels::axpy;
-use graft_kernels::generated::axpy::{Dims, Forward, Params};
+use graft_kernels::generated::axpy::{Dims, Forward, GpuForward, Params};
+use half::bf16;
+use std::marker::PhantomData;
 
-/// The device that a `--backend` flag names.
+/// The device that a `--backend` flag names, in its default working type.
 ///
 /// # Errors
 /// An unknown name, or a backend that this machine cannot run.
 pub fn open(name: &str) -> Result<Device> {
+    open_as(name, DType::F32)
+}
+
+/// The device that a `--backend` flag names; a GPU computes in `element`.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_as(name: &str, element: DType) -> Result<Device> {
     match name {
         "cpu" => Ok(Device::cpu()),
         "oracle" => Ok(Device::oracle()),
-        "cuda" => {
-            cuda::probe()?;
-            Err(Error::failure("--backend cuda", "this build has no CUDA kernels yet").fix("use --backend cpu"))
-        }
-        "emu" => Err(Error::failure("--backend emu", "this build has no CUDA kernels yet").fix("use --backend cpu")),
+        "cuda" => cuda::open(element, 0),
+        "emu" => emu::open(element, 0),
         other => {
             Err(Error::usage("--backend", "unknown backend").is(format!("{other:?}")).must("cpu, oracle, emu or cuda"))
         }
+    }
+}
+
+/// The working type that an `--element` flag names.
+///
+/// # Errors
+/// An unknown name.
+pub fn element(name: &str) -> Result<DType> {
+    match name {
+        "f32" => Ok(DType::F32),
+        "bf16" => Ok(DType::BF16),
+        other => Err(Error::usage("--element", "unknown type").is(format!("{other:?}")).must("f32 or bf16")),
     }
 }
 
@@ -49,11 +69,30 @@ pub fn add_into(target: &mut Tensor, addend: &Tensor) -> Result<()> {
         return Ok(());
     }
     let dims = Dims { l: target.len() };
-    let args = Forward { dims, params: Params { alpha: 1.0 }, x: addend.f32s()?, y: target.f32s_mut()? };
+    let params = Params { alpha: 1.0 };
+    if target.device().is_gpu() {
+        return add_into_gpu(target, addend, dims, params);
+    }
+    let args = Forward { dims, params, x: addend.f32s()?, y: target.f32s_mut()? };
     match kind {
         DeviceKind::Cpu => axpy::cpu::forward(args),
         DeviceKind::Oracle => axpy::reference::forward(args),
         other => return Err(Error::failure("add", format!("no {other} path"))),
     }
     Ok(())
+}
+
+fn add_into_gpu(target: &mut Tensor, addend: &Tensor, dims: Dims, params: Params) -> Result<()> {
+    if addend.dtype() != target.dtype() {
+        return Err(Error::failure("add", "types differ").is(addend.dtype()).must(target.dtype()));
+    }
+    let device = target.device().clone();
+    let mut queue = device.queue()?;
+    if target.dtype() == DType::BF16 {
+        let args = GpuForward::<bf16> { dims, params, x: addend.input()?, y: target.output()?, element: PhantomData };
+        axpy::launch::forward(&mut queue, args)
+    } else {
+        let args = GpuForward::<f32> { dims, params, x: addend.input()?, y: target.output()?, element: PhantomData };
+        axpy::launch::forward(&mut queue, args)
+    }
 }

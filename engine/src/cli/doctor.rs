@@ -17,7 +17,9 @@ struct Finding {
 
 /// Runs the command; findings are the result, so it succeeds whatever they are.
 pub fn run(json: bool) -> Result<()> {
-    let findings = [version(), processor(), threads(), memory(), disk(), driver(), data()];
+    let mut findings = vec![version(), processor(), threads(), memory(), disk()];
+    findings.extend(driver());
+    findings.push(data());
     if json {
         let list: Vec<Value> =
             findings.iter().map(|f| json!({ "what": f.what, "state": f.state, "finding": f.text })).collect();
@@ -77,18 +79,28 @@ fn disk() -> Finding {
     }
 }
 
-fn driver() -> Finding {
-    match cuda::probe() {
-        Ok(probe) => {
-            let (major, minor) = (probe.driver_version / 1000, probe.driver_version % 1000 / 10);
-            Finding {
-                what: "cuda",
-                state: "ok",
-                text: format!("{} devices, the driver supports CUDA {major}.{minor}", probe.devices),
-            }
-        }
-        Err(e) => Finding { what: "cuda", state: "note", text: e.to_string() },
-    }
+/// The driver, its devices, and where kernels would come from.
+fn driver() -> Vec<Finding> {
+    let finding = |what, good, text| Finding { what, state: if good { "ok" } else { "note" }, text };
+    let survey = match cuda::survey() {
+        Ok(survey) => survey,
+        Err(e) => return vec![finding("cuda", false, e.to_string())],
+    };
+    let version = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
+    let text = format!(
+        "{} devices, the driver supports CUDA {}; {} ({}) or newer is needed",
+        survey.probe.devices,
+        version(survey.probe.driver_version),
+        version(cuda::OLDEST_DRIVER),
+        cuda::OLDEST_PACKAGE
+    );
+    let mut findings = vec![finding("cuda", true, text)];
+    findings.extend(survey.devices.into_iter().map(|d| finding("device", d.good, d.text)));
+    let sources = [survey.archive, survey.compiler, survey.cache];
+    findings.extend(
+        ["kernels", "compiler", "kernel cache"].into_iter().zip(sources).map(|(what, f)| finding(what, f.good, f.text)),
+    );
+    findings
 }
 
 fn data() -> Finding {

@@ -43,7 +43,7 @@ pub fn run(args: &Args) -> Result<()> {
     let reads_text = pixart::is_pixart(&folder).unwrap_or(false);
     let result = if reads_text { from_text(args, &folder, &file)? } else { from_labels(args, &file)? };
     let shape = result.shape();
-    safetensors::write(&args.output, [TensorRecord::f32("output", shape.dims(), result.f32s()?)], &BTreeMap::new())?;
+    safetensors::write(&args.output, [TensorRecord::f32("output", shape.dims(), result.values()?)], &BTreeMap::new())?;
     out::line(format!("output {shape} in {}", args.output.display()))
 }
 
@@ -103,8 +103,7 @@ fn from_text(args: &Args, folder: &Path, file: &TensorFile) -> Result<Tensor> {
                 .is(x.dim(0))
                 .must("prompted and null halves of one size"));
         }
-        let first = x.copy()?;
-        cfg::double(first.f32s()?.split_at(first.len() / 2).0, x.f32s_mut()?);
+        cfg::repeat_first_half(&mut x)?;
     }
     let semantics =
         if args.model.run.as_diffusers() { pixart::Semantics::Diffusers } else { pixart::Semantics::Original };

@@ -117,7 +117,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2));
         }
     };
-    match execute(cli) {
+    let result = execute(cli);
+    for notice in crate::backend::cuda::notices::take() {
+        eprintln!("graft: note: {notice}");
+    }
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("graft: {e}");

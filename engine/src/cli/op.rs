@@ -4,9 +4,11 @@ use super::{out, table::Table};
 use crate::backend::{self, DeviceKind};
 use crate::error::{Error, Result};
 use crate::nn::operators::REGISTRY;
-use crate::ops::check::{Row, Verdict, conformance};
+use crate::ops::check::{Row, Subject, Verdict, conformance};
 use crate::ops::contracts;
+use crate::tensor::DType;
 use graft_kernels::OpInfo;
+use graft_kernels::emu::Build;
 use serde_json::{Value, json};
 
 /// Arguments.
@@ -20,19 +22,35 @@ pub struct Args {
 enum OpCommand {
     /// Operators of the engine, and those that can sit at a site of a block.
     List,
-    /// Run the cases of one operator and show the comparisons.
+    /// Run the tiny cases of one operator on one backend and show the comparisons.
     Run {
         /// Name in the list.
         op: String,
         /// cpu, oracle, emu or cuda.
         #[arg(long, default_value = "cpu")]
         backend: String,
+        /// Working type of a GPU: f32 or bf16; both where it is not given.
+        #[arg(long)]
+        element: Option<String>,
     },
-    /// Compare every case with the oracle on every backend.
+    /// Compare every case with the oracle.
     Check {
         /// Only operators whose name contains this.
-        #[arg(long, default_value = "")]
+        #[arg(default_value = "")]
         filter: String,
+        /// cpu, emu, cuda; asan or tsan (the emulator with a checker); plan (entry points and choice of kernels on the
+        /// shapes of real models). All of cpu, emu, cuda and plan where none is given.
+        #[arg(long, value_delimiter = ',')]
+        backend: Vec<String>,
+        /// Working type of a GPU: f32 or bf16; both where it is not given.
+        #[arg(long)]
+        element: Option<String>,
+        /// Order in which the emulator's warps and copies advance.
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// With a checker, every case; otherwise those that reach another kernel.
+        #[arg(long)]
+        every: bool,
         /// A backend whose rows must not be skipped.
         #[arg(long, value_name = "BACKEND")]
         require: Option<String>,
@@ -43,24 +61,39 @@ enum OpCommand {
 pub fn run(args: &Args, json: bool) -> Result<()> {
     match &args.command {
         OpCommand::List => list(json),
-        OpCommand::Run { op, backend } => {
+        OpCommand::Run { op, backend, element } => {
             if !contracts::OPS.iter().any(|o| o.name == op) {
                 let names: Vec<&str> = contracts::OPS.iter().map(|o| o.name).collect();
                 return Err(Error::usage("op", "unknown operator").is(format!("{op:?}")).must(names.join(", ")));
             }
-            let device = backend::open(backend)?;
-            let rows = conformance(&device, op)?.into_iter().filter(|r| r.op == op).collect();
-            finish(rows, json)
-        }
-        OpCommand::Check { filter, require } => {
-            let mut rows = conformance(&backend::open("cpu")?, filter)?;
-            for kind in [DeviceKind::Emu, DeviceKind::Cuda] {
-                rows.extend(absent(kind, filter));
+            let mut rows = Vec::new();
+            for subject in subjects(backend, element.as_deref(), 0, false)? {
+                rows.extend(conformance(&subject, op)?.into_iter().filter(|r| r.op == op));
             }
             if rows.is_empty() {
-                return Err(Error::usage("--filter", "no such operator")
+                return Err(Error::failure("op run", "no kernel").is(op).fix("use --backend cpu"));
+            }
+            finish(rows, json)
+        }
+        OpCommand::Check { filter, backend, element, seed, every, require } => {
+            if !contracts::OPS.iter().any(|op| op.name.contains(filter.as_str())) {
+                return Err(Error::usage("op check", "no such operator")
                     .is(format!("{filter:?}"))
                     .must("part of an operator's name"));
+            }
+            let all = ["cpu", "emu", "plan", "cuda"].map(String::from);
+            let mut rows = Vec::new();
+            for name in if backend.is_empty() { &all[..] } else { backend } {
+                match subjects(name, element.as_deref(), *seed, *every) {
+                    Ok(found) => {
+                        for subject in found {
+                            rows.extend(conformance(&subject, filter)?);
+                        }
+                    }
+                    // Only a name that was asked for must run; a machine without a GPU is no failure of the rest.
+                    Err(e) if !backend.is_empty() => return Err(e),
+                    Err(e) => rows.extend(absent(name, &e, filter)),
+                }
             }
             if let Some(name) = require {
                 require_backend(&mut rows, name)?;
@@ -70,20 +103,39 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
     }
 }
 
-/// Rows of a backend that cannot run here, with the reason.
-fn absent(kind: DeviceKind, filter: &str) -> Vec<Row> {
-    let why = match backend::open(&kind.to_string()) {
-        Ok(_) => "no kernels for this operator yet".to_string(),
-        Err(e) => e.problem().to_string(),
+/// What a `--backend` and an `--element` ask for.
+///
+/// # Errors
+/// An unknown name, or a backend that this machine cannot run.
+pub fn subjects(name: &str, element: Option<&str>, seed: u64, every: bool) -> Result<Vec<Subject>> {
+    let elements = match element {
+        None => vec![DType::F32, DType::BF16],
+        Some(element) => vec![backend::element(element)?],
     };
-    let chosen = contracts::OPS.iter().filter(|op| op.name.contains(filter));
+    let checked =
+        |build| Ok(elements.iter().map(|&element| Subject::Checked { element, build, seed, every }).collect());
+    match name {
+        "asan" => checked(Build::Asan),
+        "tsan" => checked(Build::Tsan),
+        "plan" => Ok(elements.into_iter().map(Subject::Plan).collect()),
+        "emu" => elements.into_iter().map(|e| Ok(Subject::Device(backend::emu::open(e, seed)?))).collect(),
+        "cuda" => elements.into_iter().map(|e| Ok(Subject::Device(backend::open_as("cuda", e)?))).collect(),
+        host => Ok(vec![Subject::Device(backend::open(host)?)]),
+    }
+}
+
+/// Rows of a backend that cannot run here, with the reason.
+fn absent(name: &str, why: &Error, filter: &str) -> Vec<Row> {
+    let kind = if name == "cuda" { DeviceKind::Cuda } else { DeviceKind::Emu };
+    let chosen = contracts::OPS.iter().filter(|op| op.name.contains(filter) && !op.elements.is_empty());
     let rows = chosen.flat_map(|op| op.cases.iter().map(move |case| (op.name, *case)));
-    rows.map(|(op, case)| Row { op, case, backend: kind, verdict: Verdict::Skip(why.clone()) }).collect()
+    let verdict = Verdict::Skip(why.problem().to_string());
+    rows.map(|(op, case)| Row { op, case, backend: name.to_string(), kind, verdict: verdict.clone() }).collect()
 }
 
 fn require_backend(rows: &mut [Row], name: &str) -> Result<()> {
     let mut found = false;
-    for row in rows.iter_mut().filter(|r| r.backend.to_string() == name) {
+    for row in rows.iter_mut().filter(|r| r.kind.to_string() == name) {
         found = true;
         if let Verdict::Skip(why) = &row.verdict {
             row.verdict = Verdict::Fail(format!("required, but skipped: {why}"));
@@ -92,7 +144,7 @@ fn require_backend(rows: &mut [Row], name: &str) -> Result<()> {
     if found {
         Ok(())
     } else {
-        Err(Error::usage("--require", "unknown backend").is(format!("{name:?}")).must("cpu, emu or cuda"))
+        Err(Error::usage("--require", "no row of that backend").is(format!("{name:?}")).must("cpu, emu or cuda"))
     }
 }
 
@@ -122,7 +174,7 @@ fn finish(rows: Vec<Row>, json: bool) -> Result<()> {
     if json {
         let record = |row: &Row| {
             let (verdict, note) = words(row);
-            json!({ "op": row.op, "case": row.case, "backend": row.backend.to_string(), "verdict": verdict, "note": note })
+            json!({ "op": row.op, "case": row.case, "backend": row.backend, "verdict": verdict, "note": note })
         };
         let list: Vec<Value> = rows.iter().map(record).collect();
         out::line(format!(
@@ -157,7 +209,7 @@ impl Summary {
         let mut counts = Summary::default();
         for row in rows {
             match row.verdict {
-                Verdict::Ok(_) => counts.passed += 1,
+                Verdict::Ok(_) | Verdict::Planned(_) => counts.passed += 1,
                 Verdict::Fail(_) => counts.failed += 1,
                 Verdict::Skip(_) => counts.skipped += 1,
             }
@@ -174,6 +226,7 @@ impl Summary {
 fn words(row: &Row) -> (&'static str, String) {
     match &row.verdict {
         Verdict::Ok(c) => ("ok", format!("worst {:.2} of its bound, rel rms {:.1e}", c.worst, c.rel_rms)),
+        Verdict::Planned(launches) => ("ok", format!("planned, launches: {launches}")),
         Verdict::Fail(why) => ("FAIL", why.clone()),
         Verdict::Skip(why) => ("SKIP", why.clone()),
     }
@@ -184,7 +237,7 @@ pub fn report(rows: &[Row]) -> String {
     let mut table = Table::new(&["operator", "case", "backend", "verdict", ""]);
     for row in rows {
         let (verdict, note) = words(row);
-        table.row([row.op.to_string(), row.case.to_string(), row.backend.to_string(), verdict.to_string(), note]);
+        table.row([row.op.to_string(), row.case.to_string(), row.backend.clone(), verdict.to_string(), note]);
     }
     let Summary { passed, failed, skipped } = Summary::of(rows);
     format!("{table}{passed} passed, {failed} failed, {skipped} skipped\n")

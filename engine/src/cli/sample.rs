@@ -194,7 +194,7 @@ pub(super) fn write_latents(args: &Args, latents: &Tensor, record: &Value) -> Re
     let Some(path) = &args.output_latents else { return Ok(()) };
     let shape = latents.shape();
     let metadata = BTreeMap::from([(png::RECORD_KEY.to_string(), record.to_string())]);
-    safetensors::write(path, [TensorRecord::f32("latents", shape.dims(), latents.f32s()?)], &metadata)?;
+    safetensors::write(path, [TensorRecord::f32("latents", shape.dims(), latents.values()?)], &metadata)?;
     eprintln!("latents in {}", path.display());
     Ok(())
 }

@@ -151,9 +151,11 @@ fn batch_losses(
     let batch = batches::images(device, data, indices)?;
     let (b, size) = (indices.len(), batch.images.len() / indices.len());
     let mut noise = device.empty(&[b, size])?;
-    for (values, &i) in noise.f32s_mut()?.chunks_exact_mut(size).zip(indices) {
-        Philox::new(image_seed(settings.seed, u64::from(i)), NOISE_STREAMS + repeat as u64).fill_normal(values);
-    }
+    noise.edit(|noise| {
+        for (values, &i) in noise.chunks_exact_mut(size).zip(indices) {
+            Philox::new(image_seed(settings.seed, u64::from(i)), NOISE_STREAMS + repeat as u64).fill_normal(values);
+        }
+    })?;
     let levels: Vec<f32> = times
         .iter()
         .flat_map(|&t| [schedule.alpha_bar(t).sqrt() as f32, (1.0 - schedule.alpha_bar(t)).sqrt() as f32])
@@ -167,12 +169,13 @@ fn batch_losses(
     let run = Run { semantics: Semantics::ORIGINAL, checkpoint: false };
     let out = model.forward(&g, &x_t, &t, &y, run)?.into_tensor();
     // Variance channels, where there are any, follow the prediction of each image.
-    let predictions = out.f32s()?.chunks_exact(out.len() / b);
+    let (out, noise) = (out.values()?, noise.values()?);
+    let predictions = out.chunks_exact(out.len() / b);
     let error = |(predicted, noise): (&[f32], &[f32])| {
         let squares = noise.iter().zip(predicted).map(|(n, p)| f64::from(n - p).powi(2));
         squares.sum::<f64>() / size as f64
     };
-    Ok(predictions.zip(noise.f32s()?.chunks_exact(size)).map(error).collect())
+    Ok(predictions.zip(noise.chunks_exact(size)).map(error).collect())
 }
 
 #[cfg(test)]

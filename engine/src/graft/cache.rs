@@ -239,7 +239,8 @@ impl Cache {
             (None, None) => return Err(Error::failure(site, "neither a gate nor a condition to keep")),
         };
         let (b, d) = (table.dim(0), table.dim(2));
-        let rows = table.f32s()?.chunks(table.dim(1) * d);
+        let table_values = table.values()?;
+        let rows = table_values.chunks(table.dim(1) * d);
         let beside: Vec<f32> = rows.flat_map(|table| table[row * d..][..d].iter().copied()).collect();
         let record = |name: &str, shape: &[usize], values: &'_ [f32]| TensorRecord {
             name: name.to_string(),
@@ -249,8 +250,8 @@ impl Cache {
         };
         let shape = lesson.input.shape();
         let records = [
-            record("input", shape.dims(), lesson.input.f32s()?),
-            record("output", shape.dims(), lesson.target.f32s()?),
+            record("input", shape.dims(), &lesson.input.values()?),
+            record("output", shape.dims(), &lesson.target.values()?),
             record(beside_of(site), &[b, d], &beside),
         ];
         safetensors::write(&self.path(site, shard), records, &self.header(site, shard))
@@ -298,7 +299,7 @@ impl Cache {
             };
             for (name, tensor) in [("input", &mut input), ("output", &mut target), (beside_of(site), &mut beside)] {
                 let len = tensor.len() / b;
-                self.decode(&file, name, within, &mut tensor.f32s_mut()?[row * len..][..len]);
+                tensor.edit(|tensor| self.decode(&file, name, within, &mut tensor[row * len..][..len]))?;
             }
             open = Some((shard, file));
         }

@@ -196,7 +196,7 @@ impl Attention {
         let g = Graph::inference(crate::autograd::Precision::F32);
         let qkv = self.qkv.forward(&g, &model.params, &Var::constant(input.clone()), act::NONE)?;
         let width = input.dim(2) / self.heads;
-        let qkv = qkv.tensor().f32s()?;
+        let qkv = qkv.tensor().values()?;
         let scale = 1.0 / (width as f32).sqrt();
         let [n, h] = [input.dim(1), self.heads];
         // Matrices go to threads, their sums are added in order: the same bits whatever the number of threads.

@@ -103,7 +103,7 @@ impl Student {
         let (value, grads) = {
             let g = Graph::training(self.precision);
             let (loss, _) = self.compare(&g, lesson)?;
-            let value = f64::from(loss.tensor().f32s()?[0]);
+            let value = f64::from(loss.tensor().values()?[0]);
             if !value.is_finite() {
                 return Err(Error::failure(
                     format!("{}: step {}", self.assignment, self.optimiser.step),
@@ -128,9 +128,10 @@ impl Student {
         if lesson.target.device().is_dry() {
             return Ok(());
         }
-        sums.loss += f64::from(loss.tensor().f32s()?[0]);
+        sums.loss += f64::from(loss.tensor().values()?[0]);
         sums.batches += 1;
-        for (y, t) in output.tensor().f32s()?.iter().zip(lesson.target.f32s()?) {
+        let (outputs, targets) = (output.tensor().values()?, lesson.target.values()?);
+        for (y, t) in outputs.iter().zip(targets.iter()) {
             sums.error += f64::from(y - t).powi(2);
             sums.target += f64::from(*t).powi(2);
         }

@@ -20,6 +20,7 @@
 //! | [`sentencepiece`] | vocabularies of SentencePiece |
 //! | [`hub`] | the local cache of a model hub |
 //! | [`hash`] | SHA-256 |
+//! | [`cache`] | results kept between runs, files beside the program; the one module that backends may use |
 //! | [`jsonl`] | append-only logs, one JSON object per line |
 //! | [`system`] | memory of the process, free space of a disk |
 //!
@@ -28,6 +29,7 @@
 
 pub mod archive;
 pub mod atomic;
+pub mod cache;
 pub mod datasets;
 pub mod dtype;
 pub mod files;

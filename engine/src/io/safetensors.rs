@@ -136,8 +136,11 @@ pub struct TensorRecord<'a> {
 
 impl<'a> TensorRecord<'a> {
     /// A tensor of `f32` values.
-    pub fn f32(name: impl Into<String>, shape: &[usize], values: &'a [f32]) -> Self {
-        let bytes = Cow::Borrowed(bytemuck::cast_slice(values));
+    pub fn f32(name: impl Into<String>, shape: &[usize], values: impl Into<Cow<'a, [f32]>>) -> Self {
+        let bytes = match values.into() {
+            Cow::Borrowed(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
+            Cow::Owned(values) => Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
+        };
         TensorRecord { name: name.into(), dtype: FileDtype::F32, shape: shape.to_vec(), bytes }
     }
 

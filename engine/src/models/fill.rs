@@ -80,18 +80,20 @@ fn read_into(
         stored = vec![f, c, h, w];
     }
     let mut value = device.empty(shape.dims())?;
-    let target = value.f32s_mut()?;
-    let chunk = (target.len() / place.parts.len().max(1)).max(1);
-    for (name, target) in place.parts.iter().zip(target.chunks_mut(chunk)) {
-        // A matrix may be stored as a convolution of one pixel.
-        let found = source.tensor(name).map(|t| t.shape().to_vec()).unwrap_or_default();
-        let pixel = found.len() == stored.len() + 2 && found.ends_with(&[1, 1]) && found.starts_with(&stored);
-        let values = read_weight(source, name, if pixel { &found } else { &stored })?;
-        match (place.filters, stored.as_slice()) {
-            (true, &[f, c, h, w]) => turn_filters(&values, [f, c, h * w], target),
-            _ => target.copy_from_slice(&values),
+    value.edit(|target| -> Result<()> {
+        let chunk = (target.len() / place.parts.len().max(1)).max(1);
+        for (name, target) in place.parts.iter().zip(target.chunks_mut(chunk)) {
+            // A matrix may be stored as a convolution of one pixel.
+            let found = source.tensor(name).map(|t| t.shape().to_vec()).unwrap_or_default();
+            let pixel = found.len() == stored.len() + 2 && found.ends_with(&[1, 1]) && found.starts_with(&stored);
+            let values = read_weight(source, name, if pixel { &found } else { &stored })?;
+            match (place.filters, stored.as_slice()) {
+                (true, &[f, c, h, w]) => turn_filters(&values, [f, c, h * w], target),
+                _ => target.copy_from_slice(&values),
+            }
         }
-    }
+        Ok(())
+    })??;
     params.set(id, if bf16 && is_product { value.to_bf16()? } else { value })
 }
 

@@ -94,7 +94,7 @@ impl<'a> Builder<'a> {
         let full = format!("{}{name}", self.prefix);
         let mut value = self.device.empty(shape)?;
         if self.scheme != Scheme::Unset && !self.device.is_dry() {
-            fill(value.f32s_mut()?, init, Philox::new(self.seed, stream_of(&full)));
+            value.edit(|value| fill(value, init, Philox::new(self.seed, stream_of(&full))))?;
         }
         Ok(self.store.add(full, value, true))
     }

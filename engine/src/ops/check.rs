@@ -1,148 +1,84 @@
-//! Checks of the entry points, and the conformance runner: operator × case × backend.
+//! The conformance runner: operator × case × backend, every output against the oracle.
 
+use super::cases::{CaseBody, Conform, Named, Values, collect};
+pub use super::cases::{CaseRow, Timer, time_cases};
+use crate::backend::emu::Recorder;
 use crate::backend::{Device, DeviceKind};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
-use graft_kernels::check::{Comparison, Fill, Tolerance, compare, draw_f32, draw_i32};
-use graft_kernels::{OpInfo, Tier};
-
-/// Unifies the dim letters of a contract over the shapes of the arguments.
-pub(super) struct DimCheck {
-    op: &'static str,
-    names: &'static [&'static str],
-    values: [Option<usize>; MAX_DIMS],
-    bound_by: [&'static str; MAX_DIMS],
-}
-
-const MAX_DIMS: usize = 12;
-
-impl DimCheck {
-    pub(super) fn new(op: &'static str, names: &'static [&'static str]) -> Self {
-        debug_assert!(names.len() <= MAX_DIMS);
-        DimCheck { op, names, values: [None; MAX_DIMS], bound_by: [""; MAX_DIMS] }
-    }
-
-    fn index(&self, dim: &str) -> Option<usize> {
-        self.names.iter().position(|n| *n == dim)
-    }
-
-    /// A dim that the caller states.
-    pub(super) fn given(&mut self, dim: &'static str, value: usize) -> Result<()> {
-        if let Some(i) = self.index(dim) {
-            (self.values[i], self.bound_by[i]) = (Some(value), "the caller");
-        }
-        Ok(())
-    }
-
-    /// Binds the bare letters of one argument's shape.
-    pub(super) fn bind(&mut self, name: &'static str, t: &Tensor, shape: &[&str]) -> Result<()> {
-        let dims = t.shape();
-        if dims.dims().len() != shape.len() {
-            return Err(Error::failure(format!("{}: {name}", self.op), "wrong rank")
-                .is(dims)
-                .must(format!("[{}]", shape.join(", "))));
-        }
-        for (expr, &size) in shape.iter().zip(dims.dims()) {
-            if let Some(i) = self.index(expr)
-                && self.values[i].is_none()
-            {
-                (self.values[i], self.bound_by[i]) = (Some(size), name);
-            }
-        }
-        Ok(())
-    }
-
-    /// Compares every axis with its expression.
-    pub(super) fn match_exprs(&mut self, name: &'static str, t: &Tensor, shape: &[&str]) -> Result<()> {
-        for (axis, (expr, &size)) in shape.iter().zip(t.shape().dims()).enumerate() {
-            let Some(want) = self.eval(expr) else { continue };
-            if want != size {
-                let origin = self.index(expr).map_or(String::new(), |i| format!(" as in {}", self.bound_by[i]));
-                return Err(Error::failure(format!("{}: {name}", self.op), format!("axis {axis} does not fit"))
-                    .is(t.shape())
-                    .must(format!("[{}] with {expr} = {want}{origin}", shape.join(", "))));
-            }
-            if size == 0 {
-                return Err(Error::failure(format!("{}: {name}", self.op), "empty tensor")
-                    .is(t.shape())
-                    .must("every dim at least 1"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Products, whole quotients and sums of dims and literals, as contracts write them; `None` where a dim is unbound.
-    fn eval(&self, expr: &str) -> Option<usize> {
-        let atom = |text: &str| match self.index(text.trim()) {
-            Some(i) => self.values[i],
-            None => text.trim().parse().ok(),
-        };
-        expr.split('+').try_fold(0usize, |sum, term| {
-            let product = term.split('*').try_fold(1usize, |p, factor| {
-                let mut quotient = factor.split('/').map(atom);
-                let first = quotient.next()??;
-                p.checked_mul(quotient.try_fold(first, |q, by| q.checked_div(by?))?)
-            })?;
-            sum.checked_add(product)
-        })
-    }
-
-    /// Value of a dim; 0 where only absent optional arguments carry it.
-    pub(super) fn dim(&self, dim: &str) -> Result<usize> {
-        Ok(self.index(dim).and_then(|i| self.values[i]).unwrap_or(0))
-    }
-
-    /// Every argument on one device.
-    pub(super) fn same_device(&self, device: &Device, others: &[(&str, Option<&Tensor>)]) -> Result<()> {
-        for (name, t) in others {
-            if let Some(t) = t
-                && t.device() != device
-            {
-                return Err(Error::failure(format!("{}: {name}", self.op), "on another device")
-                    .is(t.device().kind())
-                    .must(device.kind())
-                    .fix("copy it to the device of the first argument"));
-            }
-        }
-        Ok(())
-    }
-}
-
-pub(super) fn want_dtype(op: &str, name: &str, t: &Tensor, allowed: &[DType]) -> Result<()> {
-    if allowed.contains(&t.dtype()) {
-        return Ok(());
-    }
-    let names: Vec<String> = allowed.iter().map(DType::to_string).collect();
-    Err(Error::failure(format!("{op}: {name}"), "wrong dtype").is(t.dtype()).must(names.join(" or ")))
-}
-
-pub(super) fn require(op: &str, holds: bool, that: &str, must: &str, found: impl Fn() -> String) -> Result<()> {
-    if holds { Ok(()) } else { Err(Error::failure(op, format!("{that} does not hold")).is(found()).must(must)) }
-}
-
-/// Every element of an index tensor lies in `0..end`.
-pub(super) fn check_index(op: &str, name: &str, t: &Tensor, end: usize) -> Result<()> {
-    match t.i32s()?.iter().position(|&i| i < 0 || i as usize >= end) {
-        None => Ok(()),
-        Some(at) => Err(Error::failure(format!("{op}: {name}"), format!("element {at} is out of range"))
-            .is(t.i32s()?[at])
-            .must(format!("0 to {}", end.saturating_sub(1)))),
-    }
-}
-
-pub(super) fn no_path(op: &str, kind: DeviceKind) -> Error {
-    Error::failure(op, format!("no {kind} path for this operator")).fix("use --backend cpu")
-}
+use crate::tensor::DType;
+use graft_kernels::Tier;
+use graft_kernels::check::{Comparison, Tolerance, compare};
+use graft_kernels::emu::Build;
+use half::bf16;
+use std::collections::HashSet;
+use std::fmt;
 
 /// Verdict of one row of the conformance table.
 #[derive(Clone, Debug)]
 pub enum Verdict {
     /// Every output within its bounds and bit-equal on a second run; the worst comparison.
     Ok(Comparison),
+    /// The entry point and the choice of kernels accept the case: so many launches.
+    Planned(usize),
     /// The output that failed, and how.
     Fail(String),
     /// Not run, and why.
     Skip(String),
+}
+
+/// What runs the cases.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Subject {
+    /// A device.
+    Device(Device),
+    /// A build of the emulator with a checker.
+    Checked {
+        /// Working type.
+        element: DType,
+        /// Which checker.
+        build: Build,
+        /// Order in which warps and copies advance.
+        seed: u64,
+        /// Every case; otherwise those that reach a kernel which no smaller case has reached.
+        every: bool,
+    },
+    /// Entry points and choice of kernels alone, on the shapes of real models.
+    Plan(DType),
+}
+
+impl fmt::Display for Subject {
+    /// `cpu`, `emu bf16`, `asan f32`, `plan bf16`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Subject::Device(device) if device.is_host() => write!(f, "{}", device.kind()),
+            Subject::Device(device) => write!(f, "{} {}", device.kind(), device.element()),
+            Subject::Checked { element, build, .. } => write!(f, "{build} {element}"),
+            Subject::Plan(element) => write!(f, "plan {element}"),
+        }
+    }
+}
+
+impl Subject {
+    /// The type in which it computes.
+    fn element(&self) -> DType {
+        match self {
+            Subject::Device(device) => device.element(),
+            Subject::Checked { element, .. } | Subject::Plan(element) => *element,
+        }
+    }
+
+    fn on_host(&self) -> bool {
+        matches!(self, Subject::Device(device) if device.is_host())
+    }
+
+    /// Which backend its rows count for.
+    pub fn kind(&self) -> DeviceKind {
+        match self {
+            Subject::Device(device) => device.kind(),
+            Subject::Checked { .. } => DeviceKind::Emu,
+            Subject::Plan(_) => DeviceKind::Dry,
+        }
+    }
 }
 
 /// One row of the conformance table.
@@ -152,67 +88,123 @@ pub struct Row {
     pub op: &'static str,
     /// Case.
     pub case: &'static str,
-    /// Backend under test.
-    pub backend: DeviceKind,
+    /// What ran it, in words.
+    pub backend: String,
+    /// Which backend that is.
+    pub kind: DeviceKind,
     /// Verdict.
     pub verdict: Verdict,
 }
 
-type CaseBody<'b> = &'b mut dyn FnMut(&mut Io<'_, '_>) -> Result<()>;
-
-/// What is known of a case before it runs.
-#[derive(Clone, Copy, Debug)]
-pub struct CaseRow {
-    /// Its operator.
-    pub info: &'static OpInfo,
-    /// Its name.
-    pub name: &'static str,
-    /// Its size class.
-    pub tier: Tier,
-    /// Whether a weight is stored in bf16.
-    pub bf16: bool,
-    /// Floating-point operations of one forward call.
-    pub flops: usize,
-    /// Bytes that one forward call must move at the least.
-    pub bytes: usize,
-}
-
-/// Told of every call of a case: its pass (`forward` or `backward`), and the call itself, to be made at will.
-pub type Timer<'t> = dyn FnMut(&CaseRow, &'static str, &mut dyn FnMut() -> Result<()>) -> Result<()> + 't;
-
-/// What is done with the cases of an operator.
-pub(super) enum Conform<'a> {
-    /// The tiny ones are compared with the oracle.
-    Compare { subject: &'a Device, oracle: &'a Device, rows: &'a mut Vec<Row> },
-    /// The real ones that `choose` takes are shown to a timer.
-    Time { device: &'a Device, choose: &'a dyn Fn(&CaseRow) -> bool, timer: &'a mut Timer<'a> },
-}
-
-impl Conform<'_> {
-    /// One case: oracle, subject, subject again; or its calls under the timer.
-    pub(super) fn case(&mut self, row: &CaseRow, body: CaseBody<'_>) -> Result<()> {
-        match self {
-            Conform::Compare { subject, oracle, rows } if row.tier == Tier::Tiny => {
-                let want = collect(oracle, body)?;
-                let first = collect(subject, body)?;
-                let second = collect(subject, body)?;
-                let tolerance = row.info.tolerance.unwrap_or(if row.bf16 { Tolerance::BF16 } else { Tolerance::F32 });
-                let verdict = judge(&want, &first, &second, tolerance);
-                rows.push(Row { op: row.info.name, case: row.name, backend: subject.kind(), verdict });
-                Ok(())
-            }
-            Conform::Time { device, choose, timer } if row.tier == Tier::Real && choose(row) => {
-                let mut observe = |pass: &'static str, call: &mut dyn FnMut() -> Result<()>| timer(row, pass, call);
-                body(&mut Io { device, results: Vec::new(), observe: Some(&mut observe) })
-            }
-            _ => Ok(()),
+/// Runs the cases of the operators whose name contains `filter` on `subject`, in contract order: the tiny ones, or for
+/// a plan the real ones. Operators without a kernel for the working type of a GPU are left out.
+///
+/// Fresh buffers are poisoned with NaN, so an output that is not written completely fails.
+///
+/// # Errors
+/// When a host entry point refuses a case: the contract and its cases disagree. On other subjects that is a failed row.
+pub fn conformance(subject: &Subject, filter: &str) -> Result<Vec<Row>> {
+    let oracle = Device::oracle();
+    oracle.set_poison(true);
+    if let Subject::Device(device) = subject {
+        device.set_poison(true);
+    }
+    let tier = if matches!(subject, Subject::Plan(_)) { Tier::Real } else { Tier::Tiny };
+    let (mut rows, mut reached) = (Vec::new(), HashSet::new());
+    for (op, run) in super::generated::CONFORMANCE {
+        if !op.contains(filter) {
+            continue;
         }
+        let mut judge = |case: &CaseRow, body: CaseBody<'_>| {
+            let known = case.info.elements.iter().any(|e| DType::from(*e) == subject.element());
+            if case.tier != tier || !(subject.on_host() || known) {
+                return Ok(());
+            }
+            let verdict = match verdict(subject, &oracle, case, body, &mut reached) {
+                Ok(Some(verdict)) => verdict,
+                Ok(None) => return Ok(()),
+                Err(e) if subject.on_host() => return Err(e),
+                Err(e) => Verdict::Fail(e.to_string()),
+            };
+            let (backend, kind) = (subject.to_string(), subject.kind());
+            rows.push(Row { op: case.info.name, case: case.name, backend, kind, verdict });
+            Ok(())
+        };
+        run(&mut Conform::Judge(&mut judge))?;
+    }
+    if let Subject::Device(device) = subject {
+        device.set_poison(false);
+    }
+    Ok(rows)
+}
+
+/// The verdict on one case; none where the subject passes it by.
+fn verdict(
+    subject: &Subject,
+    oracle: &Device,
+    case: &CaseRow,
+    body: CaseBody<'_>,
+    reached: &mut HashSet<&'static str>,
+) -> Result<Option<Verdict>> {
+    let element = subject.element();
+    let own = if element == DType::BF16 { case.info.tolerance_bf16 } else { case.info.tolerance };
+    let rounded = element == DType::BF16 || (subject.on_host() && case.bf16);
+    let tolerance = own.unwrap_or(if rounded { Tolerance::BF16 } else { Tolerance::F32 });
+    Ok(Some(match subject {
+        Subject::Device(device) => {
+            let values = if device.is_host() { Values::Drawn } else { Values::Working };
+            let want = collect(oracle, element, values, body)?;
+            let first = collect(device, element, values, body)?;
+            let second = collect(device, element, values, body)?;
+            judge(&want, &first, Some(&second), tolerance)
+        }
+        Subject::Checked { build, seed, every, .. } => {
+            let (recorder, device) = Recorder::open(element, true);
+            device.set_poison(true);
+            let mut found = collect(&device, element, Values::Working, body)?;
+            let Some(recording) = recorder.finish() else {
+                return Err(Error::failure(case.info.name, "launched no kernel"));
+            };
+            if recording.kernels.iter().filter(|k| reached.insert(k)).count() == 0 && !every {
+                return Ok(None);
+            }
+            let outcome = recording.run(*build, *seed)?;
+            if !outcome.good {
+                return Ok(Some(Verdict::Fail(outcome.summary())));
+            }
+            if !outcome.report.is_empty() {
+                return Ok(Some(Verdict::Fail(format!("reported: {}", outcome.summary()))));
+            }
+            for (named, buffer) in found.iter_mut().zip(&recording.reads) {
+                named.values = decode(named.dtype, &outcome.buffers[*buffer]);
+            }
+            let want = collect(oracle, element, Values::Working, body)?;
+            judge(&want, &found, None, tolerance)
+        }
+        Subject::Plan(_) => {
+            let (recorder, device) = Recorder::open(element, false);
+            collect(&device, element, Values::Unset, body)?;
+            match recorder.finish() {
+                Some(recording) => Verdict::Planned(recording.launches),
+                None => Verdict::Fail("launched no kernel".into()),
+            }
+        }
+    }))
+}
+
+fn decode(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    let words = bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
+    match dtype {
+        DType::F32 => words.map(f32::from_le_bytes).collect(),
+        DType::I32 => words.map(|b| i32::from_le_bytes(b) as f32).collect(),
+        DType::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
     }
 }
 
-fn judge(want: &[Named], first: &[Named], second: &[Named], tolerance: Tolerance) -> Verdict {
+fn judge(want: &[Named], first: &[Named], second: Option<&[Named]>, tolerance: Tolerance) -> Verdict {
     let mut worst: Option<Comparison> = None;
-    for ((w, f), s) in want.iter().zip(first).zip(second) {
+    for (i, (w, f)) in want.iter().zip(first).enumerate() {
+        // What stays f32 under a narrower working type has its rounding all the same: inputs are exact on both sides.
         let result = compare(&f.values, &w.values, tolerance);
         if !result.pass {
             return Verdict::Fail(format!(
@@ -220,7 +212,8 @@ fn judge(want: &[Named], first: &[Named], second: &[Named], tolerance: Tolerance
                 w.name, result.worst, result.worst_index, result.rel_rms, tolerance.rms
             ));
         }
-        if f.values.iter().zip(&s.values).any(|(a, b)| a.to_bits() != b.to_bits()) {
+        let again = second.and_then(|s| s.get(i));
+        if again.is_some_and(|s| f.values.iter().zip(&s.values).any(|(a, b)| a.to_bits() != b.to_bits())) {
             return Verdict::Fail(format!("{}: a second run gave other bits", w.name));
         }
         if worst.is_none_or(|held| result.worst > held.worst) {
@@ -233,142 +226,17 @@ fn judge(want: &[Named], first: &[Named], second: &[Named], tolerance: Tolerance
     }
 }
 
-struct Named {
-    name: String,
-    values: Vec<f32>,
-}
-
-fn collect(device: &Device, body: CaseBody<'_>) -> Result<Vec<Named>> {
-    let mut io = Io { device, results: Vec::new(), observe: None };
-    body(&mut io)?;
-    Ok(io.results)
-}
-
-type Observe<'o> = dyn FnMut(&'static str, &mut dyn FnMut() -> Result<()>) -> Result<()> + 'o;
-
-/// Inputs, calls and outputs of one run of a case.
-pub(super) struct Io<'a, 'o> {
-    device: &'a Device,
-    results: Vec<Named>,
-    observe: Option<&'a mut Observe<'o>>,
-}
-
-impl Io<'_, '_> {
-    pub(super) fn device(&self) -> &Device {
-        self.device
-    }
-
-    pub(super) fn draw(&self, case: &str, name: &str, shape: &[usize], fill: Fill) -> Result<Tensor> {
-        let len = shape.iter().product();
-        Tensor::from_f32(self.device, shape, &draw_f32(case, name, len, fill))
-    }
-
-    pub(super) fn draw_i32(&self, case: &str, name: &str, shape: &[usize], fill: Fill) -> Result<Tensor> {
-        let len = shape.iter().product();
-        Tensor::from_i32(self.device, shape, &draw_i32(case, name, len, fill))
-    }
-
-    pub(super) fn stored(&self, t: Tensor, bf16: bool) -> Result<Tensor> {
-        if bf16 { t.to_bf16() } else { Ok(t) }
-    }
-
-    /// Makes a call, after the observer has made it as often as it likes.
-    pub(super) fn call<R>(&mut self, pass: &'static str, mut call: impl FnMut() -> Result<R>) -> Result<R> {
-        if let Some(observe) = &mut self.observe {
-            observe(pass, &mut || call().map(drop))?;
-        }
-        call()
-    }
-
-    pub(super) fn result(&mut self, name: &str, t: &Tensor) -> Result<()> {
-        self.results.push(Named { name: name.to_string(), values: t.to_vec()? });
-        Ok(())
-    }
-}
-
-/// Runs every tiny case of the operators whose name contains `filter` on `subject`, in contract order.
-///
-/// Fresh buffers are poisoned with NaN, so an output that is not written completely fails.
-///
-/// # Errors
-/// When an entry point refuses a case: the contract and its cases disagree.
-pub fn conformance(subject: &Device, filter: &str) -> Result<Vec<Row>> {
-    let oracle = Device::oracle();
-    oracle.set_poison(true);
-    subject.set_poison(true);
-    let mut rows = Vec::new();
-    for (op, run) in super::generated::CONFORMANCE {
-        if op.contains(filter) {
-            run(&mut Conform::Compare { subject, oracle: &oracle, rows: &mut rows })?;
-        }
-    }
-    subject.set_poison(false);
-    Ok(rows)
-}
-
-/// Shows every call of the real cases that `choose` takes to `timer`, on `device`, in contract order.
-///
-/// # Errors
-/// Those of the calls and of the timer.
-pub fn time_cases(device: &Device, choose: &dyn Fn(&CaseRow) -> bool, timer: &mut Timer<'_>) -> Result<()> {
-    for (_, run) in super::generated::CONFORMANCE {
-        run(&mut Conform::Time { device, choose, timer: &mut *timer })?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::{contracts::ln_modulate::Params, ln_modulate};
-
-    fn params() -> Params {
-        Params { shift: 0, scale: 1, eps: 1e-6 }
-    }
-
-    #[test]
-    fn errors_name_the_argument() {
-        let device = Device::cpu();
-        let x = Tensor::zeros(&device, &[2, 3, 4]).unwrap();
-        let m = Tensor::zeros(&device, &[4, 6, 4]).unwrap();
-        let message = ln_modulate(&x, &m, params()).err().unwrap().to_string();
-        assert_eq!(
-            message,
-            "ln_modulate: modulation: axis 0 does not fit; is [4, 6, 4]; must be [B, C, D] with B = 2 as in x"
-        );
-        let m = Tensor::zeros(&device, &[2, 6]).unwrap();
-        assert!(ln_modulate(&x, &m, params()).err().unwrap().to_string().contains("modulation: wrong rank"));
-        let m = Tensor::from_i32(&device, &[2, 6, 4], &[0; 48]).unwrap();
-        assert!(ln_modulate(&x, &m, params()).err().unwrap().to_string().contains("wrong dtype; is i32; must be f32"));
-        let other = Tensor::zeros(&Device::cpu(), &[2, 6, 4]).unwrap();
-        assert!(ln_modulate(&x, &other, params()).err().unwrap().to_string().contains("another device"));
-        let empty = Tensor::zeros(&device, &[0, 3, 4]).unwrap();
-        let m = Tensor::zeros(&device, &[0, 6, 4]).unwrap();
-        assert!(ln_modulate(&empty, &m, params()).err().unwrap().to_string().contains("empty tensor"));
-        let m = Tensor::zeros(&device, &[2, 1, 4]).unwrap();
-        assert!(ln_modulate(&x, &m, params()).err().unwrap().to_string().contains("two different rows"));
-    }
-
-    #[test]
-    fn the_timer_sees_both_passes_of_the_chosen_cases() {
-        let mut seen = Vec::new();
-        let choose = |row: &CaseRow| row.info.name == "gate_residual";
-        time_cases(&Device::cpu(), &choose, &mut |row, pass, call| {
-            seen.push((row.info.name, pass));
-            call()
-        })
-        .unwrap();
-        assert_eq!(seen, [("gate_residual", "forward"), ("gate_residual", "backward")]);
-    }
 
     #[test]
     fn a_wrong_output_is_a_failed_row() {
-        let want = [Named { name: "y".into(), values: vec![1.0, 2.0] }];
-        let wrong = [Named { name: "y".into(), values: vec![1.0, 2.1] }];
-        let nan = [Named { name: "y".into(), values: vec![1.0, f32::NAN] }];
-        assert!(matches!(judge(&want, &wrong, &wrong, Tolerance::F32), Verdict::Fail(_)));
-        assert!(matches!(judge(&want, &nan, &nan, Tolerance::F32), Verdict::Fail(_)));
-        assert!(matches!(judge(&want, &want, &wrong, Tolerance::F32), Verdict::Fail(_)));
-        assert!(matches!(judge(&want, &want, &want, Tolerance::F32), Verdict::Ok(_)));
+        let named = |values: &[f32]| [Named { name: "y".into(), dtype: DType::F32, values: values.to_vec() }];
+        let (want, wrong, nan) = (named(&[1.0, 2.0]), named(&[1.0, 2.1]), named(&[1.0, f32::NAN]));
+        assert!(matches!(judge(&want, &wrong, Some(&wrong), Tolerance::F32), Verdict::Fail(_)));
+        assert!(matches!(judge(&want, &nan, None, Tolerance::F32), Verdict::Fail(_)));
+        assert!(matches!(judge(&want, &want, Some(&wrong), Tolerance::F32), Verdict::Fail(_)));
+        assert!(matches!(judge(&want, &want, Some(&want), Tolerance::F32), Verdict::Ok(_)));
     }
 }

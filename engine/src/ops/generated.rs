@@ -6,7 +6,8 @@
 #![allow(clippy::all, unused)]
 #![cfg_attr(rustfmt, rustfmt::skip)]
 
-use super::check::{CaseRow, Conform, DimCheck, check_index, no_path, require, want_dtype};
+use super::cases::{CaseRow, Conform};
+use super::entry::{DimCheck, check_index, no_element, no_path, require};
 use crate::autograd::{Graph, Var};
 use crate::backend::{Device, DeviceKind};
 use crate::error::{Error, Result};
@@ -14,6 +15,7 @@ use crate::tensor::{DType, Tensor};
 use graft_kernels as kernels;
 use graft_kernels::check::Fill;
 use graft_kernels::{Case, Tier};
+use half::bf16;
 
 /// Runs every case of every operator; see [`super::check`].
 pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
@@ -62,11 +64,11 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
 /// param = (1 - lr*weight_decay)*param - lr/bias1 * m/(sqrt(v)/sqrt(bias2) + eps)
 /// ema = ema + ema_rate*(param - ema)
 /// ```
-/// - `grad` `[L]` f32: Gradient.
-/// - `param` `[L]` f32: Parameters.
-/// - `m` `[L]` f32: First moment.
-/// - `v` `[L]` f32: Second moment.
-/// - `ema` `[L]` f32, optional: Moving average of the parameters.
+/// - `grad` `[L]` float: Gradient.
+/// - `param` `[L]` float: Parameters.
+/// - `m` `[L]` float: First moment.
+/// - `v` `[L]` float: Second moment.
+/// - `ema` `[L]` float, optional: Moving average of the parameters.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -83,17 +85,27 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
     check.match_exprs("m", &*m, &["L"])?;
     check.match_exprs("v", &*v, &["L"])?;
     if let Some(t) = ema.as_deref() { check.match_exprs("ema", t, &["L"])?; }
-    want_dtype("adamw", "grad", grad, &[DType::F32])?;
-    want_dtype("adamw", "param", &*param, &[DType::F32])?;
-    want_dtype("adamw", "m", &*m, &[DType::F32])?;
-    want_dtype("adamw", "v", &*v, &[DType::F32])?;
-    if let Some(t) = ema.as_deref() { want_dtype("adamw", "ema", t, &[DType::F32])?; }
+    check.float("grad", grad)?;
+    check.float("param", &*param)?;
+    check.float("m", &*m)?;
+    check.float("v", &*v)?;
+    if let Some(t) = ema.as_deref() { check.float("ema", t)?; }
     let dims = Dims { l: check.dim("L")? };
     
     require("adamw", params.bias1 > 0.0 && params.bias2 > 0.0, "bias1 > 0.0 && bias2 > 0.0", "bias corrections greater than zero: steps count from 1", || format!("{dims:?}, {params:?}"))?;
     let device = grad.device().clone();
     check.same_device(&device, &[("param", Some(&*param)), ("m", Some(&*m)), ("v", Some(&*v)), ("ema", ema.as_deref())])?;
+    let element = check.element(&device, kernels::generated::adamw::INFO.elements)?;
     if device.is_dry() {
+        return Ok(());
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::adamw::GpuForward { dims, params, grad: grad.input()?, param: param.output()?, m: m.output()?, v: v.output()?, ema: match ema { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::adamw::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("adamw", other)),
+        }
         return Ok(());
     }
     let args = Forward { dims, params, grad: grad.f32s()?, param: param.f32s_mut()?, m: m.f32s_mut()?, v: v.f32s_mut()?, ema: match ema { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -134,10 +146,10 @@ fn adamw_conform(run: &mut Conform<'_>) -> Result<()> {
 /// ```text
 /// x_t[b,l] = coefs[b,0]*x0[b,l] + coefs[b,1]*noise[b,l]
 /// ```
-/// - `x0` `[B, L]` f32: Clean latents.
-/// - `noise` `[B, L]` f32: Standard normal noise.
-/// - `coefs` `[B, 2]` f32: Per sample: sqrt(alpha_bar), sqrt(1 - alpha_bar).
-/// - returns `x_t` `[B, L]` f32: Noisy latents.
+/// - `x0` `[B, L]` float: Clean latents.
+/// - `noise` `[B, L]` float: Standard normal noise.
+/// - `coefs` `[B, 2]` float: Per sample: sqrt(alpha_bar), sqrt(1 - alpha_bar).
+/// - returns `x_t` `[B, L]` float: Noisy latents.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -150,16 +162,26 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
     check.match_exprs("x0", x0, &["B", "L"])?;
     check.match_exprs("noise", noise, &["B", "L"])?;
     check.match_exprs("coefs", coefs, &["B", "2"])?;
-    want_dtype("add_noise", "x0", x0, &[DType::F32])?;
-    want_dtype("add_noise", "noise", noise, &[DType::F32])?;
-    want_dtype("add_noise", "coefs", coefs, &[DType::F32])?;
+    check.float("x0", x0)?;
+    check.float("noise", noise)?;
+    check.float("coefs", coefs)?;
     let dims = Dims { b: check.dim("B")?, l: check.dim("L")? };
     let device = x0.device().clone();
     check.same_device(&device, &[("noise", Some(noise)), ("coefs", Some(coefs))])?;
+    let element = check.element(&device, kernels::generated::add_noise::INFO.elements)?;
     let Dims { b, l, .. } = dims;
-    let mut x_t = device.empty(&[b, l])?;
+    let mut x_t = device.empty_of(&[b, l], element)?;
 
     if device.is_dry() {
+        return Ok(x_t);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::add_noise::GpuForward { dims, params, x0: x0.input()?, noise: noise.input()?, coefs: coefs.input()?, x_t: x_t.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::add_noise::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("add_noise", other)),
+        }
         return Ok(x_t);
     }
     let args = Forward { dims, params, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, x_t: x_t.f32s_mut()? };
@@ -192,7 +214,7 @@ fn add_noise_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`attention`].
 pub struct AttentionOut {
-    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
     /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
@@ -204,8 +226,8 @@ pub struct AttentionOut {
 /// q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2]; s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]
 /// lse[b,h,i] = log sum_j exp(s[b,h,i,j]); y[b,i,h,e] = sum_j exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
 /// ```
-/// - `qkv` `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
-/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+/// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
 /// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
@@ -215,15 +237,26 @@ pub fn attention(qkv: &Tensor, params: kernels::generated::attention::Params) ->
     let mut check = DimCheck::new("attention", &["B", "N", "H", "E"]);
     check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
     check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
-    want_dtype("attention", "qkv", qkv, &[DType::F32])?;
+    check.float("qkv", qkv)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
     let device = qkv.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
-    let mut y = device.empty(&[b, n, h, e])?;
+    let mut y = device.empty_of(&[b, n, h, e], element)?;
     let mut lse = device.empty(&[b, h, n])?;
 
     if device.is_dry() {
+        return Ok(AttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("attention", other)),
+        }
         return Ok(AttentionOut { y, lse });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -250,17 +283,28 @@ pub fn attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, w
     check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
     check.match_exprs("y", y, &["B", "N", "H", "E"])?;
     check.match_exprs("lse", lse, &["B", "H", "N"])?;
-    want_dtype("attention", "dy", dy, &[DType::F32])?;
-    want_dtype("attention", "qkv", qkv, &[DType::F32])?;
-    want_dtype("attention", "y", y, &[DType::F32])?;
-    want_dtype("attention", "lse", lse, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("qkv", qkv)?;
+    check.float("y", y)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
     let device = dy.device().clone();
     check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
+    let element = check.element(&device, kernels::generated::attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
-    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
+    let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, lse: lse.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -322,8 +366,8 @@ fn attention_conform(run: &mut Conform<'_>) -> Result<()> {
 /// ```text
 /// y = y + alpha*x
 /// ```
-/// - `x` `[L]` f32: Added tensor.
-/// - `y` `[L]` f32: Updated tensor.
+/// - `x` `[L]` float: Added tensor.
+/// - `y` `[L]` float: Updated tensor.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -334,12 +378,23 @@ pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params
     check.bind("y", &*y, &["L"])?;
     check.match_exprs("x", x, &["L"])?;
     check.match_exprs("y", &*y, &["L"])?;
-    want_dtype("axpy", "x", x, &[DType::F32])?;
-    want_dtype("axpy", "y", &*y, &[DType::F32])?;
+    check.float("x", x)?;
+    check.float("y", &*y)?;
     let dims = Dims { l: check.dim("L")? };
     let device = x.device().clone();
     check.same_device(&device, &[("y", Some(&*y))])?;
+    let element = check.element(&device, kernels::generated::axpy::INFO.elements)?;
     if device.is_dry() {
+        return Ok(());
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::axpy::GpuForward { dims, params, x: x.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::axpy::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::axpy::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("axpy", other)),
+        }
         return Ok(());
     }
     let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
@@ -371,11 +426,11 @@ fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Gradients of [`branch_deltas`]; absent where not asked for.
 pub struct BranchDeltasGrads {
-    /// `[B, N, D]` f32
+    /// `[B, N, D]` float
     pub x: Option<Tensor>,
-    /// `[B, N, D]` f32
+    /// `[B, N, D]` float
     pub first: Option<Tensor>,
-    /// `[B, N, D]` f32
+    /// `[B, N, D]` float
     pub second: Option<Tensor>,
 }
 
@@ -384,10 +439,10 @@ pub struct BranchDeltasGrads {
 /// ```text
 /// y[b,n,0,d] = first[b,n,d] - x[b,n,d];  y[b,n,1,d] = second[b,n,d] - x[b,n,d]
 /// ```
-/// - `x` `[B, N, D]` f32: Common input of both blocks.
-/// - `first` `[B, N, D]` f32: Result of the first block.
-/// - `second` `[B, N, D]` f32: Result of the second block.
-/// - returns `y` `[B, N, 2, D]` f32: Both differences; a row of 2·D values is what a linear layer takes.
+/// - `x` `[B, N, D]` float: Common input of both blocks.
+/// - `first` `[B, N, D]` float: Result of the first block.
+/// - `second` `[B, N, D]` float: Result of the second block.
+/// - returns `y` `[B, N, 2, D]` float: Both differences; a row of 2·D values is what a linear layer takes.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -400,16 +455,27 @@ pub fn branch_deltas(x: &Tensor, first: &Tensor, second: &Tensor, params: kernel
     check.match_exprs("x", x, &["B", "N", "D"])?;
     check.match_exprs("first", first, &["B", "N", "D"])?;
     check.match_exprs("second", second, &["B", "N", "D"])?;
-    want_dtype("branch_deltas", "x", x, &[DType::F32])?;
-    want_dtype("branch_deltas", "first", first, &[DType::F32])?;
-    want_dtype("branch_deltas", "second", second, &[DType::F32])?;
+    check.float("x", x)?;
+    check.float("first", first)?;
+    check.float("second", second)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
     let device = x.device().clone();
     check.same_device(&device, &[("first", Some(first)), ("second", Some(second))])?;
+    let element = check.element(&device, kernels::generated::branch_deltas::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
-    let mut y = device.empty(&[b, n, 2, d])?;
+    let mut y = device.empty_of(&[b, n, 2, d], element)?;
 
     if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::branch_deltas::GpuForward { dims, params, x: x.input()?, first: first.input()?, second: second.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::branch_deltas::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::branch_deltas::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("branch_deltas", other)),
+        }
         return Ok(y);
     }
     let args = Forward { dims, params, x: x.f32s()?, first: first.f32s()?, second: second.f32s()?, y: y.f32s_mut()? };
@@ -430,16 +496,27 @@ pub fn branch_deltas_backward(dy: &Tensor, want_x: bool, want_first: bool, want_
     let mut check = DimCheck::new("branch_deltas", &["B", "N", "D"]);
     check.bind("dy", dy, &["B", "N", "2", "D"])?;
     check.match_exprs("dy", dy, &["B", "N", "2", "D"])?;
-    want_dtype("branch_deltas", "dy", dy, &[DType::F32])?;
+    check.float("dy", dy)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
     let device = dy.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::branch_deltas::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[b, n, d])?) } else { None };
-    let mut grad_first = if want_first { Some(device.empty(&[b, n, d])?) } else { None };
-    let mut grad_second = if want_second { Some(device.empty(&[b, n, d])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, n, d], element)?) } else { None };
+    let mut grad_first = if want_first { Some(device.empty_of(&[b, n, d], element)?) } else { None };
+    let mut grad_second = if want_second { Some(device.empty_of(&[b, n, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(BranchDeltasGrads { x: grad_x, first: grad_first, second: grad_second });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::branch_deltas::GpuBackward { dims, params, dy: dy.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dfirst: match &mut grad_first { Some(t) => Some(t.output()?), None => None }, dsecond: match &mut grad_second { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::branch_deltas::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::branch_deltas::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("branch_deltas", other)),
+        }
         return Ok(BranchDeltasGrads { x: grad_x, first: grad_first, second: grad_second });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dfirst: match &mut grad_first { Some(t) => Some(t.f32s_mut()?), None => None }, dsecond: match &mut grad_second { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -504,10 +581,10 @@ fn branch_deltas_conform(run: &mut Conform<'_>) -> Result<()> {
 /// u[b,i,j,f] = bias[f] + sum_{p,q,c} x[b, i*stride + p - pad_h, j*stride + q - pad_w, c] * filters[f,p,q,c], x zero outside the image
 /// y = max(u, 0) where relu, else u
 /// ```
-/// - `x` `[B, H, W, C]` f32: Images, channels last.
-/// - `filters` `[F, Kh, Kw, C]` f32 or bf16: One kernel per output channel.
-/// - `bias` `[F]` f32, optional: Added to every pixel.
-/// - returns `y` `[B, Oh, Ow, F]` f32: Result.
+/// - `x` `[B, H, W, C]` float: Images, channels last.
+/// - `filters` `[F, Kh, Kw, C]` float (f32 or bf16 on the CPU): One kernel per output channel.
+/// - `bias` `[F]` float, optional: Added to every pixel.
+/// - returns `y` `[B, Oh, Ow, F]` float: Result.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -522,9 +599,9 @@ pub fn conv2d(x: &Tensor, filters: &Tensor, bias: Option<&Tensor>, oh: usize, ow
     check.match_exprs("x", x, &["B", "H", "W", "C"])?;
     check.match_exprs("filters", filters, &["F", "Kh", "Kw", "C"])?;
     if let Some(t) = bias { check.match_exprs("bias", t, &["F"])?; }
-    want_dtype("conv2d", "x", x, &[DType::F32])?;
-    want_dtype("conv2d", "filters", filters, &[DType::F32, DType::BF16])?;
-    if let Some(t) = bias { want_dtype("conv2d", "bias", t, &[DType::F32])?; }
+    check.float("x", x)?;
+    check.weight("filters", filters)?;
+    if let Some(t) = bias { check.float("bias", t)?; }
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, f: check.dim("F")?, kh: check.dim("Kh")?, kw: check.dim("Kw")?, oh: check.dim("Oh")?, ow: check.dim("Ow")? };
     let Dims { h, w, kh, kw, oh, ow, .. } = dims;
     require("conv2d", params.stride >= 1 && oh >= 1 && ow >= 1, "stride >= 1 && Oh >= 1 && Ow >= 1", "a stride and an output of at least one", || format!("{dims:?}, {params:?}"))?;
@@ -532,10 +609,21 @@ pub fn conv2d(x: &Tensor, filters: &Tensor, bias: Option<&Tensor>, oh: usize, ow
     require("conv2d", (oh - 1) * params.stride < h + params.pad_h && (ow - 1) * params.stride < w + params.pad_w, "(Oh - 1) * stride < H + pad_h && (Ow - 1) * stride < W + pad_w", "an output whose last window begins inside the image", || format!("{dims:?}, {params:?}"))?;
     let device = x.device().clone();
     check.same_device(&device, &[("filters", Some(filters)), ("bias", bias)])?;
+    let element = check.element(&device, kernels::generated::conv2d::INFO.elements)?;
     let Dims { b, f, oh, ow, .. } = dims;
-    let mut y = device.empty(&[b, oh, ow, f])?;
+    let mut y = device.empty_of(&[b, oh, ow, f], element)?;
 
     if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::conv2d::GpuForward { dims, params, x: x.input()?, filters: filters.input()?, bias: match bias { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::conv2d::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::conv2d::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("conv2d", other)),
+        }
         return Ok(y);
     }
     let args = Forward { dims, params, x: x.f32s()?, filters: filters.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
@@ -568,11 +656,11 @@ fn conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Gradients of [`conv_silu`]; absent where not asked for.
 pub struct ConvSiluGrads {
-    /// `[B, N, W]` f32
+    /// `[B, N, W]` float
     pub p: Option<Tensor>,
-    /// `[C, K]` f32
+    /// `[C, K]` float
     pub weight: Option<Tensor>,
-    /// `[C]` f32
+    /// `[C]` float
     pub bias: Option<Tensor>,
 }
 
@@ -582,10 +670,10 @@ pub struct ConvSiluGrads {
 /// u[b,t,c] = bias[c] + sum_j weight[c,j] * p[b, t - (K - 1) + j, offset + c], p zero outside the tokens;  y = u * sigmoid(u)
 /// reverse: p[b, t + (K - 1) - j, offset + c], the same convolution over the tokens from the last to the first
 /// ```
-/// - `p` `[B, N, W]` f32: Packed rows of a projection; the gradient is zero outside the columns read.
-/// - `weight` `[C, K]` f32: Taps, the earliest token first; with `reverse` the latest.
-/// - `bias` `[C]` f32: Bias.
-/// - returns `y` `[B, N, C]` f32: Convolved and activated columns.
+/// - `p` `[B, N, W]` float: Packed rows of a projection; the gradient is zero outside the columns read.
+/// - `weight` `[C, K]` float: Taps, the earliest token first; with `reverse` the latest.
+/// - `bias` `[C]` float: Bias.
+/// - returns `y` `[B, N, C]` float: Convolved and activated columns.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -598,16 +686,17 @@ pub fn conv_silu(p: &Tensor, weight: &Tensor, bias: &Tensor, params: kernels::ge
     check.match_exprs("p", p, &["B", "N", "W"])?;
     check.match_exprs("weight", weight, &["C", "K"])?;
     check.match_exprs("bias", bias, &["C"])?;
-    want_dtype("conv_silu", "p", p, &[DType::F32])?;
-    want_dtype("conv_silu", "weight", weight, &[DType::F32])?;
-    want_dtype("conv_silu", "bias", bias, &[DType::F32])?;
+    check.float("p", p)?;
+    check.float("weight", weight)?;
+    check.float("bias", bias)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, c: check.dim("C")?, k: check.dim("K")? };
     let Dims { w, c, .. } = dims;
     require("conv_silu", params.offset + c <= w, "offset + C <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
     let device = p.device().clone();
     check.same_device(&device, &[("weight", Some(weight)), ("bias", Some(bias))])?;
+    let element = check.element(&device, kernels::generated::conv_silu::INFO.elements)?;
     let Dims { b, n, c, .. } = dims;
-    let mut y = device.empty(&[b, n, c])?;
+    let mut y = device.empty_of(&[b, n, c], element)?;
 
     if device.is_dry() {
         return Ok(y);
@@ -636,19 +725,20 @@ pub fn conv_silu_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bias: &Tenso
     check.match_exprs("p", p, &["B", "N", "W"])?;
     check.match_exprs("weight", weight, &["C", "K"])?;
     check.match_exprs("bias", bias, &["C"])?;
-    want_dtype("conv_silu", "dy", dy, &[DType::F32])?;
-    want_dtype("conv_silu", "p", p, &[DType::F32])?;
-    want_dtype("conv_silu", "weight", weight, &[DType::F32])?;
-    want_dtype("conv_silu", "bias", bias, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("p", p)?;
+    check.float("weight", weight)?;
+    check.float("bias", bias)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, c: check.dim("C")?, k: check.dim("K")? };
     let Dims { w, c, .. } = dims;
     require("conv_silu", params.offset + c <= w, "offset + C <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("p", Some(p)), ("weight", Some(weight)), ("bias", Some(bias))])?;
+    let element = check.element(&device, kernels::generated::conv_silu::INFO.elements)?;
     let Dims { b, n, w, c, k, .. } = dims;
-    let mut grad_p = if want_p { Some(device.empty(&[b, n, w])?) } else { None };
-    let mut grad_weight = if want_weight { Some(device.empty(&[c, k])?) } else { None };
-    let mut grad_bias = if want_bias { Some(device.empty(&[c])?) } else { None };
+    let mut grad_p = if want_p { Some(device.empty_of(&[b, n, w], element)?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty_of(&[c, k], element)?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
         return Ok(ConvSiluGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
@@ -714,7 +804,7 @@ fn conv_silu_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`cross_attention`].
 pub struct CrossAttentionOut {
-    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
     /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
@@ -722,9 +812,9 @@ pub struct CrossAttentionOut {
 
 /// Gradients of [`cross_attention`]; absent where not asked for.
 pub struct CrossAttentionGrads {
-    /// `[B, N, R, H, E]` f32
+    /// `[B, N, R, H, E]` float
     pub q: Option<Tensor>,
-    /// `[B, M, 2, H, E]` f32
+    /// `[B, M, 2, H, E]` float
     pub kv: Option<Tensor>,
 }
 
@@ -735,10 +825,10 @@ pub struct CrossAttentionGrads {
 /// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]; lse[b,h,i] = log sum_{j in keys(b)} exp(s[b,h,i,j])
 /// y[b,i,h,e] = sum_{j in keys(b)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]; without a key, y = 0 and lse = -inf
 /// ```
-/// - `q` `[B, N, R, H, E]` f32: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
-/// - `kv` `[B, M, 2, H, E]` f32: Keys and values side by side; those that do not count are never read and their gradient is zero.
+/// - `q` `[B, N, R, H, E]` float: Queries: the first of R vectors per token, so that a packed projection serves as it is; the gradient of the others is zero.
+/// - `kv` `[B, M, 2, H, E]` float: Keys and values side by side; those that do not count are never read and their gradient is zero.
 /// - `counts` `[B]` i32, optional: Keys that count in each sample, from the first on; 0 to M.
-/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
 /// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
@@ -752,9 +842,9 @@ pub fn cross_attention(q: &Tensor, kv: &Tensor, counts: Option<&Tensor>, params:
     check.match_exprs("q", q, &["B", "N", "R", "H", "E"])?;
     check.match_exprs("kv", kv, &["B", "M", "2", "H", "E"])?;
     if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
-    want_dtype("cross_attention", "q", q, &[DType::F32])?;
-    want_dtype("cross_attention", "kv", kv, &[DType::F32])?;
-    if let Some(t) = counts { want_dtype("cross_attention", "counts", t, &[DType::I32])?; }
+    check.float("q", q)?;
+    check.float("kv", kv)?;
+    if let Some(t) = counts { check.i32("counts", t)?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, m: check.dim("M")?, r: check.dim("R")?, h: check.dim("H")?, e: check.dim("E")? };
     {
         let Dims { m, .. } = dims;
@@ -762,11 +852,22 @@ pub fn cross_attention(q: &Tensor, kv: &Tensor, counts: Option<&Tensor>, params:
     }
     let device = q.device().clone();
     check.same_device(&device, &[("kv", Some(kv)), ("counts", counts)])?;
+    let element = check.element(&device, kernels::generated::cross_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
-    let mut y = device.empty(&[b, n, h, e])?;
+    let mut y = device.empty_of(&[b, n, h, e], element)?;
     let mut lse = device.empty(&[b, h, n])?;
 
     if device.is_dry() {
+        return Ok(CrossAttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_attention::GpuForward { dims, params, q: q.input()?, kv: kv.input()?, counts: match counts { Some(t) => Some(t.input()?), None => None }, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::cross_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_attention", other)),
+        }
         return Ok(CrossAttentionOut { y, lse });
     }
     let args = Forward { dims, params, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -797,12 +898,12 @@ pub fn cross_attention_backward(dy: &Tensor, q: &Tensor, kv: &Tensor, counts: Op
     if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
     check.match_exprs("y", y, &["B", "N", "H", "E"])?;
     check.match_exprs("lse", lse, &["B", "H", "N"])?;
-    want_dtype("cross_attention", "dy", dy, &[DType::F32])?;
-    want_dtype("cross_attention", "q", q, &[DType::F32])?;
-    want_dtype("cross_attention", "kv", kv, &[DType::F32])?;
-    if let Some(t) = counts { want_dtype("cross_attention", "counts", t, &[DType::I32])?; }
-    want_dtype("cross_attention", "y", y, &[DType::F32])?;
-    want_dtype("cross_attention", "lse", lse, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("q", q)?;
+    check.float("kv", kv)?;
+    if let Some(t) = counts { check.i32("counts", t)?; }
+    check.float("y", y)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, m: check.dim("M")?, r: check.dim("R")?, h: check.dim("H")?, e: check.dim("E")? };
     {
         let Dims { m, .. } = dims;
@@ -810,11 +911,22 @@ pub fn cross_attention_backward(dy: &Tensor, q: &Tensor, kv: &Tensor, counts: Op
     }
     let device = dy.device().clone();
     check.same_device(&device, &[("q", Some(q)), ("kv", Some(kv)), ("counts", counts), ("y", Some(y)), ("lse", Some(lse))])?;
+    let element = check.element(&device, kernels::generated::cross_attention::INFO.elements)?;
     let Dims { b, n, m, r, h, e, .. } = dims;
-    let mut grad_q = if want_q { Some(device.empty(&[b, n, r, h, e])?) } else { None };
-    let mut grad_kv = if want_kv { Some(device.empty(&[b, m, 2, h, e])?) } else { None };
+    let mut grad_q = if want_q { Some(device.empty_of(&[b, n, r, h, e], element)?) } else { None };
+    let mut grad_kv = if want_kv { Some(device.empty_of(&[b, m, 2, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(CrossAttentionGrads { q: grad_q, kv: grad_kv });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_attention::GpuBackward { dims, params, dy: dy.input()?, q: q.input()?, kv: kv.input()?, counts: match counts { Some(t) => Some(t.input()?), None => None }, y: y.input()?, lse: lse.input()?, dq: match &mut grad_q { Some(t) => Some(t.output()?), None => None }, dkv: match &mut grad_kv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::cross_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_attention", other)),
+        }
         return Ok(CrossAttentionGrads { q: grad_q, kv: grad_kv });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dq: match &mut grad_q { Some(t) => Some(t.f32s_mut()?), None => None }, dkv: match &mut grad_kv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -879,9 +991,9 @@ fn cross_attention_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`cross_entropy`].
 pub struct CrossEntropyOut {
-    /// `[1]` f32: Mean over the samples, in nats.
+    /// `[1]` float: Mean over the samples, in nats.
     pub loss: Tensor,
-    /// `[B]` f32: Log of the sum of the exponentials of each row.
+    /// `[B]` float: Log of the sum of the exponentials of each row.
     pub lse: Tensor,
 }
 
@@ -891,10 +1003,10 @@ pub struct CrossEntropyOut {
 /// lse[b] = log sum_k exp(logits[b,k]);  loss = 1/B sum_b (lse[b] - logits[b,labels[b]])
 /// dlogits[b,k] = dloss/B * (exp(logits[b,k] - lse[b]) - [k = labels[b]])
 /// ```
-/// - `logits` `[B, K]` f32: Unnormalised log probabilities of K classes.
+/// - `logits` `[B, K]` float: Unnormalised log probabilities of K classes.
 /// - `labels` `[B]` i32: True class per sample.
-/// - returns `loss` `[1]` f32: Mean over the samples, in nats.
-/// - returns `lse` `[B]` f32: Log of the sum of the exponentials of each row.
+/// - returns `loss` `[1]` float: Mean over the samples, in nats.
+/// - returns `lse` `[B]` float: Log of the sum of the exponentials of each row.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -905,8 +1017,8 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, params: kernels::generate
     check.bind("labels", labels, &["B"])?;
     check.match_exprs("logits", logits, &["B", "K"])?;
     check.match_exprs("labels", labels, &["B"])?;
-    want_dtype("cross_entropy", "logits", logits, &[DType::F32])?;
-    want_dtype("cross_entropy", "labels", labels, &[DType::I32])?;
+    check.float("logits", logits)?;
+    check.i32("labels", labels)?;
     let dims = Dims { b: check.dim("B")?, k: check.dim("K")? };
     {
         let Dims { k, .. } = dims;
@@ -916,11 +1028,21 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, params: kernels::generate
     require("cross_entropy", b * k > 0, "B * K > 0", "at least one sample and one class", || format!("{dims:?}, {params:?}"))?;
     let device = logits.device().clone();
     check.same_device(&device, &[("labels", Some(labels))])?;
+    let element = check.element(&device, kernels::generated::cross_entropy::INFO.elements)?;
     let Dims { b, .. } = dims;
-    let mut loss = device.empty(&[1])?;
-    let mut lse = device.empty(&[b])?;
+    let mut loss = device.empty_of(&[1], element)?;
+    let mut lse = device.empty_of(&[b], element)?;
 
     if device.is_dry() {
+        return Ok(CrossEntropyOut { loss, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_entropy::GpuForward { dims, params, logits: logits.input()?, labels: labels.input()?, loss: loss.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_entropy::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_entropy", other)),
+        }
         return Ok(CrossEntropyOut { loss, lse });
     }
     let args = Forward { dims, params, logits: logits.f32s()?, labels: labels.i32s()?, loss: loss.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -947,10 +1069,10 @@ pub fn cross_entropy_backward(dloss: &Tensor, logits: &Tensor, labels: &Tensor, 
     check.match_exprs("logits", logits, &["B", "K"])?;
     check.match_exprs("labels", labels, &["B"])?;
     check.match_exprs("lse", lse, &["B"])?;
-    want_dtype("cross_entropy", "dloss", dloss, &[DType::F32])?;
-    want_dtype("cross_entropy", "logits", logits, &[DType::F32])?;
-    want_dtype("cross_entropy", "labels", labels, &[DType::I32])?;
-    want_dtype("cross_entropy", "lse", lse, &[DType::F32])?;
+    check.float("dloss", dloss)?;
+    check.float("logits", logits)?;
+    check.i32("labels", labels)?;
+    check.float("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, k: check.dim("K")? };
     {
         let Dims { k, .. } = dims;
@@ -960,10 +1082,20 @@ pub fn cross_entropy_backward(dloss: &Tensor, logits: &Tensor, labels: &Tensor, 
     require("cross_entropy", b * k > 0, "B * K > 0", "at least one sample and one class", || format!("{dims:?}, {params:?}"))?;
     let device = dloss.device().clone();
     check.same_device(&device, &[("logits", Some(logits)), ("labels", Some(labels)), ("lse", Some(lse))])?;
+    let element = check.element(&device, kernels::generated::cross_entropy::INFO.elements)?;
     let Dims { b, k, .. } = dims;
-    let mut grad_logits = if want_logits { Some(device.empty(&[b, k])?) } else { None };
+    let mut grad_logits = if want_logits { Some(device.empty_of(&[b, k], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_logits);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_entropy::GpuBackward { dims, params, dloss: dloss.input()?, logits: logits.input()?, labels: labels.input()?, lse: lse.input()?, dlogits: match &mut grad_logits { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_entropy::launch::backward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_entropy", other)),
+        }
         return Ok(grad_logits);
     }
     let args = Backward { dims, params, dloss: dloss.f32s()?, logits: logits.f32s()?, labels: labels.i32s()?, lse: lse.f32s()?, dlogits: match &mut grad_logits { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1023,17 +1155,17 @@ fn cross_entropy_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`embed`].
 pub struct EmbedOut {
-    /// `[B, D]` f32: Activated sum.
+    /// `[B, D]` float: Activated sum.
     pub y: Tensor,
-    /// `[B, D]` f32: Sum before the activation.
+    /// `[B, D]` float: Sum before the activation.
     pub pre: Tensor,
 }
 
 /// Gradients of [`embed`]; absent where not asked for.
 pub struct EmbedGrads {
-    /// `[V, D]` f32
+    /// `[V, D]` float
     pub table: Option<Tensor>,
-    /// `[B, D]` f32
+    /// `[B, D]` float
     pub addend: Option<Tensor>,
 }
 
@@ -1043,11 +1175,11 @@ pub struct EmbedGrads {
 /// pre[b,d] = table[index[b],d] + addend[b,d];  y = act(pre), act 0: identity, act 2: SiLU
 /// dpre = dy * act'(pre);  daddend = dpre;  dtable[v,d] = sum over b with index[b] = v of dpre[b,d], in the order of b
 /// ```
-/// - `table` `[V, D]` f32: Embedding table.
+/// - `table` `[V, D]` float: Embedding table.
 /// - `index` `[B]` i32: Row per sample.
-/// - `addend` `[B, D]` f32, optional: Added to the row, such as the embedding of the timestep.
-/// - returns `y` `[B, D]` f32: Activated sum.
-/// - returns `pre` `[B, D]` f32: Sum before the activation.
+/// - `addend` `[B, D]` float, optional: Added to the row, such as the embedding of the timestep.
+/// - returns `y` `[B, D]` float: Activated sum.
+/// - returns `pre` `[B, D]` float: Sum before the activation.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -1060,9 +1192,9 @@ pub fn embed(table: &Tensor, index: &Tensor, addend: Option<&Tensor>, params: ke
     check.match_exprs("table", table, &["V", "D"])?;
     check.match_exprs("index", index, &["B"])?;
     if let Some(t) = addend { check.match_exprs("addend", t, &["B", "D"])?; }
-    want_dtype("embed", "table", table, &[DType::F32])?;
-    want_dtype("embed", "index", index, &[DType::I32])?;
-    if let Some(t) = addend { want_dtype("embed", "addend", t, &[DType::F32])?; }
+    check.float("table", table)?;
+    check.i32("index", index)?;
+    if let Some(t) = addend { check.float("addend", t)?; }
     let dims = Dims { b: check.dim("B")?, v: check.dim("V")?, d: check.dim("D")? };
     {
         let Dims { v, .. } = dims;
@@ -1072,11 +1204,22 @@ pub fn embed(table: &Tensor, index: &Tensor, addend: Option<&Tensor>, params: ke
     require("embed", params.act == 0 || params.act == 2, "act == 0 || act == 2", "0 (none) or 2 (SiLU)", || format!("{dims:?}, {params:?}"))?;
     let device = table.device().clone();
     check.same_device(&device, &[("index", Some(index)), ("addend", addend)])?;
+    let element = check.element(&device, kernels::generated::embed::INFO.elements)?;
     let Dims { b, d, .. } = dims;
-    let mut y = device.empty(&[b, d])?;
-    let mut pre = device.empty(&[b, d])?;
+    let mut y = device.empty_of(&[b, d], element)?;
+    let mut pre = device.empty_of(&[b, d], element)?;
 
     if device.is_dry() {
+        return Ok(EmbedOut { y, pre });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::embed::GpuForward { dims, params, table: table.input()?, index: index.input()?, addend: match addend { Some(t) => Some(t.input()?), None => None }, y: y.output()?, pre: pre.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::embed::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::embed::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("embed", other)),
+        }
         return Ok(EmbedOut { y, pre });
     }
     let args = Forward { dims, params, table: table.f32s()?, index: index.i32s()?, addend: match addend { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: pre.f32s_mut()? };
@@ -1102,9 +1245,9 @@ pub fn embed_backward(dy: &Tensor, index: &Tensor, pre: &Tensor, v: usize, want_
     check.match_exprs("dy", dy, &["B", "D"])?;
     check.match_exprs("index", index, &["B"])?;
     check.match_exprs("pre", pre, &["B", "D"])?;
-    want_dtype("embed", "dy", dy, &[DType::F32])?;
-    want_dtype("embed", "index", index, &[DType::I32])?;
-    want_dtype("embed", "pre", pre, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.i32("index", index)?;
+    check.float("pre", pre)?;
     let dims = Dims { b: check.dim("B")?, v: check.dim("V")?, d: check.dim("D")? };
     {
         let Dims { v, .. } = dims;
@@ -1114,11 +1257,22 @@ pub fn embed_backward(dy: &Tensor, index: &Tensor, pre: &Tensor, v: usize, want_
     require("embed", params.act == 0 || params.act == 2, "act == 0 || act == 2", "0 (none) or 2 (SiLU)", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("index", Some(index)), ("pre", Some(pre))])?;
+    let element = check.element(&device, kernels::generated::embed::INFO.elements)?;
     let Dims { b, v, d, .. } = dims;
-    let mut grad_table = if want_table { Some(device.empty(&[v, d])?) } else { None };
-    let mut grad_addend = if want_addend { Some(device.empty(&[b, d])?) } else { None };
+    let mut grad_table = if want_table { Some(device.empty_of(&[v, d], element)?) } else { None };
+    let mut grad_addend = if want_addend { Some(device.empty_of(&[b, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(EmbedGrads { table: grad_table, addend: grad_addend });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::embed::GpuBackward { dims, params, dy: dy.input()?, index: index.input()?, pre: pre.input()?, dtable: match &mut grad_table { Some(t) => Some(t.output()?), None => None }, daddend: match &mut grad_addend { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::embed::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::embed::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("embed", other)),
+        }
         return Ok(EmbedGrads { table: grad_table, addend: grad_addend });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, index: index.i32s()?, pre: pre.f32s()?, dtable: match &mut grad_table { Some(t) => Some(t.f32s_mut()?), None => None }, daddend: match &mut grad_addend { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1181,11 +1335,11 @@ fn embed_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Gradients of [`feature_gated_conv`]; absent where not asked for.
 pub struct FeatureGatedConvGrads {
-    /// `[B, N, 3, F]` f32
+    /// `[B, N, 3, F]` float
     pub p: Option<Tensor>,
-    /// `[N, K]` f32
+    /// `[N, K]` float
     pub weight: Option<Tensor>,
-    /// `[N]` f32
+    /// `[N]` float
     pub bias: Option<Tensor>,
 }
 
@@ -1195,10 +1349,10 @@ pub struct FeatureGatedConvGrads {
 /// u[b,n,i] = bias[n] + sum_j weight[n,j] * p[b,n, i - (K - 1) + j], i over the 3F features, p zero before the first
 /// y[b,n,f] = u[b,n,f] * u[b,n,F + f] * u[b,n,2F + f]
 /// ```
-/// - `p` `[B, N, 3, F]` f32: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
-/// - `weight` `[N, K]` f32: Taps of each token, the earliest feature first.
-/// - `bias` `[N]` f32: Bias of each token.
-/// - returns `y` `[B, N, F]` f32: Gated result, before the output projection.
+/// - `p` `[B, N, 3, F]` float: Queries, keys and values side by side; the filter runs over all 3F of them and so from each into the next.
+/// - `weight` `[N, K]` float: Taps of each token, the earliest feature first.
+/// - `bias` `[N]` float: Bias of each token.
+/// - returns `y` `[B, N, F]` float: Gated result, before the output projection.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -1211,16 +1365,17 @@ pub fn feature_gated_conv(p: &Tensor, weight: &Tensor, bias: &Tensor, params: ke
     check.match_exprs("p", p, &["B", "N", "3", "F"])?;
     check.match_exprs("weight", weight, &["N", "K"])?;
     check.match_exprs("bias", bias, &["N"])?;
-    want_dtype("feature_gated_conv", "p", p, &[DType::F32])?;
-    want_dtype("feature_gated_conv", "weight", weight, &[DType::F32])?;
-    want_dtype("feature_gated_conv", "bias", bias, &[DType::F32])?;
+    check.float("p", p)?;
+    check.float("weight", weight)?;
+    check.float("bias", bias)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, f: check.dim("F")?, k: check.dim("K")? };
     let Dims { k, .. } = dims;
     require("feature_gated_conv", k >= 1, "K >= 1", "at least one tap", || format!("{dims:?}, {params:?}"))?;
     let device = p.device().clone();
     check.same_device(&device, &[("weight", Some(weight)), ("bias", Some(bias))])?;
+    let element = check.element(&device, kernels::generated::feature_gated_conv::INFO.elements)?;
     let Dims { b, n, f, .. } = dims;
-    let mut y = device.empty(&[b, n, f])?;
+    let mut y = device.empty_of(&[b, n, f], element)?;
 
     if device.is_dry() {
         return Ok(y);
@@ -1249,19 +1404,20 @@ pub fn feature_gated_conv_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bia
     check.match_exprs("p", p, &["B", "N", "3", "F"])?;
     check.match_exprs("weight", weight, &["N", "K"])?;
     check.match_exprs("bias", bias, &["N"])?;
-    want_dtype("feature_gated_conv", "dy", dy, &[DType::F32])?;
-    want_dtype("feature_gated_conv", "p", p, &[DType::F32])?;
-    want_dtype("feature_gated_conv", "weight", weight, &[DType::F32])?;
-    want_dtype("feature_gated_conv", "bias", bias, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("p", p)?;
+    check.float("weight", weight)?;
+    check.float("bias", bias)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, f: check.dim("F")?, k: check.dim("K")? };
     let Dims { k, .. } = dims;
     require("feature_gated_conv", k >= 1, "K >= 1", "at least one tap", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("p", Some(p)), ("weight", Some(weight)), ("bias", Some(bias))])?;
+    let element = check.element(&device, kernels::generated::feature_gated_conv::INFO.elements)?;
     let Dims { b, n, f, k, .. } = dims;
-    let mut grad_p = if want_p { Some(device.empty(&[b, n, 3, f])?) } else { None };
-    let mut grad_weight = if want_weight { Some(device.empty(&[n, k])?) } else { None };
-    let mut grad_bias = if want_bias { Some(device.empty(&[n])?) } else { None };
+    let mut grad_p = if want_p { Some(device.empty_of(&[b, n, 3, f], element)?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty_of(&[n, k], element)?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty_of(&[n], element)?) } else { None };
 
     if device.is_dry() {
         return Ok(FeatureGatedConvGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
@@ -1331,8 +1487,8 @@ fn feature_gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
 /// rate[c] = slow + (fast - slow) * (c mod period) / max(period - 1, 1)
 /// y[c,l] = x[l,c] * exp(-rate[c] * |l - centre|)
 /// ```
-/// - `x` `[L, C]` f32: Filters of every channel, lags first, as a network over positions gives them.
-/// - returns `y` `[C, L]` f32: Windowed filters, channels first.
+/// - `x` `[L, C]` float: Filters of every channel, lags first, as a network over positions gives them.
+/// - returns `y` `[C, L]` float: Windowed filters, channels first.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -1341,15 +1497,16 @@ pub fn filter_window(x: &Tensor, params: kernels::generated::filter_window::Para
     let mut check = DimCheck::new("filter_window", &["L", "C"]);
     check.bind("x", x, &["L", "C"])?;
     check.match_exprs("x", x, &["L", "C"])?;
-    want_dtype("filter_window", "x", x, &[DType::F32])?;
+    check.float("x", x)?;
     let dims = Dims { l: check.dim("L")?, c: check.dim("C")? };
     let Dims { l, .. } = dims;
     require("filter_window", params.centre < l && params.period > 0, "centre < L && period > 0", "a centre among the lags and a period of at least one channel", || format!("{dims:?}, {params:?}"))?;
     require("filter_window", params.slow >= 0.0 && params.fast >= 0.0, "slow >= 0.0 && fast >= 0.0", "decays, not growth", || format!("{dims:?}, {params:?}"))?;
     let device = x.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::filter_window::INFO.elements)?;
     let Dims { l, c, .. } = dims;
-    let mut y = device.empty(&[c, l])?;
+    let mut y = device.empty_of(&[c, l], element)?;
 
     if device.is_dry() {
         return Ok(y);
@@ -1372,15 +1529,16 @@ pub fn filter_window_backward(dy: &Tensor, want_x: bool, params: kernels::genera
     let mut check = DimCheck::new("filter_window", &["L", "C"]);
     check.bind("dy", dy, &["C", "L"])?;
     check.match_exprs("dy", dy, &["C", "L"])?;
-    want_dtype("filter_window", "dy", dy, &[DType::F32])?;
+    check.float("dy", dy)?;
     let dims = Dims { l: check.dim("L")?, c: check.dim("C")? };
     let Dims { l, .. } = dims;
     require("filter_window", params.centre < l && params.period > 0, "centre < L && period > 0", "a centre among the lags and a period of at least one channel", || format!("{dims:?}, {params:?}"))?;
     require("filter_window", params.slow >= 0.0 && params.fast >= 0.0, "slow >= 0.0 && fast >= 0.0", "decays, not growth", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::filter_window::INFO.elements)?;
     let Dims { l, c, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[l, c])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[l, c], element)?) } else { None };
 
     if device.is_dry() {
         return Ok(grad_x);
@@ -1437,9 +1595,9 @@ fn filter_window_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Gradients of [`gate_residual`]; absent where not asked for.
 pub struct GateResidualGrads {
-    /// `[B, C, D]` f32
+    /// `[B, C, D]` float
     pub modulation: Option<Tensor>,
-    /// `[B, N, D]` f32
+    /// `[B, N, D]` float
     pub branch: Option<Tensor>,
 }
 
@@ -1448,10 +1606,10 @@ pub struct GateResidualGrads {
 /// ```text
 /// y[b,n,d] = residual[b,n,d] + modulation[b,gate_row,d] * branch[b,n,d]
 /// ```
-/// - `residual` `[B, N, D]` f32: Residual stream.
-/// - `modulation` `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
-/// - `branch` `[B, N, D]` f32: Result of the block's operator.
-/// - returns `y` `[B, N, D]` f32: New residual stream.
+/// - `residual` `[B, N, D]` float: Residual stream.
+/// - `modulation` `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+/// - `branch` `[B, N, D]` float: Result of the block's operator.
+/// - returns `y` `[B, N, D]` float: New residual stream.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -1464,18 +1622,29 @@ pub fn gate_residual(residual: &Tensor, modulation: &Tensor, branch: &Tensor, pa
     check.match_exprs("residual", residual, &["B", "N", "D"])?;
     check.match_exprs("modulation", modulation, &["B", "C", "D"])?;
     check.match_exprs("branch", branch, &["B", "N", "D"])?;
-    want_dtype("gate_residual", "residual", residual, &[DType::F32])?;
-    want_dtype("gate_residual", "modulation", modulation, &[DType::F32])?;
-    want_dtype("gate_residual", "branch", branch, &[DType::F32])?;
+    check.float("residual", residual)?;
+    check.float("modulation", modulation)?;
+    check.float("branch", branch)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, d: check.dim("D")? };
     let Dims { c, .. } = dims;
     require("gate_residual", params.gate_row < c, "gate_row < C", "a row of the modulation table", || format!("{dims:?}, {params:?}"))?;
     let device = residual.device().clone();
     check.same_device(&device, &[("modulation", Some(modulation)), ("branch", Some(branch))])?;
+    let element = check.element(&device, kernels::generated::gate_residual::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
-    let mut y = device.empty(&[b, n, d])?;
+    let mut y = device.empty_of(&[b, n, d], element)?;
 
     if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gate_residual::GpuForward { dims, params, residual: residual.input()?, modulation: modulation.input()?, branch: branch.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gate_residual::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gate_residual::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gate_residual", other)),
+        }
         return Ok(y);
     }
     let args = Forward { dims, params, residual: residual.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, y: y.f32s_mut()? };
@@ -1500,19 +1669,30 @@ pub fn gate_residual_backward(dy: &Tensor, modulation: &Tensor, branch: &Tensor,
     check.match_exprs("dy", dy, &["B", "N", "D"])?;
     check.match_exprs("modulation", modulation, &["B", "C", "D"])?;
     check.match_exprs("branch", branch, &["B", "N", "D"])?;
-    want_dtype("gate_residual", "dy", dy, &[DType::F32])?;
-    want_dtype("gate_residual", "modulation", modulation, &[DType::F32])?;
-    want_dtype("gate_residual", "branch", branch, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("modulation", modulation)?;
+    check.float("branch", branch)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, d: check.dim("D")? };
     let Dims { c, .. } = dims;
     require("gate_residual", params.gate_row < c, "gate_row < C", "a row of the modulation table", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("modulation", Some(modulation)), ("branch", Some(branch))])?;
+    let element = check.element(&device, kernels::generated::gate_residual::INFO.elements)?;
     let Dims { b, n, c, d, .. } = dims;
-    let mut grad_modulation = if want_modulation { Some(device.empty(&[b, c, d])?) } else { None };
-    let mut grad_branch = if want_branch { Some(device.empty(&[b, n, d])?) } else { None };
+    let mut grad_modulation = if want_modulation { Some(device.empty_of(&[b, c, d], element)?) } else { None };
+    let mut grad_branch = if want_branch { Some(device.empty_of(&[b, n, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gate_residual::GpuBackward { dims, params, dy: dy.input()?, modulation: modulation.input()?, branch: branch.input()?, dmodulation: match &mut grad_modulation { Some(t) => Some(t.output()?), None => None }, dbranch: match &mut grad_branch { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gate_residual::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gate_residual::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gate_residual", other)),
+        }
         return Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None }, dbranch: match &mut grad_branch { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1574,15 +1754,15 @@ fn gate_residual_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Gradients of [`gated_conv`]; absent where not asked for.
 pub struct GatedConvGrads {
-    /// `[B, N, 3, C]` f32
+    /// `[B, N, 3, C]` float
     pub p: Option<Tensor>,
-    /// `[3, C, K]` f32
+    /// `[3, C, K]` float
     pub short_weight: Option<Tensor>,
-    /// `[3, C]` f32
+    /// `[3, C]` float
     pub short_bias: Option<Tensor>,
-    /// `[C, K]` f32
+    /// `[C, K]` float
     pub inner_weight: Option<Tensor>,
-    /// `[C]` f32
+    /// `[C]` float
     pub inner_bias: Option<Tensor>,
 }
 
@@ -1593,12 +1773,12 @@ pub struct GatedConvGrads {
 /// q, k, v = conv(short_weight, short_bias, p);  y[b,t,c] = q[t] * conv(inner_weight, inner_bias, k * v)[t]
 /// the last `reversed` channels run against token order: x[t + lead - j] in conv
 /// ```
-/// - `p` `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
-/// - `short_weight` `[3, C, K]` f32, optional: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
-/// - `short_bias` `[3, C]` f32, optional: Bias of the convolution on q, k and v.
-/// - `inner_weight` `[C, K]` f32, optional: Taps of the convolution on k * v; absent in Hyena-X.
-/// - `inner_bias` `[C]` f32, optional: Bias of the convolution on k * v.
-/// - returns `y` `[B, N, C]` f32: Gated result, before the output projection.
+/// - `p` `[B, N, 3, C]` float: Queries, keys and values side by side, as the input projection writes them.
+/// - `short_weight` `[3, C, K]` float, optional: Taps of the convolution on q, k and v, the earliest token first; absent in Hyena-Y.
+/// - `short_bias` `[3, C]` float, optional: Bias of the convolution on q, k and v.
+/// - `inner_weight` `[C, K]` float, optional: Taps of the convolution on k * v; absent in Hyena-X.
+/// - `inner_bias` `[C]` float, optional: Bias of the convolution on k * v.
+/// - returns `y` `[B, N, C]` float: Gated result, before the output projection.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -1615,11 +1795,11 @@ pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<
     if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
     if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K"])?; }
     if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
-    want_dtype("gated_conv", "p", p, &[DType::F32])?;
-    if let Some(t) = short_weight { want_dtype("gated_conv", "short_weight", t, &[DType::F32])?; }
-    if let Some(t) = short_bias { want_dtype("gated_conv", "short_bias", t, &[DType::F32])?; }
-    if let Some(t) = inner_weight { want_dtype("gated_conv", "inner_weight", t, &[DType::F32])?; }
-    if let Some(t) = inner_bias { want_dtype("gated_conv", "inner_bias", t, &[DType::F32])?; }
+    check.float("p", p)?;
+    if let Some(t) = short_weight { check.float("short_weight", t)?; }
+    if let Some(t) = short_bias { check.float("short_bias", t)?; }
+    if let Some(t) = inner_weight { check.float("inner_weight", t)?; }
+    if let Some(t) = inner_bias { check.float("inner_bias", t)?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")? };
     let Dims { c, k, .. } = dims;
     require("gated_conv", params.lead < k, "lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
@@ -1628,10 +1808,21 @@ pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<
     require("gated_conv", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
     let device = p.device().clone();
     check.same_device(&device, &[("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let element = check.element(&device, kernels::generated::gated_conv::INFO.elements)?;
     let Dims { b, n, c, .. } = dims;
-    let mut y = device.empty(&[b, n, c])?;
+    let mut y = device.empty_of(&[b, n, c], element)?;
 
     if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gated_conv::GpuForward { dims, params, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.input()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gated_conv::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gated_conv::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gated_conv", other)),
+        }
         return Ok(y);
     }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
@@ -1663,12 +1854,12 @@ pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor
     if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
     if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K"])?; }
     if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
-    want_dtype("gated_conv", "dy", dy, &[DType::F32])?;
-    want_dtype("gated_conv", "p", p, &[DType::F32])?;
-    if let Some(t) = short_weight { want_dtype("gated_conv", "short_weight", t, &[DType::F32])?; }
-    if let Some(t) = short_bias { want_dtype("gated_conv", "short_bias", t, &[DType::F32])?; }
-    if let Some(t) = inner_weight { want_dtype("gated_conv", "inner_weight", t, &[DType::F32])?; }
-    if let Some(t) = inner_bias { want_dtype("gated_conv", "inner_bias", t, &[DType::F32])?; }
+    check.float("dy", dy)?;
+    check.float("p", p)?;
+    if let Some(t) = short_weight { check.float("short_weight", t)?; }
+    if let Some(t) = short_bias { check.float("short_bias", t)?; }
+    if let Some(t) = inner_weight { check.float("inner_weight", t)?; }
+    if let Some(t) = inner_bias { check.float("inner_bias", t)?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")? };
     let Dims { c, k, .. } = dims;
     require("gated_conv", params.lead < k, "lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
@@ -1677,14 +1868,25 @@ pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor
     require("gated_conv", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("p", Some(p)), ("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let element = check.element(&device, kernels::generated::gated_conv::INFO.elements)?;
     let Dims { b, n, c, k, .. } = dims;
-    let mut grad_p = if want_p { Some(device.empty(&[b, n, 3, c])?) } else { None };
-    let mut grad_short_weight = if want_short_weight { Some(device.empty(&[3, c, k])?) } else { None };
-    let mut grad_short_bias = if want_short_bias { Some(device.empty(&[3, c])?) } else { None };
-    let mut grad_inner_weight = if want_inner_weight { Some(device.empty(&[c, k])?) } else { None };
-    let mut grad_inner_bias = if want_inner_bias { Some(device.empty(&[c])?) } else { None };
+    let mut grad_p = if want_p { Some(device.empty_of(&[b, n, 3, c], element)?) } else { None };
+    let mut grad_short_weight = if want_short_weight { Some(device.empty_of(&[3, c, k], element)?) } else { None };
+    let mut grad_short_bias = if want_short_bias { Some(device.empty_of(&[3, c], element)?) } else { None };
+    let mut grad_inner_weight = if want_inner_weight { Some(device.empty_of(&[c, k], element)?) } else { None };
+    let mut grad_inner_bias = if want_inner_bias { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gated_conv::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.input()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.input()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.output()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.output()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.output()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gated_conv::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gated_conv::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gated_conv", other)),
+        }
         return Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1757,15 +1959,15 @@ fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Gradients of [`gated_conv_2d`]; absent where not asked for.
 pub struct GatedConv2dGrads {
-    /// `[B, Gh, Gw, 3, C]` f32
+    /// `[B, Gh, Gw, 3, C]` float
     pub p: Option<Tensor>,
-    /// `[3, C, K, K]` f32
+    /// `[3, C, K, K]` float
     pub short_weight: Option<Tensor>,
-    /// `[3, C]` f32
+    /// `[3, C]` float
     pub short_bias: Option<Tensor>,
-    /// `[C, K, K]` f32
+    /// `[C, K, K]` float
     pub inner_weight: Option<Tensor>,
-    /// `[C]` f32
+    /// `[C]` float
     pub inner_bias: Option<Tensor>,
 }
 
@@ -1775,12 +1977,12 @@ pub struct GatedConv2dGrads {
 /// conv(w, bias, x)[i,j] = bias + sum_rs w[r,s] * x[i - K/2 + r, j - K/2 + s], x zero outside the grid; the identity where w is absent
 /// q, k, v = conv(short_weight, short_bias, p);  y[b,i,j,c] = q[i,j] * conv(inner_weight, inner_bias, k * v)[i,j]
 /// ```
-/// - `p` `[B, Gh, Gw, 3, C]` f32: Queries, keys and values of every token side by side, as the input projection writes them.
-/// - `short_weight` `[3, C, K, K]` f32, optional: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
-/// - `short_bias` `[3, C]` f32, optional: Bias of the convolution on q, k and v.
-/// - `inner_weight` `[C, K, K]` f32, optional: Taps of the convolution on k * v; absent in the X form.
-/// - `inner_bias` `[C]` f32, optional: Bias of the convolution on k * v.
-/// - returns `y` `[B, Gh, Gw, C]` f32: Gated result, before the output projection.
+/// - `p` `[B, Gh, Gw, 3, C]` float: Queries, keys and values of every token side by side, as the input projection writes them.
+/// - `short_weight` `[3, C, K, K]` float, optional: Taps of the convolution on q, k and v, rows then columns; absent in the Y form.
+/// - `short_bias` `[3, C]` float, optional: Bias of the convolution on q, k and v.
+/// - `inner_weight` `[C, K, K]` float, optional: Taps of the convolution on k * v; absent in the X form.
+/// - `inner_bias` `[C]` float, optional: Bias of the convolution on k * v.
+/// - returns `y` `[B, Gh, Gw, C]` float: Gated result, before the output projection.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -1797,11 +1999,11 @@ pub fn gated_conv_2d(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Opti
     if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
     if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K", "K"])?; }
     if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
-    want_dtype("gated_conv_2d", "p", p, &[DType::F32])?;
-    if let Some(t) = short_weight { want_dtype("gated_conv_2d", "short_weight", t, &[DType::F32])?; }
-    if let Some(t) = short_bias { want_dtype("gated_conv_2d", "short_bias", t, &[DType::F32])?; }
-    if let Some(t) = inner_weight { want_dtype("gated_conv_2d", "inner_weight", t, &[DType::F32])?; }
-    if let Some(t) = inner_bias { want_dtype("gated_conv_2d", "inner_bias", t, &[DType::F32])?; }
+    check.float("p", p)?;
+    if let Some(t) = short_weight { check.float("short_weight", t)?; }
+    if let Some(t) = short_bias { check.float("short_bias", t)?; }
+    if let Some(t) = inner_weight { check.float("inner_weight", t)?; }
+    if let Some(t) = inner_bias { check.float("inner_bias", t)?; }
     let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, c: check.dim("C")?, k: check.dim("K")? };
     let Dims { k, .. } = dims;
     require("gated_conv_2d", k % 2 == 1, "K % 2 == 1", "an odd window, so that it has a middle", || format!("{dims:?}, {params:?}"))?;
@@ -1809,8 +2011,9 @@ pub fn gated_conv_2d(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Opti
     require("gated_conv_2d", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
     let device = p.device().clone();
     check.same_device(&device, &[("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let element = check.element(&device, kernels::generated::gated_conv_2d::INFO.elements)?;
     let Dims { b, gh, gw, c, .. } = dims;
-    let mut y = device.empty(&[b, gh, gw, c])?;
+    let mut y = device.empty_of(&[b, gh, gw, c], element)?;
 
     if device.is_dry() {
         return Ok(y);
@@ -1844,12 +2047,12 @@ pub fn gated_conv_2d_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Ten
     if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
     if let Some(t) = inner_weight { check.match_exprs("inner_weight", t, &["C", "K", "K"])?; }
     if let Some(t) = inner_bias { check.match_exprs("inner_bias", t, &["C"])?; }
-    want_dtype("gated_conv_2d", "dy", dy, &[DType::F32])?;
-    want_dtype("gated_conv_2d", "p", p, &[DType::F32])?;
-    if let Some(t) = short_weight { want_dtype("gated_conv_2d", "short_weight", t, &[DType::F32])?; }
-    if let Some(t) = short_bias { want_dtype("gated_conv_2d", "short_bias", t, &[DType::F32])?; }
-    if let Some(t) = inner_weight { want_dtype("gated_conv_2d", "inner_weight", t, &[DType::F32])?; }
-    if let Some(t) = inner_bias { want_dtype("gated_conv_2d", "inner_bias", t, &[DType::F32])?; }
+    check.float("dy", dy)?;
+    check.float("p", p)?;
+    if let Some(t) = short_weight { check.float("short_weight", t)?; }
+    if let Some(t) = short_bias { check.float("short_bias", t)?; }
+    if let Some(t) = inner_weight { check.float("inner_weight", t)?; }
+    if let Some(t) = inner_bias { check.float("inner_bias", t)?; }
     let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, c: check.dim("C")?, k: check.dim("K")? };
     let Dims { k, .. } = dims;
     require("gated_conv_2d", k % 2 == 1, "K % 2 == 1", "an odd window, so that it has a middle", || format!("{dims:?}, {params:?}"))?;
@@ -1857,12 +2060,13 @@ pub fn gated_conv_2d_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Ten
     require("gated_conv_2d", inner_weight.is_some() == inner_bias.is_some(), "has(inner_weight) == has(inner_bias)", "weight and bias of the inner convolution together", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("p", Some(p)), ("short_weight", short_weight), ("short_bias", short_bias), ("inner_weight", inner_weight), ("inner_bias", inner_bias)])?;
+    let element = check.element(&device, kernels::generated::gated_conv_2d::INFO.elements)?;
     let Dims { b, gh, gw, c, k, .. } = dims;
-    let mut grad_p = if want_p { Some(device.empty(&[b, gh, gw, 3, c])?) } else { None };
-    let mut grad_short_weight = if want_short_weight { Some(device.empty(&[3, c, k, k])?) } else { None };
-    let mut grad_short_bias = if want_short_bias { Some(device.empty(&[3, c])?) } else { None };
-    let mut grad_inner_weight = if want_inner_weight { Some(device.empty(&[c, k, k])?) } else { None };
-    let mut grad_inner_bias = if want_inner_bias { Some(device.empty(&[c])?) } else { None };
+    let mut grad_p = if want_p { Some(device.empty_of(&[b, gh, gw, 3, c], element)?) } else { None };
+    let mut grad_short_weight = if want_short_weight { Some(device.empty_of(&[3, c, k, k], element)?) } else { None };
+    let mut grad_short_bias = if want_short_bias { Some(device.empty_of(&[3, c], element)?) } else { None };
+    let mut grad_inner_weight = if want_inner_weight { Some(device.empty_of(&[c, k, k], element)?) } else { None };
+    let mut grad_inner_bias = if want_inner_bias { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
         return Ok(GatedConv2dGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
@@ -1937,23 +2141,23 @@ fn gated_conv_2d_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`gemm`].
 pub struct GemmOut {
-    /// `[B, N, F]` f32: Result.
+    /// `[B, N, F]` float: Result.
     pub y: Tensor,
-    /// `[B, N, F]` f32: u, the value before the activation or the gate.
+    /// `[B, N, F]` float: u, the value before the activation or the gate.
     pub pre: Option<Tensor>,
 }
 
 /// Gradients of [`gemm`]; absent where not asked for.
 pub struct GemmGrads {
-    /// `[B, N, K]` f32
+    /// `[B, N, K]` float
     pub x: Option<Tensor>,
-    /// `[F, K]` f32
+    /// `[F, K]` float
     pub w: Option<Tensor>,
-    /// `[F]` f32
+    /// `[F]` float
     pub bias: Option<Tensor>,
-    /// `[N, F]` f32
+    /// `[N, F]` float
     pub pos: Option<Tensor>,
-    /// `[B, C, F]` f32
+    /// `[B, C, F]` float
     pub gate: Option<Tensor>,
 }
 
@@ -1963,14 +2167,14 @@ pub struct GemmGrads {
 /// u[b,n,f] = sum_k x[b,n,k] * w[f,k] + bias[f] + pos[n,f]
 /// y[b,n,f] = residual[b,n,f] + gate[b,gate_row,f] * act(u[b,n,f])
 /// ```
-/// - `x` `[B, N, K]` f32: Input rows.
-/// - `w` `[F, K]` f32 or bf16: Weight, one row per output feature.
-/// - `bias` `[F]` f32, optional: Added to every row.
-/// - `pos` `[N, F]` f32, optional: Added to row n of every sample: a table of positions.
-/// - `gate` `[B, C, F]` f32, optional: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
-/// - `residual` `[B, N, F]` f32, optional: Residual stream that the result is added to.
-/// - returns `y` `[B, N, F]` f32: Result.
-/// - returns `pre` `[B, N, F]` f32: u, the value before the activation or the gate.
+/// - `x` `[B, N, K]` float: Input rows.
+/// - `w` `[F, K]` float (f32 or bf16 on the CPU): Weight, one row per output feature.
+/// - `bias` `[F]` float, optional: Added to every row.
+/// - `pos` `[N, F]` float, optional: Added to row n of every sample: a table of positions.
+/// - `gate` `[B, C, F]` float, optional: Table of C modulation vectors per sample; its gradient is zero outside row gate_row.
+/// - `residual` `[B, N, F]` float, optional: Residual stream that the result is added to.
+/// - returns `y` `[B, N, F]` float: Result.
+/// - returns `pre` `[B, N, F]` float: u, the value before the activation or the gate.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -1989,12 +2193,12 @@ pub fn gemm(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, pos: Option<&Tensor>,
     if let Some(t) = pos { check.match_exprs("pos", t, &["N", "F"])?; }
     if let Some(t) = gate { check.match_exprs("gate", t, &["B", "C", "F"])?; }
     if let Some(t) = residual { check.match_exprs("residual", t, &["B", "N", "F"])?; }
-    want_dtype("gemm", "x", x, &[DType::F32])?;
-    want_dtype("gemm", "w", w, &[DType::F32, DType::BF16])?;
-    if let Some(t) = bias { want_dtype("gemm", "bias", t, &[DType::F32])?; }
-    if let Some(t) = pos { want_dtype("gemm", "pos", t, &[DType::F32])?; }
-    if let Some(t) = gate { want_dtype("gemm", "gate", t, &[DType::F32])?; }
-    if let Some(t) = residual { want_dtype("gemm", "residual", t, &[DType::F32])?; }
+    check.float("x", x)?;
+    check.weight("w", w)?;
+    if let Some(t) = bias { check.float("bias", t)?; }
+    if let Some(t) = pos { check.float("pos", t)?; }
+    if let Some(t) = gate { check.float("gate", t)?; }
+    if let Some(t) = residual { check.float("residual", t)?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, k: check.dim("K")?, f: check.dim("F")?, c: check.dim("C")? };
     let Dims { c, .. } = dims;
     require("gemm", params.act <= 3, "act <= 3", "0 (none), 1 (GELU), 2 (SiLU) or 3 (sine)", || format!("{dims:?}, {params:?}"))?;
@@ -2002,11 +2206,22 @@ pub fn gemm(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, pos: Option<&Tensor>,
     require("gemm", !gate.is_some() || params.act == 0, "!has(gate) || act == 0", "no gate after an activation: the backward pass would need two saved tensors", || format!("{dims:?}, {params:?}"))?;
     let device = x.device().clone();
     check.same_device(&device, &[("w", Some(w)), ("bias", bias), ("pos", pos), ("gate", gate), ("residual", residual)])?;
+    let element = check.element(&device, kernels::generated::gemm::INFO.elements)?;
     let Dims { b, n, f, .. } = dims;
-    let mut y = device.empty(&[b, n, f])?;
-    let mut pre = if want_pre { Some(device.empty(&[b, n, f])?) } else { None };
+    let mut y = device.empty_of(&[b, n, f], element)?;
+    let mut pre = if want_pre { Some(device.empty_of(&[b, n, f], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GemmOut { y, pre });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gemm::GpuForward { dims, params, x: x.input()?, w: w.input()?, bias: match bias { Some(t) => Some(t.input()?), None => None }, pos: match pos { Some(t) => Some(t.input()?), None => None }, gate: match gate { Some(t) => Some(t.input()?), None => None }, residual: match residual { Some(t) => Some(t.input()?), None => None }, y: y.output()?, pre: match &mut pre { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gemm::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gemm::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gemm", other)),
+        }
         return Ok(GemmOut { y, pre });
     }
     let args = Forward { dims, params, x: x.f32s()?, w: w.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, pos: match pos { Some(t) => Some(t.f32s()?), None => None }, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: match &mut pre { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2036,11 +2251,11 @@ pub fn gemm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, gate: Option<&Tensor>,
     check.match_exprs("w", w, &["F", "K"])?;
     if let Some(t) = gate { check.match_exprs("gate", t, &["B", "C", "F"])?; }
     if let Some(t) = pre { check.match_exprs("pre", t, &["B", "N", "F"])?; }
-    want_dtype("gemm", "dy", dy, &[DType::F32])?;
-    want_dtype("gemm", "x", x, &[DType::F32])?;
-    want_dtype("gemm", "w", w, &[DType::F32, DType::BF16])?;
-    if let Some(t) = gate { want_dtype("gemm", "gate", t, &[DType::F32])?; }
-    if let Some(t) = pre { want_dtype("gemm", "pre", t, &[DType::F32])?; }
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    check.weight("w", w)?;
+    if let Some(t) = gate { check.float("gate", t)?; }
+    if let Some(t) = pre { check.float("pre", t)?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, k: check.dim("K")?, f: check.dim("F")?, c: check.dim("C")? };
     let Dims { c, .. } = dims;
     require("gemm", params.act <= 3, "act <= 3", "0 (none), 1 (GELU), 2 (SiLU) or 3 (sine)", || format!("{dims:?}, {params:?}"))?;
@@ -2049,14 +2264,25 @@ pub fn gemm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, gate: Option<&Tensor>,
     require("gemm", pre.is_some() || !(params.act != 0 || gate.is_some()), "has(pre) || !(act != 0 || has(gate))", "the forward pass was asked for pre", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("x", Some(x)), ("w", Some(w)), ("gate", gate), ("pre", pre)])?;
+    let element = check.element(&device, kernels::generated::gemm::INFO.elements)?;
     let Dims { b, n, k, f, c, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[b, n, k])?) } else { None };
-    let mut grad_w = if want_w { Some(device.empty(&[f, k])?) } else { None };
-    let mut grad_bias = if want_bias { Some(device.empty(&[f])?) } else { None };
-    let mut grad_pos = if want_pos { Some(device.empty(&[n, f])?) } else { None };
-    let mut grad_gate = if want_gate { Some(device.empty(&[b, c, f])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, n, k], element)?) } else { None };
+    let mut grad_w = if want_w { Some(device.empty_of(&[f, k], element)?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty_of(&[f], element)?) } else { None };
+    let mut grad_pos = if want_pos { Some(device.empty_of(&[n, f], element)?) } else { None };
+    let mut grad_gate = if want_gate { Some(device.empty_of(&[b, c, f], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gemm::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, w: w.input()?, gate: match gate { Some(t) => Some(t.input()?), None => None }, pre: match pre { Some(t) => Some(t.input()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.output()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.output()?), None => None }, dpos: match &mut grad_pos { Some(t) => Some(t.output()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gemm::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gemm::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gemm", other)),
+        }
         return Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, w: w.weight()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, pre: match pre { Some(t) => Some(t.f32s()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dpos: match &mut grad_pos { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2131,7 +2357,7 @@ fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`group_norm_silu`].
 pub struct GroupNormSiluOut {
-    /// `[B, H, W, C]` f32: Result.
+    /// `[B, H, W, C]` float: Result.
     pub y: Tensor,
     /// `[B, G]` f32: Mean of each group.
     pub mean: Tensor,
@@ -2141,11 +2367,11 @@ pub struct GroupNormSiluOut {
 
 /// Gradients of [`group_norm_silu`]; absent where not asked for.
 pub struct GroupNormSiluGrads {
-    /// `[B, H, W, C]` f32
+    /// `[B, H, W, C]` float
     pub x: Option<Tensor>,
-    /// `[C]` f32
+    /// `[C]` float
     pub gamma: Option<Tensor>,
-    /// `[C]` f32
+    /// `[C]` float
     pub beta: Option<Tensor>,
 }
 
@@ -2155,11 +2381,11 @@ pub struct GroupNormSiluGrads {
 /// g(c) = c / (C/G); mean[b,g], var[b,g] over all pixels and the C/G channels of a group; rstd = 1/sqrt(var + eps); or both from `stats`
 /// z[b,i,j,c] = (x[b,i,j,c] - mean[b,g(c)]) * rstd[b,g(c)] * gamma[c] + beta[c];  y = z * sigmoid(z) where silu, else z
 /// ```
-/// - `x` `[B, H, W, C]` f32: Images, channels last.
-/// - `gamma` `[C]` f32: Scale of each channel.
-/// - `beta` `[C]` f32: Shift of each channel.
+/// - `x` `[B, H, W, C]` float: Images, channels last.
+/// - `gamma` `[C]` float: Scale of each channel.
+/// - `beta` `[C]` float: Shift of each channel.
 /// - `stats` `[B, 2, G]` f32, optional: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
-/// - returns `y` `[B, H, W, C]` f32: Result.
+/// - returns `y` `[B, H, W, C]` float: Result.
 /// - returns `mean` `[B, G]` f32: Mean of each group.
 /// - returns `rstd` `[B, G]` f32: Reciprocal standard deviation of each group.
 ///
@@ -2177,22 +2403,33 @@ pub fn group_norm_silu(x: &Tensor, gamma: &Tensor, beta: &Tensor, stats: Option<
     check.match_exprs("gamma", gamma, &["C"])?;
     check.match_exprs("beta", beta, &["C"])?;
     if let Some(t) = stats { check.match_exprs("stats", t, &["B", "2", "G"])?; }
-    want_dtype("group_norm_silu", "x", x, &[DType::F32])?;
-    want_dtype("group_norm_silu", "gamma", gamma, &[DType::F32])?;
-    want_dtype("group_norm_silu", "beta", beta, &[DType::F32])?;
-    if let Some(t) = stats { want_dtype("group_norm_silu", "stats", t, &[DType::F32])?; }
+    check.float("x", x)?;
+    check.float("gamma", gamma)?;
+    check.float("beta", beta)?;
+    if let Some(t) = stats { check.f32("stats", t)?; }
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, g: check.dim("G")? };
     let Dims { h, w, c, g, .. } = dims;
     require("group_norm_silu", g >= 1 && c % g == 0, "G >= 1 && C % G == 0", "channels that divide into G groups", || format!("{dims:?}, {params:?}"))?;
     require("group_norm_silu", h >= 1 && w >= 1, "H >= 1 && W >= 1", "at least one pixel", || format!("{dims:?}, {params:?}"))?;
     let device = x.device().clone();
     check.same_device(&device, &[("gamma", Some(gamma)), ("beta", Some(beta)), ("stats", stats)])?;
+    let element = check.element(&device, kernels::generated::group_norm_silu::INFO.elements)?;
     let Dims { b, h, w, c, g, .. } = dims;
-    let mut y = device.empty(&[b, h, w, c])?;
+    let mut y = device.empty_of(&[b, h, w, c], element)?;
     let mut mean = device.empty(&[b, g])?;
     let mut rstd = device.empty(&[b, g])?;
 
     if device.is_dry() {
+        return Ok(GroupNormSiluOut { y, mean, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::group_norm_silu::GpuForward { dims, params, x: x.input()?, gamma: gamma.input()?, beta: beta.input()?, stats: match stats { Some(t) => Some(t.input()?), None => None }, y: y.output()?, mean: mean.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::group_norm_silu::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::group_norm_silu::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("group_norm_silu", other)),
+        }
         return Ok(GroupNormSiluOut { y, mean, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, stats: match stats { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -2226,25 +2463,36 @@ pub fn group_norm_silu_backward(dy: &Tensor, x: &Tensor, gamma: &Tensor, beta: &
     if let Some(t) = stats { check.match_exprs("stats", t, &["B", "2", "G"])?; }
     check.match_exprs("mean", mean, &["B", "G"])?;
     check.match_exprs("rstd", rstd, &["B", "G"])?;
-    want_dtype("group_norm_silu", "dy", dy, &[DType::F32])?;
-    want_dtype("group_norm_silu", "x", x, &[DType::F32])?;
-    want_dtype("group_norm_silu", "gamma", gamma, &[DType::F32])?;
-    want_dtype("group_norm_silu", "beta", beta, &[DType::F32])?;
-    if let Some(t) = stats { want_dtype("group_norm_silu", "stats", t, &[DType::F32])?; }
-    want_dtype("group_norm_silu", "mean", mean, &[DType::F32])?;
-    want_dtype("group_norm_silu", "rstd", rstd, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    check.float("gamma", gamma)?;
+    check.float("beta", beta)?;
+    if let Some(t) = stats { check.f32("stats", t)?; }
+    check.f32("mean", mean)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, g: check.dim("G")? };
     let Dims { h, w, c, g, .. } = dims;
     require("group_norm_silu", g >= 1 && c % g == 0, "G >= 1 && C % G == 0", "channels that divide into G groups", || format!("{dims:?}, {params:?}"))?;
     require("group_norm_silu", h >= 1 && w >= 1, "H >= 1 && W >= 1", "at least one pixel", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("x", Some(x)), ("gamma", Some(gamma)), ("beta", Some(beta)), ("stats", stats), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let element = check.element(&device, kernels::generated::group_norm_silu::INFO.elements)?;
     let Dims { b, h, w, c, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[b, h, w, c])?) } else { None };
-    let mut grad_gamma = if want_gamma { Some(device.empty(&[c])?) } else { None };
-    let mut grad_beta = if want_beta { Some(device.empty(&[c])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, h, w, c], element)?) } else { None };
+    let mut grad_gamma = if want_gamma { Some(device.empty_of(&[c], element)?) } else { None };
+    let mut grad_beta = if want_beta { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GroupNormSiluGrads { x: grad_x, gamma: grad_gamma, beta: grad_beta });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::group_norm_silu::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, gamma: gamma.input()?, beta: beta.input()?, stats: match stats { Some(t) => Some(t.input()?), None => None }, mean: mean.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.output()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::group_norm_silu::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::group_norm_silu::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("group_norm_silu", other)),
+        }
         return Ok(GroupNormSiluGrads { x: grad_x, gamma: grad_gamma, beta: grad_beta });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, stats: match stats { Some(t) => Some(t.f32s()?), None => None }, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2296,7 +2544,7 @@ fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
             let x = io.draw(case.name, "x", &[b, h, w, c], Fill::Normal)?;
             let gamma = io.draw(case.name, "gamma", &[c], Fill::Normal)?;
             let beta = io.draw(case.name, "beta", &[c], Fill::Normal)?;
-            let stats = if absent("stats") { None } else { Some(io.draw(case.name, "stats", &[b, 2, g], Fill::Uniform(0.5f64, 1.5f64))?) };
+            let stats = if absent("stats") { None } else { Some(io.draw_f32(case.name, "stats", &[b, 2, g], Fill::Uniform(0.5f64, 1.5f64))?) };
             let out = io.call("forward", || group_norm_silu(&x, &gamma, &beta, stats.as_ref(), g, params))?;
             io.result("y", &out.y)?;
             io.result("mean", &out.mean)?;
@@ -2314,25 +2562,25 @@ fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`kv_compress`].
 pub struct KvCompressOut {
-    /// `[B, Gh/K, Gw/K, 2, D]` f32: Keys and values of the coarse grid, side by side.
+    /// `[B, Gh/K, Gw/K, 2, D]` float: Keys and values of the coarse grid, side by side.
     pub y: Tensor,
-    /// `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
+    /// `[B, Gh/K, Gw/K, 2]` float: Mean over the channels of each vector.
     pub mean: Tensor,
-    /// `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
+    /// `[B, Gh/K, Gw/K, 2]` float: Reciprocal standard deviation over the channels of each vector.
     pub rstd: Tensor,
 }
 
 /// Gradients of [`kv_compress`]; absent where not asked for.
 pub struct KvCompressGrads {
-    /// `[B, Gh, Gw, R, D]` f32
+    /// `[B, Gh, Gw, R, D]` float
     pub x: Option<Tensor>,
-    /// `[D, K, K]` f32
+    /// `[D, K, K]` float
     pub weight: Option<Tensor>,
-    /// `[D]` f32
+    /// `[D]` float
     pub bias: Option<Tensor>,
-    /// `[D]` f32
+    /// `[D]` float
     pub gamma: Option<Tensor>,
-    /// `[D]` f32
+    /// `[D]` float
     pub beta: Option<Tensor>,
 }
 
@@ -2343,14 +2591,14 @@ pub struct KvCompressGrads {
 /// c[b,r,s,p,d] = bias[d] + sum_{i,j<K} weight[d,i,j] * x_p[b,K*r+i,K*s+j,d]; rows and columns beyond the last whole square are not read
 /// y[b,r,s,p,d] = (c - mean_d(c)) / sqrt(var_d(c) + eps) * gamma[d] + beta[d]
 /// ```
-/// - `x` `[B, Gh, Gw, R, D]` f32: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
-/// - `weight` `[D, K, K]` f32: Taps of each channel, row by row.
-/// - `bias` `[D]` f32: Bias of the convolution.
-/// - `gamma` `[D]` f32: Scale after the normalisation.
-/// - `beta` `[D]` f32: Shift after the normalisation.
-/// - returns `y` `[B, Gh/K, Gw/K, 2, D]` f32: Keys and values of the coarse grid, side by side.
-/// - returns `mean` `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
-/// - returns `rstd` `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
+/// - `x` `[B, Gh, Gw, R, D]` float: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
+/// - `weight` `[D, K, K]` float: Taps of each channel, row by row.
+/// - `bias` `[D]` float: Bias of the convolution.
+/// - `gamma` `[D]` float: Scale after the normalisation.
+/// - `beta` `[D]` float: Shift after the normalisation.
+/// - returns `y` `[B, Gh/K, Gw/K, 2, D]` float: Keys and values of the coarse grid, side by side.
+/// - returns `mean` `[B, Gh/K, Gw/K, 2]` float: Mean over the channels of each vector.
+/// - returns `rstd` `[B, Gh/K, Gw/K, 2]` float: Reciprocal standard deviation over the channels of each vector.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -2367,21 +2615,22 @@ pub fn kv_compress(x: &Tensor, weight: &Tensor, bias: &Tensor, gamma: &Tensor, b
     check.match_exprs("bias", bias, &["D"])?;
     check.match_exprs("gamma", gamma, &["D"])?;
     check.match_exprs("beta", beta, &["D"])?;
-    want_dtype("kv_compress", "x", x, &[DType::F32])?;
-    want_dtype("kv_compress", "weight", weight, &[DType::F32])?;
-    want_dtype("kv_compress", "bias", bias, &[DType::F32])?;
-    want_dtype("kv_compress", "gamma", gamma, &[DType::F32])?;
-    want_dtype("kv_compress", "beta", beta, &[DType::F32])?;
+    check.float("x", x)?;
+    check.float("weight", weight)?;
+    check.float("bias", bias)?;
+    check.float("gamma", gamma)?;
+    check.float("beta", beta)?;
     let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, r: check.dim("R")?, d: check.dim("D")?, k: check.dim("K")? };
     let Dims { gh, gw, r, k, .. } = dims;
     require("kv_compress", params.first + 2 <= r, "first + 2 <= R", "a key and a value among the vectors of a token", || format!("{dims:?}, {params:?}"))?;
     require("kv_compress", k <= gh && k <= gw, "K <= Gh && K <= Gw", "a grid of at least one square", || format!("{dims:?}, {params:?}"))?;
     let device = x.device().clone();
     check.same_device(&device, &[("weight", Some(weight)), ("bias", Some(bias)), ("gamma", Some(gamma)), ("beta", Some(beta))])?;
+    let element = check.element(&device, kernels::generated::kv_compress::INFO.elements)?;
     let Dims { b, gh, gw, d, k, .. } = dims;
-    let mut y = device.empty(&[b, gh/k, gw/k, 2, d])?;
-    let mut mean = device.empty(&[b, gh/k, gw/k, 2])?;
-    let mut rstd = device.empty(&[b, gh/k, gw/k, 2])?;
+    let mut y = device.empty_of(&[b, gh/k, gw/k, 2, d], element)?;
+    let mut mean = device.empty_of(&[b, gh/k, gw/k, 2], element)?;
+    let mut rstd = device.empty_of(&[b, gh/k, gw/k, 2], element)?;
 
     if device.is_dry() {
         return Ok(KvCompressOut { y, mean, rstd });
@@ -2416,25 +2665,26 @@ pub fn kv_compress_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, bias: &Ten
     check.match_exprs("gamma", gamma, &["D"])?;
     check.match_exprs("mean", mean, &["B", "Gh/K", "Gw/K", "2"])?;
     check.match_exprs("rstd", rstd, &["B", "Gh/K", "Gw/K", "2"])?;
-    want_dtype("kv_compress", "dy", dy, &[DType::F32])?;
-    want_dtype("kv_compress", "x", x, &[DType::F32])?;
-    want_dtype("kv_compress", "weight", weight, &[DType::F32])?;
-    want_dtype("kv_compress", "bias", bias, &[DType::F32])?;
-    want_dtype("kv_compress", "gamma", gamma, &[DType::F32])?;
-    want_dtype("kv_compress", "mean", mean, &[DType::F32])?;
-    want_dtype("kv_compress", "rstd", rstd, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    check.float("weight", weight)?;
+    check.float("bias", bias)?;
+    check.float("gamma", gamma)?;
+    check.float("mean", mean)?;
+    check.float("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, r: check.dim("R")?, d: check.dim("D")?, k: check.dim("K")? };
     let Dims { gh, gw, r, k, .. } = dims;
     require("kv_compress", params.first + 2 <= r, "first + 2 <= R", "a key and a value among the vectors of a token", || format!("{dims:?}, {params:?}"))?;
     require("kv_compress", k <= gh && k <= gw, "K <= Gh && K <= Gw", "a grid of at least one square", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("x", Some(x)), ("weight", Some(weight)), ("bias", Some(bias)), ("gamma", Some(gamma)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let element = check.element(&device, kernels::generated::kv_compress::INFO.elements)?;
     let Dims { b, gh, gw, r, d, k, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[b, gh, gw, r, d])?) } else { None };
-    let mut grad_weight = if want_weight { Some(device.empty(&[d, k, k])?) } else { None };
-    let mut grad_bias = if want_bias { Some(device.empty(&[d])?) } else { None };
-    let mut grad_gamma = if want_gamma { Some(device.empty(&[d])?) } else { None };
-    let mut grad_beta = if want_beta { Some(device.empty(&[d])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, gh, gw, r, d], element)?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty_of(&[d, k, k], element)?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_gamma = if want_gamma { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_beta = if want_beta { Some(device.empty_of(&[d], element)?) } else { None };
 
     if device.is_dry() {
         return Ok(KvCompressGrads { x: grad_x, weight: grad_weight, bias: grad_bias, gamma: grad_gamma, beta: grad_beta });
@@ -2511,7 +2761,7 @@ fn kv_compress_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`linear_attention`].
 pub struct LinearAttentionOut {
-    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
     /// `[B, H, N]` f32: What the weights of each query are divided by.
     pub norm: Tensor,
@@ -2529,8 +2779,8 @@ pub struct LinearAttentionOut {
 /// norm[b,h,i] = sum_d phi(q[b,i,h,d]) * total[b,h,d] + eps
 /// y[b,i,h,e] = sum_d phi(q[b,i,h,d]) * state[b,h,d,e] / norm[b,h,i]
 /// ```
-/// - `qkv` `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
-/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+/// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
 /// - returns `norm` `[B, H, N]` f32: What the weights of each query are divided by.
 /// - returns `state` `[B, H, E, E]` f32: Sum over the tokens of the outer products of key features and values.
 /// - returns `total` `[B, H, E]` f32: Sum over the tokens of the key features.
@@ -2542,20 +2792,31 @@ pub fn linear_attention(qkv: &Tensor, params: kernels::generated::linear_attenti
     let mut check = DimCheck::new("linear_attention", &["B", "N", "H", "E"]);
     check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
     check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
-    want_dtype("linear_attention", "qkv", qkv, &[DType::F32])?;
+    check.float("qkv", qkv)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
     
     require("linear_attention", params.map <= 1, "map <= 1", "0 (elu + 1) or 1 (relu)", || format!("{dims:?}, {params:?}"))?;
     require("linear_attention", params.eps > 0.0, "eps > 0.0", "a positive eps: with relu a query may meet no key at all", || format!("{dims:?}, {params:?}"))?;
     let device = qkv.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::linear_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
-    let mut y = device.empty(&[b, n, h, e])?;
+    let mut y = device.empty_of(&[b, n, h, e], element)?;
     let mut norm = device.empty(&[b, h, n])?;
     let mut state = device.empty(&[b, h, e, e])?;
     let mut total = device.empty(&[b, h, e])?;
 
     if device.is_dry() {
+        return Ok(LinearAttentionOut { y, norm, state, total });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::linear_attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, norm: norm.output()?, state: state.output()?, total: total.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::linear_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::linear_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("linear_attention", other)),
+        }
         return Ok(LinearAttentionOut { y, norm, state, total });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, norm: norm.f32s_mut()?, state: state.f32s_mut()?, total: total.f32s_mut()? };
@@ -2586,22 +2847,33 @@ pub fn linear_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, norm: &T
     check.match_exprs("norm", norm, &["B", "H", "N"])?;
     check.match_exprs("state", state, &["B", "H", "E", "E"])?;
     check.match_exprs("total", total, &["B", "H", "E"])?;
-    want_dtype("linear_attention", "dy", dy, &[DType::F32])?;
-    want_dtype("linear_attention", "qkv", qkv, &[DType::F32])?;
-    want_dtype("linear_attention", "y", y, &[DType::F32])?;
-    want_dtype("linear_attention", "norm", norm, &[DType::F32])?;
-    want_dtype("linear_attention", "state", state, &[DType::F32])?;
-    want_dtype("linear_attention", "total", total, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("qkv", qkv)?;
+    check.float("y", y)?;
+    check.f32("norm", norm)?;
+    check.f32("state", state)?;
+    check.f32("total", total)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
     
     require("linear_attention", params.map <= 1, "map <= 1", "0 (elu + 1) or 1 (relu)", || format!("{dims:?}, {params:?}"))?;
     require("linear_attention", params.eps > 0.0, "eps > 0.0", "a positive eps: with relu a query may meet no key at all", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("norm", Some(norm)), ("state", Some(state)), ("total", Some(total))])?;
+    let element = check.element(&device, kernels::generated::linear_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
-    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
+    let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::linear_attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, norm: norm.input()?, state: state.input()?, total: total.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::linear_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::linear_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("linear_attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, norm: norm.f32s()?, state: state.f32s()?, total: total.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2664,7 +2936,7 @@ fn linear_attention_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`ln_modulate`].
 pub struct LnModulateOut {
-    /// `[B, N, D]` f32: Normalised and modulated.
+    /// `[B, N, D]` float: Normalised and modulated.
     pub y: Tensor,
     /// `[B, N]` f32: Mean of each token.
     pub mean: Tensor,
@@ -2674,9 +2946,9 @@ pub struct LnModulateOut {
 
 /// Gradients of [`ln_modulate`]; absent where not asked for.
 pub struct LnModulateGrads {
-    /// `[B, N, D]` f32
+    /// `[B, N, D]` float
     pub x: Option<Tensor>,
-    /// `[B, C, D]` f32
+    /// `[B, C, D]` float
     pub modulation: Option<Tensor>,
 }
 
@@ -2686,9 +2958,9 @@ pub struct LnModulateGrads {
 /// mean[b,n] = 1/D sum_d x[b,n,d];  rstd[b,n] = 1/sqrt(1/D sum_d (x[b,n,d] - mean)^2 + eps)
 /// y[b,n,d] = (x[b,n,d] - mean) * rstd * (1 + modulation[b,scale,d]) + modulation[b,shift,d]
 /// ```
-/// - `x` `[B, N, D]` f32: Residual stream.
-/// - `modulation` `[B, C, D]` f32: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
-/// - returns `y` `[B, N, D]` f32: Normalised and modulated.
+/// - `x` `[B, N, D]` float: Residual stream.
+/// - `modulation` `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
+/// - returns `y` `[B, N, D]` float: Normalised and modulated.
 /// - returns `mean` `[B, N]` f32: Mean of each token.
 /// - returns `rstd` `[B, N]` f32: Reciprocal standard deviation of each token.
 ///
@@ -2701,19 +2973,30 @@ pub fn ln_modulate(x: &Tensor, modulation: &Tensor, params: kernels::generated::
     check.bind("modulation", modulation, &["B", "C", "D"])?;
     check.match_exprs("x", x, &["B", "N", "D"])?;
     check.match_exprs("modulation", modulation, &["B", "C", "D"])?;
-    want_dtype("ln_modulate", "x", x, &[DType::F32])?;
-    want_dtype("ln_modulate", "modulation", modulation, &[DType::F32])?;
+    check.float("x", x)?;
+    check.float("modulation", modulation)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, d: check.dim("D")? };
     let Dims { c, .. } = dims;
     require("ln_modulate", params.shift < c && params.scale < c && params.shift != params.scale, "shift < C && scale < C && shift != scale", "two different rows of the modulation table", || format!("{dims:?}, {params:?}"))?;
     let device = x.device().clone();
     check.same_device(&device, &[("modulation", Some(modulation))])?;
+    let element = check.element(&device, kernels::generated::ln_modulate::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
-    let mut y = device.empty(&[b, n, d])?;
+    let mut y = device.empty_of(&[b, n, d], element)?;
     let mut mean = device.empty(&[b, n])?;
     let mut rstd = device.empty(&[b, n])?;
 
     if device.is_dry() {
+        return Ok(LnModulateOut { y, mean, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::ln_modulate::GpuForward { dims, params, x: x.input()?, modulation: modulation.input()?, y: y.output()?, mean: mean.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::ln_modulate::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::ln_modulate::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("ln_modulate", other)),
+        }
         return Ok(LnModulateOut { y, mean, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, modulation: modulation.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -2742,21 +3025,32 @@ pub fn ln_modulate_backward(dy: &Tensor, x: &Tensor, modulation: &Tensor, mean: 
     check.match_exprs("modulation", modulation, &["B", "C", "D"])?;
     check.match_exprs("mean", mean, &["B", "N"])?;
     check.match_exprs("rstd", rstd, &["B", "N"])?;
-    want_dtype("ln_modulate", "dy", dy, &[DType::F32])?;
-    want_dtype("ln_modulate", "x", x, &[DType::F32])?;
-    want_dtype("ln_modulate", "modulation", modulation, &[DType::F32])?;
-    want_dtype("ln_modulate", "mean", mean, &[DType::F32])?;
-    want_dtype("ln_modulate", "rstd", rstd, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    check.float("modulation", modulation)?;
+    check.f32("mean", mean)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, d: check.dim("D")? };
     let Dims { c, .. } = dims;
     require("ln_modulate", params.shift < c && params.scale < c && params.shift != params.scale, "shift < C && scale < C && shift != scale", "two different rows of the modulation table", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("x", Some(x)), ("modulation", Some(modulation)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let element = check.element(&device, kernels::generated::ln_modulate::INFO.elements)?;
     let Dims { b, n, c, d, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[b, n, d])?) } else { None };
-    let mut grad_modulation = if want_modulation { Some(device.empty(&[b, c, d])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, n, d], element)?) } else { None };
+    let mut grad_modulation = if want_modulation { Some(device.empty_of(&[b, c, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(LnModulateGrads { x: grad_x, modulation: grad_modulation });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::ln_modulate::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, modulation: modulation.input()?, mean: mean.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dmodulation: match &mut grad_modulation { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::ln_modulate::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::ln_modulate::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("ln_modulate", other)),
+        }
         return Ok(LnModulateGrads { x: grad_x, modulation: grad_modulation });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, modulation: modulation.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2820,15 +3114,15 @@ fn ln_modulate_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Gradients of [`long_conv`]; absent where not asked for.
 pub struct LongConvGrads {
-    /// `[B, N, 3, C]` f32
+    /// `[B, N, 3, C]` float
     pub p: Option<Tensor>,
-    /// `[3, C, K]` f32
+    /// `[3, C, K]` float
     pub short_weight: Option<Tensor>,
-    /// `[3, C]` f32
+    /// `[3, C]` float
     pub short_bias: Option<Tensor>,
-    /// `[C, L]` f32
+    /// `[C, L]` float
     pub filter: Option<Tensor>,
-    /// `[C]` f32
+    /// `[C]` float
     pub skip: Option<Tensor>,
 }
 
@@ -2840,12 +3134,12 @@ pub struct LongConvGrads {
 /// y[b,t,c] = q[t] * (skip[c] * u[t] + sum_l filter[c,l] * u[t + centre - l]), u zero outside [0, N)
 /// the last `reversed` channels run against token order: x[t + lead - j] and u[t - centre + l]
 /// ```
-/// - `p` `[B, N, 3, C]` f32: Queries, keys and values side by side, as the input projection writes them.
-/// - `short_weight` `[3, C, K]` f32, optional: Taps of the convolution on q, k and v, the earliest token first.
-/// - `short_bias` `[3, C]` f32, optional: Bias of the convolution on q, k and v.
-/// - `filter` `[C, L]` f32: The long filter of each channel by lag: tap l reads the token l - centre places back.
-/// - `skip` `[C]` f32: Factor of the current k * v beside the filter.
-/// - returns `y` `[B, N, C]` f32: Gated result, before the output projection.
+/// - `p` `[B, N, 3, C]` float: Queries, keys and values side by side, as the input projection writes them.
+/// - `short_weight` `[3, C, K]` float, optional: Taps of the convolution on q, k and v, the earliest token first.
+/// - `short_bias` `[3, C]` float, optional: Bias of the convolution on q, k and v.
+/// - `filter` `[C, L]` float: The long filter of each channel by lag: tap l reads the token l - centre places back.
+/// - `skip` `[C]` float: Factor of the current k * v beside the filter.
+/// - returns `y` `[B, N, C]` float: Gated result, before the output projection.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -2862,11 +3156,11 @@ pub fn long_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&
     if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
     check.match_exprs("filter", filter, &["C", "L"])?;
     check.match_exprs("skip", skip, &["C"])?;
-    want_dtype("long_conv", "p", p, &[DType::F32])?;
-    if let Some(t) = short_weight { want_dtype("long_conv", "short_weight", t, &[DType::F32])?; }
-    if let Some(t) = short_bias { want_dtype("long_conv", "short_bias", t, &[DType::F32])?; }
-    want_dtype("long_conv", "filter", filter, &[DType::F32])?;
-    want_dtype("long_conv", "skip", skip, &[DType::F32])?;
+    check.float("p", p)?;
+    if let Some(t) = short_weight { check.float("short_weight", t)?; }
+    if let Some(t) = short_bias { check.float("short_bias", t)?; }
+    check.float("filter", filter)?;
+    check.float("skip", skip)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")?, l: check.dim("L")? };
     let Dims { c, k, l, .. } = dims;
     require("long_conv", !short_weight.is_some() || params.lead < k, "!has(short_weight) || lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
@@ -2875,10 +3169,21 @@ pub fn long_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&
     require("long_conv", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
     let device = p.device().clone();
     check.same_device(&device, &[("short_weight", short_weight), ("short_bias", short_bias), ("filter", Some(filter)), ("skip", Some(skip))])?;
+    let element = check.element(&device, kernels::generated::long_conv::INFO.elements)?;
     let Dims { b, n, c, .. } = dims;
-    let mut y = device.empty(&[b, n, c])?;
+    let mut y = device.empty_of(&[b, n, c], element)?;
 
     if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::long_conv::GpuForward { dims, params, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, filter: filter.input()?, skip: skip.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::long_conv::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::long_conv::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("long_conv", other)),
+        }
         return Ok(y);
     }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, filter: filter.f32s()?, skip: skip.f32s()?, y: y.f32s_mut()? };
@@ -2910,12 +3215,12 @@ pub fn long_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor>
     if let Some(t) = short_bias { check.match_exprs("short_bias", t, &["3", "C"])?; }
     check.match_exprs("filter", filter, &["C", "L"])?;
     check.match_exprs("skip", skip, &["C"])?;
-    want_dtype("long_conv", "dy", dy, &[DType::F32])?;
-    want_dtype("long_conv", "p", p, &[DType::F32])?;
-    if let Some(t) = short_weight { want_dtype("long_conv", "short_weight", t, &[DType::F32])?; }
-    if let Some(t) = short_bias { want_dtype("long_conv", "short_bias", t, &[DType::F32])?; }
-    want_dtype("long_conv", "filter", filter, &[DType::F32])?;
-    want_dtype("long_conv", "skip", skip, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("p", p)?;
+    if let Some(t) = short_weight { check.float("short_weight", t)?; }
+    if let Some(t) = short_bias { check.float("short_bias", t)?; }
+    check.float("filter", filter)?;
+    check.float("skip", skip)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, k: check.dim("K")?, l: check.dim("L")? };
     let Dims { c, k, l, .. } = dims;
     require("long_conv", !short_weight.is_some() || params.lead < k, "!has(short_weight) || lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
@@ -2924,14 +3229,25 @@ pub fn long_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor>
     require("long_conv", short_weight.is_some() == short_bias.is_some(), "has(short_weight) == has(short_bias)", "weight and bias of the short convolution together", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("p", Some(p)), ("short_weight", short_weight), ("short_bias", short_bias), ("filter", Some(filter)), ("skip", Some(skip))])?;
+    let element = check.element(&device, kernels::generated::long_conv::INFO.elements)?;
     let Dims { b, n, c, k, l, .. } = dims;
-    let mut grad_p = if want_p { Some(device.empty(&[b, n, 3, c])?) } else { None };
-    let mut grad_short_weight = if want_short_weight { Some(device.empty(&[3, c, k])?) } else { None };
-    let mut grad_short_bias = if want_short_bias { Some(device.empty(&[3, c])?) } else { None };
-    let mut grad_filter = if want_filter { Some(device.empty(&[c, l])?) } else { None };
-    let mut grad_skip = if want_skip { Some(device.empty(&[c])?) } else { None };
+    let mut grad_p = if want_p { Some(device.empty_of(&[b, n, 3, c], element)?) } else { None };
+    let mut grad_short_weight = if want_short_weight { Some(device.empty_of(&[3, c, k], element)?) } else { None };
+    let mut grad_short_bias = if want_short_bias { Some(device.empty_of(&[3, c], element)?) } else { None };
+    let mut grad_filter = if want_filter { Some(device.empty_of(&[c, l], element)?) } else { None };
+    let mut grad_skip = if want_skip { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(LongConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, filter: grad_filter, skip: grad_skip });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::long_conv::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, filter: filter.input()?, skip: skip.input()?, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.output()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.output()?), None => None }, dfilter: match &mut grad_filter { Some(t) => Some(t.output()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::long_conv::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::long_conv::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("long_conv", other)),
+        }
         return Ok(LongConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, filter: grad_filter, skip: grad_skip });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, filter: filter.f32s()?, skip: skip.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dfilter: match &mut grad_filter { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3004,11 +3320,11 @@ fn long_conv_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`loss_diffusion`].
 pub struct LossDiffusionOut {
-    /// `[1]` f32: Mean over the batch.
+    /// `[1]` float: Mean over the batch.
     pub loss: Tensor,
-    /// `[B]` f32: Squared error per sample, for reporting.
+    /// `[B]` float: Squared error per sample, for reporting.
     pub mse: Tensor,
-    /// `[B]` f32: Bound per sample in bits per element, for reporting.
+    /// `[B]` float: Bound per sample in bits per element, for reporting.
     pub vb: Tensor,
 }
 
@@ -3024,13 +3340,13 @@ pub struct LossDiffusionOut {
 /// loss = 1/B sum_b (mse[b] + vlb_weight*vb[b])
 /// eps counts as a constant inside vb: the bound trains the variance alone, so the gradient in eps is that of mse only
 /// ```
-/// - `model_output` `[B, 2*C, S]` f32: Predicted noise, then variance values v in about [-1, 1].
-/// - `x0` `[B, C, S]` f32: Clean latents; read only where `first`.
-/// - `noise` `[B, C, S]` f32: The noise in the model's input.
-/// - `coefs` `[B, 4]` f32: Per sample: gap, log_lo (clipped log variance of the posterior, at v = -1), log_range (log variance at v = 1, ln beta, less log_lo), first (1 at t = 0, else 0).
-/// - returns `loss` `[1]` f32: Mean over the batch.
-/// - returns `mse` `[B]` f32: Squared error per sample, for reporting.
-/// - returns `vb` `[B]` f32: Bound per sample in bits per element, for reporting.
+/// - `model_output` `[B, 2*C, S]` float: Predicted noise, then variance values v in about [-1, 1].
+/// - `x0` `[B, C, S]` float: Clean latents; read only where `first`.
+/// - `noise` `[B, C, S]` float: The noise in the model's input.
+/// - `coefs` `[B, 4]` float: Per sample: gap, log_lo (clipped log variance of the posterior, at v = -1), log_range (log variance at v = 1, ln beta, less log_lo), first (1 at t = 0, else 0).
+/// - returns `loss` `[1]` float: Mean over the batch.
+/// - returns `mse` `[B]` float: Squared error per sample, for reporting.
+/// - returns `vb` `[B]` float: Bound per sample in bits per element, for reporting.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -3045,21 +3361,31 @@ pub fn loss_diffusion(model_output: &Tensor, x0: &Tensor, noise: &Tensor, coefs:
     check.match_exprs("x0", x0, &["B", "C", "S"])?;
     check.match_exprs("noise", noise, &["B", "C", "S"])?;
     check.match_exprs("coefs", coefs, &["B", "4"])?;
-    want_dtype("loss_diffusion", "model_output", model_output, &[DType::F32])?;
-    want_dtype("loss_diffusion", "x0", x0, &[DType::F32])?;
-    want_dtype("loss_diffusion", "noise", noise, &[DType::F32])?;
-    want_dtype("loss_diffusion", "coefs", coefs, &[DType::F32])?;
+    check.float("model_output", model_output)?;
+    check.float("x0", x0)?;
+    check.float("noise", noise)?;
+    check.float("coefs", coefs)?;
     let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, s: check.dim("S")? };
     let Dims { b, c, s, .. } = dims;
     require("loss_diffusion", c * s > 0 && b > 0, "C * S > 0 && B > 0", "at least one element", || format!("{dims:?}, {params:?}"))?;
     let device = model_output.device().clone();
     check.same_device(&device, &[("x0", Some(x0)), ("noise", Some(noise)), ("coefs", Some(coefs))])?;
+    let element = check.element(&device, kernels::generated::loss_diffusion::INFO.elements)?;
     let Dims { b, .. } = dims;
-    let mut loss = device.empty(&[1])?;
-    let mut mse = device.empty(&[b])?;
-    let mut vb = device.empty(&[b])?;
+    let mut loss = device.empty_of(&[1], element)?;
+    let mut mse = device.empty_of(&[b], element)?;
+    let mut vb = device.empty_of(&[b], element)?;
 
     if device.is_dry() {
+        return Ok(LossDiffusionOut { loss, mse, vb });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_diffusion::GpuForward { dims, params, model_output: model_output.input()?, x0: x0.input()?, noise: noise.input()?, coefs: coefs.input()?, loss: loss.output()?, mse: mse.output()?, vb: vb.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_diffusion::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_diffusion", other)),
+        }
         return Ok(LossDiffusionOut { loss, mse, vb });
     }
     let args = Forward { dims, params, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, loss: loss.f32s_mut()?, mse: mse.f32s_mut()?, vb: vb.f32s_mut()? };
@@ -3088,20 +3414,30 @@ pub fn loss_diffusion_backward(dloss: &Tensor, model_output: &Tensor, x0: &Tenso
     check.match_exprs("x0", x0, &["B", "C", "S"])?;
     check.match_exprs("noise", noise, &["B", "C", "S"])?;
     check.match_exprs("coefs", coefs, &["B", "4"])?;
-    want_dtype("loss_diffusion", "dloss", dloss, &[DType::F32])?;
-    want_dtype("loss_diffusion", "model_output", model_output, &[DType::F32])?;
-    want_dtype("loss_diffusion", "x0", x0, &[DType::F32])?;
-    want_dtype("loss_diffusion", "noise", noise, &[DType::F32])?;
-    want_dtype("loss_diffusion", "coefs", coefs, &[DType::F32])?;
+    check.float("dloss", dloss)?;
+    check.float("model_output", model_output)?;
+    check.float("x0", x0)?;
+    check.float("noise", noise)?;
+    check.float("coefs", coefs)?;
     let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, s: check.dim("S")? };
     let Dims { b, c, s, .. } = dims;
     require("loss_diffusion", c * s > 0 && b > 0, "C * S > 0 && B > 0", "at least one element", || format!("{dims:?}, {params:?}"))?;
     let device = dloss.device().clone();
     check.same_device(&device, &[("model_output", Some(model_output)), ("x0", Some(x0)), ("noise", Some(noise)), ("coefs", Some(coefs))])?;
+    let element = check.element(&device, kernels::generated::loss_diffusion::INFO.elements)?;
     let Dims { b, c, s, .. } = dims;
-    let mut grad_model_output = if want_model_output { Some(device.empty(&[b, 2*c, s])?) } else { None };
+    let mut grad_model_output = if want_model_output { Some(device.empty_of(&[b, 2*c, s], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_model_output);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_diffusion::GpuBackward { dims, params, dloss: dloss.input()?, model_output: model_output.input()?, x0: x0.input()?, noise: noise.input()?, coefs: coefs.input()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_diffusion::launch::backward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_diffusion", other)),
+        }
         return Ok(grad_model_output);
     }
     let args = Backward { dims, params, dloss: dloss.f32s()?, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3170,9 +3506,9 @@ fn loss_diffusion_conform(run: &mut Conform<'_>) -> Result<()> {
 /// kind 0 (L1): |e|;  kind 1 (L2): e^2;  kind 2 (Huber): e^2/2 where |e| <= delta, else delta*(|e| - delta/2)
 /// dpred = dloss/(B*N*D) * rho'(e), with rho'(0) = 0 for L1
 /// ```
-/// - `pred` `[B, N, D]` f32: Output of the student.
-/// - `target` `[B, N, D]` f32: Output of the teacher.
-/// - returns `loss` `[1]` f32: Mean.
+/// - `pred` `[B, N, D]` float: Output of the student.
+/// - `target` `[B, N, D]` float: Output of the teacher.
+/// - returns `loss` `[1]` float: Mean.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -3183,8 +3519,8 @@ pub fn loss_regression(pred: &Tensor, target: &Tensor, params: kernels::generate
     check.bind("target", target, &["B", "N", "D"])?;
     check.match_exprs("pred", pred, &["B", "N", "D"])?;
     check.match_exprs("target", target, &["B", "N", "D"])?;
-    want_dtype("loss_regression", "pred", pred, &[DType::F32])?;
-    want_dtype("loss_regression", "target", target, &[DType::F32])?;
+    check.float("pred", pred)?;
+    check.float("target", target)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
     let Dims { b, n, d, .. } = dims;
     require("loss_regression", params.kind <= 2, "kind <= 2", "0 (L1), 1 (L2) or 2 (Huber)", || format!("{dims:?}, {params:?}"))?;
@@ -3192,10 +3528,20 @@ pub fn loss_regression(pred: &Tensor, target: &Tensor, params: kernels::generate
     require("loss_regression", b * n * d > 0, "B * N * D > 0", "at least one element", || format!("{dims:?}, {params:?}"))?;
     let device = pred.device().clone();
     check.same_device(&device, &[("target", Some(target))])?;
+    let element = check.element(&device, kernels::generated::loss_regression::INFO.elements)?;
     
-    let mut loss = device.empty(&[1])?;
+    let mut loss = device.empty_of(&[1], element)?;
 
     if device.is_dry() {
+        return Ok(loss);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_regression::GpuForward { dims, params, pred: pred.input()?, target: target.input()?, loss: loss.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_regression::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_regression", other)),
+        }
         return Ok(loss);
     }
     let args = Forward { dims, params, pred: pred.f32s()?, target: target.f32s()?, loss: loss.f32s_mut()? };
@@ -3220,9 +3566,9 @@ pub fn loss_regression_backward(dloss: &Tensor, pred: &Tensor, target: &Tensor, 
     check.match_exprs("dloss", dloss, &["1"])?;
     check.match_exprs("pred", pred, &["B", "N", "D"])?;
     check.match_exprs("target", target, &["B", "N", "D"])?;
-    want_dtype("loss_regression", "dloss", dloss, &[DType::F32])?;
-    want_dtype("loss_regression", "pred", pred, &[DType::F32])?;
-    want_dtype("loss_regression", "target", target, &[DType::F32])?;
+    check.float("dloss", dloss)?;
+    check.float("pred", pred)?;
+    check.float("target", target)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
     let Dims { b, n, d, .. } = dims;
     require("loss_regression", params.kind <= 2, "kind <= 2", "0 (L1), 1 (L2) or 2 (Huber)", || format!("{dims:?}, {params:?}"))?;
@@ -3230,10 +3576,20 @@ pub fn loss_regression_backward(dloss: &Tensor, pred: &Tensor, target: &Tensor, 
     require("loss_regression", b * n * d > 0, "B * N * D > 0", "at least one element", || format!("{dims:?}, {params:?}"))?;
     let device = dloss.device().clone();
     check.same_device(&device, &[("pred", Some(pred)), ("target", Some(target))])?;
+    let element = check.element(&device, kernels::generated::loss_regression::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
-    let mut grad_pred = if want_pred { Some(device.empty(&[b, n, d])?) } else { None };
+    let mut grad_pred = if want_pred { Some(device.empty_of(&[b, n, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_pred);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_regression::GpuBackward { dims, params, dloss: dloss.input()?, pred: pred.input()?, target: target.input()?, dpred: match &mut grad_pred { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_regression::launch::backward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_regression", other)),
+        }
         return Ok(grad_pred);
     }
     let args = Backward { dims, params, dloss: dloss.f32s()?, pred: pred.f32s()?, target: target.f32s()?, dpred: match &mut grad_pred { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3291,15 +3647,15 @@ fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Gradients of [`mamba2`]; absent where not asked for.
 pub struct Mamba2Grads {
-    /// `[B, N, H*E + 2*K]` f32
+    /// `[B, N, H*E + 2*K]` float
     pub xbc: Option<Tensor>,
-    /// `[B, N, W]` f32
+    /// `[B, N, W]` float
     pub p: Option<Tensor>,
-    /// `[H]` f32
+    /// `[H]` float
     pub dt_bias: Option<Tensor>,
-    /// `[H]` f32
+    /// `[H]` float
     pub a_log: Option<Tensor>,
-    /// `[H]` f32
+    /// `[H]` float
     pub skip: Option<Tensor>,
 }
 
@@ -3310,13 +3666,13 @@ pub struct Mamba2Grads {
 /// S_t[e,k] = a * S_{t-1}[e,k] + dt * x[t,h,e] * Bt[t,k];  y[b,t,h,e] = sum_k S_t[e,k] * Ct[t,k] + skip[h] * x[t,h,e] + residual
 /// x, Bt, Ct = xbc[b,t,:]; Bt and Ct are shared by the heads; reverse: tokens from the last to the first
 /// ```
-/// - `xbc` `[B, N, H*E + 2*K]` f32: Values of every head, then what is written to the state (B) and how it is read (C).
-/// - `p` `[B, N, W]` f32: Packed rows that hold the step sizes; the gradient is zero outside their columns.
-/// - `dt_bias` `[H]` f32: Added to the step sizes before softplus.
-/// - `a_log` `[H]` f32: Logarithm of the decay rate of each head.
-/// - `skip` `[H]` f32: Factor of the direct path of each head (D in the literature).
-/// - `residual` `[B, N, H*E]` f32, optional: Added to the result: that of the other direction.
-/// - returns `y` `[B, N, H*E]` f32: Result, head by head.
+/// - `xbc` `[B, N, H*E + 2*K]` float: Values of every head, then what is written to the state (B) and how it is read (C).
+/// - `p` `[B, N, W]` float: Packed rows that hold the step sizes; the gradient is zero outside their columns.
+/// - `dt_bias` `[H]` float: Added to the step sizes before softplus.
+/// - `a_log` `[H]` float: Logarithm of the decay rate of each head.
+/// - `skip` `[H]` float: Factor of the direct path of each head (D in the literature).
+/// - `residual` `[B, N, H*E]` float, optional: Added to the result: that of the other direction.
+/// - returns `y` `[B, N, H*E]` float: Result, head by head.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -3337,22 +3693,33 @@ pub fn mamba2(xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, a_log: &Tensor, skip: 
     check.match_exprs("a_log", a_log, &["H"])?;
     check.match_exprs("skip", skip, &["H"])?;
     if let Some(t) = residual { check.match_exprs("residual", t, &["B", "N", "H*E"])?; }
-    want_dtype("mamba2", "xbc", xbc, &[DType::F32])?;
-    want_dtype("mamba2", "p", p, &[DType::F32])?;
-    want_dtype("mamba2", "dt_bias", dt_bias, &[DType::F32])?;
-    want_dtype("mamba2", "a_log", a_log, &[DType::F32])?;
-    want_dtype("mamba2", "skip", skip, &[DType::F32])?;
-    if let Some(t) = residual { want_dtype("mamba2", "residual", t, &[DType::F32])?; }
+    check.float("xbc", xbc)?;
+    check.float("p", p)?;
+    check.float("dt_bias", dt_bias)?;
+    check.float("a_log", a_log)?;
+    check.float("skip", skip)?;
+    if let Some(t) = residual { check.float("residual", t)?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
     let Dims { w, h, e, k, .. } = dims;
     require("mamba2", params.dt_offset + h <= w, "dt_offset + H <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
     require("mamba2", e > 0 && k > 0, "E > 0 && K > 0", "a head width and a state of at least one", || format!("{dims:?}, {params:?}"))?;
     let device = xbc.device().clone();
     check.same_device(&device, &[("p", Some(p)), ("dt_bias", Some(dt_bias)), ("a_log", Some(a_log)), ("skip", Some(skip)), ("residual", residual)])?;
+    let element = check.element(&device, kernels::generated::mamba2::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
-    let mut y = device.empty(&[b, n, h*e])?;
+    let mut y = device.empty_of(&[b, n, h*e], element)?;
 
     if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::mamba2::GpuForward { dims, params, xbc: xbc.input()?, p: p.input()?, dt_bias: dt_bias.input()?, a_log: a_log.input()?, skip: skip.input()?, residual: match residual { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::mamba2::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::mamba2::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("mamba2", other)),
+        }
         return Ok(y);
     }
     let args = Forward { dims, params, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
@@ -3385,26 +3752,37 @@ pub fn mamba2_backward(dy: &Tensor, xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, 
     check.match_exprs("dt_bias", dt_bias, &["H"])?;
     check.match_exprs("a_log", a_log, &["H"])?;
     check.match_exprs("skip", skip, &["H"])?;
-    want_dtype("mamba2", "dy", dy, &[DType::F32])?;
-    want_dtype("mamba2", "xbc", xbc, &[DType::F32])?;
-    want_dtype("mamba2", "p", p, &[DType::F32])?;
-    want_dtype("mamba2", "dt_bias", dt_bias, &[DType::F32])?;
-    want_dtype("mamba2", "a_log", a_log, &[DType::F32])?;
-    want_dtype("mamba2", "skip", skip, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("xbc", xbc)?;
+    check.float("p", p)?;
+    check.float("dt_bias", dt_bias)?;
+    check.float("a_log", a_log)?;
+    check.float("skip", skip)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, w: check.dim("W")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
     let Dims { w, h, e, k, .. } = dims;
     require("mamba2", params.dt_offset + h <= w, "dt_offset + H <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
     require("mamba2", e > 0 && k > 0, "E > 0 && K > 0", "a head width and a state of at least one", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("xbc", Some(xbc)), ("p", Some(p)), ("dt_bias", Some(dt_bias)), ("a_log", Some(a_log)), ("skip", Some(skip))])?;
+    let element = check.element(&device, kernels::generated::mamba2::INFO.elements)?;
     let Dims { b, n, w, h, e, k, .. } = dims;
-    let mut grad_xbc = if want_xbc { Some(device.empty(&[b, n, h*e + 2*k])?) } else { None };
-    let mut grad_p = if want_p { Some(device.empty(&[b, n, w])?) } else { None };
-    let mut grad_dt_bias = if want_dt_bias { Some(device.empty(&[h])?) } else { None };
-    let mut grad_a_log = if want_a_log { Some(device.empty(&[h])?) } else { None };
-    let mut grad_skip = if want_skip { Some(device.empty(&[h])?) } else { None };
+    let mut grad_xbc = if want_xbc { Some(device.empty_of(&[b, n, h*e + 2*k], element)?) } else { None };
+    let mut grad_p = if want_p { Some(device.empty_of(&[b, n, w], element)?) } else { None };
+    let mut grad_dt_bias = if want_dt_bias { Some(device.empty_of(&[h], element)?) } else { None };
+    let mut grad_a_log = if want_a_log { Some(device.empty_of(&[h], element)?) } else { None };
+    let mut grad_skip = if want_skip { Some(device.empty_of(&[h], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::mamba2::GpuBackward { dims, params, dy: dy.input()?, xbc: xbc.input()?, p: p.input()?, dt_bias: dt_bias.input()?, a_log: a_log.input()?, skip: skip.input()?, dxbc: match &mut grad_xbc { Some(t) => Some(t.output()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, ddt_bias: match &mut grad_dt_bias { Some(t) => Some(t.output()?), None => None }, da_log: match &mut grad_a_log { Some(t) => Some(t.output()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::mamba2::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::mamba2::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("mamba2", other)),
+        }
         return Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, dxbc: match &mut grad_xbc { Some(t) => Some(t.f32s_mut()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, ddt_bias: match &mut grad_dt_bias { Some(t) => Some(t.f32s_mut()?), None => None }, da_log: match &mut grad_a_log { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3478,7 +3856,7 @@ fn mamba2_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`neighborhood_attention`].
 pub struct NeighborhoodAttentionOut {
-    /// `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+    /// `[B, Gh, Gw, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
     /// `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
@@ -3492,8 +3870,8 @@ pub struct NeighborhoodAttentionOut {
 /// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]; lse[b,h,i] = log sum_{j in keys(i)} exp(s[b,h,i,j])
 /// y[b,i,h,e] = sum_{j in keys(i)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
 /// ```
-/// - `qkv` `[B, Gh, Gw, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them; tokens row by row.
-/// - returns `y` `[B, Gh, Gw, H, E]` f32: Attention output, heads side by side.
+/// - `qkv` `[B, Gh, Gw, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them; tokens row by row.
+/// - returns `y` `[B, Gh, Gw, H, E]` float: Attention output, heads side by side.
 /// - returns `lse` `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
@@ -3504,17 +3882,28 @@ pub fn neighborhood_attention(qkv: &Tensor, k: usize, params: kernels::generated
     check.given("K", k)?;
     check.bind("qkv", qkv, &["B", "Gh", "Gw", "3", "H", "E"])?;
     check.match_exprs("qkv", qkv, &["B", "Gh", "Gw", "3", "H", "E"])?;
-    want_dtype("neighborhood_attention", "qkv", qkv, &[DType::F32])?;
+    check.float("qkv", qkv)?;
     let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
     let Dims { gh, gw, k, .. } = dims;
     require("neighborhood_attention", k % 2 == 1 && k <= gh && k <= gw, "K % 2 == 1 && K <= Gh && K <= Gw", "an odd kernel, no wider than the grid", || format!("{dims:?}, {params:?}"))?;
     let device = qkv.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::neighborhood_attention::INFO.elements)?;
     let Dims { b, gh, gw, h, e, .. } = dims;
-    let mut y = device.empty(&[b, gh, gw, h, e])?;
+    let mut y = device.empty_of(&[b, gh, gw, h, e], element)?;
     let mut lse = device.empty(&[b, h, gh, gw])?;
 
     if device.is_dry() {
+        return Ok(NeighborhoodAttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::neighborhood_attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::neighborhood_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::neighborhood_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("neighborhood_attention", other)),
+        }
         return Ok(NeighborhoodAttentionOut { y, lse });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -3542,19 +3931,30 @@ pub fn neighborhood_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, ls
     check.match_exprs("qkv", qkv, &["B", "Gh", "Gw", "3", "H", "E"])?;
     check.match_exprs("y", y, &["B", "Gh", "Gw", "H", "E"])?;
     check.match_exprs("lse", lse, &["B", "H", "Gh", "Gw"])?;
-    want_dtype("neighborhood_attention", "dy", dy, &[DType::F32])?;
-    want_dtype("neighborhood_attention", "qkv", qkv, &[DType::F32])?;
-    want_dtype("neighborhood_attention", "y", y, &[DType::F32])?;
-    want_dtype("neighborhood_attention", "lse", lse, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("qkv", qkv)?;
+    check.float("y", y)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
     let Dims { gh, gw, k, .. } = dims;
     require("neighborhood_attention", k % 2 == 1 && k <= gh && k <= gw, "K % 2 == 1 && K <= Gh && K <= Gw", "an odd kernel, no wider than the grid", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
+    let element = check.element(&device, kernels::generated::neighborhood_attention::INFO.elements)?;
     let Dims { b, gh, gw, h, e, .. } = dims;
-    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, gh, gw, 3, h, e])?) } else { None };
+    let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, gh, gw, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::neighborhood_attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, lse: lse.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::neighborhood_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::neighborhood_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("neighborhood_attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3617,8 +4017,8 @@ fn neighborhood_attention_conform(run: &mut Conform<'_>) -> Result<()> {
 /// tokens[b, gh*Gw + gw, (c*P + p)*P + q] = x[b, c, gh*P + p, gw*P + q]
 /// dx is dtokens moved back: a permutation, so nothing is added
 /// ```
-/// - `x` `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
-/// - returns `tokens` `[B, Gh*Gw, C*P*P]` f32: Patches in raster order; within one: channel, row, column.
+/// - `x` `[B, C, Gh*P, Gw*P]` float: Image, channels first.
+/// - returns `tokens` `[B, Gh*Gw, C*P*P]` float: Patches in raster order; within one: channel, row, column.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -3630,16 +4030,27 @@ pub fn patchify(x: &Tensor, p: usize, gh: usize, gw: usize, params: kernels::gen
     check.given("Gw", gw)?;
     check.bind("x", x, &["B", "C", "Gh*P", "Gw*P"])?;
     check.match_exprs("x", x, &["B", "C", "Gh*P", "Gw*P"])?;
-    want_dtype("patchify", "x", x, &[DType::F32])?;
+    check.float("x", x)?;
     let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, p: check.dim("P")?, gh: check.dim("Gh")?, gw: check.dim("Gw")? };
     let Dims { p, gh, gw, .. } = dims;
     require("patchify", p > 0 && gh > 0 && gw > 0, "P > 0 && Gh > 0 && Gw > 0", "a patch edge and a grid of at least one", || format!("{dims:?}, {params:?}"))?;
     let device = x.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::patchify::INFO.elements)?;
     let Dims { b, c, p, gh, gw, .. } = dims;
-    let mut tokens = device.empty(&[b, gh*gw, c*p*p])?;
+    let mut tokens = device.empty_of(&[b, gh*gw, c*p*p], element)?;
 
     if device.is_dry() {
+        return Ok(tokens);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::patchify::GpuForward { dims, params, x: x.input()?, tokens: tokens.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::patchify::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::patchify::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("patchify", other)),
+        }
         return Ok(tokens);
     }
     let args = Forward { dims, params, x: x.f32s()?, tokens: tokens.f32s_mut()? };
@@ -3664,16 +4075,27 @@ pub fn patchify_backward(dtokens: &Tensor, p: usize, gh: usize, gw: usize, c: us
     check.given("Gw", gw)?;
     check.bind("dtokens", dtokens, &["B", "Gh*Gw", "C*P*P"])?;
     check.match_exprs("dtokens", dtokens, &["B", "Gh*Gw", "C*P*P"])?;
-    want_dtype("patchify", "dtokens", dtokens, &[DType::F32])?;
+    check.float("dtokens", dtokens)?;
     let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, p: check.dim("P")?, gh: check.dim("Gh")?, gw: check.dim("Gw")? };
     let Dims { p, gh, gw, .. } = dims;
     require("patchify", p > 0 && gh > 0 && gw > 0, "P > 0 && Gh > 0 && Gw > 0", "a patch edge and a grid of at least one", || format!("{dims:?}, {params:?}"))?;
     let device = dtokens.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::patchify::INFO.elements)?;
     let Dims { b, c, p, gh, gw, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[b, c, gh*p, gw*p])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, c, gh*p, gw*p], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_x);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::patchify::GpuBackward { dims, params, dtokens: dtokens.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::patchify::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::patchify::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("patchify", other)),
+        }
         return Ok(grad_x);
     }
     let args = Backward { dims, params, dtokens: dtokens.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3735,7 +4157,7 @@ fn patchify_conform(run: &mut Conform<'_>) -> Result<()> {
 /// element (offset + i) mod 4: sqrt(-2 ln u(a))*cos(2 pi u(b)), sqrt(-2 ln u(a))*sin(2 pi u(b)), then the same of c and d
 /// every operation is one f32 operation in the order that `rng` states: all devices give the same bits
 /// ```
-/// - returns `z` `[L]` f32: Standard normal numbers.
+/// - returns `z` `[L]` float: Standard normal numbers.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -3745,10 +4167,20 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
     check.given("L", l)?;
     let dims = Dims { l: check.dim("L")? };
     let device = device.clone();
+    let element = check.element(&device, kernels::generated::philox::INFO.elements)?;
     let Dims { l, .. } = dims;
-    let mut z = device.empty(&[l])?;
+    let mut z = device.empty_of(&[l], element)?;
 
     if device.is_dry() {
+        return Ok(z);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::philox::GpuForward { dims, params, z: z.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::philox::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("philox", other)),
+        }
         return Ok(z);
     }
     let args = Forward { dims, params, z: z.f32s_mut()? };
@@ -3779,25 +4211,25 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`qk_norm`].
 pub struct QkNormOut {
-    /// `[B, N, 3, D]` f32: Normalised queries and keys, and the values.
+    /// `[B, N, 3, D]` float: Normalised queries and keys, and the values.
     pub y: Tensor,
-    /// `[B, N, 2]` f32: Means of queries and keys.
+    /// `[B, N, 2]` float: Means of queries and keys.
     pub mean: Tensor,
-    /// `[B, N, 2]` f32: Reciprocal standard deviations of queries and keys.
+    /// `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
     pub rstd: Tensor,
 }
 
 /// Gradients of [`qk_norm`]; absent where not asked for.
 pub struct QkNormGrads {
-    /// `[B, N, 3, D]` f32
+    /// `[B, N, 3, D]` float
     pub x: Option<Tensor>,
-    /// `[D]` f32
+    /// `[D]` float
     pub q_gamma: Option<Tensor>,
-    /// `[D]` f32
+    /// `[D]` float
     pub q_beta: Option<Tensor>,
-    /// `[D]` f32
+    /// `[D]` float
     pub k_gamma: Option<Tensor>,
-    /// `[D]` f32
+    /// `[D]` float
     pub k_beta: Option<Tensor>,
 }
 
@@ -3807,14 +4239,14 @@ pub struct QkNormGrads {
 /// n_p = (x_p - mean(x_p)) / sqrt(var(x_p) + eps) over D, for p 0 (queries) and 1 (keys), x_p = x[b,n,p]
 /// y[b,n,0] = n_0 * q_gamma + q_beta;  y[b,n,1] = n_1 * k_gamma + k_beta;  y[b,n,2] = x[b,n,2]
 /// ```
-/// - `x` `[B, N, 3, D]` f32: Queries, keys and values side by side, all heads of one in a row.
-/// - `q_gamma` `[D]` f32: Scale of the queries.
-/// - `q_beta` `[D]` f32: Shift of the queries.
-/// - `k_gamma` `[D]` f32: Scale of the keys.
-/// - `k_beta` `[D]` f32: Shift of the keys.
-/// - returns `y` `[B, N, 3, D]` f32: Normalised queries and keys, and the values.
-/// - returns `mean` `[B, N, 2]` f32: Means of queries and keys.
-/// - returns `rstd` `[B, N, 2]` f32: Reciprocal standard deviations of queries and keys.
+/// - `x` `[B, N, 3, D]` float: Queries, keys and values side by side, all heads of one in a row.
+/// - `q_gamma` `[D]` float: Scale of the queries.
+/// - `q_beta` `[D]` float: Shift of the queries.
+/// - `k_gamma` `[D]` float: Scale of the keys.
+/// - `k_beta` `[D]` float: Shift of the keys.
+/// - returns `y` `[B, N, 3, D]` float: Normalised queries and keys, and the values.
+/// - returns `mean` `[B, N, 2]` float: Means of queries and keys.
+/// - returns `rstd` `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -3831,18 +4263,19 @@ pub fn qk_norm(x: &Tensor, q_gamma: &Tensor, q_beta: &Tensor, k_gamma: &Tensor, 
     check.match_exprs("q_beta", q_beta, &["D"])?;
     check.match_exprs("k_gamma", k_gamma, &["D"])?;
     check.match_exprs("k_beta", k_beta, &["D"])?;
-    want_dtype("qk_norm", "x", x, &[DType::F32])?;
-    want_dtype("qk_norm", "q_gamma", q_gamma, &[DType::F32])?;
-    want_dtype("qk_norm", "q_beta", q_beta, &[DType::F32])?;
-    want_dtype("qk_norm", "k_gamma", k_gamma, &[DType::F32])?;
-    want_dtype("qk_norm", "k_beta", k_beta, &[DType::F32])?;
+    check.float("x", x)?;
+    check.float("q_gamma", q_gamma)?;
+    check.float("q_beta", q_beta)?;
+    check.float("k_gamma", k_gamma)?;
+    check.float("k_beta", k_beta)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
     let device = x.device().clone();
     check.same_device(&device, &[("q_gamma", Some(q_gamma)), ("q_beta", Some(q_beta)), ("k_gamma", Some(k_gamma)), ("k_beta", Some(k_beta))])?;
+    let element = check.element(&device, kernels::generated::qk_norm::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
-    let mut y = device.empty(&[b, n, 3, d])?;
-    let mut mean = device.empty(&[b, n, 2])?;
-    let mut rstd = device.empty(&[b, n, 2])?;
+    let mut y = device.empty_of(&[b, n, 3, d], element)?;
+    let mut mean = device.empty_of(&[b, n, 2], element)?;
+    let mut rstd = device.empty_of(&[b, n, 2], element)?;
 
     if device.is_dry() {
         return Ok(QkNormOut { y, mean, rstd });
@@ -3875,21 +4308,22 @@ pub fn qk_norm_backward(dy: &Tensor, x: &Tensor, q_gamma: &Tensor, k_gamma: &Ten
     check.match_exprs("k_gamma", k_gamma, &["D"])?;
     check.match_exprs("mean", mean, &["B", "N", "2"])?;
     check.match_exprs("rstd", rstd, &["B", "N", "2"])?;
-    want_dtype("qk_norm", "dy", dy, &[DType::F32])?;
-    want_dtype("qk_norm", "x", x, &[DType::F32])?;
-    want_dtype("qk_norm", "q_gamma", q_gamma, &[DType::F32])?;
-    want_dtype("qk_norm", "k_gamma", k_gamma, &[DType::F32])?;
-    want_dtype("qk_norm", "mean", mean, &[DType::F32])?;
-    want_dtype("qk_norm", "rstd", rstd, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    check.float("q_gamma", q_gamma)?;
+    check.float("k_gamma", k_gamma)?;
+    check.float("mean", mean)?;
+    check.float("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
     let device = dy.device().clone();
     check.same_device(&device, &[("x", Some(x)), ("q_gamma", Some(q_gamma)), ("k_gamma", Some(k_gamma)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let element = check.element(&device, kernels::generated::qk_norm::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[b, n, 3, d])?) } else { None };
-    let mut grad_q_gamma = if want_q_gamma { Some(device.empty(&[d])?) } else { None };
-    let mut grad_q_beta = if want_q_beta { Some(device.empty(&[d])?) } else { None };
-    let mut grad_k_gamma = if want_k_gamma { Some(device.empty(&[d])?) } else { None };
-    let mut grad_k_beta = if want_k_beta { Some(device.empty(&[d])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, n, 3, d], element)?) } else { None };
+    let mut grad_q_gamma = if want_q_gamma { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_q_beta = if want_q_beta { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_k_gamma = if want_k_gamma { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_k_beta = if want_k_beta { Some(device.empty_of(&[d], element)?) } else { None };
 
     if device.is_dry() {
         return Ok(QkNormGrads { x: grad_x, q_gamma: grad_q_gamma, q_beta: grad_q_beta, k_gamma: grad_k_gamma, k_beta: grad_k_beta });
@@ -3965,17 +4399,17 @@ fn qk_norm_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`relative_attention`].
 pub struct RelativeAttentionOut {
-    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
+    /// `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
     pub lse: Tensor,
 }
 
 /// Gradients of [`relative_attention`]; absent where not asked for.
 pub struct RelativeAttentionGrads {
-    /// `[B, N, 3, H, E]` f32
+    /// `[B, N, 3, H, E]` float
     pub qkv: Option<Tensor>,
-    /// `[2*N - 1, H]` f32
+    /// `[2*N - 1, H]` float
     pub bias: Option<Tensor>,
 }
 
@@ -3986,11 +4420,11 @@ pub struct RelativeAttentionGrads {
 /// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e] + bias[j - i + N - 1, h]; lse[b,h,i] = log sum_{j in keys(b)} exp(s[b,h,i,j])
 /// y[b,i,h,e] = sum_{j in keys(b)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
 /// ```
-/// - `qkv` `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
-/// - `bias` `[2*N - 1, H]` f32: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+/// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+/// - `bias` `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
 /// - `counts` `[B]` i32, optional: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
-/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
-/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
+/// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
+/// - returns `lse` `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4003,9 +4437,9 @@ pub fn relative_attention(qkv: &Tensor, bias: &Tensor, counts: Option<&Tensor>, 
     check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
     check.match_exprs("bias", bias, &["2*N - 1", "H"])?;
     if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
-    want_dtype("relative_attention", "qkv", qkv, &[DType::F32])?;
-    want_dtype("relative_attention", "bias", bias, &[DType::F32])?;
-    if let Some(t) = counts { want_dtype("relative_attention", "counts", t, &[DType::I32])?; }
+    check.float("qkv", qkv)?;
+    check.float("bias", bias)?;
+    if let Some(t) = counts { check.i32("counts", t)?; }
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
     {
         let Dims { n, .. } = dims;
@@ -4015,9 +4449,10 @@ pub fn relative_attention(qkv: &Tensor, bias: &Tensor, counts: Option<&Tensor>, 
     require("relative_attention", n >= 1, "N >= 1", "at least one token", || format!("{dims:?}, {params:?}"))?;
     let device = qkv.device().clone();
     check.same_device(&device, &[("bias", Some(bias)), ("counts", counts)])?;
+    let element = check.element(&device, kernels::generated::relative_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
-    let mut y = device.empty(&[b, n, h, e])?;
-    let mut lse = device.empty(&[b, h, n])?;
+    let mut y = device.empty_of(&[b, n, h, e], element)?;
+    let mut lse = device.empty_of(&[b, h, n], element)?;
 
     if device.is_dry() {
         return Ok(RelativeAttentionOut { y, lse });
@@ -4050,12 +4485,12 @@ pub fn relative_attention_backward(dy: &Tensor, qkv: &Tensor, bias: &Tensor, cou
     if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
     check.match_exprs("y", y, &["B", "N", "H", "E"])?;
     check.match_exprs("lse", lse, &["B", "H", "N"])?;
-    want_dtype("relative_attention", "dy", dy, &[DType::F32])?;
-    want_dtype("relative_attention", "qkv", qkv, &[DType::F32])?;
-    want_dtype("relative_attention", "bias", bias, &[DType::F32])?;
-    if let Some(t) = counts { want_dtype("relative_attention", "counts", t, &[DType::I32])?; }
-    want_dtype("relative_attention", "y", y, &[DType::F32])?;
-    want_dtype("relative_attention", "lse", lse, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("qkv", qkv)?;
+    check.float("bias", bias)?;
+    if let Some(t) = counts { check.i32("counts", t)?; }
+    check.float("y", y)?;
+    check.float("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
     {
         let Dims { n, .. } = dims;
@@ -4065,9 +4500,10 @@ pub fn relative_attention_backward(dy: &Tensor, qkv: &Tensor, bias: &Tensor, cou
     require("relative_attention", n >= 1, "N >= 1", "at least one token", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("qkv", Some(qkv)), ("bias", Some(bias)), ("counts", counts), ("y", Some(y)), ("lse", Some(lse))])?;
+    let element = check.element(&device, kernels::generated::relative_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
-    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
-    let mut grad_bias = if want_bias { Some(device.empty(&[2*n - 1, h])?) } else { None };
+    let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty_of(&[2*n - 1, h], element)?) } else { None };
 
     if device.is_dry() {
         return Ok(RelativeAttentionGrads { qkv: grad_qkv, bias: grad_bias });
@@ -4134,7 +4570,7 @@ fn relative_attention_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`rms_norm`].
 pub struct RmsNormOut {
-    /// `[B, N, D]` f32: Normalised rows.
+    /// `[B, N, D]` float: Normalised rows.
     pub y: Tensor,
     /// `[B, N]` f32: Reciprocal root mean square of each row.
     pub rstd: Tensor,
@@ -4142,11 +4578,11 @@ pub struct RmsNormOut {
 
 /// Gradients of [`rms_norm`]; absent where not asked for.
 pub struct RmsNormGrads {
-    /// `[B, N, D]` f32
+    /// `[B, N, D]` float
     pub x: Option<Tensor>,
-    /// `[B, N, W]` f32
+    /// `[B, N, W]` float
     pub gate: Option<Tensor>,
-    /// `[D]` f32
+    /// `[D]` float
     pub weight: Option<Tensor>,
 }
 
@@ -4156,10 +4592,10 @@ pub struct RmsNormGrads {
 /// u[b,n,d] = x[b,n,d] * silu(gate[b,n,gate_offset + d]), or x where the gate is absent
 /// rstd[b,n] = 1/sqrt(1/D sum_d u[b,n,d]^2 + eps);  y[b,n,d] = u[b,n,d] * rstd[b,n] * weight[d]
 /// ```
-/// - `x` `[B, N, D]` f32: Rows.
-/// - `gate` `[B, N, W]` f32, optional: Packed rows that hold the gate; the gradient is zero outside its columns.
-/// - `weight` `[D]` f32: Factor of each column.
-/// - returns `y` `[B, N, D]` f32: Normalised rows.
+/// - `x` `[B, N, D]` float: Rows.
+/// - `gate` `[B, N, W]` float, optional: Packed rows that hold the gate; the gradient is zero outside its columns.
+/// - `weight` `[D]` float: Factor of each column.
+/// - returns `y` `[B, N, D]` float: Normalised rows.
 /// - returns `rstd` `[B, N]` f32: Reciprocal root mean square of each row.
 ///
 /// # Errors
@@ -4173,19 +4609,30 @@ pub fn rms_norm(x: &Tensor, gate: Option<&Tensor>, weight: &Tensor, params: kern
     check.match_exprs("x", x, &["B", "N", "D"])?;
     if let Some(t) = gate { check.match_exprs("gate", t, &["B", "N", "W"])?; }
     check.match_exprs("weight", weight, &["D"])?;
-    want_dtype("rms_norm", "x", x, &[DType::F32])?;
-    if let Some(t) = gate { want_dtype("rms_norm", "gate", t, &[DType::F32])?; }
-    want_dtype("rms_norm", "weight", weight, &[DType::F32])?;
+    check.float("x", x)?;
+    if let Some(t) = gate { check.float("gate", t)?; }
+    check.float("weight", weight)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")?, w: check.dim("W")? };
     let Dims { d, w, .. } = dims;
     require("rms_norm", !gate.is_some() || params.gate_offset + d <= w, "!has(gate) || gate_offset + D <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
     let device = x.device().clone();
     check.same_device(&device, &[("gate", gate), ("weight", Some(weight))])?;
+    let element = check.element(&device, kernels::generated::rms_norm::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
-    let mut y = device.empty(&[b, n, d])?;
+    let mut y = device.empty_of(&[b, n, d], element)?;
     let mut rstd = device.empty(&[b, n])?;
 
     if device.is_dry() {
+        return Ok(RmsNormOut { y, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::rms_norm::GpuForward { dims, params, x: x.input()?, gate: match gate { Some(t) => Some(t.input()?), None => None }, weight: weight.input()?, y: y.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::rms_norm::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::rms_norm::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("rms_norm", other)),
+        }
         return Ok(RmsNormOut { y, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, y: y.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -4215,22 +4662,33 @@ pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, gate: Option<&Tensor>, weight:
     if let Some(t) = gate { check.match_exprs("gate", t, &["B", "N", "W"])?; }
     check.match_exprs("weight", weight, &["D"])?;
     check.match_exprs("rstd", rstd, &["B", "N"])?;
-    want_dtype("rms_norm", "dy", dy, &[DType::F32])?;
-    want_dtype("rms_norm", "x", x, &[DType::F32])?;
-    if let Some(t) = gate { want_dtype("rms_norm", "gate", t, &[DType::F32])?; }
-    want_dtype("rms_norm", "weight", weight, &[DType::F32])?;
-    want_dtype("rms_norm", "rstd", rstd, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    if let Some(t) = gate { check.float("gate", t)?; }
+    check.float("weight", weight)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")?, w: check.dim("W")? };
     let Dims { d, w, .. } = dims;
     require("rms_norm", !gate.is_some() || params.gate_offset + d <= w, "!has(gate) || gate_offset + D <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
     let device = dy.device().clone();
     check.same_device(&device, &[("x", Some(x)), ("gate", gate), ("weight", Some(weight)), ("rstd", Some(rstd))])?;
+    let element = check.element(&device, kernels::generated::rms_norm::INFO.elements)?;
     let Dims { b, n, d, w, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[b, n, d])?) } else { None };
-    let mut grad_gate = if want_gate { Some(device.empty(&[b, n, w])?) } else { None };
-    let mut grad_weight = if want_weight { Some(device.empty(&[d])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, n, d], element)?) } else { None };
+    let mut grad_gate = if want_gate { Some(device.empty_of(&[b, n, w], element)?) } else { None };
+    let mut grad_weight = if want_weight { Some(device.empty_of(&[d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(RmsNormGrads { x: grad_x, gate: grad_gate, weight: grad_weight });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::rms_norm::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, gate: match gate { Some(t) => Some(t.input()?), None => None }, weight: weight.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.output()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::rms_norm::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::rms_norm::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("rms_norm", other)),
+        }
         return Ok(RmsNormGrads { x: grad_x, gate: grad_gate, weight: grad_weight });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -4301,8 +4759,8 @@ fn rms_norm_conform(run: &mut Conform<'_>) -> Result<()> {
 /// f_i = exp((-ln(10000) * i) / denominator), i in 0..D/2;  phase = t[b] * f_i;  each operation rounds to f32
 /// y[b,i] = cos(phase);  y[b,D/2+i] = sin(phase)
 /// ```
-/// - `t` `[B]` f32: Timestep, fractional values allowed.
-/// - returns `y` `[B, D]` f32: Features.
+/// - `t` `[B]` float: Timestep, fractional values allowed.
+/// - returns `y` `[B, D]` float: Features.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4312,17 +4770,27 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
     check.given("D", d)?;
     check.bind("t", t, &["B"])?;
     check.match_exprs("t", t, &["B"])?;
-    want_dtype("sinusoid", "t", t, &[DType::F32])?;
+    check.float("t", t)?;
     let dims = Dims { b: check.dim("B")?, d: check.dim("D")? };
     let Dims { d, .. } = dims;
     require("sinusoid", d % 2 == 0, "D % 2 == 0", "an even number of features", || format!("{dims:?}, {params:?}"))?;
     require("sinusoid", params.denominator > 0.0, "denominator > 0.0", "greater than zero", || format!("{dims:?}, {params:?}"))?;
     let device = t.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::sinusoid::INFO.elements)?;
     let Dims { b, d, .. } = dims;
-    let mut y = device.empty(&[b, d])?;
+    let mut y = device.empty_of(&[b, d], element)?;
 
     if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::sinusoid::GpuForward { dims, params, t: t.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::sinusoid::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("sinusoid", other)),
+        }
         return Ok(y);
     }
     let args = Forward { dims, params, t: t.f32s()?, y: y.f32s_mut()? };
@@ -4353,9 +4821,9 @@ fn sinusoid_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`solver_step`].
 pub struct SolverStepOut {
-    /// `[B, C, S]` f32: Latents of the next step.
+    /// `[B, C, S]` float: Latents of the next step.
     pub x_next: Tensor,
-    /// `[B, C, S]` f32: Clean estimate.
+    /// `[B, C, S]` float: Clean estimate.
     pub x0: Tensor,
 }
 
@@ -4367,13 +4835,13 @@ pub struct SolverStepOut {
 /// scale = cn, or where learned and cn != 0: exp((f*log_hi + (1 - f)*log_lo)/2), f = (v + 1)/2
 /// x_next = cx*x + ce*eps + c0*x0 + c1*x0_prev + scale*noise
 /// ```
-/// - `x` `[B, C, S]` f32: Current latents.
-/// - `cond` `[B, Co, S]` f32: Model output for the condition.
-/// - `uncond` `[B, Co, S]` f32, optional: Model output for the null condition.
-/// - `noise` `[B, C, S]` f32, optional: Standard normal noise.
-/// - `x0_prev` `[B, C, S]` f32, optional: Clean estimate of the previous step (second order).
-/// - returns `x_next` `[B, C, S]` f32: Latents of the next step.
-/// - returns `x0` `[B, C, S]` f32: Clean estimate.
+/// - `x` `[B, C, S]` float: Current latents.
+/// - `cond` `[B, Co, S]` float: Model output for the condition.
+/// - `uncond` `[B, Co, S]` float, optional: Model output for the null condition.
+/// - `noise` `[B, C, S]` float, optional: Standard normal noise.
+/// - `x0_prev` `[B, C, S]` float, optional: Clean estimate of the previous step (second order).
+/// - returns `x_next` `[B, C, S]` float: Latents of the next step.
+/// - returns `x0` `[B, C, S]` float: Clean estimate.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4390,11 +4858,11 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
     if let Some(t) = uncond { check.match_exprs("uncond", t, &["B", "Co", "S"])?; }
     if let Some(t) = noise { check.match_exprs("noise", t, &["B", "C", "S"])?; }
     if let Some(t) = x0_prev { check.match_exprs("x0_prev", t, &["B", "C", "S"])?; }
-    want_dtype("solver_step", "x", x, &[DType::F32])?;
-    want_dtype("solver_step", "cond", cond, &[DType::F32])?;
-    if let Some(t) = uncond { want_dtype("solver_step", "uncond", t, &[DType::F32])?; }
-    if let Some(t) = noise { want_dtype("solver_step", "noise", t, &[DType::F32])?; }
-    if let Some(t) = x0_prev { want_dtype("solver_step", "x0_prev", t, &[DType::F32])?; }
+    check.float("x", x)?;
+    check.float("cond", cond)?;
+    if let Some(t) = uncond { check.float("uncond", t)?; }
+    if let Some(t) = noise { check.float("noise", t)?; }
+    if let Some(t) = x0_prev { check.float("x0_prev", t)?; }
     let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, co: check.dim("Co")?, s: check.dim("S")? };
     let Dims { c, co, .. } = dims;
     require("solver_step", co == c || co == 2 * c, "Co == C || Co == 2 * C", "C output channels, or 2*C with variance values", || format!("{dims:?}, {params:?}"))?;
@@ -4403,11 +4871,21 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
     require("solver_step", params.c1 == 0.0 || x0_prev.is_some(), "c1 == 0.0 || has(x0_prev)", "the previous clean estimate where its factor is not zero", || format!("{dims:?}, {params:?}"))?;
     let device = x.device().clone();
     check.same_device(&device, &[("cond", Some(cond)), ("uncond", uncond), ("noise", noise), ("x0_prev", x0_prev)])?;
+    let element = check.element(&device, kernels::generated::solver_step::INFO.elements)?;
     let Dims { b, c, s, .. } = dims;
-    let mut x_next = device.empty(&[b, c, s])?;
-    let mut x0 = device.empty(&[b, c, s])?;
+    let mut x_next = device.empty_of(&[b, c, s], element)?;
+    let mut x0 = device.empty_of(&[b, c, s], element)?;
 
     if device.is_dry() {
+        return Ok(SolverStepOut { x_next, x0 });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::solver_step::GpuForward { dims, params, x: x.input()?, cond: cond.input()?, uncond: match uncond { Some(t) => Some(t.input()?), None => None }, noise: match noise { Some(t) => Some(t.input()?), None => None }, x0_prev: match x0_prev { Some(t) => Some(t.input()?), None => None }, x_next: x_next.output()?, x0: x0.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::solver_step::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("solver_step", other)),
+        }
         return Ok(SolverStepOut { x_next, x0 });
     }
     let args = Forward { dims, params, x: x.f32s()?, cond: cond.f32s()?, uncond: match uncond { Some(t) => Some(t.f32s()?), None => None }, noise: match noise { Some(t) => Some(t.f32s()?), None => None }, x0_prev: match x0_prev { Some(t) => Some(t.f32s()?), None => None }, x_next: x_next.f32s_mut()?, x0: x0.f32s_mut()? };
@@ -4446,8 +4924,8 @@ fn solver_step_conform(run: &mut Conform<'_>) -> Result<()> {
 /// ```text
 /// out = sum_i x_i^2, in f64, rounded once
 /// ```
-/// - `x` `[L]` f32: Any tensor.
-/// - returns `out` `[1]` f32: Sum.
+/// - `x` `[L]` float: Any tensor.
+/// - returns `out` `[1]` float: Sum.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4456,14 +4934,24 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
     let mut check = DimCheck::new("sum_squares", &["L"]);
     check.bind("x", x, &["L"])?;
     check.match_exprs("x", x, &["L"])?;
-    want_dtype("sum_squares", "x", x, &[DType::F32])?;
+    check.float("x", x)?;
     let dims = Dims { l: check.dim("L")? };
     let device = x.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::sum_squares::INFO.elements)?;
     
-    let mut out = device.empty(&[1])?;
+    let mut out = device.empty_of(&[1], element)?;
 
     if device.is_dry() {
+        return Ok(out);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::sum_squares::GpuForward { dims, params, x: x.input()?, out: out.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::sum_squares::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("sum_squares", other)),
+        }
         return Ok(out);
     }
     let args = Forward { dims, params, x: x.f32s()?, out: out.f32s_mut()? };
@@ -4498,8 +4986,8 @@ fn sum_squares_conform(run: &mut Conform<'_>) -> Result<()> {
 /// x[b, c, gh*P + p, gw*P + q] = tokens[b, gh*Gw + gw, (p*P + q)*C + c]
 /// dtokens is dx moved back: a permutation, so nothing is added
 /// ```
-/// - `tokens` `[B, Gh*Gw, P*P*C]` f32: Patches in raster order; within one: row, column, channel.
-/// - returns `x` `[B, C, Gh*P, Gw*P]` f32: Image, channels first.
+/// - `tokens` `[B, Gh*Gw, P*P*C]` float: Patches in raster order; within one: row, column, channel.
+/// - returns `x` `[B, C, Gh*P, Gw*P]` float: Image, channels first.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4512,16 +5000,27 @@ pub fn unpatchify(tokens: &Tensor, c: usize, p: usize, gh: usize, gw: usize, par
     check.given("Gw", gw)?;
     check.bind("tokens", tokens, &["B", "Gh*Gw", "P*P*C"])?;
     check.match_exprs("tokens", tokens, &["B", "Gh*Gw", "P*P*C"])?;
-    want_dtype("unpatchify", "tokens", tokens, &[DType::F32])?;
+    check.float("tokens", tokens)?;
     let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, p: check.dim("P")?, gh: check.dim("Gh")?, gw: check.dim("Gw")? };
     let Dims { c, p, gh, gw, .. } = dims;
     require("unpatchify", c > 0 && p > 0 && gh > 0 && gw > 0, "C > 0 && P > 0 && Gh > 0 && Gw > 0", "at least one channel, and a patch edge and a grid of at least one", || format!("{dims:?}, {params:?}"))?;
     let device = tokens.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::unpatchify::INFO.elements)?;
     let Dims { b, c, p, gh, gw, .. } = dims;
-    let mut x = device.empty(&[b, c, gh*p, gw*p])?;
+    let mut x = device.empty_of(&[b, c, gh*p, gw*p], element)?;
 
     if device.is_dry() {
+        return Ok(x);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::unpatchify::GpuForward { dims, params, tokens: tokens.input()?, x: x.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::unpatchify::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::unpatchify::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("unpatchify", other)),
+        }
         return Ok(x);
     }
     let args = Forward { dims, params, tokens: tokens.f32s()?, x: x.f32s_mut()? };
@@ -4546,16 +5045,27 @@ pub fn unpatchify_backward(dx: &Tensor, c: usize, p: usize, gh: usize, gw: usize
     check.given("Gw", gw)?;
     check.bind("dx", dx, &["B", "C", "Gh*P", "Gw*P"])?;
     check.match_exprs("dx", dx, &["B", "C", "Gh*P", "Gw*P"])?;
-    want_dtype("unpatchify", "dx", dx, &[DType::F32])?;
+    check.float("dx", dx)?;
     let dims = Dims { b: check.dim("B")?, c: check.dim("C")?, p: check.dim("P")?, gh: check.dim("Gh")?, gw: check.dim("Gw")? };
     let Dims { c, p, gh, gw, .. } = dims;
     require("unpatchify", c > 0 && p > 0 && gh > 0 && gw > 0, "C > 0 && P > 0 && Gh > 0 && Gw > 0", "at least one channel, and a patch edge and a grid of at least one", || format!("{dims:?}, {params:?}"))?;
     let device = dx.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::unpatchify::INFO.elements)?;
     let Dims { b, c, p, gh, gw, .. } = dims;
-    let mut grad_tokens = if want_tokens { Some(device.empty(&[b, gh*gw, p*p*c])?) } else { None };
+    let mut grad_tokens = if want_tokens { Some(device.empty_of(&[b, gh*gw, p*p*c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_tokens);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::unpatchify::GpuBackward { dims, params, dx: dx.input()?, dtokens: match &mut grad_tokens { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::unpatchify::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::unpatchify::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("unpatchify", other)),
+        }
         return Ok(grad_tokens);
     }
     let args = Backward { dims, params, dx: dx.f32s()?, dtokens: match &mut grad_tokens { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -4614,8 +5124,8 @@ fn unpatchify_conform(run: &mut Conform<'_>) -> Result<()> {
 /// y[b,i,j,c] = x[b, i/2, j/2, c] with whole quotients
 /// dx[b,i,j,c] = sum of dy over the four pixels of the square
 /// ```
-/// - `x` `[B, H, W, C]` f32: Images, channels last.
-/// - returns `y` `[B, 2*H, 2*W, C]` f32: Images of twice the height and width.
+/// - `x` `[B, H, W, C]` float: Images, channels last.
+/// - returns `y` `[B, 2*H, 2*W, C]` float: Images of twice the height and width.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4624,12 +5134,13 @@ pub fn upsample(x: &Tensor, params: kernels::generated::upsample::Params) -> Res
     let mut check = DimCheck::new("upsample", &["B", "H", "W", "C"]);
     check.bind("x", x, &["B", "H", "W", "C"])?;
     check.match_exprs("x", x, &["B", "H", "W", "C"])?;
-    want_dtype("upsample", "x", x, &[DType::F32])?;
+    check.float("x", x)?;
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")? };
     let device = x.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::upsample::INFO.elements)?;
     let Dims { b, h, w, c, .. } = dims;
-    let mut y = device.empty(&[b, 2*h, 2*w, c])?;
+    let mut y = device.empty_of(&[b, 2*h, 2*w, c], element)?;
 
     if device.is_dry() {
         return Ok(y);
@@ -4654,12 +5165,13 @@ pub fn upsample_backward(dy: &Tensor, h: usize, w: usize, want_x: bool, params: 
     check.given("W", w)?;
     check.bind("dy", dy, &["B", "2*H", "2*W", "C"])?;
     check.match_exprs("dy", dy, &["B", "2*H", "2*W", "C"])?;
-    want_dtype("upsample", "dy", dy, &[DType::F32])?;
+    check.float("dy", dy)?;
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")? };
     let device = dy.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::upsample::INFO.elements)?;
     let Dims { b, h, w, c, .. } = dims;
-    let mut grad_x = if want_x { Some(device.empty(&[b, h, w, c])?) } else { None };
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, h, w, c], element)?) } else { None };
 
     if device.is_dry() {
         return Ok(grad_x);
@@ -4718,7 +5230,7 @@ fn upsample_conform(run: &mut Conform<'_>) -> Result<()> {
 
 /// Outputs of [`window_attention`].
 pub struct WindowAttentionOut {
-    /// `[B, N, H, E]` f32: Attention output, heads side by side.
+    /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
     /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
@@ -4731,8 +5243,8 @@ pub struct WindowAttentionOut {
 /// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]; lse[b,h,i] = log sum_{j in keys(i)} exp(s[b,h,i,j])
 /// y[b,i,h,e] = sum_{j in keys(i)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
 /// ```
-/// - `qkv` `[B, N, 3, H, E]` f32: Queries, keys and values side by side, as one projection writes them.
-/// - returns `y` `[B, N, H, E]` f32: Attention output, heads side by side.
+/// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+/// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
 /// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
@@ -4743,15 +5255,26 @@ pub fn window_attention(qkv: &Tensor, w: usize, params: kernels::generated::wind
     check.given("W", w)?;
     check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
     check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
-    want_dtype("window_attention", "qkv", qkv, &[DType::F32])?;
+    check.float("qkv", qkv)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")?, w: check.dim("W")? };
     let device = qkv.device().clone();
     check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::window_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
-    let mut y = device.empty(&[b, n, h, e])?;
+    let mut y = device.empty_of(&[b, n, h, e], element)?;
     let mut lse = device.empty(&[b, h, n])?;
 
     if device.is_dry() {
+        return Ok(WindowAttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::window_attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::window_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::window_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("window_attention", other)),
+        }
         return Ok(WindowAttentionOut { y, lse });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -4779,17 +5302,28 @@ pub fn window_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Te
     check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
     check.match_exprs("y", y, &["B", "N", "H", "E"])?;
     check.match_exprs("lse", lse, &["B", "H", "N"])?;
-    want_dtype("window_attention", "dy", dy, &[DType::F32])?;
-    want_dtype("window_attention", "qkv", qkv, &[DType::F32])?;
-    want_dtype("window_attention", "y", y, &[DType::F32])?;
-    want_dtype("window_attention", "lse", lse, &[DType::F32])?;
+    check.float("dy", dy)?;
+    check.float("qkv", qkv)?;
+    check.float("y", y)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")?, w: check.dim("W")? };
     let device = dy.device().clone();
     check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
+    let element = check.element(&device, kernels::generated::window_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
-    let mut grad_qkv = if want_qkv { Some(device.empty(&[b, n, 3, h, e])?) } else { None };
+    let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::window_attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, lse: lse.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::window_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::window_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("window_attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };

@@ -2,7 +2,9 @@
 //!
 //! `generated.rs` follows from the contracts in `kernels-cu/<op>/op.toml`; nothing here is written per operator.
 
+mod cases;
 pub mod check;
+mod entry;
 #[rustfmt::skip]
 mod generated;
 

@@ -39,7 +39,8 @@ pub fn forward(
         return Err(Error::failure("guidance: x", "odd batch").is(batch).must("labelled and null halves of one size"));
     }
     let mut doubled = x.copy()?;
-    double(x.f32s()?.split_at(x.len() / 2).0, doubled.f32s_mut()?);
+    let first = x.values()?[..x.len() / 2].to_vec();
+    doubled.edit(|both| both.chunks_exact_mut(first.len().max(1)).for_each(|half| half.copy_from_slice(&first)))?;
     // A graph of its own: the caller's may outlive the model.
     let inference = Graph::inference(g.precision());
     let mut out = model.forward(&inference, &Var::constant(doubled), t, y, run)?.into_tensor();
@@ -56,18 +57,29 @@ pub fn combine(out: &mut Tensor, scale: f64, channels: usize) -> Result<()> {
     let plane = out.dim(2) * out.dim(3);
     let (per_image, guided) = (out.dim(1) * plane, channels.min(out.dim(1)) * plane);
     let half = out.len() / 2;
-    let (cond, null) = out.f32s_mut()?.split_at_mut(half);
     let scale = scale as f32;
-    for (cond, null) in cond.chunks_mut(per_image).zip(null.chunks_mut(per_image)) {
-        for (c, n) in cond[..guided].iter_mut().zip(&mut null[..guided]) {
-            *c = *n + scale * (*c - *n);
-            *n = *c;
+    out.edit(|out| {
+        let (cond, null) = out.split_at_mut(half);
+        for (cond, null) in cond.chunks_mut(per_image).zip(null.chunks_mut(per_image)) {
+            for (c, n) in cond[..guided].iter_mut().zip(&mut null[..guided]) {
+                *c = *n + scale * (*c - *n);
+                *n = *c;
+            }
         }
-    }
-    Ok(())
+    })
 }
 
-/// Writes `values` twice, one after the other; `target` is twice as long.
-pub(crate) fn double(values: &[f32], target: &mut [f32]) {
-    target.chunks_exact_mut(values.len().max(1)).for_each(|half| half.copy_from_slice(values));
+/// Writes the values of a tensor as often as they fit into `target`, one after the other.
+pub(crate) fn double(values: &Tensor, target: &mut Tensor) -> Result<()> {
+    let values = values.values()?;
+    target.edit(|target| target.chunks_exact_mut(values.len().max(1)).for_each(|half| half.copy_from_slice(&values)))
+}
+
+/// Puts the first half of a batch in the place of the second, too.
+pub(crate) fn repeat_first_half(batch: &mut Tensor) -> Result<()> {
+    let half = batch.len() / 2;
+    batch.edit(|values| {
+        let (first, second) = values.split_at_mut(half);
+        second.copy_from_slice(first);
+    })
 }

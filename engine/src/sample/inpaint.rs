@@ -50,15 +50,23 @@ impl Known {
     }
 
     /// Puts the known pixels of images `first..` into `x`, noised to a level.
-    pub(super) fn impose(&self, first: usize, x: &mut [f32], noise: &[f32], (signal, sigma): (f32, f32)) -> Result<()> {
+    pub(super) fn impose(
+        &self,
+        first: usize,
+        x: &mut Tensor,
+        noise: &Tensor,
+        (signal, sigma): (f32, f32),
+    ) -> Result<()> {
         let start = first * (self.images.len() / self.images.dim(0));
-        let known = self.images.f32s()?[start..].iter().zip(&self.mask.f32s()?[start..]);
-        for ((x, noise), (image, mask)) in x.iter_mut().zip(noise).zip(known) {
-            if *mask != 0.0 {
-                *x = signal * image + sigma * noise;
+        let (images, mask, noise) = (self.images.values()?, self.mask.values()?, noise.values()?);
+        let known = images[start..].iter().zip(&mask[start..]);
+        x.edit(|x| {
+            for ((x, noise), (image, mask)) in x.iter_mut().zip(noise.iter()).zip(known) {
+                if *mask != 0.0 {
+                    *x = signal * image + sigma * noise;
+                }
             }
-        }
-        Ok(())
+        })
     }
 
     /// Error unless the tensors fit `n` images of `shape`, rounds are possible and everything is finite.
@@ -69,7 +77,7 @@ impl Known {
                     .is(tensor.shape())
                     .must(format!("{shape:?}")));
             }
-            if let Some(value) = tensor.f32s()?.iter().find(|v| !v.is_finite()) {
+            if let Some(value) = tensor.values()?.iter().copied().find(|v| !v.is_finite()) {
                 return Err(Error::usage(format!("inpainting: {name}"), "value is not finite")
                     .is(value)
                     .must("finite"));

@@ -112,15 +112,17 @@ pub fn generate_watched(
                 }
                 report(Progress { images: done, batch: labels.len(), step: step + 1 });
             }
-            all.f32s_mut()?[done * image..][..labels.len() * image].copy_from_slice(batch.x.f32s()?);
+            let made = batch.x.values()?;
+            all.edit(|all| all[done * image..][..made.len()].copy_from_slice(&made))?;
             done += labels.len();
         }
         Ok(())
     })?;
-    match all.f32s()?.iter().position(|v| !v.is_finite()) {
+    let bad = all.values()?.iter().copied().enumerate().find(|(_, v)| !v.is_finite());
+    match bad {
         None => Ok(all),
-        Some(at) => Err(Error::failure("sampling", "the result is not finite")
-            .is(format!("{} in image {}", all.f32s()?[at], at / image.max(1)))
+        Some((at, value)) => Err(Error::failure("sampling", "the result is not finite")
+            .is(format!("{value} in image {}", at / image.max(1)))
             .must("finite numbers")
             .fix("lower the guidance scale, or use more steps")),
     }
@@ -221,13 +223,14 @@ impl<'a> Batch<'a> {
             Some(given) => {
                 let start = first * flat[1] * flat[2];
                 let len = x.len();
-                x.f32s_mut()?.copy_from_slice(&given.f32s()?[start..start + len]);
+                let given = given.values()?;
+                x.edit(|x| x.copy_from_slice(&given[start..start + len]))?;
             }
             None => draw(&mut x, seed, LATENT_STREAM)?,
         }
         if let Some(known) = &request.known {
             let noise = x.copy()?;
-            known.impose(first, x.f32s_mut()?, noise.f32s()?, inpaint::level(plan, 0))?;
+            known.impose(first, &mut x, &noise, inpaint::level(plan, 0))?;
         }
         let guided = request.guidance != 1.0;
         let rows = if guided { 2 * b } else { b };
@@ -256,7 +259,7 @@ impl<'a> Batch<'a> {
     fn step(&mut self, index: usize, round: usize, watch: Option<&mut Watch<'_>>) -> Result<()> {
         let c = &self.model.config;
         let coefs = &self.plan.steps[index].coefs;
-        cfg::double(self.x.f32s()?, self.input.f32s_mut()?);
+        cfg::double(&self.x, &mut self.input)?;
         let run = Run { semantics: self.request.semantics, checkpoint: false };
         let input = Var::constant(self.input.clone());
         let (times, labels) = (&self.times[index], &self.labels);
@@ -274,9 +277,10 @@ impl<'a> Batch<'a> {
         let (cond, null) = match &mut self.halves {
             None => (&out, None),
             Some((cond, null)) => {
-                let (first, second) = out.f32s()?.split_at(out.len() / 2);
-                cond.f32s_mut()?.copy_from_slice(first);
-                null.f32s_mut()?.copy_from_slice(second);
+                let both = out.values()?;
+                let (first, second) = both.split_at(out.len() / 2);
+                cond.edit(|cond| cond.copy_from_slice(first))?;
+                null.edit(|null| null.copy_from_slice(second))?;
                 (&*cond, Some(&*null))
             }
         };
@@ -302,10 +306,12 @@ impl<'a> Batch<'a> {
         let (Some(known), Some(noise)) = (&self.request.known, &mut self.noise) else { return Ok(()) };
         let reached = inpaint::level(self.plan, index + 1);
         draw(noise, self.seed, inpaint::stream(index, round, Purpose::Known))?;
-        known.impose(self.first, self.x.f32s_mut()?, noise.f32s()?, reached)?;
+        known.impose(self.first, &mut self.x, noise, reached)?;
         if again {
             draw(noise, self.seed, inpaint::stream(index, round, Purpose::Back))?;
-            inpaint::go_back(self.x.f32s_mut()?, noise.f32s()?, reached.0, inpaint::level(self.plan, index).0);
+            let noise = noise.values()?;
+            let level = inpaint::level(self.plan, index).0;
+            self.x.edit(|x| inpaint::go_back(x, &noise, reached.0, level))?;
         }
         Ok(())
     }
@@ -314,15 +320,16 @@ impl<'a> Batch<'a> {
 /// Standard normal numbers of one stream for every image of a batch, each from its own seed.
 pub(super) fn draw(target: &mut Tensor, seed: u64, stream: u64) -> Result<()> {
     let image = target.dim(1) * target.dim(2);
-    for (i, values) in target.f32s_mut()?.chunks_mut(image.max(1)).enumerate() {
-        Philox::new(image_seed(seed, i as u64), stream).fill_normal(values);
-    }
-    Ok(())
+    target.edit(|target| {
+        for (i, values) in target.chunks_mut(image.max(1)).enumerate() {
+            Philox::new(image_seed(seed, i as u64), stream).fill_normal(values);
+        }
+    })
 }
 
 pub(super) fn fill(device: &Device, rows: usize, value: f32) -> Result<Tensor> {
     let mut t = device.empty(&[rows])?;
-    t.f32s_mut()?.fill(value);
+    t.edit(|t| t.fill(value))?;
     Ok(t)
 }
 
@@ -334,7 +341,7 @@ pub(super) fn fill(device: &Device, rows: usize, value: f32) -> Result<Tensor> {
 pub fn to_pixels(images: &Tensor) -> Result<Vec<u8>> {
     let (c, plane) = (images.dim(1), images.dim(2) * images.dim(3));
     let mut bytes = Vec::with_capacity(images.len());
-    for image in images.f32s()?.chunks((c * plane).max(1)) {
+    for image in images.values()?.chunks((c * plane).max(1)) {
         for pixel in 0..plane {
             bytes
                 .extend((0..c).map(|channel| (127.5 * image[channel * plane + pixel] + 128.0).clamp(0.0, 255.0) as u8));

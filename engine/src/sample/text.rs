@@ -262,7 +262,7 @@ impl<'a> Batch<'a> {
         }
         if let Some(known) = &request.known {
             let noise = x.copy()?;
-            known.impose(first, x.f32s_mut()?, noise.f32s()?, inpaint::level(plan, step))?;
+            known.impose(first, &mut x, &noise, inpaint::level(plan, step))?;
         }
         let graph = Graph::inference(request.precision);
         let mut keys = vec![model.keys(&graph, &text(&graph, device, &request.prompts[first..first + count], false)?)?];
@@ -352,10 +352,12 @@ impl<'a> Batch<'a> {
         let (Some(known), Some(noise)) = (&self.request.known, &mut self.noise) else { return Ok(()) };
         let reached = inpaint::level(self.plan, index + 1);
         draw(noise, self.seed, inpaint::stream(index, round, Purpose::Known))?;
-        known.impose(self.first, self.x.f32s_mut()?, noise.f32s()?, reached)?;
+        known.impose(self.first, &mut self.x, noise, reached)?;
         if again {
             draw(noise, self.seed, inpaint::stream(index, round, Purpose::Back))?;
-            inpaint::go_back(self.x.f32s_mut()?, noise.f32s()?, reached.0, inpaint::level(self.plan, index).0);
+            let noise = noise.values()?;
+            let level = inpaint::level(self.plan, index).0;
+            self.x.edit(|x| inpaint::go_back(x, &noise, reached.0, level))?;
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 //! A device hands out buffers and takes them back: after the first step of a loop every request is met by a buffer
 //! of the same size that an earlier step returned, so the loop allocates nothing. Counters tell live and peak bytes.
 
+use super::gpu::{Gpu, Kernels, Memory};
 use super::{DType, Shape, Tensor};
 use crate::error::{Error, Result};
 use bytemuck::{Pod, Zeroable};
@@ -60,23 +61,37 @@ enum Storage {
     Lines(Vec<Line>),
     /// Of a dry device: its length, and zeros where someone asks for values all the same.
     Dry(usize, OnceLock<Vec<f32>>),
+    /// Of a device with its own memory.
+    Gpu(Memory),
 }
 
 impl Buffer {
-    pub(crate) fn floats(&self) -> &[f32] {
+    /// The values in host memory; none on a device with its own.
+    pub(crate) fn floats(&self) -> Option<&[f32]> {
         match &self.storage {
-            Storage::Lines(lines) => bytemuck::cast_slice(lines),
-            Storage::Dry(len, values) => values.get_or_init(|| vec![0.0; *len]),
+            Storage::Lines(lines) => Some(bytemuck::cast_slice(lines)),
+            Storage::Dry(len, values) => Some(values.get_or_init(|| vec![0.0; *len])),
+            Storage::Gpu(_) => None,
         }
     }
 
-    pub(crate) fn floats_mut(&mut self) -> &mut [f32] {
+    /// As [`Buffer::floats`].
+    pub(crate) fn floats_mut(&mut self) -> Option<&mut [f32]> {
         match &mut self.storage {
-            Storage::Lines(lines) => bytemuck::cast_slice_mut(lines),
+            Storage::Lines(lines) => Some(bytemuck::cast_slice_mut(lines)),
             Storage::Dry(len, values) => {
                 values.get_or_init(|| vec![0.0; *len]);
-                values.get_mut().map_or(&mut [], |values| &mut values[..])
+                values.get_mut().map(|values| &mut values[..])
             }
+            Storage::Gpu(_) => None,
+        }
+    }
+
+    /// The memory of a device with its own.
+    pub(crate) fn memory(&self) -> Option<&Memory> {
+        match &self.storage {
+            Storage::Gpu(memory) => Some(memory),
+            _ => None,
         }
     }
 
@@ -85,6 +100,7 @@ impl Buffer {
         match &self.storage {
             Storage::Lines(lines) => lines.len(),
             Storage::Dry(len, _) => len / 16,
+            Storage::Gpu(memory) => memory.bytes().div_ceil(64),
         }
     }
 
@@ -97,6 +113,9 @@ impl Buffer {
         if Arc::get_mut(&mut buffer).is_some() {
             let pool = Arc::clone(&buffer.device.0);
             pool.live.fetch_sub(buffer.lines() * 64, Ordering::Relaxed);
+            if pool.gpu.as_ref().is_some_and(|gpu| !gpu.recycles()) {
+                return;
+            }
             pool.lock().entry(buffer.lines()).or_default().push(Recycled(buffer));
         }
     }
@@ -108,6 +127,10 @@ struct Recycled(Arc<Buffer>);
 
 struct Pool {
     kind: DeviceKind,
+    /// The device behind the kinds with memory of their own.
+    gpu: Option<Arc<dyn Gpu>>,
+    /// The type in which it computes where a call does not say.
+    element: DType,
     free: Mutex<HashMap<usize, Vec<Recycled>>>,
     live: AtomicUsize,
     peak: AtomicUsize,
@@ -150,8 +173,19 @@ impl fmt::Debug for Device {
 
 impl Device {
     fn host(kind: DeviceKind) -> Device {
+        Device::new(kind, None, DType::F32)
+    }
+
+    /// A new pool on a device with its own memory, which computes in `element`.
+    pub fn gpu(kind: DeviceKind, gpu: Arc<dyn Gpu>, element: DType) -> Device {
+        Device::new(kind, Some(gpu), element)
+    }
+
+    fn new(kind: DeviceKind, gpu: Option<Arc<dyn Gpu>>, element: DType) -> Device {
         Device(Arc::new(Pool {
             kind,
+            gpu,
+            element,
             free: Mutex::new(HashMap::new()),
             live: AtomicUsize::new(0),
             peak: AtomicUsize::new(0),
@@ -180,6 +214,45 @@ impl Device {
         self.0.kind == DeviceKind::Dry
     }
 
+    /// Whether operators work on host memory: the CPU path and the oracles.
+    pub fn is_host(&self) -> bool {
+        matches!(self.0.kind, DeviceKind::Cpu | DeviceKind::Oracle)
+    }
+
+    /// Whether it has memory of its own, and operators are kernels.
+    pub fn is_gpu(&self) -> bool {
+        self.0.gpu.is_some()
+    }
+
+    /// The working type of new tensors that stand for activations and weights; f32 on the host.
+    pub fn element(&self) -> DType {
+        self.0.element
+    }
+
+    /// The device behind a kind with memory of its own.
+    pub(crate) fn driver(&self) -> Option<&Arc<dyn Gpu>> {
+        self.0.gpu.as_ref()
+    }
+
+    /// A queue for the kernels of one operator call.
+    ///
+    /// # Errors
+    /// When the device works on host memory.
+    pub(crate) fn queue(&self) -> Result<Kernels<'_>> {
+        match &self.0.gpu {
+            Some(gpu) => Ok(Kernels::new(self, gpu.as_ref())),
+            None => Err(Error::failure(format!("{} device", self.0.kind), "has no queue of kernels")),
+        }
+    }
+
+    /// Waits until everything that was asked of the device is done; nothing to wait for on the host.
+    ///
+    /// # Errors
+    /// Those of the kernels.
+    pub fn synchronize(&self) -> Result<()> {
+        self.0.gpu.as_ref().map_or(Ok(()), |gpu| gpu.synchronize())
+    }
+
     /// What runs the operators of this device.
     pub fn kind(&self) -> DeviceKind {
         self.0.kind
@@ -206,31 +279,50 @@ impl Device {
         self.tensor(shape, DType::I32)
     }
 
+    /// A tensor of a given dtype with unspecified values.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn empty_of(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        self.tensor(shape, dtype)
+    }
+
     fn tensor(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
         let shape = Shape::new(shape)?;
         Ok(Tensor::new(shape, dtype, self.buffer(shape, dtype)?))
     }
 
     pub(crate) fn buffer(&self, shape: Shape, dtype: DType) -> Result<Arc<Buffer>> {
-        let lines = (shape.len() * dtype.size()).div_ceil(64);
+        let bytes = shape.len() * dtype.size();
+        let lines = bytes.div_ceil(64);
         let recycled = self.0.lock().get_mut(&lines).and_then(Vec::pop);
         let mut buffer = match recycled {
             Some(Recycled(buffer)) => buffer,
-            None => self.allocate(lines)?,
+            None => self.allocate(lines, bytes)?,
         };
         if self.0.poison.load(Ordering::Relaxed)
             && let Some(buffer) = Arc::get_mut(&mut buffer)
         {
-            buffer.floats_mut().fill(f32::NAN);
+            match (&buffer.storage, &self.0.gpu) {
+                // All bits set is a NaN in every float type.
+                (Storage::Gpu(memory), Some(gpu)) => gpu.fill(memory.address(), 0xff, memory.bytes())?,
+                _ => buffer.floats_mut().unwrap_or_default().fill(f32::NAN),
+            }
         }
         let live = self.0.live.fetch_add(lines * 64, Ordering::Relaxed) + lines * 64;
         self.0.peak.fetch_max(live, Ordering::Relaxed);
         Ok(buffer)
     }
 
-    fn allocate(&self, lines: usize) -> Result<Arc<Buffer>> {
+    fn allocate(&self, lines: usize, bytes: usize) -> Result<Arc<Buffer>> {
         if self.is_dry() {
             let storage = Storage::Dry(lines * 16, OnceLock::new());
+            return Ok(Arc::new(Buffer { storage, device: self.clone() }));
+        }
+        if let Some(gpu) = &self.0.gpu {
+            // Where buffers are reused, they are as long as their class; else exact, so that a step outside shows.
+            let bytes = if gpu.recycles() { lines * 64 } else { bytes };
+            let storage = Storage::Gpu(Memory::new(Arc::clone(gpu), bytes)?);
             return Ok(Arc::new(Buffer { storage, device: self.clone() }));
         }
         let held = bytemuck::allocation::try_zeroed_vec(lines).map_err(|()| {

@@ -3,19 +3,27 @@
 //! Contiguity is an invariant, not a flag: operators that need a part of a tensor (a row of a modulation table, the
 //! q/k/v parts of a projection) take the whole and an index. Storage comes from the device's [`pool`](device) and
 //! returns to it when the last tensor that shares it is dropped.
+//!
+//! Slices ([`Tensor::f32s`]) are for the host's own devices; a tensor of a GPU is read as [`Tensor::values`], changed
+//! by [`Tensor::edit`] and handed to kernels as an address.
 
 mod device;
+mod gpu;
 mod memory;
 mod shape;
 
 pub use device::{Device, DeviceKind, MemoryStats};
+pub use gpu::Gpu;
 pub use memory::MemoryPlan;
 pub use shape::Shape;
 
 use crate::error::{Error, Result};
 use device::Buffer;
+use gpu::Memory;
 use graft_kernels::Weight;
+use graft_kernels::launch::{In, Out};
 use half::bf16;
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -24,7 +32,7 @@ use std::sync::Arc;
 pub enum DType {
     /// 32-bit float.
     F32,
-    /// bfloat16: weights only.
+    /// bfloat16: weights on the CPU, anything on a GPU.
     BF16,
     /// 32-bit signed integer: labels and indices.
     I32,
@@ -84,8 +92,27 @@ impl Tensor {
     /// When the number of values is not the product of the dims, or memory runs out.
     pub fn from_f32(device: &Device, shape: &[usize], values: &[f32]) -> Result<Tensor> {
         let mut t = device.empty(shape)?;
-        copy_checked(t.shape, t.f32s_mut()?, values)?;
+        same_length(t.shape, values.len())?;
+        t.write(bytemuck::cast_slice(values))?;
         Ok(t)
+    }
+
+    /// f32 values rounded to a float type (ties to even), with a shape, on a device.
+    ///
+    /// # Errors
+    /// As [`Tensor::from_f32`], or when the type is an integer.
+    pub fn from_f32_as(device: &Device, shape: &[usize], values: &[f32], dtype: DType) -> Result<Tensor> {
+        match dtype {
+            DType::F32 => Tensor::from_f32(device, shape, values),
+            DType::BF16 => {
+                let mut t = device.empty_of(shape, dtype)?;
+                same_length(t.shape, values.len())?;
+                let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
+                t.write(bytemuck::cast_slice(&rounded))?;
+                Ok(t)
+            }
+            DType::I32 => Err(Error::failure("tensor", "wrong dtype").is(dtype).must("f32 or bf16")),
+        }
     }
 
     /// i32 values with a shape, on a device.
@@ -94,7 +121,8 @@ impl Tensor {
     /// As [`Tensor::from_f32`].
     pub fn from_i32(device: &Device, shape: &[usize], values: &[i32]) -> Result<Tensor> {
         let mut t = device.empty_i32(shape)?;
-        copy_checked(t.shape, t.i32s_mut()?, values)?;
+        same_length(t.shape, values.len())?;
+        t.write(bytemuck::cast_slice(values))?;
         Ok(t)
     }
 
@@ -103,9 +131,19 @@ impl Tensor {
     /// # Errors
     /// When memory runs out.
     pub fn zeros(device: &Device, shape: &[usize]) -> Result<Tensor> {
-        let mut t = device.empty(shape)?;
-        if !device.is_dry() {
-            t.f32s_mut()?.fill(0.0);
+        Self::zeros_of(device, shape, DType::F32)
+    }
+
+    /// A tensor of zeros of a given dtype.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn zeros_of(device: &Device, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let mut t = device.empty_of(shape, dtype)?;
+        if let Some(memory) = t.buffer().memory() {
+            memory.gpu().fill(memory.address(), 0, t.bytes())?;
+        } else if !device.is_dry() {
+            t.floats_mut()?.fill(0.0);
         }
         Ok(t)
     }
@@ -182,7 +220,7 @@ impl Tensor {
     /// When the dtype is another or the storage is not in host memory.
     pub fn f32s(&self) -> Result<&[f32]> {
         self.want(DType::F32)?;
-        Ok(&self.buffer().floats()[..self.len()])
+        Ok(&self.floats()?[..self.len()])
     }
 
     /// i32 values in place.
@@ -191,7 +229,7 @@ impl Tensor {
     /// As [`Tensor::f32s`].
     pub fn i32s(&self) -> Result<&[i32]> {
         self.want(DType::I32)?;
-        Ok(&bytemuck::cast_slice(self.buffer().floats())[..self.len()])
+        Ok(&bytemuck::cast_slice(self.floats()?)[..self.len()])
     }
 
     /// bf16 values in place.
@@ -200,7 +238,7 @@ impl Tensor {
     /// As [`Tensor::f32s`].
     pub fn bf16s(&self) -> Result<&[bf16]> {
         self.want(DType::BF16)?;
-        Ok(&bytemuck::cast_slice(self.buffer().floats())[..self.len()])
+        Ok(&bytemuck::cast_slice(self.floats()?)[..self.len()])
     }
 
     /// The values as a weight, in whichever type they are stored.
@@ -234,13 +272,88 @@ impl Tensor {
         Ok(&mut bytemuck::cast_slice_mut(self.floats_mut()?)[..len])
     }
 
+    fn floats(&self) -> Result<&[f32]> {
+        self.buffer().floats().ok_or_else(|| elsewhere(self.shape))
+    }
+
     fn floats_mut(&mut self) -> Result<&mut [f32]> {
         let shape = self.shape;
-        match self.buffer.as_mut().and_then(Arc::get_mut) {
-            Some(buffer) => Ok(buffer.floats_mut()),
-            None => Err(Error::failure(format!("tensor {shape}"), "written while another tensor shares its storage")
-                .fix("write to a copy (Tensor::copy)")),
+        self.alone()?.floats_mut().ok_or_else(|| elsewhere(shape))
+    }
+
+    /// The storage, which no other tensor may share.
+    fn alone(&mut self) -> Result<&mut Buffer> {
+        let shape = self.shape;
+        self.buffer.as_mut().and_then(Arc::get_mut).ok_or_else(|| {
+            Error::failure(format!("tensor {shape}"), "written while another tensor shares its storage")
+                .fix("write to a copy (Tensor::copy)")
+        })
+    }
+
+    /// f32 values on the host: in place where they are there, copied from a GPU otherwise.
+    ///
+    /// # Errors
+    /// When the dtype is another, or the device fails.
+    pub fn values(&self) -> Result<Cow<'_, [f32]>> {
+        self.want(DType::F32)?;
+        if self.buffer().memory().is_none() {
+            return Ok(Cow::Borrowed(self.f32s()?));
         }
+        let mut values = vec![0.0f32; self.len()];
+        self.download(bytemuck::cast_slice_mut(&mut values))?;
+        Ok(Cow::Owned(values))
+    }
+
+    /// Changes f32 values on the host: in place where they are there, through a copy on a GPU.
+    ///
+    /// # Errors
+    /// As [`Tensor::f32s_mut`], or the device fails.
+    pub fn edit<R>(&mut self, change: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+        if self.buffer().memory().is_none() {
+            return Ok(change(self.f32s_mut()?));
+        }
+        let mut values = self.values()?.into_owned();
+        let out = change(&mut values);
+        self.write(bytemuck::cast_slice(&values))?;
+        Ok(out)
+    }
+
+    fn download(&self, bytes: &mut [u8]) -> Result<()> {
+        match self.buffer().memory() {
+            Some(memory) => memory.gpu().download(memory.address(), bytes),
+            None => Ok(()),
+        }
+    }
+
+    /// Fills the storage from bytes of its length.
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let buffer = self.alone()?;
+        if let Some(memory) = buffer.memory() {
+            return memory.gpu().upload(memory.address(), bytes);
+        }
+        let target = bytemuck::cast_slice_mut::<f32, u8>(buffer.floats_mut().unwrap_or_default());
+        target[..bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Where a kernel reads the elements. The caller has checked the dtype.
+    pub(crate) fn input<T>(&self) -> Result<In<T>> {
+        Ok(In::at(self.address()?))
+    }
+
+    /// Where a kernel writes the elements. The caller has checked the dtype.
+    ///
+    /// # Errors
+    /// When another tensor shares the storage.
+    pub(crate) fn output<T>(&mut self) -> Result<Out<T>> {
+        self.alone()?;
+        Ok(Out::at(self.address()?))
+    }
+
+    fn address(&self) -> Result<u64> {
+        self.buffer().memory().map(Memory::address).ok_or_else(|| {
+            Error::failure(format!("tensor {}", self.shape), "is not in the memory of a GPU").is(self.device().kind())
+        })
     }
 
     /// Whether this tensor alone owns its storage, so that it may be written in place.
@@ -260,12 +373,14 @@ impl Tensor {
     /// # Errors
     /// When memory runs out.
     pub fn copy(&self) -> Result<Tensor> {
-        let mut buffer = self.device().buffer(self.shape, self.dtype)?;
-        if let Some(target) = Arc::get_mut(&mut buffer).filter(|_| !self.device().is_dry()) {
+        let mut copy = self.device().empty_of(self.shape.dims(), self.dtype)?;
+        if let Some((to, from)) = copy.buffer().memory().zip(self.buffer().memory()) {
+            to.gpu().copy(to.address(), from.address(), self.bytes())?;
+        } else if !self.device().is_dry() {
             let words = (self.bytes()).div_ceil(4);
-            target.floats_mut()[..words].copy_from_slice(&self.buffer().floats()[..words]);
+            copy.floats_mut()?[..words].copy_from_slice(&self.floats()?[..words]);
         }
-        Ok(Tensor::new(self.shape, self.dtype, buffer))
+        Ok(copy)
     }
 
     /// The values rounded to bf16 (ties to even).
@@ -273,13 +388,16 @@ impl Tensor {
     /// # Errors
     /// When the dtype is not f32, or memory runs out.
     pub fn to_bf16(&self) -> Result<Tensor> {
-        let source = self.f32s()?;
-        let mut buffer = self.device().buffer(self.shape, DType::BF16)?;
-        if let Some(target) = Arc::get_mut(&mut buffer).filter(|_| !self.device().is_dry()) {
-            let target: &mut [bf16] = bytemuck::cast_slice_mut(target.floats_mut());
-            target.iter_mut().zip(source).for_each(|(t, s)| *t = bf16::from_f32(*s));
+        if self.device().is_gpu() {
+            return Tensor::from_f32_as(self.device(), self.shape.dims(), &self.values()?, DType::BF16);
         }
-        Ok(Tensor::new(self.shape, DType::BF16, buffer))
+        let mut rounded = self.device().empty_of(self.shape.dims(), DType::BF16)?;
+        if self.device().is_dry() {
+            return Ok(rounded);
+        }
+        let target: &mut [bf16] = bytemuck::cast_slice_mut(rounded.floats_mut()?);
+        target.iter_mut().zip(self.f32s()?).for_each(|(t, s)| *t = bf16::from_f32(*s));
+        Ok(rounded)
     }
 
     /// All values as f32 on the host, whatever the dtype.
@@ -287,6 +405,16 @@ impl Tensor {
     /// # Errors
     /// When the storage cannot be read.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
+        if self.device().is_gpu() {
+            let mut bytes = vec![0u8; self.bytes()];
+            self.download(&mut bytes)?;
+            let words = bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
+            return Ok(match self.dtype {
+                DType::F32 => words.map(f32::from_le_bytes).collect(),
+                DType::I32 => words.map(|b| i32::from_le_bytes(b) as f32).collect(),
+                DType::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            });
+        }
         Ok(match self.dtype {
             DType::F32 => self.f32s()?.to_vec(),
             DType::BF16 => self.bf16s()?.iter().map(|v| v.to_f32()).collect(),
@@ -295,14 +423,18 @@ impl Tensor {
     }
 }
 
-fn copy_checked<T: Copy>(shape: Shape, target: &mut [T], values: &[T]) -> Result<()> {
-    if target.len() != values.len() {
-        return Err(Error::failure("tensor", "number of values does not match the shape")
-            .is(format!("{} values", values.len()))
-            .must(format!("{} for {shape}", target.len())));
+/// The error for host access to values that are in a GPU's memory.
+fn elsewhere(shape: Shape) -> Error {
+    Error::failure(format!("tensor {shape}"), "its values are not in host memory").fix("use Tensor::values or to_vec")
+}
+
+fn same_length(shape: Shape, values: usize) -> Result<()> {
+    if shape.len() == values {
+        return Ok(());
     }
-    target.copy_from_slice(values);
-    Ok(())
+    Err(Error::failure("tensor", "number of values does not match the shape")
+        .is(format!("{values} values"))
+        .must(format!("{} for {shape}", shape.len())))
 }
 
 #[cfg(test)]

@@ -65,13 +65,14 @@ impl<'d> Batches<'d> {
 pub fn images(device: &Device, data: &ImageSet, indices: &[u32]) -> Result<Batch> {
     let (c, area) = (data.channels, data.height * data.width);
     let mut images = device.empty(&[indices.len(), c, data.height, data.width])?;
-    let target = images.f32s_mut()?;
-    for (image, &index) in target.chunks_mut(c * area).zip(indices) {
-        let source = data.image(index as usize);
-        for (at, value) in image.iter_mut().enumerate() {
-            *value = f32::from(source[at % area * c + at / area]) / 127.5 - 1.0;
+    images.edit(|target| {
+        for (image, &index) in target.chunks_mut(c * area).zip(indices) {
+            let source = data.image(index as usize);
+            for (at, value) in image.iter_mut().enumerate() {
+                *value = f32::from(source[at % area * c + at / area]) / 127.5 - 1.0;
+            }
         }
-    }
+    })?;
     let labels = indices.iter().map(|&i| i32::from(data.labels[i as usize])).collect();
     Ok(Batch { images, labels })
 }

@@ -42,22 +42,19 @@ pub fn save<'a>(
                 .must("one step for all"));
         }
         for (_, param) in store.iter().filter(|(_, p)| p.trainable) {
-            if let Some(value) = param.value.f32s()?.iter().find(|v| !v.is_finite()) {
+            let values = param.value.values()?;
+            if let Some(value) = values.iter().find(|v| !v.is_finite()) {
                 return Err(Error::failure(format!("{}: step {}", param.name, optimiser.step), "not finite")
                     .is(value)
                     .must("finite parameters")
                     .fix("lower the learning rate; the last checkpoint is good and stays"));
             }
-            records.push(TensorRecord::f32(
-                format!("param.{}", param.name),
-                param.value.shape().dims(),
-                param.value.f32s()?,
-            ));
+            records.push(TensorRecord::f32(format!("param.{}", param.name), param.value.shape().dims(), values));
         }
         for slot in optimiser.slots() {
             let name = &store.get(slot.id).name;
             for (kind, tensor) in slot.states() {
-                records.push(TensorRecord::f32(format!("{kind}.{name}"), tensor.shape().dims(), tensor.f32s()?));
+                records.push(TensorRecord::f32(format!("{kind}.{name}"), tensor.shape().dims(), tensor.values()?));
             }
         }
     }
@@ -143,7 +140,7 @@ fn read(file: &TensorFile, name: &str, target: &mut Tensor) -> Result<()> {
         *target = target.device().empty(view.shape)?;
     }
     let bytes = view.bytes.as_chunks::<4>().0;
-    target.f32s_mut()?.iter_mut().zip(bytes).for_each(|(value, b)| *value = f32::from_le_bytes(*b));
+    target.edit(|target| target.iter_mut().zip(bytes).for_each(|(value, b)| *value = f32::from_le_bytes(*b)))?;
     file.release();
     Ok(())
 }

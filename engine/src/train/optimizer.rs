@@ -256,7 +256,7 @@ impl AdamW {
         let mut total = 0.0f64;
         for (_, grad) in grads.of_store(store) {
             let flat = grad.reshape(&[grad.len()])?;
-            total += f64::from(sum_squares(&flat, contracts::sum_squares::Params {})?.f32s()?[0]);
+            total += f64::from(sum_squares(&flat, contracts::sum_squares::Params {})?.values()?[0]);
         }
         let norm = total.sqrt();
         if !norm.is_finite() {

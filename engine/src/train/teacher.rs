@@ -82,7 +82,7 @@ impl Teacher {
         features: &[Option<Var>],
         lesson: &Lesson,
     ) -> Result<(Var, Terms)> {
-        let value = |x: &Var| Ok::<_, crate::error::Error>(f64::from(x.tensor().f32s()?[0]));
+        let value = |x: &Var| Ok::<_, crate::error::Error>(f64::from(x.tensor().values()?[0]));
         let mut terms = Terms { diffusion: value(diffusion)?, output_distill: None, feature_distill: None };
         let mut parts = vec![(1.0, diffusion.clone())];
         if self.output > 0.0 {
@@ -95,7 +95,7 @@ impl Teacher {
             let mut mean = 0.0;
             for (given, wanted) in features.iter().zip(&lesson.features) {
                 let Some(given) = given else { continue };
-                let size = wanted.f32s()?.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / wanted.len() as f64;
+                let size = wanted.values()?.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / wanted.len() as f64;
                 // A site whose teacher is silent has no scale of its own.
                 let scale = if size > 0.0 { 1.0 / size } else { 1.0 };
                 let term = distance(g, given, wanted)?;

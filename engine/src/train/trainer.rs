@@ -148,7 +148,7 @@ impl Trainer {
                 Some(teacher) => taught_loss(&g, &self.model, &noised, run, teacher).map(|(l, terms)| (l, Some(terms))),
                 None => diffusion_loss(&g, &self.model, &noised, run).map(|loss| (loss, None)),
             }?;
-            let value = f64::from(loss.tensor().f32s()?[0]);
+            let value = f64::from(loss.tensor().values()?[0]);
             if !value.is_finite() {
                 return Err(Error::failure(format!("step {step}"), "the loss is not finite")
                     .is(value)

@@ -285,11 +285,13 @@ fn fill(model: &mut Dit, source: &dyn Source) -> Result<()> {
         part_shape[0] /= parts.len();
         let device = model.params.get(id).value.device().clone();
         let mut value = device.empty(shape.dims())?;
-        let target = value.f32s_mut()?;
-        let chunk = target.len() / parts.len();
-        for (name, target) in parts.iter().zip(target.chunks_mut(chunk.max(1))) {
-            target.copy_from_slice(&read_weight(source, name, &part_shape)?);
-        }
+        value.edit(|target| -> Result<()> {
+            let chunk = target.len() / parts.len();
+            for (name, target) in parts.iter().zip(target.chunks_mut(chunk.max(1))) {
+                target.copy_from_slice(&read_weight(source, name, &part_shape)?);
+            }
+            Ok(())
+        })??;
         model.params.set(id, value)?;
         // Else the whole file would stay in memory beside its copy.
         source.release();

@@ -74,7 +74,7 @@ pub(super) fn save_in(
                 bytes: Cow::Owned(bytemuck::cast_slice(&rounded).to_vec()),
             }
         }
-        _ => TensorRecord::f32(name.clone(), shape, values),
+        _ => TensorRecord::f32(name.clone(), shape, &values[..]),
     });
     let (file, config) = match layout {
         Layout::Original => ("model.safetensors", original_config(c)),
@@ -92,7 +92,7 @@ pub(super) fn is_positions(name: &str) -> bool {
 
 fn values(tensor: &Tensor) -> Result<Cow<'_, [f32]>> {
     Ok(match tensor.dtype() {
-        DType::F32 => Cow::Borrowed(tensor.f32s()?),
+        DType::F32 => tensor.values()?,
         _ => Cow::Owned(tensor.to_vec()?),
     })
 }

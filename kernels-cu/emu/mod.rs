@@ -5,7 +5,7 @@
 //! with the race checker sees missing barriers and fences.
 
 mod case;
-mod compile;
+mod toolchain;
 
 pub use case::{Argument, Case, Outcome};
-pub use compile::{Build, Program, Toolchain};
+pub use toolchain::{Build, Program, Toolchain};

@@ -1,5 +1,6 @@
-//! Kernels compiled by the host compiler into `target/emu/<hash>/`.
+//! Kernels compiled by the host compiler, a folder for each set of texts and flags.
 
+use crate::launch::ElementType;
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::fmt::Write;
@@ -60,6 +61,7 @@ impl fmt::Display for Build {
 #[derive(Clone, Debug)]
 pub struct Toolchain {
     root: PathBuf,
+    builds: PathBuf,
     compiler: String,
     version: String,
     target: &'static [&'static str],
@@ -82,11 +84,12 @@ pub struct Program {
 const FLAGS: [&str; 7] = ["-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"];
 
 impl Toolchain {
-    /// The compiler named by `CXX`, else `g++`, `clang++` or `c++`; `root` is that of the repository.
+    /// The compiler named by `CXX`, else `g++`, `clang++` or `c++`; `root` holds `kernels-cu`, and what is compiled goes
+    /// into `builds`.
     ///
     /// # Errors
     /// Why this machine has none.
-    pub fn find(root: &Path) -> Result<Toolchain, String> {
+    pub fn find(root: &Path, builds: &Path) -> Result<Toolchain, String> {
         if !cfg!(all(target_arch = "x86_64", target_os = "linux")) {
             return Err("the emulator switches stacks on x86-64 Linux alone".to_string());
         }
@@ -109,6 +112,7 @@ impl Toolchain {
         }
         Ok(Toolchain {
             root: root.to_path_buf(),
+            builds: builds.to_path_buf(),
             compiler,
             version,
             target: if fused_multiply_add() { &["-march=x86-64-v3"] } else { &[] },
@@ -116,32 +120,40 @@ impl Toolchain {
         })
     }
 
-    /// Compiles `source`, a path relative to the repository, unless the same text was compiled before.
+    /// Compiles `sources`, paths relative to the folder that holds `kernels-cu`, into one program, unless the same
+    /// texts were compiled before.
     ///
     /// # Errors
     /// What the compiler said; warnings count.
-    pub fn compile(&self, source: &str, build: Build) -> Result<Program, String> {
-        let path = self.root.join(source);
+    pub fn compile(&self, sources: &[String], element: Option<ElementType>, build: Build) -> Result<Program, String> {
         let runtime = self.prepare(build)?;
-        let mut hash = self.hash(build.kernel_flags());
-        if let Some(folder) = path.parent() {
+        let mut flags = build.kernel_flags().to_vec();
+        flags.extend(element.map(ElementType::define));
+        let mut hash = self.hash(&flags);
+        let paths: Vec<PathBuf> = sources.iter().map(|s| self.root.join(s)).collect();
+        let mut folders: Vec<&Path> = paths.iter().filter_map(|p| p.parent()).collect();
+        folders.dedup();
+        for folder in folders {
             hash_folder(&mut hash, folder)?;
         }
-        hash.update(source);
+        sources.iter().for_each(|source| hash.update(source));
         let folder = self.folder(hash)?;
-        let path = path.display().to_string();
-        let linked = runtime.join("runtime.o").display().to_string();
-        let driver = runtime.join("driver.o").display().to_string();
+        let [linked, driver] = ["runtime.o", "driver.o"].map(|o| runtime.join(o).display().to_string());
+        let paths: Vec<String> = paths.iter().map(|p| p.display().to_string()).collect();
         // A source is C++ to the host compiler whatever its name ends in; objects are not.
-        let inputs = ["-x", "c++", path.as_str(), "-x", "none", linked.as_str()];
+        let mut inputs = vec!["-x", "c++"];
+        inputs.extend(paths.iter().map(String::as_str));
+        inputs.extend(["-x", "none", linked.as_str()]);
         if build == Build::Plain {
             let library = folder.join("kernels.so");
-            self.run(&library, build.kernel_flags(), &[&inputs[..], &["-shared"]].concat())?;
+            inputs.push("-shared");
+            self.run(&library, &flags, &inputs)?;
             Ok(Program { build, driver: runtime.join("driver"), library: Some(library) })
         } else {
             let program = folder.join("kernels");
             // The checkers find their hooks in the program.
-            self.run(&program, build.kernel_flags(), &[&inputs[..], &[driver.as_str(), "-ldl", "-rdynamic"]].concat())?;
+            inputs.extend([driver.as_str(), "-ldl", "-rdynamic"]);
+            self.run(&program, &flags, &inputs)?;
             Ok(Program { build, driver: program, library: None })
         }
     }
@@ -182,7 +194,7 @@ impl Toolchain {
             // Writing to a string cannot fail.
             let _ = write!(name, "{byte:02x}");
         }
-        let folder = self.root.join("target/emu").join(name);
+        let folder = self.builds.join(name);
         std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
         Ok(folder)
     }

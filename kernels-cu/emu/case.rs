@@ -1,6 +1,6 @@
 //! Case files: what to launch on which bytes, and what came back.
 
-use super::compile::{Build, Program};
+use super::toolchain::{Build, Program};
 use std::fmt::Write;
 use std::io::Read;
 use std::path::{Path, PathBuf};
