@@ -266,7 +266,7 @@ mod tests {
             (r"(free\s)?download(\sfree)?", "free download free downloads", "<free download free> <download>s"),
             (r"^[\-:]", "-a-b", "<->a-b"),
             (r"[\-:]$", "-a-", "-a<->"),
-            (r"[^\s]{2}(?!x)", "abx cd", "abx <cd>"),
+            (r"[^\s]{2}(?!x)", "abx cd", "a<bx> <cd>"),
             (r"a.c", "abc a\u{e9}c", "<abc> <a\u{e9}c>"),
             (r"\D[,/]\b", "a,b 1,2", "<a,>b 1,2"),
         ] {

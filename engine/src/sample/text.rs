@@ -207,7 +207,12 @@ fn check(model: &PixArt, request: &Request) -> Result<Plan> {
 /// Keys of the texts of a batch, each made on its own, so that they do not depend on the others.
 fn keys<'m>(model: &'m PixArt, g: &Graph<'m>, texts: &[Tensor], constant: bool) -> Result<Keys> {
     let one = |features: &Tensor| {
-        let features = Var::constant(features.reshape(&[1, features.dim(0), features.dim(1)])?);
+        // Features may come from another device.
+        let (shape, device) = ([1, features.dim(0), features.dim(1)], model.device());
+        let features = Var::constant(match device.is_dry() {
+            true => device.empty(&shape)?,
+            false => Tensor::from_f32(device, &shape, &features.values()?)?,
+        });
         model.keys(g, &Text { constant, ..Text::new(g, &features, None)? })
     };
     Keys::join(&texts.iter().map(one).collect::<Result<Vec<_>>>()?)
