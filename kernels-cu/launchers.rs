@@ -150,6 +150,43 @@ pub const KERNELS: &[&Kernel] = &[
     &window_attention::WINDOW_ATTENTION_BACKWARD_KV,
 ];
 
+/// Kernels that show what single instructions do.
+pub const PROBES: &[&Kernel] = &[
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_atomics", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_barriers", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_cp_async", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_flags", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_ldmatrix", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_memory", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_mma_bf16_k16", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_mma_bf16_k8", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_mma_f16_k16", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_mma_f16_k8", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_mma_s8", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_numbers", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_special", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_warp", arch: 80 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_bulk", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_cluster", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_cp_async_arrive", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_e4m3", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_grid_first", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_grid_second", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_mbarrier", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_mma_e4m3", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_registers", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_stmatrix", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_1d", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_2d", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_3d", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_4d", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_5d", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_store", arch: 90 },
+    &Kernel { op: "probes", source: "wgmma_sm90.cu", name: "name", arch: 90 },
+    &Kernel { op: "probes", source: "wgmma_sm90.cu", name: "wgmma_chain", arch: 90 },
+    &Kernel { op: "probes", source: "wgmma_sm90.cu", name: "wgmma_width", arch: 90 },
+];
+
 /// Kernels of `adamw`.
 pub mod adamw {
     use super::*;
