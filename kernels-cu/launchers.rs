@@ -10,6 +10,25 @@ use std::marker::PhantomData;
 /// Every kernel of the operators.
 pub const KERNELS: &[&Kernel] = &[
     &axpy::AXPY_FORWARD,
+    &conv_silu::CONV_SILU_3_FORWARD,
+    &conv_silu::CONV_SILU_4_FORWARD,
+    &conv_silu::CONV_SILU_3_BACKWARD,
+    &conv_silu::CONV_SILU_4_BACKWARD,
+    &conv_silu::CONV_SILU_BACKWARD_REST,
+    &conv_silu::CONV_SILU_ANY_FORWARD,
+    &conv_silu::CONV_SILU_ANY_BACKWARD_GATE,
+    &conv_silu::CONV_SILU_ANY_BACKWARD_INPUT,
+    &conv_silu::CONV_SILU_ANY_BACKWARD_SUMS,
+    &conv_silu::CONV_SILU_BACKWARD_FILTERS,
+    &feature_gated_conv::FEATURE_GATED_CONV_FORWARD,
+    &feature_gated_conv::FEATURE_GATED_CONV_BACKWARD,
+    &feature_gated_conv::FEATURE_GATED_CONV_BACKWARD_FILTERS,
+    &feature_gated_conv::FEATURE_GATED_CONV_ANY_FORWARD,
+    &feature_gated_conv::FEATURE_GATED_CONV_ANY_BACKWARD_GATE,
+    &feature_gated_conv::FEATURE_GATED_CONV_ANY_BACKWARD_INPUT,
+    &feature_gated_conv::FEATURE_GATED_CONV_ANY_BACKWARD_SUMS,
+    &filter_window::FILTER_WINDOW_FORWARD,
+    &filter_window::FILTER_WINDOW_BACKWARD,
     &gate_residual::GATE_RESIDUAL_FORWARD,
     &gate_residual::GATE_RESIDUAL_FORWARD_ANY,
     &gate_residual::GATE_RESIDUAL_BACKWARD,
@@ -40,6 +59,13 @@ pub const KERNELS: &[&Kernel] = &[
     &gated_conv::GATED_CONV_ANY_BACKWARD_INPUT,
     &gated_conv::GATED_CONV_ANY_BACKWARD_SUMS,
     &gated_conv::GATED_CONV_BACKWARD_FILTERS,
+    &gated_conv_2d::GATED_CONV_2D_PRODUCT,
+    &gated_conv_2d::GATED_CONV_2D_FORWARD,
+    &gated_conv_2d::GATED_CONV_2D_BACKWARD_GATE,
+    &gated_conv_2d::GATED_CONV_2D_BACKWARD_PRODUCT,
+    &gated_conv_2d::GATED_CONV_2D_BACKWARD_INPUT,
+    &gated_conv_2d::GATED_CONV_2D_BACKWARD_SUMS,
+    &gated_conv_2d::GATED_CONV_2D_BACKWARD_FILTERS,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS_ANY,
     &group_norm_silu::GROUP_NORM_SILU_STATISTICS,
@@ -66,6 +92,10 @@ pub const KERNELS: &[&Kernel] = &[
     &rms_norm::RMS_NORM_BACKWARD_ANY,
     &rms_norm::RMS_NORM_BACKWARD_COLUMNS_ANY,
     &rms_norm::RMS_NORM_BACKWARD_WEIGHT,
+    &upsample::UPSAMPLE_FORWARD,
+    &upsample::UPSAMPLE_FORWARD_ANY,
+    &upsample::UPSAMPLE_BACKWARD,
+    &upsample::UPSAMPLE_BACKWARD_ANY,
 ];
 
 /// Kernels of `axpy`.
@@ -91,6 +121,639 @@ pub mod axpy {
                 Arg::F32(self.alpha),
             ];
             queue.launch(&Launch { kernel: &AXPY_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `conv_silu`.
+pub mod conv_silu {
+    use super::*;
+
+    pub const CONV_SILU_3_FORWARD: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_3_forward", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_3_FORWARD`].
+    pub struct ConvSilu3Forward<T> {
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub offset: usize,
+        pub reverse: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> ConvSilu3Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV_SILU_3_FORWARD, "n", self.n)?,
+                int(queue, &CONV_SILU_3_FORWARD, "width", self.width)?,
+                int(queue, &CONV_SILU_3_FORWARD, "c", self.c)?,
+                int(queue, &CONV_SILU_3_FORWARD, "offset", self.offset)?,
+                int(queue, &CONV_SILU_3_FORWARD, "reverse", self.reverse)?,
+                int(queue, &CONV_SILU_3_FORWARD, "length", self.length)?,
+                int(queue, &CONV_SILU_3_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_3_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_4_FORWARD: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_4_forward", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_4_FORWARD`].
+    pub struct ConvSilu4Forward<T> {
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub offset: usize,
+        pub reverse: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> ConvSilu4Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV_SILU_4_FORWARD, "n", self.n)?,
+                int(queue, &CONV_SILU_4_FORWARD, "width", self.width)?,
+                int(queue, &CONV_SILU_4_FORWARD, "c", self.c)?,
+                int(queue, &CONV_SILU_4_FORWARD, "offset", self.offset)?,
+                int(queue, &CONV_SILU_4_FORWARD, "reverse", self.reverse)?,
+                int(queue, &CONV_SILU_4_FORWARD, "length", self.length)?,
+                int(queue, &CONV_SILU_4_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_4_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_3_BACKWARD: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_3_backward", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_3_BACKWARD`].
+    pub struct ConvSilu3Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub offset: usize,
+        pub reverse: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> ConvSilu3Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &CONV_SILU_3_BACKWARD, "n", self.n)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "width", self.width)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "c", self.c)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "offset", self.offset)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "reverse", self.reverse)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "length", self.length)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_3_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_4_BACKWARD: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_4_backward", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_4_BACKWARD`].
+    pub struct ConvSilu4Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub offset: usize,
+        pub reverse: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> ConvSilu4Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &CONV_SILU_4_BACKWARD, "n", self.n)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "width", self.width)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "c", self.c)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "offset", self.offset)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "reverse", self.reverse)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "length", self.length)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_4_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_BACKWARD_REST: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_backward_rest", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_BACKWARD_REST`].
+    pub struct ConvSiluBackwardRest<T> {
+        pub dp: Out<T>,
+        pub rows: usize,
+        pub width: usize,
+        pub c: usize,
+        pub offset: usize,
+    }
+
+    impl<T: Element> ConvSiluBackwardRest<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dp.address()),
+                int(queue, &CONV_SILU_BACKWARD_REST, "rows", self.rows)?,
+                int(queue, &CONV_SILU_BACKWARD_REST, "width", self.width)?,
+                int(queue, &CONV_SILU_BACKWARD_REST, "c", self.c)?,
+                int(queue, &CONV_SILU_BACKWARD_REST, "offset", self.offset)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_BACKWARD_REST, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_ANY_FORWARD: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_any_forward", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_ANY_FORWARD`].
+    pub struct ConvSiluAnyForward<T> {
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub k: usize,
+        pub offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> ConvSiluAnyForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV_SILU_ANY_FORWARD, "rows", self.rows)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "n", self.n)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "width", self.width)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "c", self.c)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "k", self.k)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "offset", self.offset)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_ANY_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_ANY_BACKWARD_GATE: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_any_backward_gate", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_ANY_BACKWARD_GATE`].
+    pub struct ConvSiluAnyBackwardGate<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub du: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub k: usize,
+        pub offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> ConvSiluAnyBackwardGate<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "rows", self.rows)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "n", self.n)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "width", self.width)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "c", self.c)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "k", self.k)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "offset", self.offset)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_ANY_BACKWARD_GATE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_ANY_BACKWARD_INPUT: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_any_backward_input", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_ANY_BACKWARD_INPUT`].
+    pub struct ConvSiluAnyBackwardInput<T> {
+        pub du: In<f32>,
+        pub weight: In<T>,
+        pub dp: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub k: usize,
+        pub offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> ConvSiluAnyBackwardInput<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.dp.address()),
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "rows", self.rows)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "n", self.n)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "width", self.width)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "c", self.c)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "k", self.k)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "offset", self.offset)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_ANY_BACKWARD_INPUT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_ANY_BACKWARD_SUMS: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_any_backward_sums", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_ANY_BACKWARD_SUMS`].
+    pub struct ConvSiluAnyBackwardSums<T> {
+        pub du: In<f32>,
+        pub p: In<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub k: usize,
+        pub offset: usize,
+        pub reverse: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> ConvSiluAnyBackwardSums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "rows", self.rows)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "n", self.n)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "width", self.width)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "c", self.c)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "k", self.k)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "offset", self.offset)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "reverse", self.reverse)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_ANY_BACKWARD_SUMS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_BACKWARD_FILTERS: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_backward_filters", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_BACKWARD_FILTERS`].
+    pub struct ConvSiluBackwardFilters<T> {
+        pub partials: In<f32>,
+        pub dweight: Out<T>,
+        pub dbias: Out<T>,
+        pub c: usize,
+        pub k: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> ConvSiluBackwardFilters<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dweight.address()),
+                Arg::Address(self.dbias.address()),
+                int(queue, &CONV_SILU_BACKWARD_FILTERS, "c", self.c)?,
+                int(queue, &CONV_SILU_BACKWARD_FILTERS, "k", self.k)?,
+                int(queue, &CONV_SILU_BACKWARD_FILTERS, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_BACKWARD_FILTERS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `feature_gated_conv`.
+pub mod feature_gated_conv {
+    use super::*;
+
+    pub const FEATURE_GATED_CONV_FORWARD: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_forward", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_FORWARD`].
+    pub struct FeatureGatedConvForward<T> {
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &FEATURE_GATED_CONV_FORWARD, "rows", self.rows)?,
+                int(queue, &FEATURE_GATED_CONV_FORWARD, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_FORWARD, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_FORWARD, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_BACKWARD: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_backward", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_BACKWARD`].
+    pub struct FeatureGatedConvBackward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &FEATURE_GATED_CONV_BACKWARD, "b", self.b)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD, "k", self.k)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_BACKWARD_FILTERS: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_backward_filters", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_BACKWARD_FILTERS`].
+    pub struct FeatureGatedConvBackwardFilters<T> {
+        pub partials: In<f32>,
+        pub dweight: Out<T>,
+        pub dbias: Out<T>,
+        pub n: usize,
+        pub k: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvBackwardFilters<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dweight.address()),
+                Arg::Address(self.dbias.address()),
+                int(queue, &FEATURE_GATED_CONV_BACKWARD_FILTERS, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD_FILTERS, "k", self.k)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD_FILTERS, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_BACKWARD_FILTERS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_ANY_FORWARD: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_any_forward", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_ANY_FORWARD`].
+    pub struct FeatureGatedConvAnyForward<T> {
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvAnyForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &FEATURE_GATED_CONV_ANY_FORWARD, "rows", self.rows)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_FORWARD, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_FORWARD, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_FORWARD, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_ANY_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_ANY_BACKWARD_GATE: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_any_backward_gate", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_ANY_BACKWARD_GATE`].
+    pub struct FeatureGatedConvAnyBackwardGate<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub du: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvAnyBackwardGate<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_GATE, "rows", self.rows)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_GATE, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_GATE, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_GATE, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_ANY_BACKWARD_GATE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_ANY_BACKWARD_INPUT: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_any_backward_input", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_ANY_BACKWARD_INPUT`].
+    pub struct FeatureGatedConvAnyBackwardInput<T> {
+        pub du: In<f32>,
+        pub weight: In<T>,
+        pub dp: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvAnyBackwardInput<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.dp.address()),
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_INPUT, "rows", self.rows)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_INPUT, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_INPUT, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_INPUT, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_ANY_BACKWARD_INPUT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_ANY_BACKWARD_SUMS: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_any_backward_sums", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_ANY_BACKWARD_SUMS`].
+    pub struct FeatureGatedConvAnyBackwardSums<T> {
+        pub du: In<f32>,
+        pub p: In<T>,
+        pub dweight: Out<T>,
+        pub dbias: Out<T>,
+        pub b: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvAnyBackwardSums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dweight.address()),
+                Arg::Address(self.dbias.address()),
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_SUMS, "b", self.b)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_SUMS, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_SUMS, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_SUMS, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_ANY_BACKWARD_SUMS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `filter_window`.
+pub mod filter_window {
+    use super::*;
+
+    pub const FILTER_WINDOW_FORWARD: Kernel = Kernel { op: "filter_window", source: "filter_window.cu", name: "filter_window_forward", arch: 80 };
+
+    /// Arguments of [`FILTER_WINDOW_FORWARD`].
+    pub struct FilterWindowForward<T> {
+        pub x: In<T>,
+        pub y: Out<T>,
+        pub l: usize,
+        pub c: usize,
+        pub centre: usize,
+        pub period: usize,
+        pub slow: f32,
+        pub fast: f32,
+    }
+
+    impl<T: Element> FilterWindowForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &FILTER_WINDOW_FORWARD, "l", self.l)?,
+                int(queue, &FILTER_WINDOW_FORWARD, "c", self.c)?,
+                int(queue, &FILTER_WINDOW_FORWARD, "centre", self.centre)?,
+                int(queue, &FILTER_WINDOW_FORWARD, "period", self.period)?,
+                Arg::F32(self.slow),
+                Arg::F32(self.fast),
+            ];
+            queue.launch(&Launch { kernel: &FILTER_WINDOW_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FILTER_WINDOW_BACKWARD: Kernel = Kernel { op: "filter_window", source: "filter_window.cu", name: "filter_window_backward", arch: 80 };
+
+    /// Arguments of [`FILTER_WINDOW_BACKWARD`].
+    pub struct FilterWindowBackward<T> {
+        pub dy: In<T>,
+        pub dx: Out<T>,
+        pub l: usize,
+        pub c: usize,
+        pub centre: usize,
+        pub period: usize,
+        pub slow: f32,
+        pub fast: f32,
+    }
+
+    impl<T: Element> FilterWindowBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.dx.address()),
+                int(queue, &FILTER_WINDOW_BACKWARD, "l", self.l)?,
+                int(queue, &FILTER_WINDOW_BACKWARD, "c", self.c)?,
+                int(queue, &FILTER_WINDOW_BACKWARD, "centre", self.centre)?,
+                int(queue, &FILTER_WINDOW_BACKWARD, "period", self.period)?,
+                Arg::F32(self.slow),
+                Arg::F32(self.fast),
+            ];
+            queue.launch(&Launch { kernel: &FILTER_WINDOW_BACKWARD, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -1199,6 +1862,263 @@ pub mod gated_conv {
     }
 }
 
+/// Kernels of `gated_conv_2d`.
+pub mod gated_conv_2d {
+    use super::*;
+
+    pub const GATED_CONV_2D_PRODUCT: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_product", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_PRODUCT`].
+    pub struct GatedConv2dProduct<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub kv: Out<f32>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> GatedConv2dProduct<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.kv.address()),
+                int(queue, &GATED_CONV_2D_PRODUCT, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_PRODUCT, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_PRODUCT, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_PRODUCT, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_PRODUCT, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_PRODUCT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_FORWARD: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_FORWARD`].
+    pub struct GatedConv2dForward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub kv: In<f32>,
+        pub y: Out<T>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> GatedConv2dForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_2D_FORWARD, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_FORWARD, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_FORWARD, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_FORWARD, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_BACKWARD_GATE: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_backward_gate", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_BACKWARD_GATE`].
+    pub struct GatedConv2dBackwardGate<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub kv: In<f32>,
+        pub dc: Out<f32>,
+        pub du: Out<f32>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> GatedConv2dBackwardGate<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &GATED_CONV_2D_BACKWARD_GATE, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_GATE, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_GATE, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_GATE, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_GATE, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_BACKWARD_GATE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_BACKWARD_PRODUCT: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_backward_product", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_BACKWARD_PRODUCT`].
+    pub struct GatedConv2dBackwardProduct<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub dc: In<f32>,
+        pub du: Out<f32>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> GatedConv2dBackwardProduct<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &GATED_CONV_2D_BACKWARD_PRODUCT, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_PRODUCT, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_PRODUCT, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_PRODUCT, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_PRODUCT, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_BACKWARD_PRODUCT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_BACKWARD_INPUT: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_backward_input", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_BACKWARD_INPUT`].
+    pub struct GatedConv2dBackwardInput<T> {
+        pub short_weight: In<T>,
+        pub du: In<f32>,
+        pub dp: Out<T>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> GatedConv2dBackwardInput<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.du.address()),
+                Arg::Address(self.dp.address()),
+                int(queue, &GATED_CONV_2D_BACKWARD_INPUT, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_INPUT, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_INPUT, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_INPUT, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_INPUT, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_BACKWARD_INPUT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_BACKWARD_SUMS: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_backward_sums", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_BACKWARD_SUMS`].
+    pub struct GatedConv2dBackwardSums<T> {
+        pub p: In<T>,
+        pub kv: In<f32>,
+        pub dc: In<f32>,
+        pub du: In<f32>,
+        pub partials: Out<f32>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+        pub has_short: usize,
+        pub has_inner: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> GatedConv2dBackwardSums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.du.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "k", self.k)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "has_short", self.has_short)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "has_inner", self.has_inner)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_BACKWARD_SUMS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_BACKWARD_FILTERS: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_backward_filters", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_BACKWARD_FILTERS`].
+    pub struct GatedConv2dBackwardFilters<T> {
+        pub partials: In<f32>,
+        pub dshort_weight: Out<T>,
+        pub dshort_bias: Out<T>,
+        pub dinner_weight: Out<T>,
+        pub dinner_bias: Out<T>,
+        pub c: usize,
+        pub k: usize,
+        pub has_short: usize,
+        pub rows: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> GatedConv2dBackwardFilters<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dshort_weight.address()),
+                Arg::Address(self.dshort_bias.address()),
+                Arg::Address(self.dinner_weight.address()),
+                Arg::Address(self.dinner_bias.address()),
+                int(queue, &GATED_CONV_2D_BACKWARD_FILTERS, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_FILTERS, "k", self.k)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_FILTERS, "has_short", self.has_short)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_FILTERS, "rows", self.rows)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_FILTERS, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_BACKWARD_FILTERS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
 /// Kernels of `group_norm_silu`.
 pub mod group_norm_silu {
     use super::*;
@@ -2070,6 +2990,107 @@ pub mod rms_norm {
                 int(queue, &RMS_NORM_BACKWARD_WEIGHT, "count", self.count)?,
             ];
             queue.launch(&Launch { kernel: &RMS_NORM_BACKWARD_WEIGHT, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `upsample`.
+pub mod upsample {
+    use super::*;
+
+    pub const UPSAMPLE_FORWARD: Kernel = Kernel { op: "upsample", source: "upsample.cu", name: "upsample_forward", arch: 80 };
+
+    /// Arguments of [`UPSAMPLE_FORWARD`].
+    pub struct UpsampleForward<T> {
+        pub x: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub w: usize,
+        pub c: usize,
+    }
+
+    impl<T: Element> UpsampleForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &UPSAMPLE_FORWARD, "rows", self.rows)?,
+                int(queue, &UPSAMPLE_FORWARD, "w", self.w)?,
+                int(queue, &UPSAMPLE_FORWARD, "c", self.c)?,
+            ];
+            queue.launch(&Launch { kernel: &UPSAMPLE_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const UPSAMPLE_FORWARD_ANY: Kernel = Kernel { op: "upsample", source: "upsample.cu", name: "upsample_forward_any", arch: 80 };
+
+    /// Arguments of [`UPSAMPLE_FORWARD_ANY`].
+    pub struct UpsampleForwardAny<T> {
+        pub x: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub w: usize,
+        pub c: usize,
+    }
+
+    impl<T: Element> UpsampleForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &UPSAMPLE_FORWARD_ANY, "rows", self.rows)?,
+                int(queue, &UPSAMPLE_FORWARD_ANY, "w", self.w)?,
+                int(queue, &UPSAMPLE_FORWARD_ANY, "c", self.c)?,
+            ];
+            queue.launch(&Launch { kernel: &UPSAMPLE_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const UPSAMPLE_BACKWARD: Kernel = Kernel { op: "upsample", source: "upsample.cu", name: "upsample_backward", arch: 80 };
+
+    /// Arguments of [`UPSAMPLE_BACKWARD`].
+    pub struct UpsampleBackward<T> {
+        pub dy: In<T>,
+        pub dx: Out<T>,
+        pub rows: usize,
+        pub w: usize,
+        pub c: usize,
+    }
+
+    impl<T: Element> UpsampleBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.dx.address()),
+                int(queue, &UPSAMPLE_BACKWARD, "rows", self.rows)?,
+                int(queue, &UPSAMPLE_BACKWARD, "w", self.w)?,
+                int(queue, &UPSAMPLE_BACKWARD, "c", self.c)?,
+            ];
+            queue.launch(&Launch { kernel: &UPSAMPLE_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const UPSAMPLE_BACKWARD_ANY: Kernel = Kernel { op: "upsample", source: "upsample.cu", name: "upsample_backward_any", arch: 80 };
+
+    /// Arguments of [`UPSAMPLE_BACKWARD_ANY`].
+    pub struct UpsampleBackwardAny<T> {
+        pub dy: In<T>,
+        pub dx: Out<T>,
+        pub rows: usize,
+        pub w: usize,
+        pub c: usize,
+    }
+
+    impl<T: Element> UpsampleBackwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.dx.address()),
+                int(queue, &UPSAMPLE_BACKWARD_ANY, "rows", self.rows)?,
+                int(queue, &UPSAMPLE_BACKWARD_ANY, "w", self.w)?,
+                int(queue, &UPSAMPLE_BACKWARD_ANY, "c", self.c)?,
+            ];
+            queue.launch(&Launch { kernel: &UPSAMPLE_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
         }
     }
 }

@@ -54,7 +54,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "cross_entropy", "embed", "gate_residual", "gated_conv", "gemm", "group_norm_silu", "ln_modulate", "loss_diffusion", "loss_regression", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv_silu", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "group_norm_silu", "ln_modulate", "loss_diffusion", "loss_regression", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -74,11 +74,20 @@ pub fn operator(op: &str) -> &'static [File] {
         "branch_deltas" => &[
             ("branch_deltas.cu", include_str!("branch_deltas/branch_deltas.cu")),
         ],
+        "conv_silu" => &[
+            ("conv_silu.cu", include_str!("conv_silu/conv_silu.cu")),
+        ],
         "cross_entropy" => &[
             ("cross_entropy.cu", include_str!("cross_entropy/cross_entropy.cu")),
         ],
         "embed" => &[
             ("embed.cu", include_str!("embed/embed.cu")),
+        ],
+        "feature_gated_conv" => &[
+            ("feature_gated_conv.cu", include_str!("feature_gated_conv/feature_gated_conv.cu")),
+        ],
+        "filter_window" => &[
+            ("filter_window.cu", include_str!("filter_window/filter_window.cu")),
         ],
         "gate_residual" => &[
             ("gate_residual.cu", include_str!("gate_residual/gate_residual.cu")),
@@ -87,6 +96,9 @@ pub fn operator(op: &str) -> &'static [File] {
             ("gated_conv.cu", include_str!("gated_conv/gated_conv.cu")),
             ("walk.cuh", include_str!("gated_conv/walk.cuh")),
             ("walk_backward.cuh", include_str!("gated_conv/walk_backward.cuh")),
+        ],
+        "gated_conv_2d" => &[
+            ("gated_conv_2d.cu", include_str!("gated_conv_2d/gated_conv_2d.cu")),
         ],
         "gemm" => &[
             ("gemm.cu", include_str!("gemm/gemm.cu")),
@@ -128,6 +140,9 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "unpatchify" => &[
             ("unpatchify.cu", include_str!("unpatchify/unpatchify.cu")),
+        ],
+        "upsample" => &[
+            ("upsample.cu", include_str!("upsample/upsample.cu")),
         ],
         _ => &[],
     }

@@ -631,6 +631,16 @@ pub fn conv_silu(p: &Tensor, weight: &Tensor, bias: &Tensor, params: kernels::ge
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::conv_silu::GpuForward { dims, params, p: p.input()?, weight: weight.input()?, bias: bias.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::conv_silu::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::conv_silu::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("conv_silu", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::conv_silu::cpu::forward(args),
@@ -671,6 +681,16 @@ pub fn conv_silu_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bias: &Tenso
     let mut grad_bias = if want_bias { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(ConvSiluGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::conv_silu::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, weight: weight.input()?, bias: bias.input()?, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.output()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::conv_silu::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::conv_silu::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("conv_silu", other)),
+        }
         return Ok(ConvSiluGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1252,6 +1272,16 @@ pub fn feature_gated_conv(p: &Tensor, weight: &Tensor, bias: &Tensor, params: ke
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::feature_gated_conv::GpuForward { dims, params, p: p.input()?, weight: weight.input()?, bias: bias.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::feature_gated_conv::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::feature_gated_conv::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("feature_gated_conv", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::feature_gated_conv::cpu::forward(args),
@@ -1292,6 +1322,16 @@ pub fn feature_gated_conv_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bia
     let mut grad_bias = if want_bias { Some(device.empty_of(&[n], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(FeatureGatedConvGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::feature_gated_conv::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, weight: weight.input()?, bias: bias.input()?, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.output()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::feature_gated_conv::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::feature_gated_conv::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("feature_gated_conv", other)),
+        }
         return Ok(FeatureGatedConvGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1383,6 +1423,16 @@ pub fn filter_window(x: &Tensor, params: kernels::generated::filter_window::Para
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::filter_window::GpuForward { dims, params, x: x.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::filter_window::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::filter_window::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("filter_window", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::filter_window::cpu::forward(args),
@@ -1413,6 +1463,16 @@ pub fn filter_window_backward(dy: &Tensor, want_x: bool, params: kernels::genera
     let mut grad_x = if want_x { Some(device.empty_of(&[l, c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_x);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::filter_window::GpuBackward { dims, params, dy: dy.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::filter_window::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::filter_window::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("filter_window", other)),
+        }
         return Ok(grad_x);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1890,6 +1950,16 @@ pub fn gated_conv_2d(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Opti
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gated_conv_2d::GpuForward { dims, params, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.input()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gated_conv_2d::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gated_conv_2d::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gated_conv_2d", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv_2d::cpu::forward(args),
@@ -1941,6 +2011,16 @@ pub fn gated_conv_2d_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Ten
     let mut grad_inner_bias = if want_inner_bias { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GatedConv2dGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gated_conv_2d::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.input()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.input()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.output()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.output()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.output()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gated_conv_2d::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gated_conv_2d::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gated_conv_2d", other)),
+        }
         return Ok(GatedConv2dGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -4446,6 +4526,16 @@ pub fn upsample(x: &Tensor, params: kernels::generated::upsample::Params) -> Res
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::upsample::GpuForward { dims, params, x: x.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::upsample::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::upsample::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("upsample", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::upsample::cpu::forward(args),
@@ -4475,6 +4565,16 @@ pub fn upsample_backward(dy: &Tensor, h: usize, w: usize, want_x: bool, params: 
     let mut grad_x = if want_x { Some(device.empty_of(&[b, h, w, c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_x);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::upsample::GpuBackward { dims, params, dy: dy.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::upsample::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::upsample::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("upsample", other)),
+        }
         return Ok(grad_x);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
