@@ -9,7 +9,19 @@ use std::marker::PhantomData;
 
 /// Every kernel of the operators.
 pub const KERNELS: &[&Kernel] = &[
+    &adamw::ADAMW_FORWARD,
+    &add_noise::ADD_NOISE_FORWARD,
+    &add_noise::ADD_NOISE_FORWARD_ANY,
+    &attention::ATTENTION_FORWARD,
+    &attention::ATTENTION_BACKWARD_DELTA,
+    &attention::ATTENTION_BACKWARD_Q,
+    &attention::ATTENTION_BACKWARD_KV,
     &axpy::AXPY_FORWARD,
+    &branch_deltas::BRANCH_DELTAS_FORWARD,
+    &branch_deltas::BRANCH_DELTAS_FORWARD_ANY,
+    &branch_deltas::BRANCH_DELTAS_BACKWARD,
+    &branch_deltas::BRANCH_DELTAS_BACKWARD_ANY,
+    &conv2d::CONV2D_FORWARD,
     &conv_silu::CONV_SILU_3_FORWARD,
     &conv_silu::CONV_SILU_4_FORWARD,
     &conv_silu::CONV_SILU_3_BACKWARD,
@@ -20,6 +32,18 @@ pub const KERNELS: &[&Kernel] = &[
     &conv_silu::CONV_SILU_ANY_BACKWARD_INPUT,
     &conv_silu::CONV_SILU_ANY_BACKWARD_SUMS,
     &conv_silu::CONV_SILU_BACKWARD_FILTERS,
+    &cross_attention::CROSS_ATTENTION_FORWARD,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_DELTA,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_Q,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_KV,
+    &cross_entropy::CROSS_ENTROPY_ROWS,
+    &cross_entropy::CROSS_ENTROPY_FINISH,
+    &cross_entropy::CROSS_ENTROPY_BACKWARD,
+    &embed::EMBED_FORWARD,
+    &embed::EMBED_FORWARD_ANY,
+    &embed::EMBED_BACKWARD_TABLE,
+    &embed::EMBED_BACKWARD_TABLE_ANY,
+    &embed::EMBED_BACKWARD_ADDEND,
     &feature_gated_conv::FEATURE_GATED_CONV_FORWARD,
     &feature_gated_conv::FEATURE_GATED_CONV_BACKWARD,
     &feature_gated_conv::FEATURE_GATED_CONV_BACKWARD_FILTERS,
@@ -66,6 +90,14 @@ pub const KERNELS: &[&Kernel] = &[
     &gated_conv_2d::GATED_CONV_2D_BACKWARD_INPUT,
     &gated_conv_2d::GATED_CONV_2D_BACKWARD_SUMS,
     &gated_conv_2d::GATED_CONV_2D_BACKWARD_FILTERS,
+    &gemm::GEMM_FORWARD,
+    &gemm::GEMM_BACKWARD_U,
+    &gemm::GEMM_BACKWARD_X,
+    &gemm::GEMM_BACKWARD_W,
+    &gemm::GEMM_BACKWARD_ADD,
+    &gemm::GEMM_BACKWARD_COLUMNS,
+    &gemm::GEMM_BACKWARD_GATE,
+    &gemm::GEMM_BACKWARD_POS,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS_ANY,
     &group_norm_silu::GROUP_NORM_SILU_STATISTICS,
@@ -78,12 +110,59 @@ pub const KERNELS: &[&Kernel] = &[
     &group_norm_silu::GROUP_NORM_SILU_BACKWARD_MEANS,
     &group_norm_silu::GROUP_NORM_SILU_BACKWARD,
     &group_norm_silu::GROUP_NORM_SILU_BACKWARD_ANY,
+    &kv_compress::KV_COMPRESS_FORWARD,
+    &kv_compress::KV_COMPRESS_FORWARD_ANY,
+    &kv_compress::KV_COMPRESS_BACKWARD_REST,
+    &kv_compress::KV_COMPRESS_BACKWARD,
+    &kv_compress::KV_COMPRESS_BACKWARD_ANY,
+    &kv_compress::KV_COMPRESS_BACKWARD_SUMS,
+    &kv_compress::KV_COMPRESS_BACKWARD_SUMS_ANY,
+    &kv_compress::KV_COMPRESS_BACKWARD_PARAMETERS,
+    &linear_attention::LINEAR_ATTENTION_STATE,
+    &linear_attention::LINEAR_ATTENTION_ADD,
+    &linear_attention::LINEAR_ATTENTION_NORM,
+    &linear_attention::LINEAR_ATTENTION_FORWARD,
+    &linear_attention::LINEAR_ATTENTION_BACKWARD_DELTA,
+    &linear_attention::LINEAR_ATTENTION_BACKWARD_STATE,
+    &linear_attention::LINEAR_ATTENTION_BACKWARD_Q,
+    &linear_attention::LINEAR_ATTENTION_BACKWARD_K,
+    &linear_attention::LINEAR_ATTENTION_BACKWARD_V,
     &ln_modulate::LN_MODULATE_FORWARD,
     &ln_modulate::LN_MODULATE_FORWARD_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD,
     &ln_modulate::LN_MODULATE_BACKWARD_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD_COLUMNS_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD_TABLE,
+    &long_conv::LONG_CONV_GATES,
+    &long_conv::LONG_CONV_TAPS,
+    &long_conv::LONG_CONV_FORWARD,
+    &long_conv::LONG_CONV_BACKWARD_GATES,
+    &long_conv::LONG_CONV_BACKWARD_P,
+    &long_conv::LONG_CONV_BACKWARD_FILTER,
+    &long_conv::LONG_CONV_BACKWARD_SHORT,
+    &long_conv::LONG_CONV_BACKWARD_ADD,
+    &loss_diffusion::LOSS_DIFFUSION_PARTIAL,
+    &loss_diffusion::LOSS_DIFFUSION_FINISH,
+    &loss_diffusion::LOSS_DIFFUSION_BACKWARD,
+    &loss_regression::LOSS_REGRESSION_PARTIAL,
+    &loss_regression::LOSS_REGRESSION_FINISH,
+    &loss_regression::LOSS_REGRESSION_BACKWARD,
+    &mamba2::MAMBA2_STEPS,
+    &mamba2::MAMBA2_STATES,
+    &mamba2::MAMBA2_SCAN,
+    &mamba2::MAMBA2_FORWARD,
+    &mamba2::MAMBA2_BACKWARD_STATES,
+    &mamba2::MAMBA2_BACKWARD_X,
+    &mamba2::MAMBA2_BACKWARD_STEPS,
+    &mamba2::MAMBA2_BACKWARD_HEADS,
+    &mamba2::MAMBA2_BACKWARD_BC,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV,
+    &patchify::PATCHIFY_FORWARD,
+    &patchify::PATCHIFY_BACKWARD,
+    &philox::PHILOX_FORWARD,
     &rms_norm::RMS_NORM_FORWARD,
     &rms_norm::RMS_NORM_FORWARD_WIDE,
     &rms_norm::RMS_NORM_FORWARD_ANY,
@@ -92,11 +171,251 @@ pub const KERNELS: &[&Kernel] = &[
     &rms_norm::RMS_NORM_BACKWARD_ANY,
     &rms_norm::RMS_NORM_BACKWARD_COLUMNS_ANY,
     &rms_norm::RMS_NORM_BACKWARD_WEIGHT,
+    &sinusoid::SINUSOID_FORWARD,
+    &solver_step::SOLVER_STEP_FORWARD,
+    &solver_step::SOLVER_STEP_FORWARD_ANY,
+    &sum_squares::SUM_SQUARES_PARTIAL,
+    &sum_squares::SUM_SQUARES_FINISH,
+    &unpatchify::UNPATCHIFY_FORWARD,
+    &unpatchify::UNPATCHIFY_BACKWARD,
     &upsample::UPSAMPLE_FORWARD,
     &upsample::UPSAMPLE_FORWARD_ANY,
     &upsample::UPSAMPLE_BACKWARD,
     &upsample::UPSAMPLE_BACKWARD_ANY,
+    &window_attention::WINDOW_ATTENTION_FORWARD,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_DELTA,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_Q,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_KV,
 ];
+
+/// Kernels of `adamw`.
+pub mod adamw {
+    use super::*;
+
+    pub const ADAMW_FORWARD: Kernel = Kernel { op: "adamw", source: "adamw.cu", name: "adamw_forward", arch: 80 };
+
+    /// Arguments of [`ADAMW_FORWARD`].
+    pub struct AdamwForward<T> {
+        pub grad: In<T>,
+        pub param: Out<T>,
+        pub m: Out<T>,
+        pub v: Out<T>,
+        pub ema: Out<T>,
+        pub l: usize,
+        pub keep: f32,
+        pub rate: f32,
+        pub rate1: f32,
+        pub rate2: f32,
+        pub eps: f32,
+        pub root: f32,
+        pub grad_scale: f32,
+        pub ema_rate: f32,
+    }
+
+    impl<T: Element> AdamwForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.grad.address()),
+                Arg::Address(self.param.address()),
+                Arg::Address(self.m.address()),
+                Arg::Address(self.v.address()),
+                Arg::Address(self.ema.address()),
+                int(queue, &ADAMW_FORWARD, "l", self.l)?,
+                Arg::F32(self.keep),
+                Arg::F32(self.rate),
+                Arg::F32(self.rate1),
+                Arg::F32(self.rate2),
+                Arg::F32(self.eps),
+                Arg::F32(self.root),
+                Arg::F32(self.grad_scale),
+                Arg::F32(self.ema_rate),
+            ];
+            queue.launch(&Launch { kernel: &ADAMW_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `add_noise`.
+pub mod add_noise {
+    use super::*;
+
+    pub const ADD_NOISE_FORWARD: Kernel = Kernel { op: "add_noise", source: "add_noise.cu", name: "add_noise_forward", arch: 80 };
+
+    /// Arguments of [`ADD_NOISE_FORWARD`].
+    pub struct AddNoiseForward<T> {
+        pub x0: In<T>,
+        pub noise: In<T>,
+        pub coefs: In<T>,
+        pub x_t: Out<T>,
+        pub b: usize,
+        pub l: usize,
+    }
+
+    impl<T: Element> AddNoiseForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x0.address()),
+                Arg::Address(self.noise.address()),
+                Arg::Address(self.coefs.address()),
+                Arg::Address(self.x_t.address()),
+                int(queue, &ADD_NOISE_FORWARD, "b", self.b)?,
+                int(queue, &ADD_NOISE_FORWARD, "l", self.l)?,
+            ];
+            queue.launch(&Launch { kernel: &ADD_NOISE_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ADD_NOISE_FORWARD_ANY: Kernel = Kernel { op: "add_noise", source: "add_noise.cu", name: "add_noise_forward_any", arch: 80 };
+
+    /// Arguments of [`ADD_NOISE_FORWARD_ANY`].
+    pub struct AddNoiseForwardAny<T> {
+        pub x0: In<T>,
+        pub noise: In<T>,
+        pub coefs: In<T>,
+        pub x_t: Out<T>,
+        pub b: usize,
+        pub l: usize,
+    }
+
+    impl<T: Element> AddNoiseForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x0.address()),
+                Arg::Address(self.noise.address()),
+                Arg::Address(self.coefs.address()),
+                Arg::Address(self.x_t.address()),
+                int(queue, &ADD_NOISE_FORWARD_ANY, "b", self.b)?,
+                int(queue, &ADD_NOISE_FORWARD_ANY, "l", self.l)?,
+            ];
+            queue.launch(&Launch { kernel: &ADD_NOISE_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `attention`.
+pub mod attention {
+    use super::*;
+
+    pub const ATTENTION_FORWARD: Kernel = Kernel { op: "attention", source: "attention.cu", name: "attention_forward", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD`].
+    pub struct AttentionForward<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_DELTA: Kernel = Kernel { op: "attention", source: "attention.cu", name: "attention_backward_delta", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_DELTA`].
+    pub struct AttentionBackwardDelta<T> {
+        pub y: In<T>,
+        pub dy: In<T>,
+        pub delta: Out<f32>,
+        pub rows: u64,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    impl<T: Element> AttentionBackwardDelta<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.y.address()),
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.delta.address()),
+                Arg::U64(self.rows),
+                int(queue, &ATTENTION_BACKWARD_DELTA, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_DELTA, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_DELTA, "e", self.e)?,
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_DELTA, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q: Kernel = Kernel { op: "attention", source: "attention.cu", name: "attention_backward_q", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q`].
+    pub struct AttentionBackwardQ<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardQ<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_Q, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV: Kernel = Kernel { op: "attention", source: "attention.cu", name: "attention_backward_kv", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV`].
+    pub struct AttentionBackwardKv<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardKv<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_KV, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
 
 /// Kernels of `axpy`.
 pub mod axpy {
@@ -121,6 +440,170 @@ pub mod axpy {
                 Arg::F32(self.alpha),
             ];
             queue.launch(&Launch { kernel: &AXPY_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `branch_deltas`.
+pub mod branch_deltas {
+    use super::*;
+
+    pub const BRANCH_DELTAS_FORWARD: Kernel = Kernel { op: "branch_deltas", source: "branch_deltas.cu", name: "branch_deltas_forward", arch: 80 };
+
+    /// Arguments of [`BRANCH_DELTAS_FORWARD`].
+    pub struct BranchDeltasForward<T> {
+        pub x: In<T>,
+        pub first: In<T>,
+        pub second: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub d: usize,
+    }
+
+    impl<T: Element> BranchDeltasForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.first.address()),
+                Arg::Address(self.second.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &BRANCH_DELTAS_FORWARD, "rows", self.rows)?,
+                int(queue, &BRANCH_DELTAS_FORWARD, "d", self.d)?,
+            ];
+            queue.launch(&Launch { kernel: &BRANCH_DELTAS_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const BRANCH_DELTAS_FORWARD_ANY: Kernel = Kernel { op: "branch_deltas", source: "branch_deltas.cu", name: "branch_deltas_forward_any", arch: 80 };
+
+    /// Arguments of [`BRANCH_DELTAS_FORWARD_ANY`].
+    pub struct BranchDeltasForwardAny<T> {
+        pub x: In<T>,
+        pub first: In<T>,
+        pub second: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub d: usize,
+    }
+
+    impl<T: Element> BranchDeltasForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.first.address()),
+                Arg::Address(self.second.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &BRANCH_DELTAS_FORWARD_ANY, "rows", self.rows)?,
+                int(queue, &BRANCH_DELTAS_FORWARD_ANY, "d", self.d)?,
+            ];
+            queue.launch(&Launch { kernel: &BRANCH_DELTAS_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const BRANCH_DELTAS_BACKWARD: Kernel = Kernel { op: "branch_deltas", source: "branch_deltas.cu", name: "branch_deltas_backward", arch: 80 };
+
+    /// Arguments of [`BRANCH_DELTAS_BACKWARD`].
+    pub struct BranchDeltasBackward<T> {
+        pub dy: In<T>,
+        pub dx: Out<T>,
+        pub dfirst: Out<T>,
+        pub dsecond: Out<T>,
+        pub rows: usize,
+        pub d: usize,
+    }
+
+    impl<T: Element> BranchDeltasBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.dfirst.address()),
+                Arg::Address(self.dsecond.address()),
+                int(queue, &BRANCH_DELTAS_BACKWARD, "rows", self.rows)?,
+                int(queue, &BRANCH_DELTAS_BACKWARD, "d", self.d)?,
+            ];
+            queue.launch(&Launch { kernel: &BRANCH_DELTAS_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const BRANCH_DELTAS_BACKWARD_ANY: Kernel = Kernel { op: "branch_deltas", source: "branch_deltas.cu", name: "branch_deltas_backward_any", arch: 80 };
+
+    /// Arguments of [`BRANCH_DELTAS_BACKWARD_ANY`].
+    pub struct BranchDeltasBackwardAny<T> {
+        pub dy: In<T>,
+        pub dx: Out<T>,
+        pub dfirst: Out<T>,
+        pub dsecond: Out<T>,
+        pub rows: usize,
+        pub d: usize,
+    }
+
+    impl<T: Element> BranchDeltasBackwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.dfirst.address()),
+                Arg::Address(self.dsecond.address()),
+                int(queue, &BRANCH_DELTAS_BACKWARD_ANY, "rows", self.rows)?,
+                int(queue, &BRANCH_DELTAS_BACKWARD_ANY, "d", self.d)?,
+            ];
+            queue.launch(&Launch { kernel: &BRANCH_DELTAS_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `conv2d`.
+pub mod conv2d {
+    use super::*;
+
+    pub const CONV2D_FORWARD: Kernel = Kernel { op: "conv2d", source: "conv2d.cu", name: "conv2d_forward", arch: 80 };
+
+    /// Arguments of [`CONV2D_FORWARD`].
+    pub struct Conv2dForward<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub stride: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+        pub round: usize,
+    }
+
+    impl<T: Element> Conv2dForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_FORWARD, "b", self.b)?,
+                int(queue, &CONV2D_FORWARD, "h", self.h)?,
+                int(queue, &CONV2D_FORWARD, "w", self.w)?,
+                int(queue, &CONV2D_FORWARD, "c", self.c)?,
+                int(queue, &CONV2D_FORWARD, "f", self.f)?,
+                int(queue, &CONV2D_FORWARD, "kh", self.kh)?,
+                int(queue, &CONV2D_FORWARD, "kw", self.kw)?,
+                int(queue, &CONV2D_FORWARD, "oh", self.oh)?,
+                int(queue, &CONV2D_FORWARD, "ow", self.ow)?,
+                int(queue, &CONV2D_FORWARD, "stride", self.stride)?,
+                int(queue, &CONV2D_FORWARD, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_FORWARD, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_FORWARD, "relu", self.relu)?,
+                int(queue, &CONV2D_FORWARD, "round", self.round)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_FORWARD, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -472,6 +955,387 @@ pub mod conv_silu {
                 int(queue, &CONV_SILU_BACKWARD_FILTERS, "groups", self.groups)?,
             ];
             queue.launch(&Launch { kernel: &CONV_SILU_BACKWARD_FILTERS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `cross_attention`.
+pub mod cross_attention {
+    use super::*;
+
+    pub const CROSS_ATTENTION_FORWARD: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD`].
+    pub struct CrossAttentionForward<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_DELTA: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_delta", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_DELTA`].
+    pub struct CrossAttentionBackwardDelta<T> {
+        pub y: In<T>,
+        pub dy: In<T>,
+        pub delta: Out<f32>,
+        pub rows: u64,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    impl<T: Element> CrossAttentionBackwardDelta<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.y.address()),
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.delta.address()),
+                Arg::U64(self.rows),
+                int(queue, &CROSS_ATTENTION_BACKWARD_DELTA, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_DELTA, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_DELTA, "e", self.e)?,
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_DELTA, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_Q: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q`].
+    pub struct CrossAttentionBackwardQ<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dq: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardQ<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dq.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_KV: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV`].
+    pub struct CrossAttentionBackwardKv<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dkv: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardKv<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dkv.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `cross_entropy`.
+pub mod cross_entropy {
+    use super::*;
+
+    pub const CROSS_ENTROPY_ROWS: Kernel = Kernel { op: "cross_entropy", source: "cross_entropy.cu", name: "cross_entropy_rows", arch: 80 };
+
+    /// Arguments of [`CROSS_ENTROPY_ROWS`].
+    pub struct CrossEntropyRows<T> {
+        pub logits: In<T>,
+        pub labels: In<i32>,
+        pub terms: Out<f32>,
+        pub lse: Out<T>,
+        pub b: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> CrossEntropyRows<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.logits.address()),
+                Arg::Address(self.labels.address()),
+                Arg::Address(self.terms.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ENTROPY_ROWS, "b", self.b)?,
+                int(queue, &CROSS_ENTROPY_ROWS, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ENTROPY_ROWS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ENTROPY_FINISH: Kernel = Kernel { op: "cross_entropy", source: "cross_entropy.cu", name: "cross_entropy_finish", arch: 80 };
+
+    /// Arguments of [`CROSS_ENTROPY_FINISH`].
+    pub struct CrossEntropyFinish<T> {
+        pub terms: In<f32>,
+        pub loss: Out<T>,
+        pub b: usize,
+        pub inverse: f32,
+    }
+
+    impl<T: Element> CrossEntropyFinish<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.terms.address()),
+                Arg::Address(self.loss.address()),
+                int(queue, &CROSS_ENTROPY_FINISH, "b", self.b)?,
+                Arg::F32(self.inverse),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ENTROPY_FINISH, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ENTROPY_BACKWARD: Kernel = Kernel { op: "cross_entropy", source: "cross_entropy.cu", name: "cross_entropy_backward", arch: 80 };
+
+    /// Arguments of [`CROSS_ENTROPY_BACKWARD`].
+    pub struct CrossEntropyBackward<T> {
+        pub dloss: In<T>,
+        pub logits: In<T>,
+        pub labels: In<i32>,
+        pub lse: In<T>,
+        pub dlogits: Out<T>,
+        pub b: usize,
+        pub k: usize,
+        pub inverse: f32,
+    }
+
+    impl<T: Element> CrossEntropyBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dloss.address()),
+                Arg::Address(self.logits.address()),
+                Arg::Address(self.labels.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.dlogits.address()),
+                int(queue, &CROSS_ENTROPY_BACKWARD, "b", self.b)?,
+                int(queue, &CROSS_ENTROPY_BACKWARD, "k", self.k)?,
+                Arg::F32(self.inverse),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ENTROPY_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `embed`.
+pub mod embed {
+    use super::*;
+
+    pub const EMBED_FORWARD: Kernel = Kernel { op: "embed", source: "embed.cu", name: "embed_forward", arch: 80 };
+
+    /// Arguments of [`EMBED_FORWARD`].
+    pub struct EmbedForward<T> {
+        pub table: In<T>,
+        pub index: In<i32>,
+        pub addend: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub b: usize,
+        pub v: usize,
+        pub d: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> EmbedForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.table.address()),
+                Arg::Address(self.index.address()),
+                Arg::Address(self.addend.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                int(queue, &EMBED_FORWARD, "b", self.b)?,
+                int(queue, &EMBED_FORWARD, "v", self.v)?,
+                int(queue, &EMBED_FORWARD, "d", self.d)?,
+                int(queue, &EMBED_FORWARD, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &EMBED_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const EMBED_FORWARD_ANY: Kernel = Kernel { op: "embed", source: "embed.cu", name: "embed_forward_any", arch: 80 };
+
+    /// Arguments of [`EMBED_FORWARD_ANY`].
+    pub struct EmbedForwardAny<T> {
+        pub table: In<T>,
+        pub index: In<i32>,
+        pub addend: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub b: usize,
+        pub v: usize,
+        pub d: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> EmbedForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.table.address()),
+                Arg::Address(self.index.address()),
+                Arg::Address(self.addend.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                int(queue, &EMBED_FORWARD_ANY, "b", self.b)?,
+                int(queue, &EMBED_FORWARD_ANY, "v", self.v)?,
+                int(queue, &EMBED_FORWARD_ANY, "d", self.d)?,
+                int(queue, &EMBED_FORWARD_ANY, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &EMBED_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const EMBED_BACKWARD_TABLE: Kernel = Kernel { op: "embed", source: "embed.cu", name: "embed_backward_table", arch: 80 };
+
+    /// Arguments of [`EMBED_BACKWARD_TABLE`].
+    pub struct EmbedBackwardTable<T> {
+        pub dy: In<T>,
+        pub index: In<i32>,
+        pub pre: In<T>,
+        pub dtable: Out<T>,
+        pub b: usize,
+        pub d: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> EmbedBackwardTable<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.index.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.dtable.address()),
+                int(queue, &EMBED_BACKWARD_TABLE, "b", self.b)?,
+                int(queue, &EMBED_BACKWARD_TABLE, "d", self.d)?,
+                int(queue, &EMBED_BACKWARD_TABLE, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &EMBED_BACKWARD_TABLE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const EMBED_BACKWARD_TABLE_ANY: Kernel = Kernel { op: "embed", source: "embed.cu", name: "embed_backward_table_any", arch: 80 };
+
+    /// Arguments of [`EMBED_BACKWARD_TABLE_ANY`].
+    pub struct EmbedBackwardTableAny<T> {
+        pub dy: In<T>,
+        pub index: In<i32>,
+        pub pre: In<T>,
+        pub dtable: Out<T>,
+        pub b: usize,
+        pub d: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> EmbedBackwardTableAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.index.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.dtable.address()),
+                int(queue, &EMBED_BACKWARD_TABLE_ANY, "b", self.b)?,
+                int(queue, &EMBED_BACKWARD_TABLE_ANY, "d", self.d)?,
+                int(queue, &EMBED_BACKWARD_TABLE_ANY, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &EMBED_BACKWARD_TABLE_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const EMBED_BACKWARD_ADDEND: Kernel = Kernel { op: "embed", source: "embed.cu", name: "embed_backward_addend", arch: 80 };
+
+    /// Arguments of [`EMBED_BACKWARD_ADDEND`].
+    pub struct EmbedBackwardAddend<T> {
+        pub dy: In<T>,
+        pub pre: In<T>,
+        pub daddend: Out<T>,
+        pub count: u64,
+        pub act: usize,
+    }
+
+    impl<T: Element> EmbedBackwardAddend<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.daddend.address()),
+                Arg::U64(self.count),
+                int(queue, &EMBED_BACKWARD_ADDEND, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &EMBED_BACKWARD_ADDEND, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -2119,6 +2983,273 @@ pub mod gated_conv_2d {
     }
 }
 
+/// Kernels of `gemm`.
+pub mod gemm {
+    use super::*;
+
+    pub const GEMM_FORWARD: Kernel = Kernel { op: "gemm", source: "gemm.cu", name: "gemm_forward", arch: 80 };
+
+    /// Arguments of [`GEMM_FORWARD`].
+    pub struct GemmForward<T> {
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub round: usize,
+    }
+
+    impl<T: Element> GemmForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                int(queue, &GEMM_FORWARD, "rows", self.rows)?,
+                int(queue, &GEMM_FORWARD, "n", self.n)?,
+                int(queue, &GEMM_FORWARD, "k", self.k)?,
+                int(queue, &GEMM_FORWARD, "f", self.f)?,
+                int(queue, &GEMM_FORWARD, "c", self.c)?,
+                int(queue, &GEMM_FORWARD, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_FORWARD, "act", self.act)?,
+                int(queue, &GEMM_FORWARD, "round", self.round)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_U: Kernel = Kernel { op: "gemm", source: "gemm.cu", name: "gemm_backward_u", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_U`].
+    pub struct GemmBackwardU<T> {
+        pub dy: In<T>,
+        pub pre: In<T>,
+        pub gate: In<T>,
+        pub du: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> GemmBackwardU<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &GEMM_BACKWARD_U, "rows", self.rows)?,
+                int(queue, &GEMM_BACKWARD_U, "n", self.n)?,
+                int(queue, &GEMM_BACKWARD_U, "f", self.f)?,
+                int(queue, &GEMM_BACKWARD_U, "c", self.c)?,
+                int(queue, &GEMM_BACKWARD_U, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_BACKWARD_U, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_U, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_X: Kernel = Kernel { op: "gemm", source: "gemm.cu", name: "gemm_backward_x", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_X`].
+    pub struct GemmBackwardX<T> {
+        pub du: In<T>,
+        pub w: In<T>,
+        pub dx: Out<T>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub round: usize,
+    }
+
+    impl<T: Element> GemmBackwardX<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.dx.address()),
+                int(queue, &GEMM_BACKWARD_X, "rows", self.rows)?,
+                int(queue, &GEMM_BACKWARD_X, "k", self.k)?,
+                int(queue, &GEMM_BACKWARD_X, "f", self.f)?,
+                int(queue, &GEMM_BACKWARD_X, "round", self.round)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_W: Kernel = Kernel { op: "gemm", source: "gemm.cu", name: "gemm_backward_w", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_W`].
+    pub struct GemmBackwardW<T> {
+        pub du: In<T>,
+        pub x: In<T>,
+        pub dw: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+        pub round: usize,
+    }
+
+    impl<T: Element> GemmBackwardW<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.dw.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_BACKWARD_W, "rows", self.rows)?,
+                int(queue, &GEMM_BACKWARD_W, "k", self.k)?,
+                int(queue, &GEMM_BACKWARD_W, "f", self.f)?,
+                int(queue, &GEMM_BACKWARD_W, "part", self.part)?,
+                int(queue, &GEMM_BACKWARD_W, "round", self.round)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_W, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_ADD: Kernel = Kernel { op: "gemm", source: "gemm.cu", name: "gemm_backward_add", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_ADD`].
+    pub struct GemmBackwardAdd<T> {
+        pub partials: In<f32>,
+        pub to: Out<T>,
+        pub count: u64,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmBackwardAdd<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.to.address()),
+                Arg::U64(self.count),
+                int(queue, &GEMM_BACKWARD_ADD, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_ADD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_COLUMNS: Kernel = Kernel { op: "gemm", source: "gemm.cu", name: "gemm_backward_columns", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_COLUMNS`].
+    pub struct GemmBackwardColumns<T> {
+        pub dy: In<T>,
+        pub pre: In<T>,
+        pub gate: In<T>,
+        pub partials: Out<f32>,
+        pub length: usize,
+        pub parts: usize,
+        pub n: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub of_u: usize,
+    }
+
+    impl<T: Element> GemmBackwardColumns<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_BACKWARD_COLUMNS, "length", self.length)?,
+                int(queue, &GEMM_BACKWARD_COLUMNS, "parts", self.parts)?,
+                int(queue, &GEMM_BACKWARD_COLUMNS, "n", self.n)?,
+                int(queue, &GEMM_BACKWARD_COLUMNS, "f", self.f)?,
+                int(queue, &GEMM_BACKWARD_COLUMNS, "c", self.c)?,
+                int(queue, &GEMM_BACKWARD_COLUMNS, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_BACKWARD_COLUMNS, "act", self.act)?,
+                int(queue, &GEMM_BACKWARD_COLUMNS, "of_u", self.of_u)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_COLUMNS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_GATE: Kernel = Kernel { op: "gemm", source: "gemm.cu", name: "gemm_backward_gate", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_GATE`].
+    pub struct GemmBackwardGate<T> {
+        pub partials: In<f32>,
+        pub dgate: Out<T>,
+        pub b: usize,
+        pub c: usize,
+        pub f: usize,
+        pub gate_row: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmBackwardGate<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dgate.address()),
+                int(queue, &GEMM_BACKWARD_GATE, "b", self.b)?,
+                int(queue, &GEMM_BACKWARD_GATE, "c", self.c)?,
+                int(queue, &GEMM_BACKWARD_GATE, "f", self.f)?,
+                int(queue, &GEMM_BACKWARD_GATE, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_BACKWARD_GATE, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_GATE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_POS: Kernel = Kernel { op: "gemm", source: "gemm.cu", name: "gemm_backward_pos", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_POS`].
+    pub struct GemmBackwardPos<T> {
+        pub dy: In<T>,
+        pub pre: In<T>,
+        pub gate: In<T>,
+        pub dpos: Out<T>,
+        pub b: usize,
+        pub n: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> GemmBackwardPos<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.dpos.address()),
+                int(queue, &GEMM_BACKWARD_POS, "b", self.b)?,
+                int(queue, &GEMM_BACKWARD_POS, "n", self.n)?,
+                int(queue, &GEMM_BACKWARD_POS, "f", self.f)?,
+                int(queue, &GEMM_BACKWARD_POS, "c", self.c)?,
+                int(queue, &GEMM_BACKWARD_POS, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_BACKWARD_POS, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_POS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
 /// Kernels of `group_norm_silu`.
 pub mod group_norm_silu {
     use super::*;
@@ -2506,6 +3637,610 @@ pub mod group_norm_silu {
     }
 }
 
+/// Kernels of `kv_compress`.
+pub mod kv_compress {
+    use super::*;
+
+    pub const KV_COMPRESS_FORWARD: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_forward", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_FORWARD`].
+    pub struct KvCompressForward<T> {
+        pub x: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub first: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> KvCompressForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &KV_COMPRESS_FORWARD, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_FORWARD, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_FORWARD, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_FORWARD, "r", self.r)?,
+                int(queue, &KV_COMPRESS_FORWARD, "d", self.d)?,
+                int(queue, &KV_COMPRESS_FORWARD, "first", self.first)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_FORWARD_ANY: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_forward_any", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_FORWARD_ANY`].
+    pub struct KvCompressForwardAny<T> {
+        pub x: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub k: usize,
+        pub first: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> KvCompressForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "r", self.r)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "d", self.d)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "k", self.k)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "first", self.first)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD_REST: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward_rest", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD_REST`].
+    pub struct KvCompressBackwardRest<T> {
+        pub dx: Out<T>,
+        pub all: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub k: usize,
+        pub first: usize,
+    }
+
+    impl<T: Element> KvCompressBackwardRest<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dx.address()),
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "all", self.all)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "r", self.r)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "k", self.k)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "first", self.first)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD_REST, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD`].
+    pub struct KvCompressBackward<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub gamma: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub dc: Out<f32>,
+        pub norm: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub first: usize,
+    }
+
+    impl<T: Element> KvCompressBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.norm.address()),
+                int(queue, &KV_COMPRESS_BACKWARD, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_BACKWARD, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_BACKWARD, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_BACKWARD, "r", self.r)?,
+                int(queue, &KV_COMPRESS_BACKWARD, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD, "first", self.first)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD_ANY: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward_any", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD_ANY`].
+    pub struct KvCompressBackwardAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub gamma: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub dc: Out<f32>,
+        pub norm: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub k: usize,
+        pub first: usize,
+    }
+
+    impl<T: Element> KvCompressBackwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.norm.address()),
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "r", self.r)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "k", self.k)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "first", self.first)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD_SUMS: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward_sums", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD_SUMS`].
+    pub struct KvCompressBackwardSums<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub dc: In<f32>,
+        pub norm: In<f32>,
+        pub partials: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub first: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> KvCompressBackwardSums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "r", self.r)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "first", self.first)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD_SUMS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD_SUMS_ANY: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward_sums_any", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD_SUMS_ANY`].
+    pub struct KvCompressBackwardSumsAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub dc: In<f32>,
+        pub norm: In<f32>,
+        pub partials: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub k: usize,
+        pub first: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> KvCompressBackwardSumsAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "r", self.r)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "k", self.k)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "first", self.first)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD_SUMS_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD_PARAMETERS: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward_parameters", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD_PARAMETERS`].
+    pub struct KvCompressBackwardParameters<T> {
+        pub partials: In<f32>,
+        pub dweight: Out<T>,
+        pub dbias: Out<T>,
+        pub dgamma: Out<T>,
+        pub dbeta: Out<T>,
+        pub d: usize,
+        pub k: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> KvCompressBackwardParameters<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dweight.address()),
+                Arg::Address(self.dbias.address()),
+                Arg::Address(self.dgamma.address()),
+                Arg::Address(self.dbeta.address()),
+                int(queue, &KV_COMPRESS_BACKWARD_PARAMETERS, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD_PARAMETERS, "k", self.k)?,
+                int(queue, &KV_COMPRESS_BACKWARD_PARAMETERS, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD_PARAMETERS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `linear_attention`.
+pub mod linear_attention {
+    use super::*;
+
+    pub const LINEAR_ATTENTION_STATE: Kernel = Kernel { op: "linear_attention", source: "linear_attention.cu", name: "linear_attention_state", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_STATE`].
+    pub struct LinearAttentionState<T> {
+        pub qkv: In<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionState<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_STATE, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_STATE, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_STATE, "e", self.e)?,
+                int(queue, &LINEAR_ATTENTION_STATE, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_STATE, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_STATE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_ADD: Kernel = Kernel { op: "linear_attention", source: "linear_attention.cu", name: "linear_attention_add", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_ADD`].
+    pub struct LinearAttentionAdd {
+        pub partials: In<f32>,
+        pub state: Out<f32>,
+        pub total: Out<f32>,
+        pub heads: u64,
+        pub e: usize,
+        pub parts: usize,
+    }
+
+    impl LinearAttentionAdd {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::U64(self.heads),
+                int(queue, &LINEAR_ATTENTION_ADD, "e", self.e)?,
+                int(queue, &LINEAR_ATTENTION_ADD, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_ADD, element: element, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_NORM: Kernel = Kernel { op: "linear_attention", source: "linear_attention.cu", name: "linear_attention_norm", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_NORM`].
+    pub struct LinearAttentionNorm<T> {
+        pub qkv: In<T>,
+        pub total: In<f32>,
+        pub norm: Out<f32>,
+        pub rows: u64,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub map: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> LinearAttentionNorm<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.norm.address()),
+                Arg::U64(self.rows),
+                int(queue, &LINEAR_ATTENTION_NORM, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_NORM, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_NORM, "e", self.e)?,
+                int(queue, &LINEAR_ATTENTION_NORM, "map", self.map)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_NORM, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_FORWARD: Kernel = Kernel { op: "linear_attention", source: "linear_attention.cu", name: "linear_attention_forward", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_FORWARD`].
+    pub struct LinearAttentionForward<T> {
+        pub qkv: In<T>,
+        pub state: In<f32>,
+        pub norm: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub map: usize,
+    }
+
+    impl<T: Element> LinearAttentionForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &LINEAR_ATTENTION_FORWARD, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_FORWARD, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_FORWARD, "e", self.e)?,
+                int(queue, &LINEAR_ATTENTION_FORWARD, "map", self.map)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_BACKWARD_DELTA: Kernel = Kernel { op: "linear_attention", source: "linear_attention.cu", name: "linear_attention_backward_delta", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_BACKWARD_DELTA`].
+    pub struct LinearAttentionBackwardDelta<T> {
+        pub y: In<T>,
+        pub dy: In<T>,
+        pub delta: Out<f32>,
+        pub rows: u64,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    impl<T: Element> LinearAttentionBackwardDelta<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.y.address()),
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.delta.address()),
+                Arg::U64(self.rows),
+                int(queue, &LINEAR_ATTENTION_BACKWARD_DELTA, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_DELTA, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_DELTA, "e", self.e)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_BACKWARD_DELTA, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_BACKWARD_STATE: Kernel = Kernel { op: "linear_attention", source: "linear_attention.cu", name: "linear_attention_backward_state", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_BACKWARD_STATE`].
+    pub struct LinearAttentionBackwardState<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub norm: In<f32>,
+        pub delta: In<f32>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionBackwardState<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_BACKWARD_STATE, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_STATE, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_STATE, "e", self.e)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_STATE, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_STATE, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_BACKWARD_STATE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_BACKWARD_Q: Kernel = Kernel { op: "linear_attention", source: "linear_attention.cu", name: "linear_attention_backward_q", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_BACKWARD_Q`].
+    pub struct LinearAttentionBackwardQ<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub norm: In<f32>,
+        pub delta: In<f32>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub map: usize,
+    }
+
+    impl<T: Element> LinearAttentionBackwardQ<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &LINEAR_ATTENTION_BACKWARD_Q, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_Q, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_Q, "e", self.e)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_Q, "map", self.map)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_BACKWARD_Q, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_BACKWARD_K: Kernel = Kernel { op: "linear_attention", source: "linear_attention.cu", name: "linear_attention_backward_k", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_BACKWARD_K`].
+    pub struct LinearAttentionBackwardK<T> {
+        pub qkv: In<T>,
+        pub dstate: In<f32>,
+        pub dtotal: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub map: usize,
+    }
+
+    impl<T: Element> LinearAttentionBackwardK<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.dstate.address()),
+                Arg::Address(self.dtotal.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &LINEAR_ATTENTION_BACKWARD_K, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_K, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_K, "e", self.e)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_K, "map", self.map)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_BACKWARD_K, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_BACKWARD_V: Kernel = Kernel { op: "linear_attention", source: "linear_attention.cu", name: "linear_attention_backward_v", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_BACKWARD_V`].
+    pub struct LinearAttentionBackwardV<T> {
+        pub qkv: In<T>,
+        pub dstate: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub map: usize,
+    }
+
+    impl<T: Element> LinearAttentionBackwardV<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.dstate.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &LINEAR_ATTENTION_BACKWARD_V, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_V, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_V, "e", self.e)?,
+                int(queue, &LINEAR_ATTENTION_BACKWARD_V, "map", self.map)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_BACKWARD_V, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
 /// Kernels of `ln_modulate`.
 pub mod ln_modulate {
     use super::*;
@@ -2715,6 +4450,1013 @@ pub mod ln_modulate {
                 int(queue, &LN_MODULATE_BACKWARD_TABLE, "splits", self.splits)?,
             ];
             queue.launch(&Launch { kernel: &LN_MODULATE_BACKWARD_TABLE, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `long_conv`.
+pub mod long_conv {
+    use super::*;
+
+    pub const LONG_CONV_GATES: Kernel = Kernel { op: "long_conv", source: "long_conv.cu", name: "long_conv_gates", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_GATES`].
+    pub struct LongConvGates<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub dy: In<T>,
+        pub u: Out<f32>,
+        pub dm: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvGates<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.u.address()),
+                Arg::Address(self.dm.address()),
+                int(queue, &LONG_CONV_GATES, "b", self.b)?,
+                int(queue, &LONG_CONV_GATES, "n", self.n)?,
+                int(queue, &LONG_CONV_GATES, "c", self.c)?,
+                int(queue, &LONG_CONV_GATES, "k", self.k)?,
+                int(queue, &LONG_CONV_GATES, "lead", self.lead)?,
+                int(queue, &LONG_CONV_GATES, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_GATES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_TAPS: Kernel = Kernel { op: "long_conv", source: "long_conv.cu", name: "long_conv_taps", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_TAPS`].
+    pub struct LongConvTaps<T> {
+        pub filter: In<T>,
+        pub taps: Out<f32>,
+        pub c: usize,
+        pub l: usize,
+    }
+
+    impl<T: Element> LongConvTaps<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.filter.address()),
+                Arg::Address(self.taps.address()),
+                int(queue, &LONG_CONV_TAPS, "c", self.c)?,
+                int(queue, &LONG_CONV_TAPS, "l", self.l)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_TAPS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_FORWARD: Kernel = Kernel { op: "long_conv", source: "long_conv.cu", name: "long_conv_forward", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_FORWARD`].
+    pub struct LongConvForward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub u: In<f32>,
+        pub taps: In<f32>,
+        pub skip: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub l: usize,
+        pub lead: usize,
+        pub centre: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.u.address()),
+                Arg::Address(self.taps.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &LONG_CONV_FORWARD, "n", self.n)?,
+                int(queue, &LONG_CONV_FORWARD, "c", self.c)?,
+                int(queue, &LONG_CONV_FORWARD, "k", self.k)?,
+                int(queue, &LONG_CONV_FORWARD, "l", self.l)?,
+                int(queue, &LONG_CONV_FORWARD, "lead", self.lead)?,
+                int(queue, &LONG_CONV_FORWARD, "centre", self.centre)?,
+                int(queue, &LONG_CONV_FORWARD, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_BACKWARD_GATES: Kernel = Kernel { op: "long_conv", source: "long_conv.cu", name: "long_conv_backward_gates", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_BACKWARD_GATES`].
+    pub struct LongConvBackwardGates<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub u: In<f32>,
+        pub dm: In<f32>,
+        pub taps: In<f32>,
+        pub skip: In<T>,
+        pub d: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub l: usize,
+        pub lead: usize,
+        pub centre: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvBackwardGates<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.u.address()),
+                Arg::Address(self.dm.address()),
+                Arg::Address(self.taps.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.d.address()),
+                int(queue, &LONG_CONV_BACKWARD_GATES, "n", self.n)?,
+                int(queue, &LONG_CONV_BACKWARD_GATES, "c", self.c)?,
+                int(queue, &LONG_CONV_BACKWARD_GATES, "k", self.k)?,
+                int(queue, &LONG_CONV_BACKWARD_GATES, "l", self.l)?,
+                int(queue, &LONG_CONV_BACKWARD_GATES, "lead", self.lead)?,
+                int(queue, &LONG_CONV_BACKWARD_GATES, "centre", self.centre)?,
+                int(queue, &LONG_CONV_BACKWARD_GATES, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_GATES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_BACKWARD_P: Kernel = Kernel { op: "long_conv", source: "long_conv.cu", name: "long_conv_backward_p", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_BACKWARD_P`].
+    pub struct LongConvBackwardP<T> {
+        pub d: In<f32>,
+        pub short_weight: In<T>,
+        pub dp: Out<T>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvBackwardP<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.d.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.dp.address()),
+                int(queue, &LONG_CONV_BACKWARD_P, "b", self.b)?,
+                int(queue, &LONG_CONV_BACKWARD_P, "n", self.n)?,
+                int(queue, &LONG_CONV_BACKWARD_P, "c", self.c)?,
+                int(queue, &LONG_CONV_BACKWARD_P, "k", self.k)?,
+                int(queue, &LONG_CONV_BACKWARD_P, "lead", self.lead)?,
+                int(queue, &LONG_CONV_BACKWARD_P, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_P, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_BACKWARD_FILTER: Kernel = Kernel { op: "long_conv", source: "long_conv.cu", name: "long_conv_backward_filter", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_BACKWARD_FILTER`].
+    pub struct LongConvBackwardFilter<T> {
+        pub u: In<f32>,
+        pub dm: In<f32>,
+        pub dfilter: Out<T>,
+        pub dskip: Out<T>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub l: usize,
+        pub centre: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvBackwardFilter<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.u.address()),
+                Arg::Address(self.dm.address()),
+                Arg::Address(self.dfilter.address()),
+                Arg::Address(self.dskip.address()),
+                int(queue, &LONG_CONV_BACKWARD_FILTER, "b", self.b)?,
+                int(queue, &LONG_CONV_BACKWARD_FILTER, "n", self.n)?,
+                int(queue, &LONG_CONV_BACKWARD_FILTER, "c", self.c)?,
+                int(queue, &LONG_CONV_BACKWARD_FILTER, "l", self.l)?,
+                int(queue, &LONG_CONV_BACKWARD_FILTER, "centre", self.centre)?,
+                int(queue, &LONG_CONV_BACKWARD_FILTER, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_FILTER, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_BACKWARD_SHORT: Kernel = Kernel { op: "long_conv", source: "long_conv.cu", name: "long_conv_backward_short", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_BACKWARD_SHORT`].
+    pub struct LongConvBackwardShort<T> {
+        pub d: In<f32>,
+        pub p: In<T>,
+        pub partials: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> LongConvBackwardShort<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.d.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LONG_CONV_BACKWARD_SHORT, "b", self.b)?,
+                int(queue, &LONG_CONV_BACKWARD_SHORT, "n", self.n)?,
+                int(queue, &LONG_CONV_BACKWARD_SHORT, "c", self.c)?,
+                int(queue, &LONG_CONV_BACKWARD_SHORT, "k", self.k)?,
+                int(queue, &LONG_CONV_BACKWARD_SHORT, "lead", self.lead)?,
+                int(queue, &LONG_CONV_BACKWARD_SHORT, "reversed", self.reversed)?,
+                int(queue, &LONG_CONV_BACKWARD_SHORT, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_SHORT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_BACKWARD_ADD: Kernel = Kernel { op: "long_conv", source: "long_conv.cu", name: "long_conv_backward_add", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_BACKWARD_ADD`].
+    pub struct LongConvBackwardAdd<T> {
+        pub partials: In<f32>,
+        pub dshort_weight: Out<T>,
+        pub dshort_bias: Out<T>,
+        pub c: usize,
+        pub k: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LongConvBackwardAdd<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dshort_weight.address()),
+                Arg::Address(self.dshort_bias.address()),
+                int(queue, &LONG_CONV_BACKWARD_ADD, "c", self.c)?,
+                int(queue, &LONG_CONV_BACKWARD_ADD, "k", self.k)?,
+                int(queue, &LONG_CONV_BACKWARD_ADD, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_ADD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `loss_diffusion`.
+pub mod loss_diffusion {
+    use super::*;
+
+    pub const LOSS_DIFFUSION_PARTIAL: Kernel = Kernel { op: "loss_diffusion", source: "loss_diffusion.cu", name: "loss_diffusion_partial", arch: 80 };
+
+    /// Arguments of [`LOSS_DIFFUSION_PARTIAL`].
+    pub struct LossDiffusionPartial<T> {
+        pub model_output: In<T>,
+        pub x0: In<T>,
+        pub noise: In<T>,
+        pub coefs: In<T>,
+        pub partials: Out<f32>,
+        pub len: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LossDiffusionPartial<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.model_output.address()),
+                Arg::Address(self.x0.address()),
+                Arg::Address(self.noise.address()),
+                Arg::Address(self.coefs.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LOSS_DIFFUSION_PARTIAL, "len", self.len)?,
+                int(queue, &LOSS_DIFFUSION_PARTIAL, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LOSS_DIFFUSION_PARTIAL, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LOSS_DIFFUSION_FINISH: Kernel = Kernel { op: "loss_diffusion", source: "loss_diffusion.cu", name: "loss_diffusion_finish", arch: 80 };
+
+    /// Arguments of [`LOSS_DIFFUSION_FINISH`].
+    pub struct LossDiffusionFinish<T> {
+        pub partials: In<f32>,
+        pub loss: Out<T>,
+        pub mse: Out<T>,
+        pub vb: Out<T>,
+        pub b: usize,
+        pub parts: usize,
+        pub inverse_len: f32,
+        pub inverse_b: f32,
+        pub vlb_weight: f32,
+    }
+
+    impl<T: Element> LossDiffusionFinish<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.loss.address()),
+                Arg::Address(self.mse.address()),
+                Arg::Address(self.vb.address()),
+                int(queue, &LOSS_DIFFUSION_FINISH, "b", self.b)?,
+                int(queue, &LOSS_DIFFUSION_FINISH, "parts", self.parts)?,
+                Arg::F32(self.inverse_len),
+                Arg::F32(self.inverse_b),
+                Arg::F32(self.vlb_weight),
+            ];
+            queue.launch(&Launch { kernel: &LOSS_DIFFUSION_FINISH, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LOSS_DIFFUSION_BACKWARD: Kernel = Kernel { op: "loss_diffusion", source: "loss_diffusion.cu", name: "loss_diffusion_backward", arch: 80 };
+
+    /// Arguments of [`LOSS_DIFFUSION_BACKWARD`].
+    pub struct LossDiffusionBackward<T> {
+        pub dloss: In<T>,
+        pub model_output: In<T>,
+        pub x0: In<T>,
+        pub noise: In<T>,
+        pub coefs: In<T>,
+        pub dmodel_output: Out<T>,
+        pub b: usize,
+        pub len: usize,
+        pub inverse: f32,
+        pub vlb_weight: f32,
+    }
+
+    impl<T: Element> LossDiffusionBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dloss.address()),
+                Arg::Address(self.model_output.address()),
+                Arg::Address(self.x0.address()),
+                Arg::Address(self.noise.address()),
+                Arg::Address(self.coefs.address()),
+                Arg::Address(self.dmodel_output.address()),
+                int(queue, &LOSS_DIFFUSION_BACKWARD, "b", self.b)?,
+                int(queue, &LOSS_DIFFUSION_BACKWARD, "len", self.len)?,
+                Arg::F32(self.inverse),
+                Arg::F32(self.vlb_weight),
+            ];
+            queue.launch(&Launch { kernel: &LOSS_DIFFUSION_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `loss_regression`.
+pub mod loss_regression {
+    use super::*;
+
+    pub const LOSS_REGRESSION_PARTIAL: Kernel = Kernel { op: "loss_regression", source: "loss_regression.cu", name: "loss_regression_partial", arch: 80 };
+
+    /// Arguments of [`LOSS_REGRESSION_PARTIAL`].
+    pub struct LossRegressionPartial<T> {
+        pub pred: In<T>,
+        pub target: In<T>,
+        pub partials: Out<f32>,
+        pub count: u64,
+        pub kind: usize,
+        pub delta: f32,
+    }
+
+    impl<T: Element> LossRegressionPartial<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.pred.address()),
+                Arg::Address(self.target.address()),
+                Arg::Address(self.partials.address()),
+                Arg::U64(self.count),
+                int(queue, &LOSS_REGRESSION_PARTIAL, "kind", self.kind)?,
+                Arg::F32(self.delta),
+            ];
+            queue.launch(&Launch { kernel: &LOSS_REGRESSION_PARTIAL, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LOSS_REGRESSION_FINISH: Kernel = Kernel { op: "loss_regression", source: "loss_regression.cu", name: "loss_regression_finish", arch: 80 };
+
+    /// Arguments of [`LOSS_REGRESSION_FINISH`].
+    pub struct LossRegressionFinish<T> {
+        pub partials: In<f32>,
+        pub loss: Out<T>,
+        pub blocks: usize,
+        pub inverse: f32,
+    }
+
+    impl<T: Element> LossRegressionFinish<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.loss.address()),
+                int(queue, &LOSS_REGRESSION_FINISH, "blocks", self.blocks)?,
+                Arg::F32(self.inverse),
+            ];
+            queue.launch(&Launch { kernel: &LOSS_REGRESSION_FINISH, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LOSS_REGRESSION_BACKWARD: Kernel = Kernel { op: "loss_regression", source: "loss_regression.cu", name: "loss_regression_backward", arch: 80 };
+
+    /// Arguments of [`LOSS_REGRESSION_BACKWARD`].
+    pub struct LossRegressionBackward<T> {
+        pub dloss: In<T>,
+        pub pred: In<T>,
+        pub target: In<T>,
+        pub dpred: Out<T>,
+        pub count: u64,
+        pub kind: usize,
+        pub delta: f32,
+        pub inverse: f32,
+    }
+
+    impl<T: Element> LossRegressionBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dloss.address()),
+                Arg::Address(self.pred.address()),
+                Arg::Address(self.target.address()),
+                Arg::Address(self.dpred.address()),
+                Arg::U64(self.count),
+                int(queue, &LOSS_REGRESSION_BACKWARD, "kind", self.kind)?,
+                Arg::F32(self.delta),
+                Arg::F32(self.inverse),
+            ];
+            queue.launch(&Launch { kernel: &LOSS_REGRESSION_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `mamba2`.
+pub mod mamba2 {
+    use super::*;
+
+    pub const MAMBA2_STEPS: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_steps", arch: 80 };
+
+    /// Arguments of [`MAMBA2_STEPS`].
+    pub struct Mamba2Steps<T> {
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub dt: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2Steps<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.dt.address()),
+                int(queue, &MAMBA2_STEPS, "b", self.b)?,
+                int(queue, &MAMBA2_STEPS, "n", self.n)?,
+                int(queue, &MAMBA2_STEPS, "w", self.w)?,
+                int(queue, &MAMBA2_STEPS, "h", self.h)?,
+                int(queue, &MAMBA2_STEPS, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_STEPS, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_STEPS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_STATES: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_states", arch: 80 };
+
+    /// Arguments of [`MAMBA2_STATES`].
+    pub struct Mamba2States<T> {
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub states: Out<f32>,
+        pub decays: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2States<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.decays.address()),
+                int(queue, &MAMBA2_STATES, "n", self.n)?,
+                int(queue, &MAMBA2_STATES, "h", self.h)?,
+                int(queue, &MAMBA2_STATES, "e", self.e)?,
+                int(queue, &MAMBA2_STATES, "k", self.k)?,
+                int(queue, &MAMBA2_STATES, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_STATES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_SCAN: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_scan", arch: 80 };
+
+    /// Arguments of [`MAMBA2_SCAN`].
+    pub struct Mamba2Scan {
+        pub states: Out<f32>,
+        pub decays: In<f32>,
+        pub count: u64,
+        pub chunks: usize,
+        pub each: usize,
+        pub back: usize,
+    }
+
+    impl Mamba2Scan {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.states.address()),
+                Arg::Address(self.decays.address()),
+                Arg::U64(self.count),
+                int(queue, &MAMBA2_SCAN, "chunks", self.chunks)?,
+                int(queue, &MAMBA2_SCAN, "each", self.each)?,
+                int(queue, &MAMBA2_SCAN, "back", self.back)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_SCAN, element: element, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_FORWARD: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_forward", arch: 80 };
+
+    /// Arguments of [`MAMBA2_FORWARD`].
+    pub struct Mamba2Forward<T> {
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub residual: In<T>,
+        pub dt: In<f32>,
+        pub states: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &MAMBA2_FORWARD, "n", self.n)?,
+                int(queue, &MAMBA2_FORWARD, "h", self.h)?,
+                int(queue, &MAMBA2_FORWARD, "e", self.e)?,
+                int(queue, &MAMBA2_FORWARD, "k", self.k)?,
+                int(queue, &MAMBA2_FORWARD, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_STATES: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_states", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_STATES`].
+    pub struct Mamba2BackwardStates<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub dstates: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardStates<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.dstates.address()),
+                int(queue, &MAMBA2_BACKWARD_STATES, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_STATES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_X: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_x", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_X`].
+    pub struct Mamba2BackwardX<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub dt: In<f32>,
+        pub dstates: In<f32>,
+        pub dxbc: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardX<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dxbc.address()),
+                int(queue, &MAMBA2_BACKWARD_X, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_X, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_X, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_X, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_X, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_STEPS: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_steps", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_STEPS`].
+    pub struct Mamba2BackwardSteps<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub states: In<f32>,
+        pub dstates: In<f32>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardSteps<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &MAMBA2_BACKWARD_STEPS, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "w", self.w)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_STEPS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_HEADS: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_heads", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_HEADS`].
+    pub struct Mamba2BackwardHeads<T> {
+        pub partials: In<f32>,
+        pub ddt_bias: Out<T>,
+        pub da_log: Out<T>,
+        pub dskip: Out<T>,
+        pub h: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardHeads<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.ddt_bias.address()),
+                Arg::Address(self.da_log.address()),
+                Arg::Address(self.dskip.address()),
+                int(queue, &MAMBA2_BACKWARD_HEADS, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_HEADS, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_HEADS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_BC: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_bc", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_BC`].
+    pub struct Mamba2BackwardBc<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub states: In<f32>,
+        pub dstates: In<f32>,
+        pub dxbc: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardBc<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dxbc.address()),
+                int(queue, &MAMBA2_BACKWARD_BC, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_BC, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `neighborhood_attention`.
+pub mod neighborhood_attention {
+    use super::*;
+
+    pub const NEIGHBORHOOD_ATTENTION_FORWARD: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD`].
+    pub struct NeighborhoodAttentionForward<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_delta", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA`].
+    pub struct NeighborhoodAttentionBackwardDelta<T> {
+        pub y: In<T>,
+        pub dy: In<T>,
+        pub delta: Out<f32>,
+        pub rows: u64,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardDelta<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.y.address()),
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.delta.address()),
+                Arg::U64(self.rows),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA, "n", self.n)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA, "e", self.e)?,
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q`].
+    pub struct NeighborhoodAttentionBackwardQ<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardQ<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV`].
+    pub struct NeighborhoodAttentionBackwardKv<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardKv<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `patchify`.
+pub mod patchify {
+    use super::*;
+
+    pub const PATCHIFY_FORWARD: Kernel = Kernel { op: "patchify", source: "patchify.cu", name: "patchify_forward", arch: 80 };
+
+    /// Arguments of [`PATCHIFY_FORWARD`].
+    pub struct PatchifyForward<T> {
+        pub x: In<T>,
+        pub tokens: Out<T>,
+        pub count: u64,
+        pub c: usize,
+        pub p: usize,
+        pub gh: usize,
+        pub gw: usize,
+    }
+
+    impl<T: Element> PatchifyForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.tokens.address()),
+                Arg::U64(self.count),
+                int(queue, &PATCHIFY_FORWARD, "c", self.c)?,
+                int(queue, &PATCHIFY_FORWARD, "p", self.p)?,
+                int(queue, &PATCHIFY_FORWARD, "gh", self.gh)?,
+                int(queue, &PATCHIFY_FORWARD, "gw", self.gw)?,
+            ];
+            queue.launch(&Launch { kernel: &PATCHIFY_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const PATCHIFY_BACKWARD: Kernel = Kernel { op: "patchify", source: "patchify.cu", name: "patchify_backward", arch: 80 };
+
+    /// Arguments of [`PATCHIFY_BACKWARD`].
+    pub struct PatchifyBackward<T> {
+        pub dtokens: In<T>,
+        pub dx: Out<T>,
+        pub count: u64,
+        pub c: usize,
+        pub p: usize,
+        pub gh: usize,
+        pub gw: usize,
+    }
+
+    impl<T: Element> PatchifyBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dtokens.address()),
+                Arg::Address(self.dx.address()),
+                Arg::U64(self.count),
+                int(queue, &PATCHIFY_BACKWARD, "c", self.c)?,
+                int(queue, &PATCHIFY_BACKWARD, "p", self.p)?,
+                int(queue, &PATCHIFY_BACKWARD, "gh", self.gh)?,
+                int(queue, &PATCHIFY_BACKWARD, "gw", self.gw)?,
+            ];
+            queue.launch(&Launch { kernel: &PATCHIFY_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `philox`.
+pub mod philox {
+    use super::*;
+
+    pub const PHILOX_FORWARD: Kernel = Kernel { op: "philox", source: "philox.cu", name: "philox_forward", arch: 80 };
+
+    /// Arguments of [`PHILOX_FORWARD`].
+    pub struct PhiloxForward<T> {
+        pub z: Out<T>,
+        pub l: u64,
+        pub seed: u64,
+        pub stream: u64,
+        pub offset: u64,
+    }
+
+    impl<T: Element> PhiloxForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.z.address()),
+                Arg::U64(self.l),
+                Arg::U64(self.seed),
+                Arg::U64(self.stream),
+                Arg::U64(self.offset),
+            ];
+            queue.launch(&Launch { kernel: &PHILOX_FORWARD, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -2994,6 +5736,266 @@ pub mod rms_norm {
     }
 }
 
+/// Kernels of `sinusoid`.
+pub mod sinusoid {
+    use super::*;
+
+    pub const SINUSOID_FORWARD: Kernel = Kernel { op: "sinusoid", source: "sinusoid.cu", name: "sinusoid_forward", arch: 80 };
+
+    /// Arguments of [`SINUSOID_FORWARD`].
+    pub struct SinusoidForward<T> {
+        pub t: In<T>,
+        pub y: Out<T>,
+        pub b: usize,
+        pub d: usize,
+        pub denominator: f32,
+    }
+
+    impl<T: Element> SinusoidForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.t.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &SINUSOID_FORWARD, "b", self.b)?,
+                int(queue, &SINUSOID_FORWARD, "d", self.d)?,
+                Arg::F32(self.denominator),
+            ];
+            queue.launch(&Launch { kernel: &SINUSOID_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `solver_step`.
+pub mod solver_step {
+    use super::*;
+
+    pub const SOLVER_STEP_FORWARD: Kernel = Kernel { op: "solver_step", source: "solver_step.cu", name: "solver_step_forward", arch: 80 };
+
+    /// Arguments of [`SOLVER_STEP_FORWARD`].
+    pub struct SolverStepForward<T> {
+        pub x: In<T>,
+        pub cond: In<T>,
+        pub uncond: In<T>,
+        pub noise: In<T>,
+        pub x0_prev: In<T>,
+        pub x_next: Out<T>,
+        pub x0: Out<T>,
+        pub b: usize,
+        pub c: usize,
+        pub co: usize,
+        pub s: usize,
+        pub guidance: f32,
+        pub guided_channels: usize,
+        pub inv_alpha: f32,
+        pub sigma: f32,
+        pub cx: f32,
+        pub ce: f32,
+        pub c0: f32,
+        pub c1: f32,
+        pub cn: f32,
+        pub learned: usize,
+        pub log_hi: f32,
+        pub log_lo: f32,
+    }
+
+    impl<T: Element> SolverStepForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.cond.address()),
+                Arg::Address(self.uncond.address()),
+                Arg::Address(self.noise.address()),
+                Arg::Address(self.x0_prev.address()),
+                Arg::Address(self.x_next.address()),
+                Arg::Address(self.x0.address()),
+                int(queue, &SOLVER_STEP_FORWARD, "b", self.b)?,
+                int(queue, &SOLVER_STEP_FORWARD, "c", self.c)?,
+                int(queue, &SOLVER_STEP_FORWARD, "co", self.co)?,
+                int(queue, &SOLVER_STEP_FORWARD, "s", self.s)?,
+                Arg::F32(self.guidance),
+                int(queue, &SOLVER_STEP_FORWARD, "guided_channels", self.guided_channels)?,
+                Arg::F32(self.inv_alpha),
+                Arg::F32(self.sigma),
+                Arg::F32(self.cx),
+                Arg::F32(self.ce),
+                Arg::F32(self.c0),
+                Arg::F32(self.c1),
+                Arg::F32(self.cn),
+                int(queue, &SOLVER_STEP_FORWARD, "learned", self.learned)?,
+                Arg::F32(self.log_hi),
+                Arg::F32(self.log_lo),
+            ];
+            queue.launch(&Launch { kernel: &SOLVER_STEP_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const SOLVER_STEP_FORWARD_ANY: Kernel = Kernel { op: "solver_step", source: "solver_step.cu", name: "solver_step_forward_any", arch: 80 };
+
+    /// Arguments of [`SOLVER_STEP_FORWARD_ANY`].
+    pub struct SolverStepForwardAny<T> {
+        pub x: In<T>,
+        pub cond: In<T>,
+        pub uncond: In<T>,
+        pub noise: In<T>,
+        pub x0_prev: In<T>,
+        pub x_next: Out<T>,
+        pub x0: Out<T>,
+        pub b: usize,
+        pub c: usize,
+        pub co: usize,
+        pub s: usize,
+        pub guidance: f32,
+        pub guided_channels: usize,
+        pub inv_alpha: f32,
+        pub sigma: f32,
+        pub cx: f32,
+        pub ce: f32,
+        pub c0: f32,
+        pub c1: f32,
+        pub cn: f32,
+        pub learned: usize,
+        pub log_hi: f32,
+        pub log_lo: f32,
+    }
+
+    impl<T: Element> SolverStepForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.cond.address()),
+                Arg::Address(self.uncond.address()),
+                Arg::Address(self.noise.address()),
+                Arg::Address(self.x0_prev.address()),
+                Arg::Address(self.x_next.address()),
+                Arg::Address(self.x0.address()),
+                int(queue, &SOLVER_STEP_FORWARD_ANY, "b", self.b)?,
+                int(queue, &SOLVER_STEP_FORWARD_ANY, "c", self.c)?,
+                int(queue, &SOLVER_STEP_FORWARD_ANY, "co", self.co)?,
+                int(queue, &SOLVER_STEP_FORWARD_ANY, "s", self.s)?,
+                Arg::F32(self.guidance),
+                int(queue, &SOLVER_STEP_FORWARD_ANY, "guided_channels", self.guided_channels)?,
+                Arg::F32(self.inv_alpha),
+                Arg::F32(self.sigma),
+                Arg::F32(self.cx),
+                Arg::F32(self.ce),
+                Arg::F32(self.c0),
+                Arg::F32(self.c1),
+                Arg::F32(self.cn),
+                int(queue, &SOLVER_STEP_FORWARD_ANY, "learned", self.learned)?,
+                Arg::F32(self.log_hi),
+                Arg::F32(self.log_lo),
+            ];
+            queue.launch(&Launch { kernel: &SOLVER_STEP_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `sum_squares`.
+pub mod sum_squares {
+    use super::*;
+
+    pub const SUM_SQUARES_PARTIAL: Kernel = Kernel { op: "sum_squares", source: "sum_squares.cu", name: "sum_squares_partial", arch: 80 };
+
+    /// Arguments of [`SUM_SQUARES_PARTIAL`].
+    pub struct SumSquaresPartial<T> {
+        pub x: In<T>,
+        pub partials: Out<f32>,
+        pub l: u64,
+    }
+
+    impl<T: Element> SumSquaresPartial<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.partials.address()),
+                Arg::U64(self.l),
+            ];
+            queue.launch(&Launch { kernel: &SUM_SQUARES_PARTIAL, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const SUM_SQUARES_FINISH: Kernel = Kernel { op: "sum_squares", source: "sum_squares.cu", name: "sum_squares_finish", arch: 80 };
+
+    /// Arguments of [`SUM_SQUARES_FINISH`].
+    pub struct SumSquaresFinish<T> {
+        pub partials: In<f32>,
+        pub out: Out<T>,
+        pub blocks: usize,
+    }
+
+    impl<T: Element> SumSquaresFinish<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.out.address()),
+                int(queue, &SUM_SQUARES_FINISH, "blocks", self.blocks)?,
+            ];
+            queue.launch(&Launch { kernel: &SUM_SQUARES_FINISH, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `unpatchify`.
+pub mod unpatchify {
+    use super::*;
+
+    pub const UNPATCHIFY_FORWARD: Kernel = Kernel { op: "unpatchify", source: "unpatchify.cu", name: "unpatchify_forward", arch: 80 };
+
+    /// Arguments of [`UNPATCHIFY_FORWARD`].
+    pub struct UnpatchifyForward<T> {
+        pub tokens: In<T>,
+        pub x: Out<T>,
+        pub count: u64,
+        pub c: usize,
+        pub p: usize,
+        pub gh: usize,
+        pub gw: usize,
+    }
+
+    impl<T: Element> UnpatchifyForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.tokens.address()),
+                Arg::Address(self.x.address()),
+                Arg::U64(self.count),
+                int(queue, &UNPATCHIFY_FORWARD, "c", self.c)?,
+                int(queue, &UNPATCHIFY_FORWARD, "p", self.p)?,
+                int(queue, &UNPATCHIFY_FORWARD, "gh", self.gh)?,
+                int(queue, &UNPATCHIFY_FORWARD, "gw", self.gw)?,
+            ];
+            queue.launch(&Launch { kernel: &UNPATCHIFY_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const UNPATCHIFY_BACKWARD: Kernel = Kernel { op: "unpatchify", source: "unpatchify.cu", name: "unpatchify_backward", arch: 80 };
+
+    /// Arguments of [`UNPATCHIFY_BACKWARD`].
+    pub struct UnpatchifyBackward<T> {
+        pub dx: In<T>,
+        pub dtokens: Out<T>,
+        pub count: u64,
+        pub c: usize,
+        pub p: usize,
+        pub gh: usize,
+        pub gw: usize,
+    }
+
+    impl<T: Element> UnpatchifyBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.dtokens.address()),
+                Arg::U64(self.count),
+                int(queue, &UNPATCHIFY_BACKWARD, "c", self.c)?,
+                int(queue, &UNPATCHIFY_BACKWARD, "p", self.p)?,
+                int(queue, &UNPATCHIFY_BACKWARD, "gh", self.gh)?,
+                int(queue, &UNPATCHIFY_BACKWARD, "gw", self.gw)?,
+            ];
+            queue.launch(&Launch { kernel: &UNPATCHIFY_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
 /// Kernels of `upsample`.
 pub mod upsample {
     use super::*;
@@ -3091,6 +6093,137 @@ pub mod upsample {
                 int(queue, &UPSAMPLE_BACKWARD_ANY, "c", self.c)?,
             ];
             queue.launch(&Launch { kernel: &UPSAMPLE_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `window_attention`.
+pub mod window_attention {
+    use super::*;
+
+    pub const WINDOW_ATTENTION_FORWARD: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD`].
+    pub struct WindowAttentionForward<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_DELTA: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_delta", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_DELTA`].
+    pub struct WindowAttentionBackwardDelta<T> {
+        pub y: In<T>,
+        pub dy: In<T>,
+        pub delta: Out<f32>,
+        pub rows: u64,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    impl<T: Element> WindowAttentionBackwardDelta<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.y.address()),
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.delta.address()),
+                Arg::U64(self.rows),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_DELTA, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_DELTA, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_DELTA, "e", self.e)?,
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_DELTA, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_Q: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q`].
+    pub struct WindowAttentionBackwardQ<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardQ<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_KV: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV`].
+    pub struct WindowAttentionBackwardKv<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardKv<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
         }
     }
 }

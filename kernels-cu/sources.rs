@@ -54,7 +54,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv_silu", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "group_norm_silu", "ln_modulate", "loss_diffusion", "loss_regression", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -74,8 +74,14 @@ pub fn operator(op: &str) -> &'static [File] {
         "branch_deltas" => &[
             ("branch_deltas.cu", include_str!("branch_deltas/branch_deltas.cu")),
         ],
+        "conv2d" => &[
+            ("conv2d.cu", include_str!("conv2d/conv2d.cu")),
+        ],
         "conv_silu" => &[
             ("conv_silu.cu", include_str!("conv_silu/conv_silu.cu")),
+        ],
+        "cross_attention" => &[
+            ("cross_attention.cu", include_str!("cross_attention/cross_attention.cu")),
         ],
         "cross_entropy" => &[
             ("cross_entropy.cu", include_str!("cross_entropy/cross_entropy.cu")),
@@ -106,14 +112,30 @@ pub fn operator(op: &str) -> &'static [File] {
         "group_norm_silu" => &[
             ("group_norm_silu.cu", include_str!("group_norm_silu/group_norm_silu.cu")),
         ],
+        "kv_compress" => &[
+            ("kv_compress.cu", include_str!("kv_compress/kv_compress.cu")),
+        ],
+        "linear_attention" => &[
+            ("linear_attention.cu", include_str!("linear_attention/linear_attention.cu")),
+        ],
         "ln_modulate" => &[
             ("ln_modulate.cu", include_str!("ln_modulate/ln_modulate.cu")),
+        ],
+        "long_conv" => &[
+            ("long_conv.cu", include_str!("long_conv/long_conv.cu")),
         ],
         "loss_diffusion" => &[
             ("loss_diffusion.cu", include_str!("loss_diffusion/loss_diffusion.cu")),
         ],
         "loss_regression" => &[
             ("loss_regression.cu", include_str!("loss_regression/loss_regression.cu")),
+        ],
+        "mamba2" => &[
+            ("mamba2.cu", include_str!("mamba2/mamba2.cu")),
+            ("scan.cuh", include_str!("mamba2/scan.cuh")),
+        ],
+        "neighborhood_attention" => &[
+            ("neighborhood_attention.cu", include_str!("neighborhood_attention/neighborhood_attention.cu")),
         ],
         "patchify" => &[
             ("patchify.cu", include_str!("patchify/patchify.cu")),
@@ -143,6 +165,9 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "upsample" => &[
             ("upsample.cu", include_str!("upsample/upsample.cu")),
+        ],
+        "window_attention" => &[
+            ("window_attention.cu", include_str!("window_attention/window_attention.cu")),
         ],
         _ => &[],
     }

@@ -1,6 +1,7 @@
 //! One AdamW step in place: see `op.toml` for the formula.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: plain loops in f64.
 pub mod reference {

@@ -1,6 +1,7 @@
 //! The forward diffusion process: see `op.toml`.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle.
 pub mod reference {

@@ -17,30 +17,9 @@
 
 using namespace ptx;
 
-// Every query sees every key.
-struct AllKeys {
-    int limit, n;
-    __device__ __forceinline__ Span keys(int, int) const { return {0, limit}; }
-    __device__ __forceinline__ Span queries(int, int) const { return {0, n}; }
-    __device__ __forceinline__ int query(int i) const { return i; }
-    __device__ __forceinline__ int key(int j) const { return j; }
-    __device__ __forceinline__ bool sees(int, int) const { return true; }
-};
-
-// Part 0, 1, 2 (q, k, v) of a head of a packed tensor.
-template <class E> __device__ __forceinline__ Vectors<E> part(E* packed, const Place& at, int part, int n, int h, int e) {
-    return {packed + ((size_t(at.sample) * n * 3 + part) * h + at.head) * e, size_t(3) * h * e};
-}
-template <class E> __device__ __forceinline__ Vectors<E> plain(E* x, const Place& at, int n, int h, int e) {
-    return {x + (size_t(at.sample) * n * h + at.head) * e, size_t(h) * e};
-}
-
 extern "C" __global__ void __launch_bounds__(128)
     attention_forward(const T* qkv, T* y, float* lse, int n, int h, int e, float scale) {
-    const Place at = place_of_block(n, h);
-    softmax_forward<4>(AllKeys{n, n}, part(qkv, at, 0, n, h, e), part(qkv, at, 1, n, h, e), part(qkv, at, 2, n, h, e),
-                       plain(y, at, n, h, e), lse + (size_t(at.sample) * h + at.head) * n, n, at.row0,
-                       int(blockIdx.y) * 128, e, scale);
+    packed_forward(AllKeys{n, n}, qkv, y, lse, n, h, e, scale);
 }
 KERNEL_EXPORT(attention_forward);
 
@@ -52,22 +31,14 @@ KERNEL_EXPORT(attention_backward_delta);
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_backward_q(const T* dy, const T* qkv, const float* lse, const float* delta, T* dqkv, int n, int h, int e,
-                         float scale) {
-    const Place at = place_of_block(n, h);
-    const size_t row = (size_t(at.sample) * h + at.head) * n;
-    softmax_dq<4>(AllKeys{n, n}, part(qkv, at, 0, n, h, e), part(qkv, at, 1, n, h, e), part(qkv, at, 2, n, h, e),
-                  plain(dy, at, n, h, e), part(dqkv, at, 0, n, h, e), lse + row, delta + row, n, at.row0,
-                  int(blockIdx.y) * 128, e, scale);
+                    float scale) {
+    packed_dq(AllKeys{n, n}, dy, qkv, lse, delta, dqkv, n, h, e, scale);
 }
 KERNEL_EXPORT(attention_backward_q);
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 2)
     attention_backward_kv(const T* dy, const T* qkv, const float* lse, const float* delta, T* dqkv, int n, int h, int e,
-                          float scale) {
-    const Place at = place_of_block(n, h);
-    const size_t row = (size_t(at.sample) * h + at.head) * n;
-    softmax_dkdv<3>(AllKeys{n, n}, part(qkv, at, 0, n, h, e), part(qkv, at, 1, n, h, e), part(qkv, at, 2, n, h, e),
-                    plain(dy, at, n, h, e), part(dqkv, at, 1, n, h, e), part(dqkv, at, 2, n, h, e), lse + row,
-                    delta + row, n, n, at.row0, int(blockIdx.y) * 96, e, scale);
+                     float scale) {
+    packed_dkdv(AllKeys{n, n}, dy, qkv, lse, delta, dqkv, n, h, e, scale);
 }
 KERNEL_EXPORT(attention_backward_kv);

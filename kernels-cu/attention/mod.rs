@@ -2,6 +2,7 @@
 
 pub mod cpu;
 pub(crate) mod dense;
+pub mod launch;
 pub(crate) mod layout;
 pub(crate) mod local;
 pub(crate) mod oracle;

@@ -1,6 +1,7 @@
 //! `y = [first − x; second − x]`: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: plain loops, f64 arithmetic.
 pub mod reference {

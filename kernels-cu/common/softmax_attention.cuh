@@ -5,8 +5,7 @@
 // any of them meets, 32 at a time. Scores come from tile products over the head's width; a thread holds 4×4 of them,
 // eight neighbouring threads a row, so row maxima and sums are three shuffles. Probabilities go through shared memory to
 // the second product, whose results stay in registers: up to kChunks·32 columns of the head, wider heads take a block
-// for each group of columns, which computes its scores again. Exponentials are powers of two of scores scaled by
-// log2(e). Nothing is added by atomics: every result has one owner, which adds in the order of the tiles.
+// for each group of columns, which computes its scores again. Nothing is added by atomics: every result has one owner, which adds in the order of the tiles.
 //
 // What an operator brings, `Keys`:
 //     int limit;                                keys that exist: later ones are never read
@@ -48,6 +47,10 @@ PTX_FN float row_sum(float v) {
     for (int o = 4; o; o >>= 1) v += __shfl_xor_sync(kFullMask, v, o);
     return v;
 }
+
+// exp(scale·s - base). The difference is taken before log2(e) comes in: a product of large scores would lose the digits
+// that it needs.
+PTX_FN float weight(float s, float scale, float base) { return ex2(fmaf(s, scale, -base) * kLog2E); }
 
 // s[i][j] = row_i·column_j over the head's width.
 template <class E>
@@ -137,18 +140,19 @@ PTX_FN void softmax_forward(const Keys& keys, Vectors<const E> q, Vectors<const 
         for (int i = 0; i < 4; i++) {
             const auto query = keys.query(row0 + Scores::row(i));
             float most = top[i];
+            bool seen[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int key = column0 + Scores::column(j);
-                s[i][j] = key < span.end && keys.sees(query, keys.key(key)) ? s[i][j] * (scale * kLog2E) : -INFINITY;
-                most = fmaxf(most, s[i][j]);
+                seen[j] = key < span.end && keys.sees(query, keys.key(key));
+                if (seen[j]) most = fmaxf(most, s[i][j] * scale);
             }
             most = row_max(most);
             // Before the first key that counts, nothing may be subtracted from minus infinity.
-            const float base = most == -INFINITY ? 0.0f : most, fall = ex2(top[i] - base);
+            const float base = most == -INFINITY ? 0.0f : most, fall = ex2((top[i] - base) * kLog2E);
             top[i] = most, sum[i] *= fall;
 #pragma unroll
-            for (int j = 0; j < 4; j++) s[i][j] = ex2(s[i][j] - base), sum[i] += s[i][j];
+            for (int j = 0; j < 4; j++) s[i][j] = seen[j] ? weight(s[i][j], scale, base) : 0.0f, sum[i] += s[i][j];
 #pragma unroll
             for (int c = 0; c < kChunks; c++) {
 #pragma unroll
@@ -164,7 +168,7 @@ PTX_FN void softmax_forward(const Keys& keys, Vectors<const E> q, Vectors<const 
         const float total = row_sum(sum[i]);
         factor[i] = total > 0.0f ? 1.0f / total : total;
         const int row = row0 + Weighted::row(i);
-        if (first == 0 && threadIdx.x % 8 == 0 && row < row_end) lse[row] = (top[i] + lg2(total)) * kLn2;
+        if (first == 0 && threadIdx.x % 8 == 0 && row < row_end) lse[row] = fmaf(lg2(total), kLn2, top[i]);
     }
     put_rows<kChunks>(acc, factor, y, row0, row_end, first, width);
 }
@@ -201,7 +205,7 @@ PTX_FN void softmax_dq(const Keys& keys, Vectors<const E> q, Vectors<const E> k,
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int row = min(row0 + Scores::row(i), n - 1);
-        base[i] = lse[row] * kLog2E, fall[i] = delta[row], factor[i] = scale;
+        base[i] = lse[row], fall[i] = delta[row], factor[i] = scale;
     }
     for (int column0 = span.first; column0 < span.end; column0 += kColumnTile) {
         float s[4][4], dp[4][4];
@@ -214,7 +218,7 @@ PTX_FN void softmax_dq(const Keys& keys, Vectors<const E> q, Vectors<const E> k,
             for (int j = 0; j < 4; j++) {
                 const int key = column0 + Scores::column(j);
                 const bool seen = key < span.end && keys.sees(query, keys.key(key));
-                s[i][j] = seen ? ex2(fmaf(s[i][j], scale * kLog2E, -base[i])) * (dp[i][j] - fall[i]) : 0.0f;
+                s[i][j] = seen ? weight(s[i][j], scale, base[i]) * (dp[i][j] - fall[i]) : 0.0f;
             }
         }
         put_weights(weights, s);
@@ -250,13 +254,13 @@ PTX_FN void softmax_dkdv(const Keys& keys, Vectors<const E> q, Vectors<const E> 
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const int query = column0 + Scores::column(j), at = min(query, n - 1);
-            const float base = lse[at] * kLog2E, fall = delta[at];
+            const float base = lse[at], fall = delta[at];
             const auto place = keys.query(at);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int key = row0 + Scores::row(i);
                 const bool seen = query < span.end && key < row_end && keys.sees(place, keys.key(key));
-                s[i][j] = seen ? ex2(fmaf(s[i][j], scale * kLog2E, -base)) : 0.0f;
+                s[i][j] = seen ? weight(s[i][j], scale, base) : 0.0f;
                 dp[i][j] = seen ? s[i][j] * (dp[i][j] - fall) : 0.0f;
             }
         }
@@ -272,6 +276,16 @@ PTX_FN void softmax_dkdv(const Keys& keys, Vectors<const E> q, Vectors<const E> 
     put_rows<kChunks>(to_k, factor, dk, row0, last, first, width);
 }
 
+// Every query sees every key.
+struct AllKeys {
+    int limit, n;
+    PTX_FN Span keys(int, int) const { return {0, limit}; }
+    PTX_FN Span queries(int, int) const { return {0, n}; }
+    PTX_FN int query(int i) const { return i; }
+    PTX_FN int key(int j) const { return j; }
+    PTX_FN bool sees(int, int) const { return true; }
+};
+
 // Blocks of a launch: tiles of tokens, then samples; heads next to each other, so that the sectors which two heads share
 // are read at one time. blockIdx.y is the group of columns.
 struct Place {
@@ -280,6 +294,39 @@ struct Place {
 PTX_FN Place place_of_block(int tokens, int h) {
     const int tiles = (tokens + kRowTile - 1) / kRowTile, block = int(blockIdx.x) / h;
     return {block / tiles, int(blockIdx.x) % h, block % tiles * kRowTile};
+}
+
+// Part `part` of `parts` vectors of a head beside each other in [B, n, parts, H, width].
+template <class E> PTX_FN Vectors<E> head_part(E* x, const Place& at, int part, int parts, int n, int h, int width) {
+    return {x + ((size_t(at.sample) * n * parts + part) * h + at.head) * width, size_t(parts) * h * width};
+}
+
+// The three kernels of an operator whose q, k and v come from one packed projection [B, N, 3, H, E].
+template <class E, class Keys>
+PTX_FN void packed_forward(const Keys& keys, const E* qkv, E* y, float* lse, int n, int h, int e, float scale) {
+    const Place at = place_of_block(n, h);
+    softmax_forward<4>(keys, head_part(qkv, at, 0, 3, n, h, e), head_part(qkv, at, 1, 3, n, h, e),
+                       head_part(qkv, at, 2, 3, n, h, e), head_part(y, at, 0, 1, n, h, e),
+                       lse + (size_t(at.sample) * h + at.head) * n, n, at.row0, int(blockIdx.y) * 128, e, scale);
+}
+template <class E, class Keys>
+PTX_FN void packed_dq(const Keys& keys, const E* dy, const E* qkv, const float* lse, const float* delta, E* dqkv, int n,
+                      int h, int e, float scale) {
+    const Place at = place_of_block(n, h);
+    const size_t row = (size_t(at.sample) * h + at.head) * n;
+    softmax_dq<4>(keys, head_part(qkv, at, 0, 3, n, h, e), head_part(qkv, at, 1, 3, n, h, e),
+                  head_part(qkv, at, 2, 3, n, h, e), head_part(dy, at, 0, 1, n, h, e), head_part(dqkv, at, 0, 3, n, h, e),
+                  lse + row, delta + row, n, at.row0, int(blockIdx.y) * 128, e, scale);
+}
+template <class E, class Keys>
+PTX_FN void packed_dkdv(const Keys& keys, const E* dy, const E* qkv, const float* lse, const float* delta, E* dqkv,
+                        int n, int h, int e, float scale) {
+    const Place at = place_of_block(n, h);
+    const size_t row = (size_t(at.sample) * h + at.head) * n;
+    softmax_dkdv<3>(keys, head_part(qkv, at, 0, 3, n, h, e), head_part(qkv, at, 1, 3, n, h, e),
+                    head_part(qkv, at, 2, 3, n, h, e), head_part(dy, at, 0, 1, n, h, e), head_part(dqkv, at, 1, 3, n, h, e),
+                    head_part(dqkv, at, 2, 3, n, h, e), lse + row, delta + row, n, n, at.row0, int(blockIdx.y) * 96, e,
+                    scale);
 }
 
 }  // namespace ptx

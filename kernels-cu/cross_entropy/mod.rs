@@ -1,6 +1,7 @@
 //! Cross-entropy of a classifier: see `op.toml` for the formulas.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: plain loops, f64 accumulation.
 pub mod reference {

@@ -1,6 +1,7 @@
 //! `y = act(table[index] + addend)`: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 
 /// `act` of no activation.
 pub const NONE: usize = 0;

@@ -1,6 +1,7 @@
 //! `y = residual + gate·act(x·wᵀ + bias + pos)`: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 pub mod product;
 
 /// The oracle: plain loops, f64 accumulation.

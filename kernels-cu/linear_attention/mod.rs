@@ -1,6 +1,7 @@
 //! Attention with a kernel in place of the softmax: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 
 /// Feature map elu(x) + 1.
 pub const ELU_PLUS_ONE: usize = 0;

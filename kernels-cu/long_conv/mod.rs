@@ -2,6 +2,7 @@
 
 pub mod cpu;
 mod direct;
+pub mod launch;
 mod plan;
 mod spectrum;
 

@@ -12,6 +12,7 @@
 //! cases with `vlb_weight = 0`, the bound by the tests below, which move only v.
 
 pub mod cpu;
+pub mod launch;
 
 /// Columns of `coefs`.
 pub const COEFS: usize = 4;

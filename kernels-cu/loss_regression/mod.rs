@@ -1,6 +1,7 @@
 //! Regression losses between a student's and a teacher's output: see `op.toml` for the formulas.
 
 pub mod cpu;
+pub mod launch;
 
 /// `kind` of the mean absolute error.
 pub const L1: usize = 0;

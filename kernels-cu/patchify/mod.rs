@@ -1,6 +1,7 @@
 //! Image to tokens in convolution-weight order: see `op.toml` for the index map.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: the index map, element by element.
 pub mod reference {

@@ -3,6 +3,7 @@
 //! Number i needs no number before it, so any split of the work over threads, blocks or calls gives the same.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: the definition, a number at a time.
 pub mod reference {

@@ -4,6 +4,7 @@
 //! rounding where the original rounds: exponent, frequency and phase are f32 here in every path.
 
 pub mod cpu;
+pub mod launch;
 
 /// Frequency `i`, rounded to f32 after each operation. The exponential itself is exact before its rounding.
 pub fn frequency(i: usize, denominator: f32) -> f32 {

@@ -4,6 +4,7 @@
 //! second-order DPM-Solver++ (cx, c0, c1).
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: plain loops in f64.
 pub mod reference {

@@ -1,6 +1,7 @@
 //! Sum of squares in f64: see `op.toml`.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle.
 pub mod reference {

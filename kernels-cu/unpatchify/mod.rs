@@ -1,6 +1,7 @@
 //! Tokens to image in the order of DiT's output layer: see `op.toml` for the index map.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: the index map, element by element.
 pub mod reference {

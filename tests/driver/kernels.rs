@@ -3,12 +3,15 @@
 use super::Row;
 use super::child::{axpy, floats, open, read, refused, text};
 use super::lab::{Lab, Said, same};
-use graft_engine::backend::cuda::ARCHIVE;
+use graft_engine::backend::cuda::{self, ARCHIVE};
 use graft_engine::tensor::Gpu;
 use graft_kernels::archive::{Key, digest, write};
 use graft_kernels::launch::{Arg, ElementType, Kernel, Launch, Shape, TensorMap};
 use graft_kernels::sources;
+use graft_tools::codegen::{contracts, workspace_root};
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 pub const ROWS: &[Row] = &[
     ("kernels are compiled once and then cached", cached),
@@ -23,6 +26,11 @@ pub const ROWS: &[Row] = &[
     ("arguments that are not the kernel's", |lab| lab.done("arguments", &[]).map(|_| ())),
     ("a kernel that fails", |lab| lab.done("fault", &[]).map(|_| ())),
     ("other architectures", architectures),
+    ("operators on the device", |lab| {
+        let said = lab.done("operators", &[])?;
+        same("lines with FAIL or SKIP", said.lines("FAIL") + said.lines("SKIP"), 0)
+    }),
+    ("every source in the real run-time compiler", real_compiler),
     ("an older driver that tells no arguments", |lab| lab.done("axpy", &[("FAKE_VERSION", "12000")]).map(|_| ())),
 ];
 
@@ -33,6 +41,12 @@ pub const PARTS: &[(&str, fn() -> Result<(), String>)] = &[
     ("arguments", arguments),
     ("fault", fault),
     ("hopper", hopper),
+    ("operators", || {
+        let words = ["graft", "op", "check", "--backend", "cuda", "--require", "cuda"].map(OsString::from);
+        let code = graft_engine::cli::run(words);
+        if code == ExitCode::SUCCESS { Ok(()) } else { Err(format!("{code:?}")) }
+    }),
+    ("compile", compile_part),
 ];
 
 static CLUSTER: Kernel = Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_cluster", arch: 90 };
@@ -285,4 +299,31 @@ fn hopper() -> Result<(), String> {
         &["probes_sm90.cu: the kernel is for another architecture", "8.0", "9.0 (Hopper) exactly"],
     )?;
     refused(gpu.launch(&Launch { shape: shape.cluster(1).shared(&[200 << 10]), ..launch }), &["at most 166912 bytes"])
+}
+
+/// The library of the pinned compiler wheels, or the one that the caller of the tests names.
+fn real_compiler(lab: &Lab) -> Result<(), String> {
+    let named = std::env::var("GRAFT_NVRTC").ok().filter(|v| !v.is_empty()).map(PathBuf::from);
+    let wheels = std::fs::read_dir(workspace_root().join(".venv-cuda/lib")).into_iter().flatten();
+    let inside = |e: std::fs::DirEntry| e.path().join("site-packages/nvidia/cu13/lib/libnvrtc.so.13");
+    let found = named.or_else(|| wheels.filter_map(Result::ok).map(inside).find(|p| p.is_file()));
+    let library = found.ok_or("SKIP no NVRTC; run python3 tools/setup/cuda_compiler.py or set GRAFT_NVRTC")?;
+    let said = lab.done("compile", &[("GRAFT_NVRTC", &library.display().to_string())])?;
+    if said.lines("compiled ") > 0 { Ok(()) } else { Err(format!("compiled nothing: {}", said.text.trim())) }
+}
+
+/// Every source of an operator that has a device path, once for each architecture; elements take turns.
+fn compile_part() -> Result<(), String> {
+    for contract in contracts(&workspace_root())? {
+        let Some(of_device) = contract.cuda else { continue };
+        let files = sources::operator(&contract.name).iter().map(|(file, _)| *file).filter(|f| f.ends_with(".cu"));
+        for (file, element) in files.flat_map(|f| of_device.elements.iter().map(move |e| (f, e))) {
+            let type_ = ElementType::named(element).ok_or("no such element")?;
+            let arch = if file.ends_with("_sm90.cu") || element == "bf16" { 90 } else { 80 };
+            let code = text(cuda::compile(&contract.name, file, type_, arch))?;
+            same(file, code.starts_with(b"\x7fELF"), true)?;
+            println!("compiled {file} {element} {arch}: {} bytes", code.len());
+        }
+    }
+    Ok(())
 }

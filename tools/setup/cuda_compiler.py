@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set up the pinned CUDA compiler and disassembler in .venv-cuda/, without a GPU or a driver.
 
-    python3 tools/setup/cuda_compiler.py            # compiler, disassembler, CUTLASS headers
+    python3 tools/setup/cuda_compiler.py            # compilers, disassembler, CUTLASS headers
     python3 tools/setup/cuda_compiler.py --check    # say what is there, change nothing
 
 The tools are wheels of the package manager; each is pinned, and none may pull in others, because their own
@@ -28,6 +28,7 @@ PINNED = {
     "nvidia-cuda-cccl": "13.0.85",
     "nvidia-cuda-cuobjdump": "13.2.78",
     "nvidia-cuda-nvdisasm": "13.2.78",
+    "nvidia-cuda-nvrtc": "13.0.88",
     "nvidia-cutlass": "4.2.0.0",
 }
 

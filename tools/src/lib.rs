@@ -1,6 +1,7 @@
 //! Developer tools as a library, so that tests can call what `xtask` runs.
 
 pub mod codegen;
+pub mod cubins;
 pub mod nvcc;
 pub mod results;
 pub mod tidy;

@@ -1,11 +1,12 @@
 //! `cargo xtask`: developer commands.
 
-use graft_tools::{codegen, nvcc, results, tidy};
+use graft_tools::{codegen, cubins, nvcc, results, tidy};
 use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: cargo xtask COMMAND
   codegen   write the files that follow from kernels-cu/*/op.toml
+  cubins    compile every CUDA source ahead of time into target/release/graft.cubins (--only OP: those of one operator)
   kernels   compile every CUDA source and write the table of its resources
   results   write the README's table of measurements from benches/results
   tidy      check the rules of the house (also a test)";
@@ -16,6 +17,8 @@ fn main() -> ExitCode {
     let root = codegen::workspace_root();
     let outcome = match words.as_slice() {
         ["codegen"] => write_generated(&root),
+        ["cubins"] => write_cubins(&root, None),
+        ["cubins", "--only", op] => write_cubins(&root, Some(op)),
         ["kernels"] => write_resources(&root),
         ["results"] => write_results(&root),
         ["tidy"] => report_findings(&root),
@@ -46,6 +49,12 @@ fn write_resources(root: &Path) -> Result<(), String> {
     let path = root.join(nvcc::TABLE);
     std::fs::write(&path, nvcc::render_table(&rows)).map_err(|e| format!("{}: {e}", path.display()))?;
     println!("wrote {}: {} kernels", path.display(), rows.len());
+    Ok(())
+}
+
+fn write_cubins(root: &Path, only: Option<&str>) -> Result<(), String> {
+    let (path, content) = cubins::write(root, only)?;
+    println!("wrote {}: {content}", path.display());
     Ok(())
 }
 

@@ -46,6 +46,8 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("neighborhood_attention", neighborhood_attention_conform),
     ("patchify", patchify_conform),
     ("philox", philox_conform),
+    ("qk_norm", qk_norm_conform),
+    ("relative_attention", relative_attention_conform),
     ("rms_norm", rms_norm_conform),
     ("sinusoid", sinusoid_conform),
     ("solver_step", solver_step_conform),
@@ -95,6 +97,15 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
     check.same_device(&device, &[("param", Some(&*param)), ("m", Some(&*m)), ("v", Some(&*v)), ("ema", ema.as_deref())])?;
     let element = check.element(&device, kernels::generated::adamw::INFO.elements)?;
     if device.is_dry() {
+        return Ok(());
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::adamw::GpuForward { dims, params, grad: grad.input()?, param: param.output()?, m: m.output()?, v: v.output()?, ema: match ema { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::adamw::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("adamw", other)),
+        }
         return Ok(());
     }
     let args = Forward { dims, params, grad: grad.f32s()?, param: param.f32s_mut()?, m: m.f32s_mut()?, v: v.f32s_mut()?, ema: match ema { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -164,6 +175,15 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
     if device.is_dry() {
         return Ok(x_t);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::add_noise::GpuForward { dims, params, x0: x0.input()?, noise: noise.input()?, coefs: coefs.input()?, x_t: x_t.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::add_noise::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("add_noise", other)),
+        }
+        return Ok(x_t);
+    }
     let args = Forward { dims, params, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, x_t: x_t.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::add_noise::cpu::forward(args),
@@ -196,7 +216,7 @@ fn add_noise_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct AttentionOut {
     /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
 }
 
@@ -208,7 +228,7 @@ pub struct AttentionOut {
 /// ```
 /// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
 /// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
-/// - returns `lse` `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -224,9 +244,19 @@ pub fn attention(qkv: &Tensor, params: kernels::generated::attention::Params) ->
     let element = check.element(&device, kernels::generated::attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
     let mut y = device.empty_of(&[b, n, h, e], element)?;
-    let mut lse = device.empty_of(&[b, h, n], element)?;
+    let mut lse = device.empty(&[b, h, n])?;
 
     if device.is_dry() {
+        return Ok(AttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("attention", other)),
+        }
         return Ok(AttentionOut { y, lse });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -256,7 +286,7 @@ pub fn attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, w
     check.float("dy", dy)?;
     check.float("qkv", qkv)?;
     check.float("y", y)?;
-    check.float("lse", lse)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
     let device = dy.device().clone();
     check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
@@ -265,6 +295,16 @@ pub fn attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Tensor, w
     let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, lse: lse.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -428,6 +468,16 @@ pub fn branch_deltas(x: &Tensor, first: &Tensor, second: &Tensor, params: kernel
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::branch_deltas::GpuForward { dims, params, x: x.input()?, first: first.input()?, second: second.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::branch_deltas::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::branch_deltas::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("branch_deltas", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, x: x.f32s()?, first: first.f32s()?, second: second.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::branch_deltas::cpu::forward(args),
@@ -457,6 +507,16 @@ pub fn branch_deltas_backward(dy: &Tensor, want_x: bool, want_first: bool, want_
     let mut grad_second = if want_second { Some(device.empty_of(&[b, n, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(BranchDeltasGrads { x: grad_x, first: grad_first, second: grad_second });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::branch_deltas::GpuBackward { dims, params, dy: dy.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dfirst: match &mut grad_first { Some(t) => Some(t.output()?), None => None }, dsecond: match &mut grad_second { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::branch_deltas::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::branch_deltas::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("branch_deltas", other)),
+        }
         return Ok(BranchDeltasGrads { x: grad_x, first: grad_first, second: grad_second });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dfirst: match &mut grad_first { Some(t) => Some(t.f32s_mut()?), None => None }, dsecond: match &mut grad_second { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -554,6 +614,16 @@ pub fn conv2d(x: &Tensor, filters: &Tensor, bias: Option<&Tensor>, oh: usize, ow
     let mut y = device.empty_of(&[b, oh, ow, f], element)?;
 
     if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::conv2d::GpuForward { dims, params, x: x.input()?, filters: filters.input()?, bias: match bias { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::conv2d::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::conv2d::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("conv2d", other)),
+        }
         return Ok(y);
     }
     let args = Forward { dims, params, x: x.f32s()?, filters: filters.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
@@ -756,7 +826,7 @@ fn conv_silu_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct CrossAttentionOut {
     /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
 }
 
@@ -779,7 +849,7 @@ pub struct CrossAttentionGrads {
 /// - `kv` `[B, M, 2, H, E]` float: Keys and values side by side; those that do not count are never read and their gradient is zero.
 /// - `counts` `[B]` i32, optional: Keys that count in each sample, from the first on; 0 to M.
 /// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
-/// - returns `lse` `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -805,9 +875,19 @@ pub fn cross_attention(q: &Tensor, kv: &Tensor, counts: Option<&Tensor>, params:
     let element = check.element(&device, kernels::generated::cross_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
     let mut y = device.empty_of(&[b, n, h, e], element)?;
-    let mut lse = device.empty_of(&[b, h, n], element)?;
+    let mut lse = device.empty(&[b, h, n])?;
 
     if device.is_dry() {
+        return Ok(CrossAttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_attention::GpuForward { dims, params, q: q.input()?, kv: kv.input()?, counts: match counts { Some(t) => Some(t.input()?), None => None }, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::cross_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_attention", other)),
+        }
         return Ok(CrossAttentionOut { y, lse });
     }
     let args = Forward { dims, params, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -843,7 +923,7 @@ pub fn cross_attention_backward(dy: &Tensor, q: &Tensor, kv: &Tensor, counts: Op
     check.float("kv", kv)?;
     if let Some(t) = counts { check.i32("counts", t)?; }
     check.float("y", y)?;
-    check.float("lse", lse)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, m: check.dim("M")?, r: check.dim("R")?, h: check.dim("H")?, e: check.dim("E")? };
     {
         let Dims { m, .. } = dims;
@@ -857,6 +937,16 @@ pub fn cross_attention_backward(dy: &Tensor, q: &Tensor, kv: &Tensor, counts: Op
     let mut grad_kv = if want_kv { Some(device.empty_of(&[b, m, 2, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(CrossAttentionGrads { q: grad_q, kv: grad_kv });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_attention::GpuBackward { dims, params, dy: dy.input()?, q: q.input()?, kv: kv.input()?, counts: match counts { Some(t) => Some(t.input()?), None => None }, y: y.input()?, lse: lse.input()?, dq: match &mut grad_q { Some(t) => Some(t.output()?), None => None }, dkv: match &mut grad_kv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::cross_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_attention", other)),
+        }
         return Ok(CrossAttentionGrads { q: grad_q, kv: grad_kv });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, q: q.f32s()?, kv: kv.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dq: match &mut grad_q { Some(t) => Some(t.f32s_mut()?), None => None }, dkv: match &mut grad_kv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -966,6 +1056,15 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, params: kernels::generate
     if device.is_dry() {
         return Ok(CrossEntropyOut { loss, lse });
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_entropy::GpuForward { dims, params, logits: logits.input()?, labels: labels.input()?, loss: loss.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_entropy::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_entropy", other)),
+        }
+        return Ok(CrossEntropyOut { loss, lse });
+    }
     let args = Forward { dims, params, logits: logits.f32s()?, labels: labels.i32s()?, loss: loss.f32s_mut()?, lse: lse.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::cross_entropy::cpu::forward(args),
@@ -1008,6 +1107,15 @@ pub fn cross_entropy_backward(dloss: &Tensor, logits: &Tensor, labels: &Tensor, 
     let mut grad_logits = if want_logits { Some(device.empty_of(&[b, k], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_logits);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cross_entropy::GpuBackward { dims, params, dloss: dloss.input()?, logits: logits.input()?, labels: labels.input()?, lse: lse.input()?, dlogits: match &mut grad_logits { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cross_entropy::launch::backward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("cross_entropy", other)),
+        }
         return Ok(grad_logits);
     }
     let args = Backward { dims, params, dloss: dloss.f32s()?, logits: logits.f32s()?, labels: labels.i32s()?, lse: lse.f32s()?, dlogits: match &mut grad_logits { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1124,6 +1232,16 @@ pub fn embed(table: &Tensor, index: &Tensor, addend: Option<&Tensor>, params: ke
     if device.is_dry() {
         return Ok(EmbedOut { y, pre });
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::embed::GpuForward { dims, params, table: table.input()?, index: index.input()?, addend: match addend { Some(t) => Some(t.input()?), None => None }, y: y.output()?, pre: pre.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::embed::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::embed::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("embed", other)),
+        }
+        return Ok(EmbedOut { y, pre });
+    }
     let args = Forward { dims, params, table: table.f32s()?, index: index.i32s()?, addend: match addend { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: pre.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::embed::cpu::forward(args),
@@ -1165,6 +1283,16 @@ pub fn embed_backward(dy: &Tensor, index: &Tensor, pre: &Tensor, v: usize, want_
     let mut grad_addend = if want_addend { Some(device.empty_of(&[b, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(EmbedGrads { table: grad_table, addend: grad_addend });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::embed::GpuBackward { dims, params, dy: dy.input()?, index: index.input()?, pre: pre.input()?, dtable: match &mut grad_table { Some(t) => Some(t.output()?), None => None }, daddend: match &mut grad_addend { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::embed::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::embed::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("embed", other)),
+        }
         return Ok(EmbedGrads { table: grad_table, addend: grad_addend });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, index: index.i32s()?, pre: pre.f32s()?, dtable: match &mut grad_table { Some(t) => Some(t.f32s_mut()?), None => None }, daddend: match &mut grad_addend { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2166,6 +2294,16 @@ pub fn gemm(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, pos: Option<&Tensor>,
     if device.is_dry() {
         return Ok(GemmOut { y, pre });
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gemm::GpuForward { dims, params, x: x.input()?, w: w.input()?, bias: match bias { Some(t) => Some(t.input()?), None => None }, pos: match pos { Some(t) => Some(t.input()?), None => None }, gate: match gate { Some(t) => Some(t.input()?), None => None }, residual: match residual { Some(t) => Some(t.input()?), None => None }, y: y.output()?, pre: match &mut pre { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gemm::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gemm::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gemm", other)),
+        }
+        return Ok(GemmOut { y, pre });
+    }
     let args = Forward { dims, params, x: x.f32s()?, w: w.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, pos: match pos { Some(t) => Some(t.f32s()?), None => None }, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, pre: match &mut pre { Some(t) => Some(t.f32s_mut()?), None => None } };
     match device.kind() {
         DeviceKind::Cpu => kernels::gemm::cpu::forward(args),
@@ -2215,6 +2353,16 @@ pub fn gemm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, gate: Option<&Tensor>,
     let mut grad_gate = if want_gate { Some(device.empty_of(&[b, c, f], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gemm::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, w: w.input()?, gate: match gate { Some(t) => Some(t.input()?), None => None }, pre: match pre { Some(t) => Some(t.input()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.output()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.output()?), None => None }, dpos: match &mut grad_pos { Some(t) => Some(t.output()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gemm::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gemm::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gemm", other)),
+        }
         return Ok(GemmGrads { x: grad_x, w: grad_w, bias: grad_bias, pos: grad_pos, gate: grad_gate });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, w: w.weight()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, pre: match pre { Some(t) => Some(t.f32s()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dpos: match &mut grad_pos { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2496,9 +2644,9 @@ fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct KvCompressOut {
     /// `[B, Gh/K, Gw/K, 2, D]` float: Keys and values of the coarse grid, side by side.
     pub y: Tensor,
-    /// `[B, Gh/K, Gw/K, 2]` float: Mean over the channels of each vector.
+    /// `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
     pub mean: Tensor,
-    /// `[B, Gh/K, Gw/K, 2]` float: Reciprocal standard deviation over the channels of each vector.
+    /// `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
     pub rstd: Tensor,
 }
 
@@ -2529,8 +2677,8 @@ pub struct KvCompressGrads {
 /// - `gamma` `[D]` float: Scale after the normalisation.
 /// - `beta` `[D]` float: Shift after the normalisation.
 /// - returns `y` `[B, Gh/K, Gw/K, 2, D]` float: Keys and values of the coarse grid, side by side.
-/// - returns `mean` `[B, Gh/K, Gw/K, 2]` float: Mean over the channels of each vector.
-/// - returns `rstd` `[B, Gh/K, Gw/K, 2]` float: Reciprocal standard deviation over the channels of each vector.
+/// - returns `mean` `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
+/// - returns `rstd` `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -2561,10 +2709,20 @@ pub fn kv_compress(x: &Tensor, weight: &Tensor, bias: &Tensor, gamma: &Tensor, b
     let element = check.element(&device, kernels::generated::kv_compress::INFO.elements)?;
     let Dims { b, gh, gw, d, k, .. } = dims;
     let mut y = device.empty_of(&[b, gh/k, gw/k, 2, d], element)?;
-    let mut mean = device.empty_of(&[b, gh/k, gw/k, 2], element)?;
-    let mut rstd = device.empty_of(&[b, gh/k, gw/k, 2], element)?;
+    let mut mean = device.empty(&[b, gh/k, gw/k, 2])?;
+    let mut rstd = device.empty(&[b, gh/k, gw/k, 2])?;
 
     if device.is_dry() {
+        return Ok(KvCompressOut { y, mean, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::kv_compress::GpuForward { dims, params, x: x.input()?, weight: weight.input()?, bias: bias.input()?, gamma: gamma.input()?, beta: beta.input()?, y: y.output()?, mean: mean.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::kv_compress::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::kv_compress::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("kv_compress", other)),
+        }
         return Ok(KvCompressOut { y, mean, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -2602,8 +2760,8 @@ pub fn kv_compress_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, bias: &Ten
     check.float("weight", weight)?;
     check.float("bias", bias)?;
     check.float("gamma", gamma)?;
-    check.float("mean", mean)?;
-    check.float("rstd", rstd)?;
+    check.f32("mean", mean)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, r: check.dim("R")?, d: check.dim("D")?, k: check.dim("K")? };
     let Dims { gh, gw, r, k, .. } = dims;
     require("kv_compress", params.first + 2 <= r, "first + 2 <= R", "a key and a value among the vectors of a token", || format!("{dims:?}, {params:?}"))?;
@@ -2619,6 +2777,16 @@ pub fn kv_compress_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, bias: &Ten
     let mut grad_beta = if want_beta { Some(device.empty_of(&[d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(KvCompressGrads { x: grad_x, weight: grad_weight, bias: grad_bias, gamma: grad_gamma, beta: grad_beta });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::kv_compress::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, weight: weight.input()?, bias: bias.input()?, gamma: gamma.input()?, mean: mean.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.output()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.output()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.output()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::kv_compress::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::kv_compress::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("kv_compress", other)),
+        }
         return Ok(KvCompressGrads { x: grad_x, weight: grad_weight, bias: grad_bias, gamma: grad_gamma, beta: grad_beta });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2695,11 +2863,11 @@ fn kv_compress_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct LinearAttentionOut {
     /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, N]` float: What the weights of each query are divided by.
+    /// `[B, H, N]` f32: What the weights of each query are divided by.
     pub norm: Tensor,
-    /// `[B, H, E, E]` float: Sum over the tokens of the outer products of key features and values.
+    /// `[B, H, E, E]` f32: Sum over the tokens of the outer products of key features and values.
     pub state: Tensor,
-    /// `[B, H, E]` float: Sum over the tokens of the key features.
+    /// `[B, H, E]` f32: Sum over the tokens of the key features.
     pub total: Tensor,
 }
 
@@ -2713,9 +2881,9 @@ pub struct LinearAttentionOut {
 /// ```
 /// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
 /// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
-/// - returns `norm` `[B, H, N]` float: What the weights of each query are divided by.
-/// - returns `state` `[B, H, E, E]` float: Sum over the tokens of the outer products of key features and values.
-/// - returns `total` `[B, H, E]` float: Sum over the tokens of the key features.
+/// - returns `norm` `[B, H, N]` f32: What the weights of each query are divided by.
+/// - returns `state` `[B, H, E, E]` f32: Sum over the tokens of the outer products of key features and values.
+/// - returns `total` `[B, H, E]` f32: Sum over the tokens of the key features.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -2734,11 +2902,21 @@ pub fn linear_attention(qkv: &Tensor, params: kernels::generated::linear_attenti
     let element = check.element(&device, kernels::generated::linear_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
     let mut y = device.empty_of(&[b, n, h, e], element)?;
-    let mut norm = device.empty_of(&[b, h, n], element)?;
-    let mut state = device.empty_of(&[b, h, e, e], element)?;
-    let mut total = device.empty_of(&[b, h, e], element)?;
+    let mut norm = device.empty(&[b, h, n])?;
+    let mut state = device.empty(&[b, h, e, e])?;
+    let mut total = device.empty(&[b, h, e])?;
 
     if device.is_dry() {
+        return Ok(LinearAttentionOut { y, norm, state, total });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::linear_attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, norm: norm.output()?, state: state.output()?, total: total.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::linear_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::linear_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("linear_attention", other)),
+        }
         return Ok(LinearAttentionOut { y, norm, state, total });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, norm: norm.f32s_mut()?, state: state.f32s_mut()?, total: total.f32s_mut()? };
@@ -2772,9 +2950,9 @@ pub fn linear_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, norm: &T
     check.float("dy", dy)?;
     check.float("qkv", qkv)?;
     check.float("y", y)?;
-    check.float("norm", norm)?;
-    check.float("state", state)?;
-    check.float("total", total)?;
+    check.f32("norm", norm)?;
+    check.f32("state", state)?;
+    check.f32("total", total)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
     
     require("linear_attention", params.map <= 1, "map <= 1", "0 (elu + 1) or 1 (relu)", || format!("{dims:?}, {params:?}"))?;
@@ -2786,6 +2964,16 @@ pub fn linear_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, norm: &T
     let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::linear_attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, norm: norm.input()?, state: state.input()?, total: total.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::linear_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::linear_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("linear_attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, norm: norm.f32s()?, state: state.f32s()?, total: total.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3088,6 +3276,16 @@ pub fn long_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<&
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::long_conv::GpuForward { dims, params, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, filter: filter.input()?, skip: skip.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::long_conv::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::long_conv::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("long_conv", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, filter: filter.f32s()?, skip: skip.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::long_conv::cpu::forward(args),
@@ -3140,6 +3338,16 @@ pub fn long_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor>
     let mut grad_skip = if want_skip { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(LongConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, filter: grad_filter, skip: grad_skip });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::long_conv::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, filter: filter.input()?, skip: skip.input()?, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.output()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.output()?), None => None }, dfilter: match &mut grad_filter { Some(t) => Some(t.output()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::long_conv::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::long_conv::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("long_conv", other)),
+        }
         return Ok(LongConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, filter: grad_filter, skip: grad_skip });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, filter: filter.f32s()?, skip: skip.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dfilter: match &mut grad_filter { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3271,6 +3479,15 @@ pub fn loss_diffusion(model_output: &Tensor, x0: &Tensor, noise: &Tensor, coefs:
     if device.is_dry() {
         return Ok(LossDiffusionOut { loss, mse, vb });
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_diffusion::GpuForward { dims, params, model_output: model_output.input()?, x0: x0.input()?, noise: noise.input()?, coefs: coefs.input()?, loss: loss.output()?, mse: mse.output()?, vb: vb.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_diffusion::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_diffusion", other)),
+        }
+        return Ok(LossDiffusionOut { loss, mse, vb });
+    }
     let args = Forward { dims, params, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, loss: loss.f32s_mut()?, mse: mse.f32s_mut()?, vb: vb.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_diffusion::cpu::forward(args),
@@ -3312,6 +3529,15 @@ pub fn loss_diffusion_backward(dloss: &Tensor, model_output: &Tensor, x0: &Tenso
     let mut grad_model_output = if want_model_output { Some(device.empty_of(&[b, 2*c, s], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_model_output);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_diffusion::GpuBackward { dims, params, dloss: dloss.input()?, model_output: model_output.input()?, x0: x0.input()?, noise: noise.input()?, coefs: coefs.input()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_diffusion::launch::backward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_diffusion", other)),
+        }
         return Ok(grad_model_output);
     }
     let args = Backward { dims, params, dloss: dloss.f32s()?, model_output: model_output.f32s()?, x0: x0.f32s()?, noise: noise.f32s()?, coefs: coefs.f32s()?, dmodel_output: match &mut grad_model_output { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3409,6 +3635,15 @@ pub fn loss_regression(pred: &Tensor, target: &Tensor, params: kernels::generate
     if device.is_dry() {
         return Ok(loss);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_regression::GpuForward { dims, params, pred: pred.input()?, target: target.input()?, loss: loss.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_regression::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_regression", other)),
+        }
+        return Ok(loss);
+    }
     let args = Forward { dims, params, pred: pred.f32s()?, target: target.f32s()?, loss: loss.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::loss_regression::cpu::forward(args),
@@ -3446,6 +3681,15 @@ pub fn loss_regression_backward(dloss: &Tensor, pred: &Tensor, target: &Tensor, 
     let mut grad_pred = if want_pred { Some(device.empty_of(&[b, n, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_pred);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::loss_regression::GpuBackward { dims, params, dloss: dloss.input()?, pred: pred.input()?, target: target.input()?, dpred: match &mut grad_pred { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::loss_regression::launch::backward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("loss_regression", other)),
+        }
         return Ok(grad_pred);
     }
     let args = Backward { dims, params, dloss: dloss.f32s()?, pred: pred.f32s()?, target: target.f32s()?, dpred: match &mut grad_pred { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3568,6 +3812,16 @@ pub fn mamba2(xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, a_log: &Tensor, skip: 
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::mamba2::GpuForward { dims, params, xbc: xbc.input()?, p: p.input()?, dt_bias: dt_bias.input()?, a_log: a_log.input()?, skip: skip.input()?, residual: match residual { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::mamba2::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::mamba2::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("mamba2", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::mamba2::cpu::forward(args),
@@ -3619,6 +3873,16 @@ pub fn mamba2_backward(dy: &Tensor, xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, 
     let mut grad_skip = if want_skip { Some(device.empty_of(&[h], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::mamba2::GpuBackward { dims, params, dy: dy.input()?, xbc: xbc.input()?, p: p.input()?, dt_bias: dt_bias.input()?, a_log: a_log.input()?, skip: skip.input()?, dxbc: match &mut grad_xbc { Some(t) => Some(t.output()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, ddt_bias: match &mut grad_dt_bias { Some(t) => Some(t.output()?), None => None }, da_log: match &mut grad_a_log { Some(t) => Some(t.output()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::mamba2::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::mamba2::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("mamba2", other)),
+        }
         return Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, dxbc: match &mut grad_xbc { Some(t) => Some(t.f32s_mut()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, ddt_bias: match &mut grad_dt_bias { Some(t) => Some(t.f32s_mut()?), None => None }, da_log: match &mut grad_a_log { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3694,7 +3958,7 @@ fn mamba2_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct NeighborhoodAttentionOut {
     /// `[B, Gh, Gw, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, Gh, Gw]` float: Log of the sum of the exponentials of the scaled scores of each query.
+    /// `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
 }
 
@@ -3708,7 +3972,7 @@ pub struct NeighborhoodAttentionOut {
 /// ```
 /// - `qkv` `[B, Gh, Gw, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them; tokens row by row.
 /// - returns `y` `[B, Gh, Gw, H, E]` float: Attention output, heads side by side.
-/// - returns `lse` `[B, H, Gh, Gw]` float: Log of the sum of the exponentials of the scaled scores of each query.
+/// - returns `lse` `[B, H, Gh, Gw]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -3727,9 +3991,19 @@ pub fn neighborhood_attention(qkv: &Tensor, k: usize, params: kernels::generated
     let element = check.element(&device, kernels::generated::neighborhood_attention::INFO.elements)?;
     let Dims { b, gh, gw, h, e, .. } = dims;
     let mut y = device.empty_of(&[b, gh, gw, h, e], element)?;
-    let mut lse = device.empty_of(&[b, h, gh, gw], element)?;
+    let mut lse = device.empty(&[b, h, gh, gw])?;
 
     if device.is_dry() {
+        return Ok(NeighborhoodAttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::neighborhood_attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::neighborhood_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::neighborhood_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("neighborhood_attention", other)),
+        }
         return Ok(NeighborhoodAttentionOut { y, lse });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -3760,7 +4034,7 @@ pub fn neighborhood_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, ls
     check.float("dy", dy)?;
     check.float("qkv", qkv)?;
     check.float("y", y)?;
-    check.float("lse", lse)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, h: check.dim("H")?, e: check.dim("E")?, k: check.dim("K")? };
     let Dims { gh, gw, k, .. } = dims;
     require("neighborhood_attention", k % 2 == 1 && k <= gh && k <= gw, "K % 2 == 1 && K <= Gh && K <= Gw", "an odd kernel, no wider than the grid", || format!("{dims:?}, {params:?}"))?;
@@ -3771,6 +4045,16 @@ pub fn neighborhood_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, ls
     let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, gh, gw, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::neighborhood_attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, lse: lse.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::neighborhood_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::neighborhood_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("neighborhood_attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3859,6 +4143,16 @@ pub fn patchify(x: &Tensor, p: usize, gh: usize, gw: usize, params: kernels::gen
     if device.is_dry() {
         return Ok(tokens);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::patchify::GpuForward { dims, params, x: x.input()?, tokens: tokens.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::patchify::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::patchify::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("patchify", other)),
+        }
+        return Ok(tokens);
+    }
     let args = Forward { dims, params, x: x.f32s()?, tokens: tokens.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::patchify::cpu::forward(args),
@@ -3892,6 +4186,16 @@ pub fn patchify_backward(dtokens: &Tensor, p: usize, gh: usize, gw: usize, c: us
     let mut grad_x = if want_x { Some(device.empty_of(&[b, c, gh*p, gw*p], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_x);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::patchify::GpuBackward { dims, params, dtokens: dtokens.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::patchify::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::patchify::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("patchify", other)),
+        }
         return Ok(grad_x);
     }
     let args = Backward { dims, params, dtokens: dtokens.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3970,6 +4274,15 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
     if device.is_dry() {
         return Ok(z);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::philox::GpuForward { dims, params, z: z.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::philox::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("philox", other)),
+        }
+        return Ok(z);
+    }
     let args = Forward { dims, params, z: z.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::philox::cpu::forward(args),
@@ -3990,6 +4303,365 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
             let device = io.device().clone();
             let out = io.call("forward", || philox(&device, l, params))?;
             io.result("z", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`qk_norm`].
+pub struct QkNormOut {
+    /// `[B, N, 3, D]` float: Normalised queries and keys, and the values.
+    pub y: Tensor,
+    /// `[B, N, 2]` float: Means of queries and keys.
+    pub mean: Tensor,
+    /// `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+    pub rstd: Tensor,
+}
+
+/// Gradients of [`qk_norm`]; absent where not asked for.
+pub struct QkNormGrads {
+    /// `[B, N, 3, D]` float
+    pub x: Option<Tensor>,
+    /// `[D]` float
+    pub q_gamma: Option<Tensor>,
+    /// `[D]` float
+    pub q_beta: Option<Tensor>,
+    /// `[D]` float
+    pub k_gamma: Option<Tensor>,
+    /// `[D]` float
+    pub k_beta: Option<Tensor>,
+}
+
+/// LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.
+///
+/// ```text
+/// n_p = (x_p - mean(x_p)) / sqrt(var(x_p) + eps) over D, for p 0 (queries) and 1 (keys), x_p = x[b,n,p]
+/// y[b,n,0] = n_0 * q_gamma + q_beta;  y[b,n,1] = n_1 * k_gamma + k_beta;  y[b,n,2] = x[b,n,2]
+/// ```
+/// - `x` `[B, N, 3, D]` float: Queries, keys and values side by side, all heads of one in a row.
+/// - `q_gamma` `[D]` float: Scale of the queries.
+/// - `q_beta` `[D]` float: Shift of the queries.
+/// - `k_gamma` `[D]` float: Scale of the keys.
+/// - `k_beta` `[D]` float: Shift of the keys.
+/// - returns `y` `[B, N, 3, D]` float: Normalised queries and keys, and the values.
+/// - returns `mean` `[B, N, 2]` float: Means of queries and keys.
+/// - returns `rstd` `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn qk_norm(x: &Tensor, q_gamma: &Tensor, q_beta: &Tensor, k_gamma: &Tensor, k_beta: &Tensor, params: kernels::generated::qk_norm::Params) -> Result<QkNormOut> {
+    use kernels::generated::qk_norm::{Dims, Forward};
+    let mut check = DimCheck::new("qk_norm", &["B", "N", "D"]);
+    check.bind("x", x, &["B", "N", "3", "D"])?;
+    check.bind("q_gamma", q_gamma, &["D"])?;
+    check.bind("q_beta", q_beta, &["D"])?;
+    check.bind("k_gamma", k_gamma, &["D"])?;
+    check.bind("k_beta", k_beta, &["D"])?;
+    check.match_exprs("x", x, &["B", "N", "3", "D"])?;
+    check.match_exprs("q_gamma", q_gamma, &["D"])?;
+    check.match_exprs("q_beta", q_beta, &["D"])?;
+    check.match_exprs("k_gamma", k_gamma, &["D"])?;
+    check.match_exprs("k_beta", k_beta, &["D"])?;
+    check.float("x", x)?;
+    check.float("q_gamma", q_gamma)?;
+    check.float("q_beta", q_beta)?;
+    check.float("k_gamma", k_gamma)?;
+    check.float("k_beta", k_beta)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let device = x.device().clone();
+    check.same_device(&device, &[("q_gamma", Some(q_gamma)), ("q_beta", Some(q_beta)), ("k_gamma", Some(k_gamma)), ("k_beta", Some(k_beta))])?;
+    let element = check.element(&device, kernels::generated::qk_norm::INFO.elements)?;
+    let Dims { b, n, d, .. } = dims;
+    let mut y = device.empty_of(&[b, n, 3, d], element)?;
+    let mut mean = device.empty_of(&[b, n, 2], element)?;
+    let mut rstd = device.empty_of(&[b, n, 2], element)?;
+
+    if device.is_dry() {
+        return Ok(QkNormOut { y, mean, rstd });
+    }
+    let args = Forward { dims, params, x: x.f32s()?, q_gamma: q_gamma.f32s()?, q_beta: q_beta.f32s()?, k_gamma: k_gamma.f32s()?, k_beta: k_beta.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::qk_norm::cpu::forward(args),
+        DeviceKind::Oracle => kernels::qk_norm::reference::forward(args),
+        other => return Err(no_path("qk_norm", other)),
+    }
+    Ok(QkNormOut { y, mean, rstd })
+}
+
+/// Backward pass of [`qk_norm`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn qk_norm_backward(dy: &Tensor, x: &Tensor, q_gamma: &Tensor, k_gamma: &Tensor, mean: &Tensor, rstd: &Tensor, want_x: bool, want_q_gamma: bool, want_q_beta: bool, want_k_gamma: bool, want_k_beta: bool, params: kernels::generated::qk_norm::Params) -> Result<QkNormGrads> {
+    use kernels::generated::qk_norm::{Backward, Dims};
+    let mut check = DimCheck::new("qk_norm", &["B", "N", "D"]);
+    check.bind("dy", dy, &["B", "N", "3", "D"])?;
+    check.bind("x", x, &["B", "N", "3", "D"])?;
+    check.bind("q_gamma", q_gamma, &["D"])?;
+    check.bind("k_gamma", k_gamma, &["D"])?;
+    check.bind("mean", mean, &["B", "N", "2"])?;
+    check.bind("rstd", rstd, &["B", "N", "2"])?;
+    check.match_exprs("dy", dy, &["B", "N", "3", "D"])?;
+    check.match_exprs("x", x, &["B", "N", "3", "D"])?;
+    check.match_exprs("q_gamma", q_gamma, &["D"])?;
+    check.match_exprs("k_gamma", k_gamma, &["D"])?;
+    check.match_exprs("mean", mean, &["B", "N", "2"])?;
+    check.match_exprs("rstd", rstd, &["B", "N", "2"])?;
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    check.float("q_gamma", q_gamma)?;
+    check.float("k_gamma", k_gamma)?;
+    check.float("mean", mean)?;
+    check.float("rstd", rstd)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("q_gamma", Some(q_gamma)), ("k_gamma", Some(k_gamma)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let element = check.element(&device, kernels::generated::qk_norm::INFO.elements)?;
+    let Dims { b, n, d, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, n, 3, d], element)?) } else { None };
+    let mut grad_q_gamma = if want_q_gamma { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_q_beta = if want_q_beta { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_k_gamma = if want_k_gamma { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_k_beta = if want_k_beta { Some(device.empty_of(&[d], element)?) } else { None };
+
+    if device.is_dry() {
+        return Ok(QkNormGrads { x: grad_x, q_gamma: grad_q_gamma, q_beta: grad_q_beta, k_gamma: grad_k_gamma, k_beta: grad_k_beta });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, q_gamma: q_gamma.f32s()?, k_gamma: k_gamma.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dq_gamma: match &mut grad_q_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dq_beta: match &mut grad_q_beta { Some(t) => Some(t.f32s_mut()?), None => None }, dk_gamma: match &mut grad_k_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dk_beta: match &mut grad_k_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::qk_norm::cpu::backward(args),
+        DeviceKind::Oracle => kernels::qk_norm::reference::backward(args),
+        other => return Err(no_path("qk_norm", other)),
+    }
+    Ok(QkNormGrads { x: grad_x, q_gamma: grad_q_gamma, q_beta: grad_q_beta, k_gamma: grad_k_gamma, k_beta: grad_k_beta })
+}
+
+impl Graph<'_> {
+    /// [`qk_norm`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn qk_norm(&self, x: &Var, q_gamma: &Var, q_beta: &Var, k_gamma: &Var, k_beta: &Var, params: kernels::generated::qk_norm::Params) -> Result<Var> {
+        let sources = [self.source(x), self.source(q_gamma), self.source(q_beta), self.source(k_gamma), self.source(k_beta)];
+        let record = sources.iter().any(Option::is_some);
+        let out = qk_norm(x.tensor(), q_gamma.tensor(), q_beta.tensor(), k_gamma.tensor(), k_beta.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_q_gamma = q_gamma.tensor().clone();
+        let saved_k_gamma = k_gamma.tensor().clone();
+        let saved_mean = out.mean.clone();
+        let saved_rstd = out.rstd.clone();
+        let saved = [Some(&saved_x), Some(&saved_q_gamma), Some(&saved_k_gamma), Some(&saved_mean), Some(&saved_rstd)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("qk_norm", out.y, saved, move |dy, grads| {
+            let found = qk_norm_backward(dy, &saved_x, &saved_q_gamma, &saved_k_gamma, &saved_mean, &saved_rstd, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.q_gamma)?;
+            grads.add(sources[2], found.q_beta)?;
+            grads.add(sources[3], found.k_gamma)?;
+            grads.add(sources[4], found.k_beta)?;
+            Ok(())
+        }))
+    }
+}
+
+fn qk_norm_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::qk_norm::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, d, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, n, 3, d], Fill::Normal)?;
+            let q_gamma = io.draw(case.name, "q_gamma", &[d], Fill::Normal)?;
+            let q_beta = io.draw(case.name, "q_beta", &[d], Fill::Normal)?;
+            let k_gamma = io.draw(case.name, "k_gamma", &[d], Fill::Normal)?;
+            let k_beta = io.draw(case.name, "k_beta", &[d], Fill::Normal)?;
+            let out = io.call("forward", || qk_norm(&x, &q_gamma, &q_beta, &k_gamma, &k_beta, params))?;
+            io.result("y", &out.y)?;
+            io.result("mean", &out.mean)?;
+            io.result("rstd", &out.rstd)?;
+            let dy = io.draw(case.name, "dy", &[b, n, 3, d], Fill::Normal)?;
+            let grads = io.call("backward", || qk_norm_backward(&dy, &x, &q_gamma, &k_gamma, &out.mean, &out.rstd, true, true, true, true, true, params))?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.q_gamma { io.result("dq_gamma", t)?; }
+            if let Some(t) = &grads.q_beta { io.result("dq_beta", t)?; }
+            if let Some(t) = &grads.k_gamma { io.result("dk_gamma", t)?; }
+            if let Some(t) = &grads.k_beta { io.result("dk_beta", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`relative_attention`].
+pub struct RelativeAttentionOut {
+    /// `[B, N, H, E]` float: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+    pub lse: Tensor,
+}
+
+/// Gradients of [`relative_attention`]; absent where not asked for.
+pub struct RelativeAttentionGrads {
+    /// `[B, N, 3, H, E]` float
+    pub qkv: Option<Tensor>,
+    /// `[2*N - 1, H]` float
+    pub bias: Option<Tensor>,
+}
+
+/// Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.
+///
+/// ```text
+/// q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2]; keys(b) = {j : j < counts[b]}, all N without counts
+/// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e] + bias[j - i + N - 1, h]; lse[b,h,i] = log sum_{j in keys(b)} exp(s[b,h,i,j])
+/// y[b,i,h,e] = sum_{j in keys(b)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+/// - `bias` `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+/// - `counts` `[B]` i32, optional: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
+/// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
+/// - returns `lse` `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn relative_attention(qkv: &Tensor, bias: &Tensor, counts: Option<&Tensor>, params: kernels::generated::relative_attention::Params) -> Result<RelativeAttentionOut> {
+    use kernels::generated::relative_attention::{Dims, Forward};
+    let mut check = DimCheck::new("relative_attention", &["B", "N", "H", "E"]);
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    check.float("qkv", qkv)?;
+    check.float("bias", bias)?;
+    if let Some(t) = counts { check.i32("counts", t)?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { n, .. } = dims;
+        if let Some(t) = counts { check_index("relative_attention", "counts", t, n+1)?; }
+    }
+    let Dims { n, .. } = dims;
+    require("relative_attention", n >= 1, "N >= 1", "at least one token", || format!("{dims:?}, {params:?}"))?;
+    let device = qkv.device().clone();
+    check.same_device(&device, &[("bias", Some(bias)), ("counts", counts)])?;
+    let element = check.element(&device, kernels::generated::relative_attention::INFO.elements)?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty_of(&[b, n, h, e], element)?;
+    let mut lse = device.empty_of(&[b, h, n], element)?;
+
+    if device.is_dry() {
+        return Ok(RelativeAttentionOut { y, lse });
+    }
+    let args = Forward { dims, params, qkv: qkv.f32s()?, bias: bias.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::relative_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::relative_attention::reference::forward(args),
+        other => return Err(no_path("relative_attention", other)),
+    }
+    Ok(RelativeAttentionOut { y, lse })
+}
+
+/// Backward pass of [`relative_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn relative_attention_backward(dy: &Tensor, qkv: &Tensor, bias: &Tensor, counts: Option<&Tensor>, y: &Tensor, lse: &Tensor, want_qkv: bool, want_bias: bool, params: kernels::generated::relative_attention::Params) -> Result<RelativeAttentionGrads> {
+    use kernels::generated::relative_attention::{Backward, Dims};
+    let mut check = DimCheck::new("relative_attention", &["B", "N", "H", "E"]);
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "N"])?;
+    check.float("dy", dy)?;
+    check.float("qkv", qkv)?;
+    check.float("bias", bias)?;
+    if let Some(t) = counts { check.i32("counts", t)?; }
+    check.float("y", y)?;
+    check.float("lse", lse)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { n, .. } = dims;
+        if let Some(t) = counts { check_index("relative_attention", "counts", t, n+1)?; }
+    }
+    let Dims { n, .. } = dims;
+    require("relative_attention", n >= 1, "N >= 1", "at least one token", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("bias", Some(bias)), ("counts", counts), ("y", Some(y)), ("lse", Some(lse))])?;
+    let element = check.element(&device, kernels::generated::relative_attention::INFO.elements)?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty_of(&[2*n - 1, h], element)?) } else { None };
+
+    if device.is_dry() {
+        return Ok(RelativeAttentionGrads { qkv: grad_qkv, bias: grad_bias });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, bias: bias.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::relative_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::relative_attention::reference::backward(args),
+        other => return Err(no_path("relative_attention", other)),
+    }
+    Ok(RelativeAttentionGrads { qkv: grad_qkv, bias: grad_bias })
+}
+
+impl Graph<'_> {
+    /// [`relative_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn relative_attention(&self, qkv: &Var, bias: &Var, counts: Option<&Tensor>, params: kernels::generated::relative_attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv), self.source(bias)];
+        let record = sources.iter().any(Option::is_some);
+        let out = relative_attention(qkv.tensor(), bias.tensor(), counts, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_bias = bias.tensor().clone();
+        let saved_counts = counts.cloned();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_bias), saved_counts.as_ref(), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("relative_attention", out.y, saved, move |dy, grads| {
+            let found = relative_attention_backward(dy, &saved_qkv, &saved_bias, saved_counts.as_ref(), &saved_y, &saved_lse, sources[0].is_some(), sources[1].is_some(), params)?;
+            grads.add(sources[0], found.qkv)?;
+            grads.add(sources[1], found.bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn relative_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::relative_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
+            let bias = io.draw(case.name, "bias", &[2*n - 1, h], Fill::Normal)?;
+            let counts = if absent("counts") { None } else { Some(io.draw_i32(case.name, "counts", &[b], Fill::Index(n+1))?) };
+            let out = io.call("forward", || relative_attention(&qkv, &bias, counts.as_ref(), params))?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || relative_attention_backward(&dy, &qkv, &bias, counts.as_ref(), &out.y, &out.lse, true, true, params))?;
+            if let Some(t) = &grads.qkv { io.result("dqkv", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
             Ok(())
         })?;
     }
@@ -4212,6 +4884,15 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::sinusoid::GpuForward { dims, params, t: t.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::sinusoid::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("sinusoid", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, t: t.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::sinusoid::cpu::forward(args),
@@ -4298,6 +4979,15 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
     if device.is_dry() {
         return Ok(SolverStepOut { x_next, x0 });
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::solver_step::GpuForward { dims, params, x: x.input()?, cond: cond.input()?, uncond: match uncond { Some(t) => Some(t.input()?), None => None }, noise: match noise { Some(t) => Some(t.input()?), None => None }, x0_prev: match x0_prev { Some(t) => Some(t.input()?), None => None }, x_next: x_next.output()?, x0: x0.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::solver_step::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("solver_step", other)),
+        }
+        return Ok(SolverStepOut { x_next, x0 });
+    }
     let args = Forward { dims, params, x: x.f32s()?, cond: cond.f32s()?, uncond: match uncond { Some(t) => Some(t.f32s()?), None => None }, noise: match noise { Some(t) => Some(t.f32s()?), None => None }, x0_prev: match x0_prev { Some(t) => Some(t.f32s()?), None => None }, x_next: x_next.f32s_mut()?, x0: x0.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::solver_step::cpu::forward(args),
@@ -4353,6 +5043,15 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
     let mut out = device.empty_of(&[1], element)?;
 
     if device.is_dry() {
+        return Ok(out);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::sum_squares::GpuForward { dims, params, x: x.input()?, out: out.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::sum_squares::launch::forward::<f32, _>(&mut queue, args!())?,
+            other => return Err(no_element("sum_squares", other)),
+        }
         return Ok(out);
     }
     let args = Forward { dims, params, x: x.f32s()?, out: out.f32s_mut()? };
@@ -4414,6 +5113,16 @@ pub fn unpatchify(tokens: &Tensor, c: usize, p: usize, gh: usize, gw: usize, par
     if device.is_dry() {
         return Ok(x);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::unpatchify::GpuForward { dims, params, tokens: tokens.input()?, x: x.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::unpatchify::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::unpatchify::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("unpatchify", other)),
+        }
+        return Ok(x);
+    }
     let args = Forward { dims, params, tokens: tokens.f32s()?, x: x.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::unpatchify::cpu::forward(args),
@@ -4447,6 +5156,16 @@ pub fn unpatchify_backward(dx: &Tensor, c: usize, p: usize, gh: usize, gw: usize
     let mut grad_tokens = if want_tokens { Some(device.empty_of(&[b, gh*gw, p*p*c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_tokens);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::unpatchify::GpuBackward { dims, params, dx: dx.input()?, dtokens: match &mut grad_tokens { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::unpatchify::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::unpatchify::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("unpatchify", other)),
+        }
         return Ok(grad_tokens);
     }
     let args = Backward { dims, params, dx: dx.f32s()?, dtokens: match &mut grad_tokens { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -4633,7 +5352,7 @@ fn upsample_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct WindowAttentionOut {
     /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
     pub lse: Tensor,
 }
 
@@ -4646,7 +5365,7 @@ pub struct WindowAttentionOut {
 /// ```
 /// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
 /// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
-/// - returns `lse` `[B, H, N]` float: Log of the sum of the exponentials of the scaled scores of each query.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scaled scores of each query.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4663,9 +5382,19 @@ pub fn window_attention(qkv: &Tensor, w: usize, params: kernels::generated::wind
     let element = check.element(&device, kernels::generated::window_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
     let mut y = device.empty_of(&[b, n, h, e], element)?;
-    let mut lse = device.empty_of(&[b, h, n], element)?;
+    let mut lse = device.empty(&[b, h, n])?;
 
     if device.is_dry() {
+        return Ok(WindowAttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::window_attention::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::window_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::window_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("window_attention", other)),
+        }
         return Ok(WindowAttentionOut { y, lse });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -4696,7 +5425,7 @@ pub fn window_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Te
     check.float("dy", dy)?;
     check.float("qkv", qkv)?;
     check.float("y", y)?;
-    check.float("lse", lse)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")?, w: check.dim("W")? };
     let device = dy.device().clone();
     check.same_device(&device, &[("qkv", Some(qkv)), ("y", Some(y)), ("lse", Some(lse))])?;
@@ -4705,6 +5434,16 @@ pub fn window_attention_backward(dy: &Tensor, qkv: &Tensor, y: &Tensor, lse: &Te
     let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_qkv);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::window_attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, y: y.input()?, lse: lse.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::window_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::window_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("window_attention", other)),
+        }
         return Ok(grad_qkv);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None } };

@@ -75,6 +75,8 @@ int nvrtcCompileProgram(Program* p, int count, const char* const* options) {
             target = option.substr(19);
         else if (option.rfind("-D", 0) == 0 || option == "-std=c++20")
             flags += " " + option;
+        else if (option == "-default-device")
+            continue;
         else
             return p->log = "unrecognized option " + option, kInvalidOption;
     }

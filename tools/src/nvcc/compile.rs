@@ -1,5 +1,6 @@
 //! The pinned compiler of `tools/setup/cuda_compiler.py`: where it is and how it is called.
 
+use crate::cubins::archive::Key;
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -87,6 +88,55 @@ impl Nvcc {
         std::fs::write(&sass_file, &sass).map_err(|e| format!("{}: {e}", sass_file.display()))?;
         std::fs::write(&log_file, &log).map_err(|e| format!("{}: {e}", log_file.display()))?;
         Ok(Compiled { log, sass })
+    }
+
+    /// Version of the toolkit, as 1000·major + 10·minor.
+    ///
+    /// # Errors
+    /// When the compiler does not say.
+    pub fn toolkit(&self) -> Result<u32, String> {
+        let release = self.version.split("release ").nth(1).and_then(|rest| rest.split(',').next());
+        let number = release
+            .and_then(|r| r.split_once('.'))
+            .and_then(|(major, minor)| Some(1000 * major.parse::<u32>().ok()? + 10 * minor.parse::<u32>().ok()?));
+        number.ok_or_else(|| format!("nvcc says no release: {}", self.version))
+    }
+
+    /// Compiles a text that has its headers in it, for the archive of compiled kernels; kept in `target/nvcc`.
+    ///
+    /// # Errors
+    /// What the compiler said.
+    pub fn code(&self, key: &Key, text: &str) -> Result<Vec<u8>, String> {
+        let mut hash = Sha256::new();
+        for word in [text, &self.version, &key.element, &key.target] {
+            hash.update(word);
+            hash.update([0]);
+        }
+        let name: String = hash.finalize()[..8].iter().map(|b| format!("{b:02x}")).collect();
+        let folder = self.root.join("target/nvcc");
+        std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+        let kept = folder.join(format!("{name}.code"));
+        if let Ok(code) = std::fs::read(&kept) {
+            return Ok(code);
+        }
+        let source = folder.join(format!("{name}.cu"));
+        let unfinished = folder.join(format!("{name}.{}.tmp", std::process::id()));
+        std::fs::write(&source, text).map_err(|e| format!("{}: {e}", source.display()))?;
+        let kind = match key.target.strip_prefix("sm_") {
+            Some(arch) => vec!["-cubin".to_string(), format!("-gencode=arch=compute_{arch},code=sm_{arch}")],
+            None => vec!["-ptx".to_string(), format!("-arch={}", key.target)],
+        };
+        let define = format!("-DELEMENT_{}", key.element.to_uppercase());
+        let mut nvcc = Command::new(self.bin.join("nvcc"));
+        nvcc.args(["-std=c++20", "-O3"]).args(kind).arg(define).arg("-o").arg(&unfinished).arg(&source);
+        let output = nvcc.output().map_err(|e| format!("nvcc: {e}"))?;
+        let _ = std::fs::remove_file(&source);
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            return Err(format!("{} {} for {} does not compile\n{said}", key.source, key.element, key.target));
+        }
+        std::fs::rename(&unfinished, &kept).map_err(|e| format!("{}: {e}", kept.display()))?;
+        std::fs::read(&kept).map_err(|e| format!("{}: {e}", kept.display()))
     }
 
     /// A name from the text of the source, of its folder's and the shared headers, the compiler and its flags.

@@ -27,7 +27,7 @@ mod survey;
 pub use arena::ArenaStats;
 pub use driver::{OLDEST_DRIVER, OLDEST_PACKAGE};
 pub use graphs::{GraphKey, Step};
-pub use modules::{ARCHIVE, Origins};
+pub use modules::{ARCHIVE, Origins, compile};
 pub use survey::{Found, Survey, survey};
 
 use crate::error::{Error, Result};

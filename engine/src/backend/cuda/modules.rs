@@ -24,8 +24,8 @@ const EMBEDDED: Option<&[u8]> = Some(include_bytes!("../../../../target/release/
 #[cfg(not(feature = "cubins"))]
 const EMBEDDED: Option<&[u8]> = None;
 
-/// Options of every compilation at run time.
-const OPTIONS: [&str; 1] = ["-std=c++20"];
+/// Options of every compilation at run time. The second makes plain functions those of the device: there is no other.
+const OPTIONS: [&str; 2] = ["-std=c++20", "-default-device"];
 
 /// How many sources came from where.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,12 +58,36 @@ pub(super) struct Target {
     pub driver: i32,
 }
 
-impl Target {
-    /// What the run-time compiler makes code for.
-    fn name(&self) -> String {
-        if self.arch == 90 { "sm_90a".to_string() } else { format!("sm_{}", self.arch) }
-    }
+/// What the run-time compiler makes code for.
+fn machine(arch: u32) -> String {
+    if arch == 90 { "sm_90a".to_string() } else { format!("sm_{arch}") }
+}
 
+/// Options of the run-time compiler.
+fn options(element: ElementType, arch: u32) -> Vec<String> {
+    let chosen = [element.define().to_string(), format!("--gpu-architecture={}", machine(arch))];
+    OPTIONS.map(str::to_string).into_iter().chain(chosen).collect()
+}
+
+/// Compiles a source with the run-time compiler, as a device of this compute capability (10·major + minor) would have
+/// it; no device is needed.
+///
+/// # Errors
+/// When there is no such source or no compiler, or what the compiler says.
+pub fn compile(op: &str, source: &str, element: ElementType, arch: u32) -> Result<Vec<u8>> {
+    let text = unit(op, source)?;
+    let nvrtc = Nvrtc::load().map_err(|why| Error::failure("cuda kernels", "no run-time compiler").is(why))?;
+    nvrtc.compile(source, &text, &options(element, arch))
+}
+
+fn unit(op: &str, source: &str) -> Result<String> {
+    sources::unit(op, source).ok_or_else(|| {
+        Error::failure(format!("cuda: {source}"), "this program carries no such source")
+            .fix("run cargo xtask codegen and build again")
+    })
+}
+
+impl Target {
     /// Entries of an archive that run here, best first.
     fn accepted(&self) -> &'static [&'static str] {
         match self.arch {
@@ -192,9 +216,7 @@ impl Modules {
                 .is(format!("compute capability {}.{}", self.target.arch / 10, self.target.arch % 10))
                 .must(if kernel.arch == 90 { "9.0 (Hopper) exactly" } else { "at least 8.0" }));
         }
-        let text = sources::unit(kernel.op, kernel.source).ok_or_else(|| {
-            Error::failure(&place, "this program carries no such source").fix("run cargo xtask codegen and build again")
-        })?;
+        let text = unit(kernel.op, kernel.source)?;
         if let Some(code) = self.from_archive(kernel, element, &text) {
             match self.put_in(&code) {
                 Ok(module) => {
@@ -204,15 +226,11 @@ impl Modules {
                 Err(e) => notices::leave(format!("{ARCHIVE}: {e}; compiled at run time instead")),
             }
         }
-        let options: Vec<String> = OPTIONS
-            .map(str::to_string)
-            .into_iter()
-            .chain([element.define().to_string(), format!("--gpu-architecture={}", self.target.name())])
-            .collect();
-        let target = self.target.clone();
+        let options = options(element, self.target.arch);
+        let machine = machine(self.target.arch);
         let cache = self.cache.clone();
         let version = version_text(self.compiler()?.version);
-        let key = Cache::key(&[&text, &options.join(" "), &target.name(), &version]);
+        let key = Cache::key(&[&text, &options.join(" "), &machine, &version]);
         if let Some(cache) = &cache {
             match cache.get(&key) {
                 Lookup::Found(code) => {

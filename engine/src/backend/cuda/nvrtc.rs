@@ -4,6 +4,7 @@ use super::driver::version_text;
 use crate::error::{Error, Result};
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::Path;
 
 /// Names the library where it is not on the library path.
 pub const VARIABLE: &str = "GRAFT_NVRTC";
@@ -42,6 +43,19 @@ pub(super) struct Nvrtc {
     /// The name under which it was found.
     pub name: String,
     _library: Library,
+    /// What it needs from its own folder.
+    _builtins: Option<Library>,
+}
+
+/// The library asks for its second half by name alone: where it was named by path, the second half is taken from the
+/// same folder, which need not be on the library path.
+fn builtins(name: &str, major: c_int, minor: c_int) -> Option<Library> {
+    let folder = Path::new(name).parent().filter(|f| !f.as_os_str().is_empty())?;
+    let path = folder.join(format!("libnvrtc-builtins.so.{major}.{minor}"));
+    // SAFETY: as the first half. Where it is missing, the compiler says so itself.
+    #[allow(unsafe_code)]
+    let half = unsafe { Library::new(path) };
+    half.ok()
 }
 
 impl Nvrtc {
@@ -90,6 +104,7 @@ impl Nvrtc {
             version: 1000 * major + 10 * minor,
             name: name.to_string(),
             _library: library,
+            _builtins: builtins(name, major, minor),
         })
     }
 

@@ -1,0 +1,55 @@
+// keys(i) = {j : |i - j| <= W, 0 <= j < N};  s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e]
+// lse[b,h,i] = log sum_{j in keys(i)} exp(s[b,h,i,j]);  y[b,i,h,e] = sum_{j in keys(i)} exp(s - lse) * v[b,j,h,e]
+//
+// qkv, dqkv: [B, N, 3, H, E], y, dy: [B, N, H, E], all T; lse, delta: [B, H, N] f32; sums in f32. Gradients as in
+// `attention.cu`.
+//
+// Version 1, CUDA cores, the first rung: `common/softmax_attention.cuh` says who owns what. A tile of 64 queries meets
+// the keys from its first less W to its last plus W, in tiles of 32; pairs beyond W get no weight. Backward the same from
+// the keys' side, because the window is symmetric.
+//
+// Bound: memory where W is small, 4·N·H·E elements moved forward for 4·N·H·E·(2W + 1) operations. This version computes
+// (64 + 2W)/(2W + 1) times that, seven times at W = 4 and twice at W = 32, on CUDA cores: arithmetic bounds it.
+//
+// Requires: nothing beyond the contract: any N, E and W. A value that is not a number reaches the queries whose tile
+// meets it. Does not handle: windows that wrap, strides.
+#include "../common/ptx.cuh"
+#include "../common/softmax_attention.cuh"
+
+using namespace ptx;
+
+// The window of W tokens to each side; W is at most N.
+struct Window {
+    int limit, w;
+    __device__ __forceinline__ Span keys(int first, int end) const { return {max(0, first - w), min(limit, end + w)}; }
+    __device__ __forceinline__ Span queries(int first, int end) const { return keys(first, end); }
+    __device__ __forceinline__ int query(int i) const { return i; }
+    __device__ __forceinline__ int key(int j) const { return j; }
+    __device__ __forceinline__ bool sees(int i, int j) const { return i - j <= w && j - i <= w; }
+};
+
+extern "C" __global__ void __launch_bounds__(128)
+    window_attention_forward(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    packed_forward(Window{n, w}, qkv, y, lse, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_forward);
+
+extern "C" __global__ void __launch_bounds__(128)
+    window_attention_backward_delta(const T* y, const T* dy, float* delta, uint64_t rows, int n, int h, int e) {
+    softmax_delta(y, dy, delta, rows, n, h, e);
+}
+KERNEL_EXPORT(window_attention_backward_delta);
+
+extern "C" __global__ void __launch_bounds__(128)
+    window_attention_backward_q(const T* dy, const T* qkv, const float* lse, const float* delta, T* dqkv, int n, int w, int h, int e,
+                    float scale) {
+    packed_dq(Window{n, w}, dy, qkv, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_backward_q);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    window_attention_backward_kv(const T* dy, const T* qkv, const float* lse, const float* delta, T* dqkv, int n, int w, int h, int e,
+                     float scale) {
+    packed_dkdv(Window{n, w}, dy, qkv, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_backward_kv);
