@@ -36,6 +36,8 @@ pub const OPS: &[OpInfo] = &[
     neighborhood_attention::INFO,
     patchify::INFO,
     philox::INFO,
+    qk_norm::INFO,
+    relative_attention::INFO,
     rms_norm::INFO,
     sinusoid::INFO,
     solver_step::INFO,
@@ -113,6 +115,12 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     }
     for case in patchify::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(patchify::gradcheck(case).into_iter().map(|row| ("patchify", case.name, row)));
+    }
+    for case in qk_norm::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(qk_norm::gradcheck(case).into_iter().map(|row| ("qk_norm", case.name, row)));
+    }
+    for case in relative_attention::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(relative_attention::gradcheck(case).into_iter().map(|row| ("relative_attention", case.name, row)));
     }
     for case in rms_norm::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(rms_norm::gradcheck(case).into_iter().map(|row| ("rms_norm", case.name, row)));
@@ -3309,6 +3317,235 @@ pub mod philox {
 
     pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }), tolerance_bf16: None, elements: &[ElementType::F32] };
 
+}
+
+/// LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.
+pub mod qk_norm {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub d: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Added to the variance.
+        pub eps: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 3, D]` float: Queries, keys and values side by side, all heads of one in a row.
+        pub x: &'a [T],
+        /// `[D]` float: Scale of the queries.
+        pub q_gamma: &'a [T],
+        /// `[D]` float: Shift of the queries.
+        pub q_beta: &'a [T],
+        /// `[D]` float: Scale of the keys.
+        pub k_gamma: &'a [T],
+        /// `[D]` float: Shift of the keys.
+        pub k_beta: &'a [T],
+        /// `[B, N, 3, D]` float: Normalised queries and keys, and the values.
+        pub y: &'a mut [T],
+        /// `[B, N, 2]` float: Means of queries and keys.
+        pub mean: &'a mut [T],
+        /// `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+        pub rstd: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 3, D]` float: Normalised queries and keys, and the values.
+        pub dy: &'a [T],
+        /// `[B, N, 3, D]` float: Queries, keys and values side by side, all heads of one in a row.
+        pub x: &'a [T],
+        /// `[D]` float: Scale of the queries.
+        pub q_gamma: &'a [T],
+        /// `[D]` float: Scale of the keys.
+        pub k_gamma: &'a [T],
+        /// `[B, N, 2]` float: Means of queries and keys.
+        pub mean: &'a [T],
+        /// `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+        pub rstd: &'a [T],
+        /// `[B, N, 3, D]` float: Queries, keys and values side by side, all heads of one in a row.
+        pub dx: Option<&'a mut [T]>,
+        /// `[D]` float: Scale of the queries.
+        pub dq_gamma: Option<&'a mut [T]>,
+        /// `[D]` float: Shift of the queries.
+        pub dq_beta: Option<&'a mut [T]>,
+        /// `[D]` float: Scale of the keys.
+        pub dk_gamma: Option<&'a mut [T]>,
+        /// `[D]` float: Shift of the keys.
+        pub dk_beta: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        16*b*n*d
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, d, .. } = dims;
+        4*(6*b*n*d + 4*b*n + 4*d)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, d: 8 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_column", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, d: 1 }, params: Params { eps: 0.01 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 2, n: 81, d: 24 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, d: 1152 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, d: 1152 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "qk_norm", summary: "LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.", backward: true, cases: &["odd", "one_token", "one_column", "blocks", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[] };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, d, .. } = dims;
+        let x = check::draw_f64(case.name, "x", b * n * 3 * d, Fill::Normal);
+        let q_gamma = check::draw_f64(case.name, "q_gamma", d, Fill::Normal);
+        let q_beta = check::draw_f64(case.name, "q_beta", d, Fill::Normal);
+        let k_gamma = check::draw_f64(case.name, "k_gamma", d, Fill::Normal);
+        let k_beta = check::draw_f64(case.name, "k_beta", d, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", b * n * 3 * d, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64], q_gamma: &[f64], q_beta: &[f64], k_gamma: &[f64], k_beta: &[f64]| {
+            let mut y = vec![0.0f64; b * n * 3 * d];
+            let mut mean = vec![0.0f64; b * n * 2];
+            let mut rstd = vec![0.0f64; b * n * 2];
+            super::super::qk_norm::reference::forward(Forward { dims, params, x: x, q_gamma: q_gamma, q_beta: q_beta, k_gamma: k_gamma, k_beta: k_beta, y: &mut y[..], mean: &mut mean[..], rstd: &mut rstd[..] });
+            (y, mean, rstd)
+        };
+        let (y, mean, rstd) = forward(&x, &q_gamma, &q_beta, &k_gamma, &k_beta);
+        let mut dx = vec![0.0f64; b * n * 3 * d];
+        let mut dq_gamma = vec![0.0f64; d];
+        let mut dq_beta = vec![0.0f64; d];
+        let mut dk_gamma = vec![0.0f64; d];
+        let mut dk_beta = vec![0.0f64; d];
+        super::super::qk_norm::reference::backward(Backward { dims, params, dy: &cotangent, x: &x[..], q_gamma: &q_gamma[..], k_gamma: &k_gamma[..], mean: &mean[..], rstd: &rstd[..], dx: Some(&mut dx[..]), dq_gamma: Some(&mut dq_gamma[..]), dq_beta: Some(&mut dq_beta[..]), dk_gamma: Some(&mut dk_gamma[..]), dk_beta: Some(&mut dk_beta[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &q_gamma, &q_beta, &k_gamma, &k_beta).0, &cotangent))); }
+        { rows.push(check::directional("q_gamma", case.name, &q_gamma, &dq_gamma, |moved| check::dot(&forward(&x, moved, &q_beta, &k_gamma, &k_beta).0, &cotangent))); }
+        { rows.push(check::directional("q_beta", case.name, &q_beta, &dq_beta, |moved| check::dot(&forward(&x, &q_gamma, moved, &k_gamma, &k_beta).0, &cotangent))); }
+        { rows.push(check::directional("k_gamma", case.name, &k_gamma, &dk_gamma, |moved| check::dot(&forward(&x, &q_gamma, &q_beta, moved, &k_beta).0, &cotangent))); }
+        { rows.push(check::directional("k_beta", case.name, &k_beta, &dk_beta, |moved| check::dot(&forward(&x, &q_gamma, &q_beta, &k_gamma, moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.
+pub mod relative_attention {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor of the scores before the bias; 1 in T5.
+        pub scale: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+        pub bias: &'a [T],
+        /// `[B]` i32: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
+        pub counts: Option<&'a [i32]>,
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
+        pub y: &'a mut [T],
+        /// `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+        pub lse: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
+        pub dy: &'a [T],
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+        pub bias: &'a [T],
+        /// `[B]` i32: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
+        pub counts: Option<&'a [i32]>,
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
+        pub y: &'a [T],
+        /// `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+        pub lse: &'a [T],
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+        pub dqkv: Option<&'a mut [T]>,
+        /// `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+        pub dbias: Option<&'a mut [T]>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*b*h*n*n*e
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*(4*b*n*h*e + b*h*n + 2*n*h)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "counted", tier: Tier::Tiny, dims: Dims { b: 4, n: 19, h: 2, e: 16 }, params: Params { scale: 0.25 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 133, h: 2, e: 33 }, params: Params { scale: 0.2 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, h: 1, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "t5_xxl_300", tier: Tier::Real, dims: Dims { b: 1, n: 300, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "t5_xxl_32", tier: Tier::Real, dims: Dims { b: 1, n: 32, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "t5_xxl_300", "t5_xxl_32"], tolerance: None, tolerance_bf16: None, elements: &[] };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, h, e, .. } = dims;
+        let qkv = check::draw_f64(case.name, "qkv", b * n * 3 * h * e, Fill::Normal);
+        let bias = check::draw_f64(case.name, "bias", (2*n - 1) * h, Fill::Normal);
+        let counts = check::draw_i32(case.name, "counts", b, Fill::Index(n+1));
+        let cotangent = check::draw_f64(case.name, "dy", b * n * h * e, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |qkv: &[f64], bias: &[f64]| {
+            let mut y = vec![0.0f64; b * n * h * e];
+            let mut lse = vec![0.0f64; b * h * n];
+            super::super::relative_attention::reference::forward(Forward { dims, params, qkv: qkv, bias: bias, counts: (!absent("counts")).then_some(&counts[..]), y: &mut y[..], lse: &mut lse[..] });
+            (y, lse)
+        };
+        let (y, lse) = forward(&qkv, &bias);
+        let mut dqkv = vec![0.0f64; b * n * 3 * h * e];
+        let mut dbias = vec![0.0f64; (2*n - 1) * h];
+        super::super::relative_attention::reference::backward(Backward { dims, params, dy: &cotangent, qkv: &qkv[..], bias: &bias[..], counts: (!absent("counts")).then_some(&counts[..]), y: &y[..], lse: &lse[..], dqkv: Some(&mut dqkv[..]), dbias: Some(&mut dbias[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved, &bias).0, &cotangent))); }
+        { rows.push(check::directional("bias", case.name, &bias, &dbias, |moved| check::dot(&forward(&qkv, moved).0, &cotangent))); }
+        rows
+    }
 }
 
 /// Root-mean-square norm with a weight, after a SiLU gate where there is one.

@@ -94,8 +94,26 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
         queue.zero(dp, b * n * w)?;
     }
     let (dp, partials) = (a.dp.or_null(), queue.scratch::<f32>(3 * b * chunks * h)?);
-    Mamba2BackwardSteps { dy, xbc, p, dt_bias, a_log, dt, states, dstates, dp, partials, n, w, h, e, k, dt_offset, reverse }
-        .launch(queue, by_chunk(a.dims, 1))?;
+    Mamba2BackwardSteps {
+        dy,
+        xbc,
+        p,
+        dt_bias,
+        a_log,
+        dt,
+        states,
+        dstates,
+        dp,
+        partials,
+        n,
+        w,
+        h,
+        e,
+        k,
+        dt_offset,
+        reverse,
+    }
+    .launch(queue, by_chunk(a.dims, 1))?;
     let (ddt_bias, da_log, dskip) = (a.ddt_bias.or_null(), a.da_log.or_null(), a.dskip.or_null());
     Mamba2BackwardHeads { partials: partials.read(), ddt_bias, da_log, dskip, h, parts: b * chunks }
         .launch(queue, Shape::new(h.div_ceil(128), 128))

@@ -46,6 +46,8 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("neighborhood_attention", neighborhood_attention_conform),
     ("patchify", patchify_conform),
     ("philox", philox_conform),
+    ("qk_norm", qk_norm_conform),
+    ("relative_attention", relative_attention_conform),
     ("rms_norm", rms_norm_conform),
     ("sinusoid", sinusoid_conform),
     ("solver_step", solver_step_conform),
@@ -4201,6 +4203,365 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
             let device = io.device().clone();
             let out = io.call("forward", || philox(&device, l, params))?;
             io.result("z", &out)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`qk_norm`].
+pub struct QkNormOut {
+    /// `[B, N, 3, D]` float: Normalised queries and keys, and the values.
+    pub y: Tensor,
+    /// `[B, N, 2]` float: Means of queries and keys.
+    pub mean: Tensor,
+    /// `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+    pub rstd: Tensor,
+}
+
+/// Gradients of [`qk_norm`]; absent where not asked for.
+pub struct QkNormGrads {
+    /// `[B, N, 3, D]` float
+    pub x: Option<Tensor>,
+    /// `[D]` float
+    pub q_gamma: Option<Tensor>,
+    /// `[D]` float
+    pub q_beta: Option<Tensor>,
+    /// `[D]` float
+    pub k_gamma: Option<Tensor>,
+    /// `[D]` float
+    pub k_beta: Option<Tensor>,
+}
+
+/// LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.
+///
+/// ```text
+/// n_p = (x_p - mean(x_p)) / sqrt(var(x_p) + eps) over D, for p 0 (queries) and 1 (keys), x_p = x[b,n,p]
+/// y[b,n,0] = n_0 * q_gamma + q_beta;  y[b,n,1] = n_1 * k_gamma + k_beta;  y[b,n,2] = x[b,n,2]
+/// ```
+/// - `x` `[B, N, 3, D]` float: Queries, keys and values side by side, all heads of one in a row.
+/// - `q_gamma` `[D]` float: Scale of the queries.
+/// - `q_beta` `[D]` float: Shift of the queries.
+/// - `k_gamma` `[D]` float: Scale of the keys.
+/// - `k_beta` `[D]` float: Shift of the keys.
+/// - returns `y` `[B, N, 3, D]` float: Normalised queries and keys, and the values.
+/// - returns `mean` `[B, N, 2]` float: Means of queries and keys.
+/// - returns `rstd` `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn qk_norm(x: &Tensor, q_gamma: &Tensor, q_beta: &Tensor, k_gamma: &Tensor, k_beta: &Tensor, params: kernels::generated::qk_norm::Params) -> Result<QkNormOut> {
+    use kernels::generated::qk_norm::{Dims, Forward};
+    let mut check = DimCheck::new("qk_norm", &["B", "N", "D"]);
+    check.bind("x", x, &["B", "N", "3", "D"])?;
+    check.bind("q_gamma", q_gamma, &["D"])?;
+    check.bind("q_beta", q_beta, &["D"])?;
+    check.bind("k_gamma", k_gamma, &["D"])?;
+    check.bind("k_beta", k_beta, &["D"])?;
+    check.match_exprs("x", x, &["B", "N", "3", "D"])?;
+    check.match_exprs("q_gamma", q_gamma, &["D"])?;
+    check.match_exprs("q_beta", q_beta, &["D"])?;
+    check.match_exprs("k_gamma", k_gamma, &["D"])?;
+    check.match_exprs("k_beta", k_beta, &["D"])?;
+    check.float("x", x)?;
+    check.float("q_gamma", q_gamma)?;
+    check.float("q_beta", q_beta)?;
+    check.float("k_gamma", k_gamma)?;
+    check.float("k_beta", k_beta)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let device = x.device().clone();
+    check.same_device(&device, &[("q_gamma", Some(q_gamma)), ("q_beta", Some(q_beta)), ("k_gamma", Some(k_gamma)), ("k_beta", Some(k_beta))])?;
+    let element = check.element(&device, kernels::generated::qk_norm::INFO.elements)?;
+    let Dims { b, n, d, .. } = dims;
+    let mut y = device.empty_of(&[b, n, 3, d], element)?;
+    let mut mean = device.empty_of(&[b, n, 2], element)?;
+    let mut rstd = device.empty_of(&[b, n, 2], element)?;
+
+    if device.is_dry() {
+        return Ok(QkNormOut { y, mean, rstd });
+    }
+    let args = Forward { dims, params, x: x.f32s()?, q_gamma: q_gamma.f32s()?, q_beta: q_beta.f32s()?, k_gamma: k_gamma.f32s()?, k_beta: k_beta.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::qk_norm::cpu::forward(args),
+        DeviceKind::Oracle => kernels::qk_norm::reference::forward(args),
+        other => return Err(no_path("qk_norm", other)),
+    }
+    Ok(QkNormOut { y, mean, rstd })
+}
+
+/// Backward pass of [`qk_norm`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn qk_norm_backward(dy: &Tensor, x: &Tensor, q_gamma: &Tensor, k_gamma: &Tensor, mean: &Tensor, rstd: &Tensor, want_x: bool, want_q_gamma: bool, want_q_beta: bool, want_k_gamma: bool, want_k_beta: bool, params: kernels::generated::qk_norm::Params) -> Result<QkNormGrads> {
+    use kernels::generated::qk_norm::{Backward, Dims};
+    let mut check = DimCheck::new("qk_norm", &["B", "N", "D"]);
+    check.bind("dy", dy, &["B", "N", "3", "D"])?;
+    check.bind("x", x, &["B", "N", "3", "D"])?;
+    check.bind("q_gamma", q_gamma, &["D"])?;
+    check.bind("k_gamma", k_gamma, &["D"])?;
+    check.bind("mean", mean, &["B", "N", "2"])?;
+    check.bind("rstd", rstd, &["B", "N", "2"])?;
+    check.match_exprs("dy", dy, &["B", "N", "3", "D"])?;
+    check.match_exprs("x", x, &["B", "N", "3", "D"])?;
+    check.match_exprs("q_gamma", q_gamma, &["D"])?;
+    check.match_exprs("k_gamma", k_gamma, &["D"])?;
+    check.match_exprs("mean", mean, &["B", "N", "2"])?;
+    check.match_exprs("rstd", rstd, &["B", "N", "2"])?;
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    check.float("q_gamma", q_gamma)?;
+    check.float("k_gamma", k_gamma)?;
+    check.float("mean", mean)?;
+    check.float("rstd", rstd)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("q_gamma", Some(q_gamma)), ("k_gamma", Some(k_gamma)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let element = check.element(&device, kernels::generated::qk_norm::INFO.elements)?;
+    let Dims { b, n, d, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, n, 3, d], element)?) } else { None };
+    let mut grad_q_gamma = if want_q_gamma { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_q_beta = if want_q_beta { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_k_gamma = if want_k_gamma { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_k_beta = if want_k_beta { Some(device.empty_of(&[d], element)?) } else { None };
+
+    if device.is_dry() {
+        return Ok(QkNormGrads { x: grad_x, q_gamma: grad_q_gamma, q_beta: grad_q_beta, k_gamma: grad_k_gamma, k_beta: grad_k_beta });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, q_gamma: q_gamma.f32s()?, k_gamma: k_gamma.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dq_gamma: match &mut grad_q_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dq_beta: match &mut grad_q_beta { Some(t) => Some(t.f32s_mut()?), None => None }, dk_gamma: match &mut grad_k_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dk_beta: match &mut grad_k_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::qk_norm::cpu::backward(args),
+        DeviceKind::Oracle => kernels::qk_norm::reference::backward(args),
+        other => return Err(no_path("qk_norm", other)),
+    }
+    Ok(QkNormGrads { x: grad_x, q_gamma: grad_q_gamma, q_beta: grad_q_beta, k_gamma: grad_k_gamma, k_beta: grad_k_beta })
+}
+
+impl Graph<'_> {
+    /// [`qk_norm`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn qk_norm(&self, x: &Var, q_gamma: &Var, q_beta: &Var, k_gamma: &Var, k_beta: &Var, params: kernels::generated::qk_norm::Params) -> Result<Var> {
+        let sources = [self.source(x), self.source(q_gamma), self.source(q_beta), self.source(k_gamma), self.source(k_beta)];
+        let record = sources.iter().any(Option::is_some);
+        let out = qk_norm(x.tensor(), q_gamma.tensor(), q_beta.tensor(), k_gamma.tensor(), k_beta.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_q_gamma = q_gamma.tensor().clone();
+        let saved_k_gamma = k_gamma.tensor().clone();
+        let saved_mean = out.mean.clone();
+        let saved_rstd = out.rstd.clone();
+        let saved = [Some(&saved_x), Some(&saved_q_gamma), Some(&saved_k_gamma), Some(&saved_mean), Some(&saved_rstd)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("qk_norm", out.y, saved, move |dy, grads| {
+            let found = qk_norm_backward(dy, &saved_x, &saved_q_gamma, &saved_k_gamma, &saved_mean, &saved_rstd, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.q_gamma)?;
+            grads.add(sources[2], found.q_beta)?;
+            grads.add(sources[3], found.k_gamma)?;
+            grads.add(sources[4], found.k_beta)?;
+            Ok(())
+        }))
+    }
+}
+
+fn qk_norm_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::qk_norm::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, d, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, n, 3, d], Fill::Normal)?;
+            let q_gamma = io.draw(case.name, "q_gamma", &[d], Fill::Normal)?;
+            let q_beta = io.draw(case.name, "q_beta", &[d], Fill::Normal)?;
+            let k_gamma = io.draw(case.name, "k_gamma", &[d], Fill::Normal)?;
+            let k_beta = io.draw(case.name, "k_beta", &[d], Fill::Normal)?;
+            let out = io.call("forward", || qk_norm(&x, &q_gamma, &q_beta, &k_gamma, &k_beta, params))?;
+            io.result("y", &out.y)?;
+            io.result("mean", &out.mean)?;
+            io.result("rstd", &out.rstd)?;
+            let dy = io.draw(case.name, "dy", &[b, n, 3, d], Fill::Normal)?;
+            let grads = io.call("backward", || qk_norm_backward(&dy, &x, &q_gamma, &k_gamma, &out.mean, &out.rstd, true, true, true, true, true, params))?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.q_gamma { io.result("dq_gamma", t)?; }
+            if let Some(t) = &grads.q_beta { io.result("dq_beta", t)?; }
+            if let Some(t) = &grads.k_gamma { io.result("dk_gamma", t)?; }
+            if let Some(t) = &grads.k_beta { io.result("dk_beta", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`relative_attention`].
+pub struct RelativeAttentionOut {
+    /// `[B, N, H, E]` float: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+    pub lse: Tensor,
+}
+
+/// Gradients of [`relative_attention`]; absent where not asked for.
+pub struct RelativeAttentionGrads {
+    /// `[B, N, 3, H, E]` float
+    pub qkv: Option<Tensor>,
+    /// `[2*N - 1, H]` float
+    pub bias: Option<Tensor>,
+}
+
+/// Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.
+///
+/// ```text
+/// q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2]; keys(b) = {j : j < counts[b]}, all N without counts
+/// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e] + bias[j - i + N - 1, h]; lse[b,h,i] = log sum_{j in keys(b)} exp(s[b,h,i,j])
+/// y[b,i,h,e] = sum_{j in keys(b)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+/// - `bias` `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+/// - `counts` `[B]` i32, optional: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
+/// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
+/// - returns `lse` `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn relative_attention(qkv: &Tensor, bias: &Tensor, counts: Option<&Tensor>, params: kernels::generated::relative_attention::Params) -> Result<RelativeAttentionOut> {
+    use kernels::generated::relative_attention::{Dims, Forward};
+    let mut check = DimCheck::new("relative_attention", &["B", "N", "H", "E"]);
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    check.float("qkv", qkv)?;
+    check.float("bias", bias)?;
+    if let Some(t) = counts { check.i32("counts", t)?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { n, .. } = dims;
+        if let Some(t) = counts { check_index("relative_attention", "counts", t, n+1)?; }
+    }
+    let Dims { n, .. } = dims;
+    require("relative_attention", n >= 1, "N >= 1", "at least one token", || format!("{dims:?}, {params:?}"))?;
+    let device = qkv.device().clone();
+    check.same_device(&device, &[("bias", Some(bias)), ("counts", counts)])?;
+    let element = check.element(&device, kernels::generated::relative_attention::INFO.elements)?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty_of(&[b, n, h, e], element)?;
+    let mut lse = device.empty_of(&[b, h, n], element)?;
+
+    if device.is_dry() {
+        return Ok(RelativeAttentionOut { y, lse });
+    }
+    let args = Forward { dims, params, qkv: qkv.f32s()?, bias: bias.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::relative_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::relative_attention::reference::forward(args),
+        other => return Err(no_path("relative_attention", other)),
+    }
+    Ok(RelativeAttentionOut { y, lse })
+}
+
+/// Backward pass of [`relative_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn relative_attention_backward(dy: &Tensor, qkv: &Tensor, bias: &Tensor, counts: Option<&Tensor>, y: &Tensor, lse: &Tensor, want_qkv: bool, want_bias: bool, params: kernels::generated::relative_attention::Params) -> Result<RelativeAttentionGrads> {
+    use kernels::generated::relative_attention::{Backward, Dims};
+    let mut check = DimCheck::new("relative_attention", &["B", "N", "H", "E"]);
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "N"])?;
+    check.float("dy", dy)?;
+    check.float("qkv", qkv)?;
+    check.float("bias", bias)?;
+    if let Some(t) = counts { check.i32("counts", t)?; }
+    check.float("y", y)?;
+    check.float("lse", lse)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { n, .. } = dims;
+        if let Some(t) = counts { check_index("relative_attention", "counts", t, n+1)?; }
+    }
+    let Dims { n, .. } = dims;
+    require("relative_attention", n >= 1, "N >= 1", "at least one token", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("bias", Some(bias)), ("counts", counts), ("y", Some(y)), ("lse", Some(lse))])?;
+    let element = check.element(&device, kernels::generated::relative_attention::INFO.elements)?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty_of(&[2*n - 1, h], element)?) } else { None };
+
+    if device.is_dry() {
+        return Ok(RelativeAttentionGrads { qkv: grad_qkv, bias: grad_bias });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, bias: bias.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::relative_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::relative_attention::reference::backward(args),
+        other => return Err(no_path("relative_attention", other)),
+    }
+    Ok(RelativeAttentionGrads { qkv: grad_qkv, bias: grad_bias })
+}
+
+impl Graph<'_> {
+    /// [`relative_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn relative_attention(&self, qkv: &Var, bias: &Var, counts: Option<&Tensor>, params: kernels::generated::relative_attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv), self.source(bias)];
+        let record = sources.iter().any(Option::is_some);
+        let out = relative_attention(qkv.tensor(), bias.tensor(), counts, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_bias = bias.tensor().clone();
+        let saved_counts = counts.cloned();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_bias), saved_counts.as_ref(), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("relative_attention", out.y, saved, move |dy, grads| {
+            let found = relative_attention_backward(dy, &saved_qkv, &saved_bias, saved_counts.as_ref(), &saved_y, &saved_lse, sources[0].is_some(), sources[1].is_some(), params)?;
+            grads.add(sources[0], found.qkv)?;
+            grads.add(sources[1], found.bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn relative_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::relative_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
+            let bias = io.draw(case.name, "bias", &[2*n - 1, h], Fill::Normal)?;
+            let counts = if absent("counts") { None } else { Some(io.draw_i32(case.name, "counts", &[b], Fill::Index(n+1))?) };
+            let out = io.call("forward", || relative_attention(&qkv, &bias, counts.as_ref(), params))?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || relative_attention_backward(&dy, &qkv, &bias, counts.as_ref(), &out.y, &out.lse, true, true, params))?;
+            if let Some(t) = &grads.qkv { io.result("dqkv", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
             Ok(())
         })?;
     }
