@@ -2,9 +2,7 @@
 
 use crate::generated::attention::{Dims, GpuBackward, GpuForward};
 use crate::launch::{Element, Queue, Shape};
-use crate::launchers::attention::{
-    AttentionBackwardDelta, AttentionBackwardKv, AttentionBackwardQ, AttentionForward,
-};
+use crate::launchers::attention::{AttentionBackwardDelta, AttentionBackwardKv, AttentionBackwardQ, AttentionForward};
 
 /// Tokens that a block owns.
 const ROWS: usize = 64;

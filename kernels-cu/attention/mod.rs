@@ -1,8 +1,8 @@
 //! Softmax self-attention on the packed q, k, v projection: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
-pub mod launch;
 pub(crate) mod dense;
+pub mod launch;
 pub(crate) mod layout;
 pub(crate) mod local;
 pub(crate) mod oracle;

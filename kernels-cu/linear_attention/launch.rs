@@ -35,8 +35,11 @@ fn add<T: Element, Q: Queue>(
     [state, total]: [Out<f32>; 2],
 ) -> Result<(), Q::Error> {
     let shape = Shape::new((b * h * e * (e + 1)).div_ceil(256).clamp(1, 1 << 14), 256);
-    LinearAttentionAdd { partials: partials.read(), state, total, heads: (b * h) as u64, e, parts }
-        .launch(queue, shape, T::TYPE)
+    LinearAttentionAdd { partials: partials.read(), state, total, heads: (b * h) as u64, e, parts }.launch(
+        queue,
+        shape,
+        T::TYPE,
+    )
 }
 
 /// Launches the forward pass.

@@ -56,10 +56,8 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
     let (d, taps) = (queue.scratch::<f32>(3 * b * n * c)?, queue.scratch::<f32>(c * l)?);
     LongConvTaps { filter: a.filter, taps, c, l }.launch(queue, elementwise(c * l))?;
     let (taps, skip) = (taps.read(), a.skip);
-    LongConvBackwardGates {
-        dy, p, short_weight, short_bias, u, dm, taps, skip, d, n, c, k, l, lead, centre, reversed,
-    }
-    .launch(queue, Shape::new(c.div_ceil(32) * n.div_ceil(BLOCK) * b, 128))?;
+    LongConvBackwardGates { dy, p, short_weight, short_bias, u, dm, taps, skip, d, n, c, k, l, lead, centre, reversed }
+        .launch(queue, Shape::new(c.div_ceil(32) * n.div_ceil(BLOCK) * b, 128))?;
     let d = d.read();
     if let Some(dp) = a.dp {
         LongConvBackwardP { d, short_weight, dp, b, n, c, k, lead, reversed }

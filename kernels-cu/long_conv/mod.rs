@@ -1,8 +1,8 @@
 //! The long Hyena operator between its projections: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
-pub mod launch;
 mod direct;
+pub mod launch;
 mod plan;
 mod spectrum;
 

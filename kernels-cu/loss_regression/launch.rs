@@ -24,8 +24,7 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
     LossRegressionPartial { pred: a.pred, target: a.target, partials, count: count as u64, kind, delta }
         .launch(queue, Shape::new(blocks, 256))?;
     let inverse = (1.0 / count as f64) as f32;
-    LossRegressionFinish { partials: partials.read(), loss: a.loss, blocks, inverse }
-        .launch(queue, Shape::new(1, 256))
+    LossRegressionFinish { partials: partials.read(), loss: a.loss, blocks, inverse }.launch(queue, Shape::new(1, 256))
 }
 
 /// Launches the backward pass.

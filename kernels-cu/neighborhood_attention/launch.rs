@@ -4,7 +4,8 @@ use crate::attention::launch::{by_keys, by_queries, by_rows};
 use crate::generated::neighborhood_attention::{Dims, GpuBackward, GpuForward};
 use crate::launch::{Element, Queue};
 use crate::launchers::neighborhood_attention::{
-    NeighborhoodAttentionBackwardDelta, NeighborhoodAttentionBackwardKv, NeighborhoodAttentionBackwardQ, NeighborhoodAttentionForward,
+    NeighborhoodAttentionBackwardDelta, NeighborhoodAttentionBackwardKv, NeighborhoodAttentionBackwardQ,
+    NeighborhoodAttentionForward,
 };
 
 /// Launches the forward pass.
@@ -28,7 +29,8 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
     let n = gh * gw;
     let rows = b * n * h;
     let (dy, qkv, lse, delta) = (a.dy, a.qkv, a.lse, queue.scratch::<f32>(rows)?);
-    NeighborhoodAttentionBackwardDelta { y: a.y, dy, delta, rows: rows as u64, n, h, e }.launch(queue, by_rows(rows))?;
+    NeighborhoodAttentionBackwardDelta { y: a.y, dy, delta, rows: rows as u64, n, h, e }
+        .launch(queue, by_rows(rows))?;
     let delta = delta.read();
     NeighborhoodAttentionBackwardQ { dy, qkv, lse, delta, dqkv, gh, gw, k, h, e, scale }
         .launch(queue, by_queries(n, b * h, e))?;

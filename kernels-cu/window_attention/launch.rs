@@ -32,8 +32,6 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
     let (dy, qkv, lse, delta) = (a.dy, a.qkv, a.lse, queue.scratch::<f32>(rows)?);
     WindowAttentionBackwardDelta { y: a.y, dy, delta, rows: rows as u64, n, h, e }.launch(queue, by_rows(rows))?;
     let delta = delta.read();
-    WindowAttentionBackwardQ { dy, qkv, lse, delta, dqkv, n, w, h, e, scale }
-        .launch(queue, by_queries(n, b * h, e))?;
-    WindowAttentionBackwardKv { dy, qkv, lse, delta, dqkv, n, w, h, e, scale }
-        .launch(queue, by_keys(n, b * h, e))
+    WindowAttentionBackwardQ { dy, qkv, lse, delta, dqkv, n, w, h, e, scale }.launch(queue, by_queries(n, b * h, e))?;
+    WindowAttentionBackwardKv { dy, qkv, lse, delta, dqkv, n, w, h, e, scale }.launch(queue, by_keys(n, b * h, e))
 }
