@@ -34,6 +34,36 @@ pub const KERNELS: &[&Kernel] = &[
     &embed::EMBED_BACKWARD_TABLE,
     &embed::EMBED_BACKWARD_TABLE_ANY,
     &embed::EMBED_BACKWARD_ADDEND,
+    &gate_residual::GATE_RESIDUAL_FORWARD,
+    &gate_residual::GATE_RESIDUAL_FORWARD_ANY,
+    &gate_residual::GATE_RESIDUAL_BACKWARD,
+    &gate_residual::GATE_RESIDUAL_BACKWARD_ANY,
+    &gate_residual::GATE_RESIDUAL_BACKWARD_TABLE,
+    &gated_conv::GATED_CONV_SE_3_FORWARD,
+    &gated_conv::GATED_CONV_SE_4_FORWARD,
+    &gated_conv::GATED_CONV_SE_7_FORWARD,
+    &gated_conv::GATED_CONV_X_3_FORWARD,
+    &gated_conv::GATED_CONV_X_4_FORWARD,
+    &gated_conv::GATED_CONV_X_7_FORWARD,
+    &gated_conv::GATED_CONV_Y_3_FORWARD,
+    &gated_conv::GATED_CONV_Y_4_FORWARD,
+    &gated_conv::GATED_CONV_Y_7_FORWARD,
+    &gated_conv::GATED_CONV_SE_3_BACKWARD,
+    &gated_conv::GATED_CONV_SE_4_BACKWARD,
+    &gated_conv::GATED_CONV_SE_7_BACKWARD,
+    &gated_conv::GATED_CONV_X_3_BACKWARD,
+    &gated_conv::GATED_CONV_X_4_BACKWARD,
+    &gated_conv::GATED_CONV_X_7_BACKWARD,
+    &gated_conv::GATED_CONV_Y_3_BACKWARD,
+    &gated_conv::GATED_CONV_Y_4_BACKWARD,
+    &gated_conv::GATED_CONV_Y_7_BACKWARD,
+    &gated_conv::GATED_CONV_ANY_PRODUCT,
+    &gated_conv::GATED_CONV_ANY_FORWARD,
+    &gated_conv::GATED_CONV_ANY_BACKWARD_GATE,
+    &gated_conv::GATED_CONV_ANY_BACKWARD_PRODUCT,
+    &gated_conv::GATED_CONV_ANY_BACKWARD_INPUT,
+    &gated_conv::GATED_CONV_ANY_BACKWARD_SUMS,
+    &gated_conv::GATED_CONV_BACKWARD_FILTERS,
     &gemm::GEMM_FORWARD,
     &gemm::GEMM_BACKWARD_U,
     &gemm::GEMM_BACKWARD_X,
@@ -42,6 +72,18 @@ pub const KERNELS: &[&Kernel] = &[
     &gemm::GEMM_BACKWARD_COLUMNS,
     &gemm::GEMM_BACKWARD_GATE,
     &gemm::GEMM_BACKWARD_POS,
+    &group_norm_silu::GROUP_NORM_SILU_MOMENTS,
+    &group_norm_silu::GROUP_NORM_SILU_MOMENTS_ANY,
+    &group_norm_silu::GROUP_NORM_SILU_STATISTICS,
+    &group_norm_silu::GROUP_NORM_SILU_FORWARD,
+    &group_norm_silu::GROUP_NORM_SILU_FORWARD_ANY,
+    &group_norm_silu::GROUP_NORM_SILU_BACKWARD_SUMS,
+    &group_norm_silu::GROUP_NORM_SILU_BACKWARD_SUMS_ANY,
+    &group_norm_silu::GROUP_NORM_SILU_BACKWARD_CHANNELS,
+    &group_norm_silu::GROUP_NORM_SILU_BACKWARD_PARAMETERS,
+    &group_norm_silu::GROUP_NORM_SILU_BACKWARD_MEANS,
+    &group_norm_silu::GROUP_NORM_SILU_BACKWARD,
+    &group_norm_silu::GROUP_NORM_SILU_BACKWARD_ANY,
     &linear_attention::LINEAR_ATTENTION_STATE,
     &linear_attention::LINEAR_ATTENTION_ADD,
     &linear_attention::LINEAR_ATTENTION_NORM,
@@ -51,6 +93,12 @@ pub const KERNELS: &[&Kernel] = &[
     &linear_attention::LINEAR_ATTENTION_BACKWARD_Q,
     &linear_attention::LINEAR_ATTENTION_BACKWARD_K,
     &linear_attention::LINEAR_ATTENTION_BACKWARD_V,
+    &ln_modulate::LN_MODULATE_FORWARD,
+    &ln_modulate::LN_MODULATE_FORWARD_ANY,
+    &ln_modulate::LN_MODULATE_BACKWARD,
+    &ln_modulate::LN_MODULATE_BACKWARD_ANY,
+    &ln_modulate::LN_MODULATE_BACKWARD_COLUMNS_ANY,
+    &ln_modulate::LN_MODULATE_BACKWARD_TABLE,
     &long_conv::LONG_CONV_GATES,
     &long_conv::LONG_CONV_TAPS,
     &long_conv::LONG_CONV_FORWARD,
@@ -65,6 +113,15 @@ pub const KERNELS: &[&Kernel] = &[
     &loss_regression::LOSS_REGRESSION_PARTIAL,
     &loss_regression::LOSS_REGRESSION_FINISH,
     &loss_regression::LOSS_REGRESSION_BACKWARD,
+    &mamba2::MAMBA2_STEPS,
+    &mamba2::MAMBA2_STATES,
+    &mamba2::MAMBA2_SCAN,
+    &mamba2::MAMBA2_FORWARD,
+    &mamba2::MAMBA2_BACKWARD_STATES,
+    &mamba2::MAMBA2_BACKWARD_X,
+    &mamba2::MAMBA2_BACKWARD_STEPS,
+    &mamba2::MAMBA2_BACKWARD_HEADS,
+    &mamba2::MAMBA2_BACKWARD_BC,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q,
@@ -72,6 +129,14 @@ pub const KERNELS: &[&Kernel] = &[
     &patchify::PATCHIFY_FORWARD,
     &patchify::PATCHIFY_BACKWARD,
     &philox::PHILOX_FORWARD,
+    &rms_norm::RMS_NORM_FORWARD,
+    &rms_norm::RMS_NORM_FORWARD_WIDE,
+    &rms_norm::RMS_NORM_FORWARD_ANY,
+    &rms_norm::RMS_NORM_BACKWARD,
+    &rms_norm::RMS_NORM_BACKWARD_WIDE,
+    &rms_norm::RMS_NORM_BACKWARD_ANY,
+    &rms_norm::RMS_NORM_BACKWARD_COLUMNS_ANY,
+    &rms_norm::RMS_NORM_BACKWARD_WEIGHT,
     &sinusoid::SINUSOID_FORWARD,
     &solver_step::SOLVER_STEP_FORWARD,
     &solver_step::SOLVER_STEP_FORWARD_ANY,
@@ -886,6 +951,1110 @@ pub mod embed {
     }
 }
 
+/// Kernels of `gate_residual`.
+pub mod gate_residual {
+    use super::*;
+
+    pub const GATE_RESIDUAL_FORWARD: Kernel = Kernel { op: "gate_residual", source: "gate_residual.cu", name: "gate_residual_forward", arch: 80 };
+
+    /// Arguments of [`GATE_RESIDUAL_FORWARD`].
+    pub struct GateResidualForward<T> {
+        pub residual: In<T>,
+        pub modulation: In<T>,
+        pub branch: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub c: usize,
+        pub d: usize,
+        pub gate: usize,
+    }
+
+    impl<T: Element> GateResidualForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.modulation.address()),
+                Arg::Address(self.branch.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATE_RESIDUAL_FORWARD, "rows", self.rows)?,
+                int(queue, &GATE_RESIDUAL_FORWARD, "n", self.n)?,
+                int(queue, &GATE_RESIDUAL_FORWARD, "c", self.c)?,
+                int(queue, &GATE_RESIDUAL_FORWARD, "d", self.d)?,
+                int(queue, &GATE_RESIDUAL_FORWARD, "gate", self.gate)?,
+            ];
+            queue.launch(&Launch { kernel: &GATE_RESIDUAL_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATE_RESIDUAL_FORWARD_ANY: Kernel = Kernel { op: "gate_residual", source: "gate_residual.cu", name: "gate_residual_forward_any", arch: 80 };
+
+    /// Arguments of [`GATE_RESIDUAL_FORWARD_ANY`].
+    pub struct GateResidualForwardAny<T> {
+        pub residual: In<T>,
+        pub modulation: In<T>,
+        pub branch: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub c: usize,
+        pub d: usize,
+        pub gate: usize,
+    }
+
+    impl<T: Element> GateResidualForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.modulation.address()),
+                Arg::Address(self.branch.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATE_RESIDUAL_FORWARD_ANY, "rows", self.rows)?,
+                int(queue, &GATE_RESIDUAL_FORWARD_ANY, "n", self.n)?,
+                int(queue, &GATE_RESIDUAL_FORWARD_ANY, "c", self.c)?,
+                int(queue, &GATE_RESIDUAL_FORWARD_ANY, "d", self.d)?,
+                int(queue, &GATE_RESIDUAL_FORWARD_ANY, "gate", self.gate)?,
+            ];
+            queue.launch(&Launch { kernel: &GATE_RESIDUAL_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATE_RESIDUAL_BACKWARD: Kernel = Kernel { op: "gate_residual", source: "gate_residual.cu", name: "gate_residual_backward", arch: 80 };
+
+    /// Arguments of [`GATE_RESIDUAL_BACKWARD`].
+    pub struct GateResidualBackward<T> {
+        pub dy: In<T>,
+        pub modulation: In<T>,
+        pub branch: In<T>,
+        pub dbranch: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub d: usize,
+        pub gate: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> GateResidualBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.modulation.address()),
+                Arg::Address(self.branch.address()),
+                Arg::Address(self.dbranch.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATE_RESIDUAL_BACKWARD, "n", self.n)?,
+                int(queue, &GATE_RESIDUAL_BACKWARD, "c", self.c)?,
+                int(queue, &GATE_RESIDUAL_BACKWARD, "d", self.d)?,
+                int(queue, &GATE_RESIDUAL_BACKWARD, "gate", self.gate)?,
+                int(queue, &GATE_RESIDUAL_BACKWARD, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &GATE_RESIDUAL_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATE_RESIDUAL_BACKWARD_ANY: Kernel = Kernel { op: "gate_residual", source: "gate_residual.cu", name: "gate_residual_backward_any", arch: 80 };
+
+    /// Arguments of [`GATE_RESIDUAL_BACKWARD_ANY`].
+    pub struct GateResidualBackwardAny<T> {
+        pub dy: In<T>,
+        pub modulation: In<T>,
+        pub branch: In<T>,
+        pub dbranch: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub d: usize,
+        pub gate: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> GateResidualBackwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.modulation.address()),
+                Arg::Address(self.branch.address()),
+                Arg::Address(self.dbranch.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATE_RESIDUAL_BACKWARD_ANY, "n", self.n)?,
+                int(queue, &GATE_RESIDUAL_BACKWARD_ANY, "c", self.c)?,
+                int(queue, &GATE_RESIDUAL_BACKWARD_ANY, "d", self.d)?,
+                int(queue, &GATE_RESIDUAL_BACKWARD_ANY, "gate", self.gate)?,
+                int(queue, &GATE_RESIDUAL_BACKWARD_ANY, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &GATE_RESIDUAL_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATE_RESIDUAL_BACKWARD_TABLE: Kernel = Kernel { op: "gate_residual", source: "gate_residual.cu", name: "gate_residual_backward_table", arch: 80 };
+
+    /// Arguments of [`GATE_RESIDUAL_BACKWARD_TABLE`].
+    pub struct GateResidualBackwardTable<T> {
+        pub partials: In<f32>,
+        pub dmodulation: Out<T>,
+        pub c: usize,
+        pub d: usize,
+        pub gate: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> GateResidualBackwardTable<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dmodulation.address()),
+                int(queue, &GATE_RESIDUAL_BACKWARD_TABLE, "c", self.c)?,
+                int(queue, &GATE_RESIDUAL_BACKWARD_TABLE, "d", self.d)?,
+                int(queue, &GATE_RESIDUAL_BACKWARD_TABLE, "gate", self.gate)?,
+                int(queue, &GATE_RESIDUAL_BACKWARD_TABLE, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &GATE_RESIDUAL_BACKWARD_TABLE, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `gated_conv`.
+pub mod gated_conv {
+    use super::*;
+
+    pub const GATED_CONV_SE_3_FORWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_se_3_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_SE_3_FORWARD`].
+    pub struct GatedConvSe3Forward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvSe3Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_SE_3_FORWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_SE_3_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_SE_3_FORWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_SE_3_FORWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_SE_3_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_SE_3_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_SE_3_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_SE_4_FORWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_se_4_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_SE_4_FORWARD`].
+    pub struct GatedConvSe4Forward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvSe4Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_SE_4_FORWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_SE_4_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_SE_4_FORWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_SE_4_FORWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_SE_4_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_SE_4_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_SE_4_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_SE_7_FORWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_se_7_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_SE_7_FORWARD`].
+    pub struct GatedConvSe7Forward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvSe7Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_SE_7_FORWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_SE_7_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_SE_7_FORWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_SE_7_FORWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_SE_7_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_SE_7_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_SE_7_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_X_3_FORWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_x_3_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_X_3_FORWARD`].
+    pub struct GatedConvX3Forward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvX3Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_X_3_FORWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_X_3_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_X_3_FORWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_X_3_FORWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_X_3_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_X_3_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_X_3_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_X_4_FORWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_x_4_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_X_4_FORWARD`].
+    pub struct GatedConvX4Forward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvX4Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_X_4_FORWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_X_4_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_X_4_FORWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_X_4_FORWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_X_4_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_X_4_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_X_4_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_X_7_FORWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_x_7_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_X_7_FORWARD`].
+    pub struct GatedConvX7Forward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvX7Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_X_7_FORWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_X_7_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_X_7_FORWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_X_7_FORWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_X_7_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_X_7_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_X_7_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_Y_3_FORWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_y_3_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_Y_3_FORWARD`].
+    pub struct GatedConvY3Forward<T> {
+        pub p: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvY3Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_Y_3_FORWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_Y_3_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_Y_3_FORWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_Y_3_FORWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_Y_3_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_Y_3_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_Y_3_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_Y_4_FORWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_y_4_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_Y_4_FORWARD`].
+    pub struct GatedConvY4Forward<T> {
+        pub p: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvY4Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_Y_4_FORWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_Y_4_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_Y_4_FORWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_Y_4_FORWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_Y_4_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_Y_4_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_Y_4_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_Y_7_FORWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_y_7_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_Y_7_FORWARD`].
+    pub struct GatedConvY7Forward<T> {
+        pub p: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvY7Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_Y_7_FORWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_Y_7_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_Y_7_FORWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_Y_7_FORWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_Y_7_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_Y_7_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_Y_7_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_SE_3_BACKWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_se_3_backward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_SE_3_BACKWARD`].
+    pub struct GatedConvSe3Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvSe3Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_SE_3_BACKWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_SE_3_BACKWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_SE_3_BACKWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_SE_3_BACKWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_SE_3_BACKWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_SE_3_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_SE_3_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_SE_4_BACKWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_se_4_backward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_SE_4_BACKWARD`].
+    pub struct GatedConvSe4Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvSe4Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_SE_4_BACKWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_SE_4_BACKWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_SE_4_BACKWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_SE_4_BACKWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_SE_4_BACKWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_SE_4_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_SE_4_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_SE_7_BACKWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_se_7_backward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_SE_7_BACKWARD`].
+    pub struct GatedConvSe7Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvSe7Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_SE_7_BACKWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_SE_7_BACKWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_SE_7_BACKWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_SE_7_BACKWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_SE_7_BACKWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_SE_7_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_SE_7_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_X_3_BACKWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_x_3_backward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_X_3_BACKWARD`].
+    pub struct GatedConvX3Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvX3Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_X_3_BACKWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_X_3_BACKWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_X_3_BACKWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_X_3_BACKWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_X_3_BACKWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_X_3_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_X_3_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_X_4_BACKWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_x_4_backward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_X_4_BACKWARD`].
+    pub struct GatedConvX4Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvX4Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_X_4_BACKWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_X_4_BACKWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_X_4_BACKWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_X_4_BACKWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_X_4_BACKWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_X_4_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_X_4_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_X_7_BACKWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_x_7_backward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_X_7_BACKWARD`].
+    pub struct GatedConvX7Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvX7Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_X_7_BACKWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_X_7_BACKWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_X_7_BACKWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_X_7_BACKWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_X_7_BACKWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_X_7_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_X_7_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_Y_3_BACKWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_y_3_backward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_Y_3_BACKWARD`].
+    pub struct GatedConvY3Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvY3Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_Y_3_BACKWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_Y_3_BACKWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_Y_3_BACKWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_Y_3_BACKWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_Y_3_BACKWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_Y_3_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_Y_3_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_Y_4_BACKWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_y_4_backward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_Y_4_BACKWARD`].
+    pub struct GatedConvY4Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvY4Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_Y_4_BACKWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_Y_4_BACKWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_Y_4_BACKWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_Y_4_BACKWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_Y_4_BACKWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_Y_4_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_Y_4_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_Y_7_BACKWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_y_7_backward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_Y_7_BACKWARD`].
+    pub struct GatedConvY7Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConvY7Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_Y_7_BACKWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_Y_7_BACKWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_Y_7_BACKWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_Y_7_BACKWARD, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_Y_7_BACKWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_Y_7_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_Y_7_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_ANY_PRODUCT: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_any_product", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_ANY_PRODUCT`].
+    pub struct GatedConvAnyProduct<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub kv: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub taps: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> GatedConvAnyProduct<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.kv.address()),
+                int(queue, &GATED_CONV_ANY_PRODUCT, "b", self.b)?,
+                int(queue, &GATED_CONV_ANY_PRODUCT, "n", self.n)?,
+                int(queue, &GATED_CONV_ANY_PRODUCT, "c", self.c)?,
+                int(queue, &GATED_CONV_ANY_PRODUCT, "taps", self.taps)?,
+                int(queue, &GATED_CONV_ANY_PRODUCT, "lead", self.lead)?,
+                int(queue, &GATED_CONV_ANY_PRODUCT, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_ANY_PRODUCT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_ANY_FORWARD: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_any_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_ANY_FORWARD`].
+    pub struct GatedConvAnyForward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub kv: In<f32>,
+        pub y: Out<T>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub taps: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> GatedConvAnyForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_ANY_FORWARD, "b", self.b)?,
+                int(queue, &GATED_CONV_ANY_FORWARD, "n", self.n)?,
+                int(queue, &GATED_CONV_ANY_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_ANY_FORWARD, "taps", self.taps)?,
+                int(queue, &GATED_CONV_ANY_FORWARD, "lead", self.lead)?,
+                int(queue, &GATED_CONV_ANY_FORWARD, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_ANY_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_ANY_BACKWARD_GATE: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_any_backward_gate", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_ANY_BACKWARD_GATE`].
+    pub struct GatedConvAnyBackwardGate<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub kv: In<f32>,
+        pub dc: Out<f32>,
+        pub du: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub taps: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> GatedConvAnyBackwardGate<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &GATED_CONV_ANY_BACKWARD_GATE, "b", self.b)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_GATE, "n", self.n)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_GATE, "c", self.c)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_GATE, "taps", self.taps)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_GATE, "lead", self.lead)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_GATE, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_ANY_BACKWARD_GATE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_ANY_BACKWARD_PRODUCT: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_any_backward_product", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_ANY_BACKWARD_PRODUCT`].
+    pub struct GatedConvAnyBackwardProduct<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub dc: In<f32>,
+        pub du: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub taps: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> GatedConvAnyBackwardProduct<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &GATED_CONV_ANY_BACKWARD_PRODUCT, "b", self.b)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_PRODUCT, "n", self.n)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_PRODUCT, "c", self.c)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_PRODUCT, "taps", self.taps)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_PRODUCT, "lead", self.lead)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_PRODUCT, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_ANY_BACKWARD_PRODUCT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_ANY_BACKWARD_INPUT: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_any_backward_input", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_ANY_BACKWARD_INPUT`].
+    pub struct GatedConvAnyBackwardInput<T> {
+        pub short_weight: In<T>,
+        pub du: In<f32>,
+        pub dp: Out<T>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub taps: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> GatedConvAnyBackwardInput<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.du.address()),
+                Arg::Address(self.dp.address()),
+                int(queue, &GATED_CONV_ANY_BACKWARD_INPUT, "b", self.b)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_INPUT, "n", self.n)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_INPUT, "c", self.c)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_INPUT, "taps", self.taps)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_INPUT, "lead", self.lead)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_INPUT, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_ANY_BACKWARD_INPUT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_ANY_BACKWARD_SUMS: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_any_backward_sums", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_ANY_BACKWARD_SUMS`].
+    pub struct GatedConvAnyBackwardSums<T> {
+        pub p: In<T>,
+        pub kv: In<f32>,
+        pub dc: In<f32>,
+        pub du: In<f32>,
+        pub partials: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub taps: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub has_short: usize,
+        pub has_inner: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> GatedConvAnyBackwardSums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.du.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_ANY_BACKWARD_SUMS, "b", self.b)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_SUMS, "n", self.n)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_SUMS, "c", self.c)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_SUMS, "taps", self.taps)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_SUMS, "lead", self.lead)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_SUMS, "reversed", self.reversed)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_SUMS, "has_short", self.has_short)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_SUMS, "has_inner", self.has_inner)?,
+                int(queue, &GATED_CONV_ANY_BACKWARD_SUMS, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_ANY_BACKWARD_SUMS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_BACKWARD_FILTERS: Kernel = Kernel { op: "gated_conv", source: "gated_conv.cu", name: "gated_conv_backward_filters", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_BACKWARD_FILTERS`].
+    pub struct GatedConvBackwardFilters<T> {
+        pub partials: In<f32>,
+        pub dshort_weight: Out<T>,
+        pub dshort_bias: Out<T>,
+        pub dinner_weight: Out<T>,
+        pub dinner_bias: Out<T>,
+        pub c: usize,
+        pub taps: usize,
+        pub has_short: usize,
+        pub rows: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> GatedConvBackwardFilters<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dshort_weight.address()),
+                Arg::Address(self.dshort_bias.address()),
+                Arg::Address(self.dinner_weight.address()),
+                Arg::Address(self.dinner_bias.address()),
+                int(queue, &GATED_CONV_BACKWARD_FILTERS, "c", self.c)?,
+                int(queue, &GATED_CONV_BACKWARD_FILTERS, "taps", self.taps)?,
+                int(queue, &GATED_CONV_BACKWARD_FILTERS, "has_short", self.has_short)?,
+                int(queue, &GATED_CONV_BACKWARD_FILTERS, "rows", self.rows)?,
+                int(queue, &GATED_CONV_BACKWARD_FILTERS, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_BACKWARD_FILTERS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
 /// Kernels of `gemm`.
 pub mod gemm {
     use super::*;
@@ -1149,6 +2318,393 @@ pub mod gemm {
                 int(queue, &GEMM_BACKWARD_POS, "act", self.act)?,
             ];
             queue.launch(&Launch { kernel: &GEMM_BACKWARD_POS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `group_norm_silu`.
+pub mod group_norm_silu {
+    use super::*;
+
+    pub const GROUP_NORM_SILU_MOMENTS: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_moments", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_MOMENTS`].
+    pub struct GroupNormSiluMoments<T> {
+        pub x: In<T>,
+        pub partials: Out<f32>,
+        pub p: usize,
+        pub c: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> GroupNormSiluMoments<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GROUP_NORM_SILU_MOMENTS, "p", self.p)?,
+                int(queue, &GROUP_NORM_SILU_MOMENTS, "c", self.c)?,
+                int(queue, &GROUP_NORM_SILU_MOMENTS, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_MOMENTS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GROUP_NORM_SILU_MOMENTS_ANY: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_moments_any", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_MOMENTS_ANY`].
+    pub struct GroupNormSiluMomentsAny<T> {
+        pub x: In<T>,
+        pub partials: Out<f32>,
+        pub p: usize,
+        pub c: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> GroupNormSiluMomentsAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GROUP_NORM_SILU_MOMENTS_ANY, "p", self.p)?,
+                int(queue, &GROUP_NORM_SILU_MOMENTS_ANY, "c", self.c)?,
+                int(queue, &GROUP_NORM_SILU_MOMENTS_ANY, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_MOMENTS_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GROUP_NORM_SILU_STATISTICS: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_statistics", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_STATISTICS`].
+    pub struct GroupNormSiluStatistics {
+        pub partials: In<f32>,
+        pub stats: In<f32>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub p: usize,
+        pub c: usize,
+        pub groups: usize,
+        pub splits: usize,
+        pub eps: f32,
+    }
+
+    impl GroupNormSiluStatistics {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.stats.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &GROUP_NORM_SILU_STATISTICS, "p", self.p)?,
+                int(queue, &GROUP_NORM_SILU_STATISTICS, "c", self.c)?,
+                int(queue, &GROUP_NORM_SILU_STATISTICS, "groups", self.groups)?,
+                int(queue, &GROUP_NORM_SILU_STATISTICS, "splits", self.splits)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_STATISTICS, element: element, shape, args: &args })
+        }
+    }
+
+    pub const GROUP_NORM_SILU_FORWARD: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_forward", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_FORWARD`].
+    pub struct GroupNormSiluForward<T> {
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub y: Out<T>,
+        pub p: usize,
+        pub c: usize,
+        pub groups: usize,
+        pub blocks: usize,
+        pub silu: usize,
+    }
+
+    impl<T: Element> GroupNormSiluForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GROUP_NORM_SILU_FORWARD, "p", self.p)?,
+                int(queue, &GROUP_NORM_SILU_FORWARD, "c", self.c)?,
+                int(queue, &GROUP_NORM_SILU_FORWARD, "groups", self.groups)?,
+                int(queue, &GROUP_NORM_SILU_FORWARD, "blocks", self.blocks)?,
+                int(queue, &GROUP_NORM_SILU_FORWARD, "silu", self.silu)?,
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GROUP_NORM_SILU_FORWARD_ANY: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_forward_any", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_FORWARD_ANY`].
+    pub struct GroupNormSiluForwardAny<T> {
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub y: Out<T>,
+        pub p: usize,
+        pub c: usize,
+        pub groups: usize,
+        pub blocks: usize,
+        pub silu: usize,
+    }
+
+    impl<T: Element> GroupNormSiluForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GROUP_NORM_SILU_FORWARD_ANY, "p", self.p)?,
+                int(queue, &GROUP_NORM_SILU_FORWARD_ANY, "c", self.c)?,
+                int(queue, &GROUP_NORM_SILU_FORWARD_ANY, "groups", self.groups)?,
+                int(queue, &GROUP_NORM_SILU_FORWARD_ANY, "blocks", self.blocks)?,
+                int(queue, &GROUP_NORM_SILU_FORWARD_ANY, "silu", self.silu)?,
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GROUP_NORM_SILU_BACKWARD_SUMS: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_backward_sums", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_BACKWARD_SUMS`].
+    pub struct GroupNormSiluBackwardSums<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub partials: Out<f32>,
+        pub p: usize,
+        pub c: usize,
+        pub groups: usize,
+        pub splits: usize,
+        pub silu: usize,
+    }
+
+    impl<T: Element> GroupNormSiluBackwardSums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GROUP_NORM_SILU_BACKWARD_SUMS, "p", self.p)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_SUMS, "c", self.c)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_SUMS, "groups", self.groups)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_SUMS, "splits", self.splits)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_SUMS, "silu", self.silu)?,
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_BACKWARD_SUMS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GROUP_NORM_SILU_BACKWARD_SUMS_ANY: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_backward_sums_any", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_BACKWARD_SUMS_ANY`].
+    pub struct GroupNormSiluBackwardSumsAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub partials: Out<f32>,
+        pub p: usize,
+        pub c: usize,
+        pub groups: usize,
+        pub splits: usize,
+        pub silu: usize,
+    }
+
+    impl<T: Element> GroupNormSiluBackwardSumsAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GROUP_NORM_SILU_BACKWARD_SUMS_ANY, "p", self.p)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_SUMS_ANY, "c", self.c)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_SUMS_ANY, "groups", self.groups)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_SUMS_ANY, "splits", self.splits)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_SUMS_ANY, "silu", self.silu)?,
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_BACKWARD_SUMS_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GROUP_NORM_SILU_BACKWARD_CHANNELS: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_backward_channels", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_BACKWARD_CHANNELS`].
+    pub struct GroupNormSiluBackwardChannels {
+        pub partials: In<f32>,
+        pub sums: Out<f32>,
+        pub c: usize,
+        pub splits: usize,
+    }
+
+    impl GroupNormSiluBackwardChannels {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.sums.address()),
+                int(queue, &GROUP_NORM_SILU_BACKWARD_CHANNELS, "c", self.c)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_CHANNELS, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_BACKWARD_CHANNELS, element: element, shape, args: &args })
+        }
+    }
+
+    pub const GROUP_NORM_SILU_BACKWARD_PARAMETERS: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_backward_parameters", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_BACKWARD_PARAMETERS`].
+    pub struct GroupNormSiluBackwardParameters<T> {
+        pub sums: In<f32>,
+        pub dgamma: Out<T>,
+        pub dbeta: Out<T>,
+        pub b: usize,
+        pub c: usize,
+    }
+
+    impl<T: Element> GroupNormSiluBackwardParameters<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.sums.address()),
+                Arg::Address(self.dgamma.address()),
+                Arg::Address(self.dbeta.address()),
+                int(queue, &GROUP_NORM_SILU_BACKWARD_PARAMETERS, "b", self.b)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_PARAMETERS, "c", self.c)?,
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_BACKWARD_PARAMETERS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GROUP_NORM_SILU_BACKWARD_MEANS: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_backward_means", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_BACKWARD_MEANS`].
+    pub struct GroupNormSiluBackwardMeans<T> {
+        pub sums: In<f32>,
+        pub gamma: In<T>,
+        pub means: Out<f32>,
+        pub total: usize,
+        pub p: usize,
+        pub c: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> GroupNormSiluBackwardMeans<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.sums.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.means.address()),
+                int(queue, &GROUP_NORM_SILU_BACKWARD_MEANS, "total", self.total)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_MEANS, "p", self.p)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_MEANS, "c", self.c)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_MEANS, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_BACKWARD_MEANS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GROUP_NORM_SILU_BACKWARD: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_backward", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_BACKWARD`].
+    pub struct GroupNormSiluBackward<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub means: In<f32>,
+        pub dx: Out<T>,
+        pub p: usize,
+        pub c: usize,
+        pub groups: usize,
+        pub blocks: usize,
+        pub silu: usize,
+    }
+
+    impl<T: Element> GroupNormSiluBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.means.address()),
+                Arg::Address(self.dx.address()),
+                int(queue, &GROUP_NORM_SILU_BACKWARD, "p", self.p)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD, "c", self.c)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD, "groups", self.groups)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD, "blocks", self.blocks)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD, "silu", self.silu)?,
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GROUP_NORM_SILU_BACKWARD_ANY: Kernel = Kernel { op: "group_norm_silu", source: "group_norm_silu.cu", name: "group_norm_silu_backward_any", arch: 80 };
+
+    /// Arguments of [`GROUP_NORM_SILU_BACKWARD_ANY`].
+    pub struct GroupNormSiluBackwardAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub means: In<f32>,
+        pub dx: Out<T>,
+        pub p: usize,
+        pub c: usize,
+        pub groups: usize,
+        pub blocks: usize,
+        pub silu: usize,
+    }
+
+    impl<T: Element> GroupNormSiluBackwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.means.address()),
+                Arg::Address(self.dx.address()),
+                int(queue, &GROUP_NORM_SILU_BACKWARD_ANY, "p", self.p)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_ANY, "c", self.c)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_ANY, "groups", self.groups)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_ANY, "blocks", self.blocks)?,
+                int(queue, &GROUP_NORM_SILU_BACKWARD_ANY, "silu", self.silu)?,
+            ];
+            queue.launch(&Launch { kernel: &GROUP_NORM_SILU_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -1426,6 +2982,219 @@ pub mod linear_attention {
                 int(queue, &LINEAR_ATTENTION_BACKWARD_V, "map", self.map)?,
             ];
             queue.launch(&Launch { kernel: &LINEAR_ATTENTION_BACKWARD_V, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `ln_modulate`.
+pub mod ln_modulate {
+    use super::*;
+
+    pub const LN_MODULATE_FORWARD: Kernel = Kernel { op: "ln_modulate", source: "ln_modulate.cu", name: "ln_modulate_forward", arch: 80 };
+
+    /// Arguments of [`LN_MODULATE_FORWARD`].
+    pub struct LnModulateForward<T> {
+        pub x: In<T>,
+        pub modulation: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub c: usize,
+        pub d: usize,
+        pub shift: usize,
+        pub scale: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> LnModulateForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.modulation.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &LN_MODULATE_FORWARD, "rows", self.rows)?,
+                int(queue, &LN_MODULATE_FORWARD, "n", self.n)?,
+                int(queue, &LN_MODULATE_FORWARD, "c", self.c)?,
+                int(queue, &LN_MODULATE_FORWARD, "d", self.d)?,
+                int(queue, &LN_MODULATE_FORWARD, "shift", self.shift)?,
+                int(queue, &LN_MODULATE_FORWARD, "scale", self.scale)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &LN_MODULATE_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LN_MODULATE_FORWARD_ANY: Kernel = Kernel { op: "ln_modulate", source: "ln_modulate.cu", name: "ln_modulate_forward_any", arch: 80 };
+
+    /// Arguments of [`LN_MODULATE_FORWARD_ANY`].
+    pub struct LnModulateForwardAny<T> {
+        pub x: In<T>,
+        pub modulation: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub c: usize,
+        pub d: usize,
+        pub shift: usize,
+        pub scale: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> LnModulateForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.modulation.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &LN_MODULATE_FORWARD_ANY, "rows", self.rows)?,
+                int(queue, &LN_MODULATE_FORWARD_ANY, "n", self.n)?,
+                int(queue, &LN_MODULATE_FORWARD_ANY, "c", self.c)?,
+                int(queue, &LN_MODULATE_FORWARD_ANY, "d", self.d)?,
+                int(queue, &LN_MODULATE_FORWARD_ANY, "shift", self.shift)?,
+                int(queue, &LN_MODULATE_FORWARD_ANY, "scale", self.scale)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &LN_MODULATE_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LN_MODULATE_BACKWARD: Kernel = Kernel { op: "ln_modulate", source: "ln_modulate.cu", name: "ln_modulate_backward", arch: 80 };
+
+    /// Arguments of [`LN_MODULATE_BACKWARD`].
+    pub struct LnModulateBackward<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub modulation: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub d: usize,
+        pub scale: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> LnModulateBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.modulation.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LN_MODULATE_BACKWARD, "n", self.n)?,
+                int(queue, &LN_MODULATE_BACKWARD, "c", self.c)?,
+                int(queue, &LN_MODULATE_BACKWARD, "d", self.d)?,
+                int(queue, &LN_MODULATE_BACKWARD, "scale", self.scale)?,
+                int(queue, &LN_MODULATE_BACKWARD, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &LN_MODULATE_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LN_MODULATE_BACKWARD_ANY: Kernel = Kernel { op: "ln_modulate", source: "ln_modulate.cu", name: "ln_modulate_backward_any", arch: 80 };
+
+    /// Arguments of [`LN_MODULATE_BACKWARD_ANY`].
+    pub struct LnModulateBackwardAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub modulation: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub c: usize,
+        pub d: usize,
+        pub scale: usize,
+    }
+
+    impl<T: Element> LnModulateBackwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.modulation.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                int(queue, &LN_MODULATE_BACKWARD_ANY, "rows", self.rows)?,
+                int(queue, &LN_MODULATE_BACKWARD_ANY, "n", self.n)?,
+                int(queue, &LN_MODULATE_BACKWARD_ANY, "c", self.c)?,
+                int(queue, &LN_MODULATE_BACKWARD_ANY, "d", self.d)?,
+                int(queue, &LN_MODULATE_BACKWARD_ANY, "scale", self.scale)?,
+            ];
+            queue.launch(&Launch { kernel: &LN_MODULATE_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LN_MODULATE_BACKWARD_COLUMNS_ANY: Kernel = Kernel { op: "ln_modulate", source: "ln_modulate.cu", name: "ln_modulate_backward_columns_any", arch: 80 };
+
+    /// Arguments of [`LN_MODULATE_BACKWARD_COLUMNS_ANY`].
+    pub struct LnModulateBackwardColumnsAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub d: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> LnModulateBackwardColumnsAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LN_MODULATE_BACKWARD_COLUMNS_ANY, "n", self.n)?,
+                int(queue, &LN_MODULATE_BACKWARD_COLUMNS_ANY, "d", self.d)?,
+                int(queue, &LN_MODULATE_BACKWARD_COLUMNS_ANY, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &LN_MODULATE_BACKWARD_COLUMNS_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LN_MODULATE_BACKWARD_TABLE: Kernel = Kernel { op: "ln_modulate", source: "ln_modulate.cu", name: "ln_modulate_backward_table", arch: 80 };
+
+    /// Arguments of [`LN_MODULATE_BACKWARD_TABLE`].
+    pub struct LnModulateBackwardTable<T> {
+        pub partials: In<f32>,
+        pub dmodulation: Out<T>,
+        pub c: usize,
+        pub d: usize,
+        pub shift: usize,
+        pub scale: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> LnModulateBackwardTable<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dmodulation.address()),
+                int(queue, &LN_MODULATE_BACKWARD_TABLE, "c", self.c)?,
+                int(queue, &LN_MODULATE_BACKWARD_TABLE, "d", self.d)?,
+                int(queue, &LN_MODULATE_BACKWARD_TABLE, "shift", self.shift)?,
+                int(queue, &LN_MODULATE_BACKWARD_TABLE, "scale", self.scale)?,
+                int(queue, &LN_MODULATE_BACKWARD_TABLE, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &LN_MODULATE_BACKWARD_TABLE, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -1891,6 +3660,325 @@ pub mod loss_regression {
     }
 }
 
+/// Kernels of `mamba2`.
+pub mod mamba2 {
+    use super::*;
+
+    pub const MAMBA2_STEPS: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_steps", arch: 80 };
+
+    /// Arguments of [`MAMBA2_STEPS`].
+    pub struct Mamba2Steps<T> {
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub dt: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2Steps<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.dt.address()),
+                int(queue, &MAMBA2_STEPS, "b", self.b)?,
+                int(queue, &MAMBA2_STEPS, "n", self.n)?,
+                int(queue, &MAMBA2_STEPS, "w", self.w)?,
+                int(queue, &MAMBA2_STEPS, "h", self.h)?,
+                int(queue, &MAMBA2_STEPS, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_STEPS, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_STEPS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_STATES: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_states", arch: 80 };
+
+    /// Arguments of [`MAMBA2_STATES`].
+    pub struct Mamba2States<T> {
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub states: Out<f32>,
+        pub decays: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2States<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.decays.address()),
+                int(queue, &MAMBA2_STATES, "n", self.n)?,
+                int(queue, &MAMBA2_STATES, "h", self.h)?,
+                int(queue, &MAMBA2_STATES, "e", self.e)?,
+                int(queue, &MAMBA2_STATES, "k", self.k)?,
+                int(queue, &MAMBA2_STATES, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_STATES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_SCAN: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_scan", arch: 80 };
+
+    /// Arguments of [`MAMBA2_SCAN`].
+    pub struct Mamba2Scan {
+        pub states: Out<f32>,
+        pub decays: In<f32>,
+        pub count: u64,
+        pub chunks: usize,
+        pub each: usize,
+        pub back: usize,
+    }
+
+    impl Mamba2Scan {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.states.address()),
+                Arg::Address(self.decays.address()),
+                Arg::U64(self.count),
+                int(queue, &MAMBA2_SCAN, "chunks", self.chunks)?,
+                int(queue, &MAMBA2_SCAN, "each", self.each)?,
+                int(queue, &MAMBA2_SCAN, "back", self.back)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_SCAN, element: element, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_FORWARD: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_forward", arch: 80 };
+
+    /// Arguments of [`MAMBA2_FORWARD`].
+    pub struct Mamba2Forward<T> {
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub residual: In<T>,
+        pub dt: In<f32>,
+        pub states: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &MAMBA2_FORWARD, "n", self.n)?,
+                int(queue, &MAMBA2_FORWARD, "h", self.h)?,
+                int(queue, &MAMBA2_FORWARD, "e", self.e)?,
+                int(queue, &MAMBA2_FORWARD, "k", self.k)?,
+                int(queue, &MAMBA2_FORWARD, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_STATES: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_states", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_STATES`].
+    pub struct Mamba2BackwardStates<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub dstates: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardStates<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.dstates.address()),
+                int(queue, &MAMBA2_BACKWARD_STATES, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_STATES, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_STATES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_X: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_x", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_X`].
+    pub struct Mamba2BackwardX<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub dt: In<f32>,
+        pub dstates: In<f32>,
+        pub dxbc: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardX<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dxbc.address()),
+                int(queue, &MAMBA2_BACKWARD_X, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_X, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_X, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_X, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_X, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_STEPS: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_steps", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_STEPS`].
+    pub struct Mamba2BackwardSteps<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub states: In<f32>,
+        pub dstates: In<f32>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardSteps<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &MAMBA2_BACKWARD_STEPS, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "w", self.w)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_BACKWARD_STEPS, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_STEPS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_HEADS: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_heads", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_HEADS`].
+    pub struct Mamba2BackwardHeads<T> {
+        pub partials: In<f32>,
+        pub ddt_bias: Out<T>,
+        pub da_log: Out<T>,
+        pub dskip: Out<T>,
+        pub h: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardHeads<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.ddt_bias.address()),
+                Arg::Address(self.da_log.address()),
+                Arg::Address(self.dskip.address()),
+                int(queue, &MAMBA2_BACKWARD_HEADS, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_HEADS, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_HEADS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_BACKWARD_BC: Kernel = Kernel { op: "mamba2", source: "mamba2.cu", name: "mamba2_backward_bc", arch: 80 };
+
+    /// Arguments of [`MAMBA2_BACKWARD_BC`].
+    pub struct Mamba2BackwardBc<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub a_log: In<T>,
+        pub dt: In<f32>,
+        pub states: In<f32>,
+        pub dstates: In<f32>,
+        pub dxbc: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub k: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> Mamba2BackwardBc<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.dt.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dxbc.address()),
+                int(queue, &MAMBA2_BACKWARD_BC, "n", self.n)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "h", self.h)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "e", self.e)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "k", self.k)?,
+                int(queue, &MAMBA2_BACKWARD_BC, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_BC, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
 /// Kernels of `neighborhood_attention`.
 pub mod neighborhood_attention {
     use super::*;
@@ -2114,6 +4202,281 @@ pub mod philox {
                 Arg::U64(self.offset),
             ];
             queue.launch(&Launch { kernel: &PHILOX_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `rms_norm`.
+pub mod rms_norm {
+    use super::*;
+
+    pub const RMS_NORM_FORWARD: Kernel = Kernel { op: "rms_norm", source: "rms_norm.cu", name: "rms_norm_forward", arch: 80 };
+
+    /// Arguments of [`RMS_NORM_FORWARD`].
+    pub struct RmsNormForward<T> {
+        pub x: In<T>,
+        pub gate: In<T>,
+        pub weight: In<T>,
+        pub y: Out<T>,
+        pub rstd: Out<f32>,
+        pub rows: usize,
+        pub d: usize,
+        pub width: usize,
+        pub offset: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> RmsNormForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &RMS_NORM_FORWARD, "rows", self.rows)?,
+                int(queue, &RMS_NORM_FORWARD, "d", self.d)?,
+                int(queue, &RMS_NORM_FORWARD, "width", self.width)?,
+                int(queue, &RMS_NORM_FORWARD, "offset", self.offset)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &RMS_NORM_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RMS_NORM_FORWARD_WIDE: Kernel = Kernel { op: "rms_norm", source: "rms_norm.cu", name: "rms_norm_forward_wide", arch: 80 };
+
+    /// Arguments of [`RMS_NORM_FORWARD_WIDE`].
+    pub struct RmsNormForwardWide<T> {
+        pub x: In<T>,
+        pub gate: In<T>,
+        pub weight: In<T>,
+        pub y: Out<T>,
+        pub rstd: Out<f32>,
+        pub rows: usize,
+        pub d: usize,
+        pub width: usize,
+        pub offset: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> RmsNormForwardWide<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &RMS_NORM_FORWARD_WIDE, "rows", self.rows)?,
+                int(queue, &RMS_NORM_FORWARD_WIDE, "d", self.d)?,
+                int(queue, &RMS_NORM_FORWARD_WIDE, "width", self.width)?,
+                int(queue, &RMS_NORM_FORWARD_WIDE, "offset", self.offset)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &RMS_NORM_FORWARD_WIDE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RMS_NORM_FORWARD_ANY: Kernel = Kernel { op: "rms_norm", source: "rms_norm.cu", name: "rms_norm_forward_any", arch: 80 };
+
+    /// Arguments of [`RMS_NORM_FORWARD_ANY`].
+    pub struct RmsNormForwardAny<T> {
+        pub x: In<T>,
+        pub gate: In<T>,
+        pub weight: In<T>,
+        pub y: Out<T>,
+        pub rstd: Out<f32>,
+        pub rows: usize,
+        pub d: usize,
+        pub width: usize,
+        pub offset: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> RmsNormForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &RMS_NORM_FORWARD_ANY, "rows", self.rows)?,
+                int(queue, &RMS_NORM_FORWARD_ANY, "d", self.d)?,
+                int(queue, &RMS_NORM_FORWARD_ANY, "width", self.width)?,
+                int(queue, &RMS_NORM_FORWARD_ANY, "offset", self.offset)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &RMS_NORM_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RMS_NORM_BACKWARD: Kernel = Kernel { op: "rms_norm", source: "rms_norm.cu", name: "rms_norm_backward", arch: 80 };
+
+    /// Arguments of [`RMS_NORM_BACKWARD`].
+    pub struct RmsNormBackward<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gate: In<T>,
+        pub weight: In<T>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub dgate: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub d: usize,
+        pub width: usize,
+        pub offset: usize,
+    }
+
+    impl<T: Element> RmsNormBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.dgate.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &RMS_NORM_BACKWARD, "rows", self.rows)?,
+                int(queue, &RMS_NORM_BACKWARD, "d", self.d)?,
+                int(queue, &RMS_NORM_BACKWARD, "width", self.width)?,
+                int(queue, &RMS_NORM_BACKWARD, "offset", self.offset)?,
+            ];
+            queue.launch(&Launch { kernel: &RMS_NORM_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RMS_NORM_BACKWARD_WIDE: Kernel = Kernel { op: "rms_norm", source: "rms_norm.cu", name: "rms_norm_backward_wide", arch: 80 };
+
+    /// Arguments of [`RMS_NORM_BACKWARD_WIDE`].
+    pub struct RmsNormBackwardWide<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gate: In<T>,
+        pub weight: In<T>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub dgate: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub d: usize,
+        pub width: usize,
+        pub offset: usize,
+    }
+
+    impl<T: Element> RmsNormBackwardWide<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.dgate.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &RMS_NORM_BACKWARD_WIDE, "rows", self.rows)?,
+                int(queue, &RMS_NORM_BACKWARD_WIDE, "d", self.d)?,
+                int(queue, &RMS_NORM_BACKWARD_WIDE, "width", self.width)?,
+                int(queue, &RMS_NORM_BACKWARD_WIDE, "offset", self.offset)?,
+            ];
+            queue.launch(&Launch { kernel: &RMS_NORM_BACKWARD_WIDE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RMS_NORM_BACKWARD_ANY: Kernel = Kernel { op: "rms_norm", source: "rms_norm.cu", name: "rms_norm_backward_any", arch: 80 };
+
+    /// Arguments of [`RMS_NORM_BACKWARD_ANY`].
+    pub struct RmsNormBackwardAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gate: In<T>,
+        pub weight: In<T>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub dgate: Out<T>,
+        pub rows: usize,
+        pub d: usize,
+        pub width: usize,
+        pub offset: usize,
+    }
+
+    impl<T: Element> RmsNormBackwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.dgate.address()),
+                int(queue, &RMS_NORM_BACKWARD_ANY, "rows", self.rows)?,
+                int(queue, &RMS_NORM_BACKWARD_ANY, "d", self.d)?,
+                int(queue, &RMS_NORM_BACKWARD_ANY, "width", self.width)?,
+                int(queue, &RMS_NORM_BACKWARD_ANY, "offset", self.offset)?,
+            ];
+            queue.launch(&Launch { kernel: &RMS_NORM_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RMS_NORM_BACKWARD_COLUMNS_ANY: Kernel = Kernel { op: "rms_norm", source: "rms_norm.cu", name: "rms_norm_backward_columns_any", arch: 80 };
+
+    /// Arguments of [`RMS_NORM_BACKWARD_COLUMNS_ANY`].
+    pub struct RmsNormBackwardColumnsAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub gate: In<T>,
+        pub rstd: In<f32>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub d: usize,
+        pub width: usize,
+        pub offset: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> RmsNormBackwardColumnsAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &RMS_NORM_BACKWARD_COLUMNS_ANY, "rows", self.rows)?,
+                int(queue, &RMS_NORM_BACKWARD_COLUMNS_ANY, "d", self.d)?,
+                int(queue, &RMS_NORM_BACKWARD_COLUMNS_ANY, "width", self.width)?,
+                int(queue, &RMS_NORM_BACKWARD_COLUMNS_ANY, "offset", self.offset)?,
+                int(queue, &RMS_NORM_BACKWARD_COLUMNS_ANY, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &RMS_NORM_BACKWARD_COLUMNS_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RMS_NORM_BACKWARD_WEIGHT: Kernel = Kernel { op: "rms_norm", source: "rms_norm.cu", name: "rms_norm_backward_weight", arch: 80 };
+
+    /// Arguments of [`RMS_NORM_BACKWARD_WEIGHT`].
+    pub struct RmsNormBackwardWeight<T> {
+        pub partials: In<f32>,
+        pub dweight: Out<T>,
+        pub d: usize,
+        pub count: usize,
+    }
+
+    impl<T: Element> RmsNormBackwardWeight<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dweight.address()),
+                int(queue, &RMS_NORM_BACKWARD_WEIGHT, "d", self.d)?,
+                int(queue, &RMS_NORM_BACKWARD_WEIGHT, "count", self.count)?,
+            ];
+            queue.launch(&Launch { kernel: &RMS_NORM_BACKWARD_WEIGHT, element: T::TYPE, shape, args: &args })
         }
     }
 }

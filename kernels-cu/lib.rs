@@ -44,6 +44,8 @@ pub mod mamba2;
 pub mod neighborhood_attention;
 pub mod patchify;
 pub mod philox;
+pub mod qk_norm;
+pub mod relative_attention;
 pub mod rms_norm;
 pub mod sinusoid;
 pub mod solver_step;

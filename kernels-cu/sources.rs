@@ -13,6 +13,7 @@ pub const COMMON: &[File] = &[
     ("base.cuh", include_str!("common/base.cuh")),
     ("cluster.cuh", include_str!("common/cluster.cuh")),
     ("elementwise.cuh", include_str!("common/elementwise.cuh")),
+    ("gated_window.cuh", include_str!("common/gated_window.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
@@ -53,7 +54,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "cross_attention", "cross_entropy", "embed", "gate_residual", "gemm", "group_norm_silu", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "neighborhood_attention", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "window_attention"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "cross_attention", "cross_entropy", "embed", "gate_residual", "gated_conv", "gemm", "group_norm_silu", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "window_attention"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -88,6 +89,11 @@ pub fn operator(op: &str) -> &'static [File] {
         "gate_residual" => &[
             ("gate_residual.cu", include_str!("gate_residual/gate_residual.cu")),
         ],
+        "gated_conv" => &[
+            ("gated_conv.cu", include_str!("gated_conv/gated_conv.cu")),
+            ("walk.cuh", include_str!("gated_conv/walk.cuh")),
+            ("walk_backward.cuh", include_str!("gated_conv/walk_backward.cuh")),
+        ],
         "gemm" => &[
             ("gemm.cu", include_str!("gemm/gemm.cu")),
         ],
@@ -108,6 +114,10 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "loss_regression" => &[
             ("loss_regression.cu", include_str!("loss_regression/loss_regression.cu")),
+        ],
+        "mamba2" => &[
+            ("mamba2.cu", include_str!("mamba2/mamba2.cu")),
+            ("scan.cuh", include_str!("mamba2/scan.cuh")),
         ],
         "neighborhood_attention" => &[
             ("neighborhood_attention.cu", include_str!("neighborhood_attention/neighborhood_attention.cu")),

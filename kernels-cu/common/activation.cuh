@@ -1,6 +1,6 @@
 // Activations with their slopes, as floats.
 #pragma once
-#include "numbers.cuh"
+#include "rows.cuh"
 
 namespace ptx {
 
@@ -8,9 +8,6 @@ namespace ptx {
 struct Activation {
     float value, slope;
 };
-
-// Saturates to 0 and 1: e^-v overflows to infinity, whose reciprocal is 0.
-PTX_FN float sigmoid(float v) { return rcp_approx(1.0f + __expf(-v)); }
 
 PTX_FN Activation silu(float v) {
     const float s = sigmoid(v);

@@ -9,7 +9,6 @@
 #include "mbarrier.cuh"
 #include "memory.cuh"
 #include "numbers.cuh"
-#include "rows.cuh"
 #include "tma.cuh"
 #include "vector.cuh"
 #include "warp.cuh"

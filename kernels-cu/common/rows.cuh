@@ -1,7 +1,7 @@
-// What kernels over rows and columns share: rows kept in registers as they lie in memory, accesses of several elements
-// or of one by the same text, sums of partial results, the sigmoid.
+// What kernels over rows and columns share: rows kept in registers as they lie in memory, sums of partial results.
 #pragma once
-#include "vector.cuh"
+#include "activation.cuh"
+#include "elementwise.cuh"
 
 namespace ptx {
 
@@ -30,30 +30,6 @@ template <class E> PTX_FN void unpack(float (&r)[8], const Packed8<E>& v) {
     }
 }
 
-// W elements, 8 aligned to 16 bytes or 1: a kernel's text serves both.
-template <int W, class E> PTX_FN void load_w(float (&r)[W], const E* p PTX_AT) {
-    static_assert(W == 8 || W == 1, "vectors or single elements");
-    if constexpr (W == 8)
-        load8(r, p PTX_FROM);
-    else
-        r[0] = to_float(*p);
-}
-// The same of what is read again soon: kept in L1.
-template <int W, class E> PTX_FN void load_w_kept(float (&r)[W], const E* p) {
-    static_assert(W == 8 || W == 1, "vectors or single elements");
-    if constexpr (W == 8)
-        load8_kept(r, p);
-    else
-        r[0] = to_float(*p);
-}
-template <int W, class E> PTX_FN void store_w(E* p, const float (&v)[W] PTX_AT) {
-    static_assert(W == 8 || W == 1, "vectors or single elements");
-    if constexpr (W == 8)
-        store8(p, v PTX_FROM);
-    else
-        *p = from_float<E>(v[0]);
-}
-
 // Zeros in the columns of a row outside [from, to), by `threads` threads of which this is number `thread`.
 template <class E> PTX_FN void zero_outside(E* row, int width, int from, int to, int thread, int threads) {
     for (int i = thread; i < width - (to - from); i += threads) row[i < from ? i : i + (to - from)] = from_float<E>(0.0f);
@@ -76,7 +52,5 @@ PTX_FN float sum_partials(const float* first, int count, size_t stride, bool ins
     for (int g = 0; g < kSumGroups; g++) sum += shared[32 * g + threadIdx.x % 32];
     return sum;
 }
-
-PTX_FN float sigmoid(float z) { return rcp_approx(1.0f + ex2(-1.4426950408889634f * z)); }
 
 }  // namespace ptx

@@ -15,6 +15,7 @@
 // Requires: D a multiple of 8; the `_any` kernels are the same text for single elements.
 // Does not handle: strides; the entry point makes its arguments contiguous.
 #include "../common/ptx.cuh"
+#include "../common/rows.cuh"
 
 using namespace ptx;
 
@@ -31,12 +32,12 @@ __device__ __forceinline__ void add_gated(const T* residual, const T* modulation
     const size_t first = size_t(row) * d;
     for (int at = W * (threadIdx.x % 32); at < d; at += 32 * W) {
         float r[W], v[W], a[W];
-        load_w(r, residual + first + at);
-        load_w(v, branch + first + at);
-        load_w_kept(a, factor + at);
+        load(r, residual + first + at);
+        load(v, branch + first + at);
+        load_kept(a, factor + at);
 #pragma unroll
         for (int j = 0; j < W; j++) r[j] = fmaf(a[j], v[j], r[j]);
-        store_w(y + first + at, r);
+        store(y + first + at, r);
     }
 }
 
@@ -68,7 +69,7 @@ __device__ __forceinline__ void gate_backward(const T* dy, const T* modulation, 
     float a[W], sum[W];
 #pragma unroll
     for (int j = 0; j < W; j++) a[j] = sum[j] = 0.0f;
-    if (inside) load_w(a, modulation + (size_t(sample) * c + gate) * d + column);
+    if (inside) load(a, modulation + (size_t(sample) * c + gate) * d + column);
     const int step = splits * kTokens;
     for (int token = split * kTokens + turn_of; inside && token < n; token += kBatch * step) {
         float g[kBatch][W], v[kBatch][W];
@@ -76,8 +77,8 @@ __device__ __forceinline__ void gate_backward(const T* dy, const T* modulation, 
 #pragma unroll
         for (int i = 0; i < kBatch; i++) {
             if (token + i * step >= n) continue;
-            load_w(g[i], dy + first + size_t(i) * step * d);
-            load_w(v[i], branch + first + size_t(i) * step * d);
+            load(g[i], dy + first + size_t(i) * step * d);
+            load(v[i], branch + first + size_t(i) * step * d);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; i++) {
@@ -87,7 +88,7 @@ __device__ __forceinline__ void gate_backward(const T* dy, const T* modulation, 
                 sum[j] = fmaf(g[i][j], v[i][j], sum[j]);
                 g[i][j] *= a[j];
             }
-            if (dbranch) store_w(dbranch + first + size_t(i) * step * d, g[i]);
+            if (dbranch) store(dbranch + first + size_t(i) * step * d, g[i]);
         }
     }
     if (!partials) return;

@@ -37,7 +37,8 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
 /// Those of the queue.
 pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Result<(), Q::Error> {
     let Dims { b, n, c, d } = a.dims;
-    let (dy, modulation, branch, dbranch, gate) = (a.dy, a.modulation, a.branch, a.dbranch.or_null(), a.params.gate_row);
+    let (dy, modulation, branch, dbranch, gate) =
+        (a.dy, a.modulation, a.branch, a.dbranch.or_null(), a.params.gate_row);
     let tiles = d.div_ceil(TILE[0] * if d.is_multiple_of(8) { 8 } else { 1 });
     let splits = (BLOCKS / (b * tiles)).clamp(1, n.div_ceil(2 * TILE[1]));
     let sums = a.dmodulation.map(|_| queue.scratch::<f32>(b * splits * d)).transpose()?;

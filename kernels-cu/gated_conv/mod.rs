@@ -1,6 +1,7 @@
 //! Hyena-SE, -X and -Y between their projections: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 pub(crate) mod oracle;
 pub(crate) mod strips;
 pub(crate) mod taps;

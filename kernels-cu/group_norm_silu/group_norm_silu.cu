@@ -17,6 +17,7 @@
 // Requires: C a multiple of 8; the `_any` kernels are the same text for single channels. C/G is free.
 // Does not handle: strides; the entry point makes its arguments contiguous.
 #include "../common/ptx.cuh"
+#include "../common/rows.cuh"
 
 using namespace ptx;
 
@@ -57,12 +58,12 @@ __device__ __forceinline__ void moments(const T* x, float* partials, int p, int 
     const bool inside = at.column < c;
 #pragma unroll
     for (int j = 0; j < W; j++) shift[j] = sum[j] = squares[j] = 0.0f;
-    if (inside && first < p) load_w(shift, from + size_t(first) * c);
+    if (inside && first < p) load(shift, from + size_t(first) * c);
     for (int pixel = first; inside && pixel < p; pixel += kBatch * step) {
         float v[kBatch][W];
 #pragma unroll
         for (int i = 0; i < kBatch; i++) {
-            if (pixel + i * step < p) load_w(v[i], from + size_t(pixel + i * step) * c);
+            if (pixel + i * step < p) load(v[i], from + size_t(pixel + i * step) * c);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; i++) {
@@ -156,8 +157,8 @@ template <int W> struct Affine {
     float mean[W], rstd[W], gamma[W], beta[W];
     __device__ Affine(const float* means, const float* rstds, const T* gammas, const T* betas, int sample, int column,
                       int c, int groups) {
-        load_w_kept(gamma, gammas + column);
-        load_w_kept(beta, betas + column);
+        load_kept(gamma, gammas + column);
+        load_kept(beta, betas + column);
 #pragma unroll
         for (int j = 0; j < W; j++) {
             const int at = sample * groups + (column + j) / (c / groups);
@@ -177,7 +178,7 @@ __device__ __forceinline__ void normalise(const T* x, const T* gamma, const T* b
 #pragma unroll
     for (int i = 0; i < kSteps; i++) {
         const int pixel = (at.split * kSteps + i) * kTurns + at.turn;
-        if (pixel < p) load_w(v[i], x + first + size_t(pixel) * c);
+        if (pixel < p) load(v[i], x + first + size_t(pixel) * c);
     }
 #pragma unroll
     for (int i = 0; i < kSteps; i++) {
@@ -188,7 +189,7 @@ __device__ __forceinline__ void normalise(const T* x, const T* gamma, const T* b
             const float z = fmaf((v[i][j] - of.mean[j]) * of.rstd[j], of.gamma[j], of.beta[j]);
             v[i][j] = silu ? z * sigmoid(z) : z;
         }
-        store_w(y + first + size_t(pixel) * c, v[i]);
+        store(y + first + size_t(pixel) * c, v[i]);
     }
 }
 
@@ -238,8 +239,8 @@ __device__ __forceinline__ void channel_sums(const T* dy, const T* x, const T* g
 #pragma unroll
             for (int i = 0; i < kBatch; i++) {
                 if (pixel + i * step >= p) continue;
-                load_w(n[i], x + first + size_t(pixel + i * step) * c);
-                load_w(u[i], dy + first + size_t(pixel + i * step) * c);
+                load(n[i], x + first + size_t(pixel + i * step) * c);
+                load(u[i], dy + first + size_t(pixel + i * step) * c);
             }
 #pragma unroll
             for (int i = 0; i < kBatch; i++) {
@@ -350,8 +351,8 @@ __device__ __forceinline__ void normalise_backward(const T* dy, const T* x, cons
         for (int i = 0; i < kBatch; i++) {
             const int pixel = (at.split * kSteps + half + i) * kTurns + at.turn;
             if (pixel >= p) continue;
-            load_w(n[i], x + first + size_t(pixel) * c);
-            load_w(u[i], dy + first + size_t(pixel) * c);
+            load(n[i], x + first + size_t(pixel) * c);
+            load(u[i], dy + first + size_t(pixel) * c);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; i++) {
@@ -361,7 +362,7 @@ __device__ __forceinline__ void normalise_backward(const T* dy, const T* x, cons
 #pragma unroll
             for (int j = 0; j < W; j++)
                 u[i][j] = of.rstd[j] * (u[i][j] * of.gamma[j] - mean_v[j] - n[i][j] * mean_vn[j]);
-            store_w(dx + first + size_t(pixel) * c, u[i]);
+            store(dx + first + size_t(pixel) * c, u[i]);
         }
     }
 }

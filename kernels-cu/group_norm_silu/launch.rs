@@ -44,8 +44,11 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
         }
         partials = to.read();
     }
-    GroupNormSiluStatistics { partials, stats: a.stats.or_null(), mean, rstd, p, c, groups, splits, eps }
-        .launch(queue, Shape::new(b * groups, 128))?;
+    GroupNormSiluStatistics { partials, stats: a.stats.or_null(), mean, rstd, p, c, groups, splits, eps }.launch(
+        queue,
+        Shape::new(b * groups, 128),
+        T::TYPE,
+    )?;
     let (mean, rstd, shape) = (mean.read(), rstd.read(), Shape::new(b * blocks * tiles, THREADS));
     if vectors {
         GroupNormSiluForward { x, gamma, beta, mean, rstd, y, p, c, groups, blocks, silu }.launch(queue, shape)
@@ -76,8 +79,11 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
             GroupNormSiluBackwardSumsAny { dy, x, gamma, beta, mean, rstd, partials, p, c, groups, splits, silu }
                 .launch(queue, shape)?;
         }
-        GroupNormSiluBackwardChannels { partials: partials.read(), sums, c, splits }
-            .launch(queue, Shape::new(b * (2 * c).div_ceil(32), 512))?;
+        GroupNormSiluBackwardChannels { partials: partials.read(), sums, c, splits }.launch(
+            queue,
+            Shape::new(b * (2 * c).div_ceil(32), 512),
+            T::TYPE,
+        )?;
         let sums = sums.read();
         if parameters {
             let (dgamma, dbeta) = (a.dgamma.or_null(), a.dbeta.or_null());

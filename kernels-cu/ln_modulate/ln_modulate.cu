@@ -20,6 +20,7 @@
 // three times, element by element (the later ones come from L1), and sum columns in a kernel of their own.
 // Does not handle: strides; the entry point makes its arguments contiguous.
 #include "../common/ptx.cuh"
+#include "../common/rows.cuh"
 
 using namespace ptx;
 

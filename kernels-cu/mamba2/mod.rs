@@ -2,6 +2,7 @@
 
 mod backward;
 pub mod cpu;
+pub mod launch;
 mod scan;
 
 /// The oracle: the plain recurrence, f64 accumulation.

@@ -1,6 +1,7 @@
 //! `y = u·rstd(u)·weight`, `u` the input or its gated self: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: plain loops, f64 accumulation.
 pub mod reference {

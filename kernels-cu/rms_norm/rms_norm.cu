@@ -18,6 +18,7 @@
 // element, read twice (the second time from L1), columns summed by a kernel of their own.
 // Does not handle: strides; the entry point makes its arguments contiguous.
 #include "../common/ptx.cuh"
+#include "../common/rows.cuh"
 
 using namespace ptx;
 

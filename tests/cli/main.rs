@@ -7,4 +7,5 @@ mod plans;
 mod reports;
 mod sampling;
 mod support;
+mod text;
 mod training;

@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod demo;
+mod devices;
 mod distill;
 mod fuzz;
 mod golden_io;

@@ -1,12 +1,13 @@
 //! `graft inspect FILE|DIR`: what a model, a tensor file or a picture is.
 
-use super::{layers, out, table::Table};
+use super::{inspect_text, layers, out, table::Table};
 use crate::error::{Error, Result};
 use crate::graft::cost::Counter;
 use crate::io::safetensors::TensorFile;
 use crate::io::torch_zip::TorchFile;
 use crate::io::{files, png};
 use crate::models::dit::{self, DitConfig};
+use crate::models::{component, pixart};
 use crate::nn::operators;
 use crate::report::format::{count, seconds};
 use serde_json::{Value, json};
@@ -135,6 +136,10 @@ fn picture(path: &Path) -> Result<(Value, String)> {
 }
 
 fn model(path: &Path, args: &Args) -> Result<(Value, String)> {
+    // What is wrong with a model that cannot be opened is said below.
+    if pixart::is_pixart(&component(path, "transformer")).unwrap_or(false) {
+        return inspect_text::model(path);
+    }
     let config = dit::describe(path)?;
     let weights = dit::weight_files(path)?;
     let (mut dtypes, mut metadata, mut elements) = (BTreeMap::new(), BTreeMap::new(), 0usize);

@@ -4,10 +4,12 @@ mod ablate;
 mod classifier;
 mod convert;
 mod doctor;
+mod encode;
 mod eval;
 mod forward;
 mod graft_run;
 mod inspect;
+mod inspect_text;
 mod known;
 mod layers;
 mod locality;
@@ -19,8 +21,11 @@ mod plan;
 mod pretrain;
 mod progress;
 mod sample;
+mod sample_sources;
+mod sample_text;
 mod science;
 mod table;
+mod texts;
 mod verify;
 
 use crate::autograd::Precision;
@@ -82,8 +87,10 @@ enum Command {
     Classifier(classifier::Args),
     /// Score samples of a model against real images.
     Eval(eval::Args),
-    /// Draw pictures, or latents, from class labels.
-    Sample(sample::Args),
+    /// Draw pictures, or latents, from class labels or from text.
+    Sample(Box<sample::Args>),
+    /// Encode texts once, for `graft sample --embeddings` and `graft forward`.
+    Encode(encode::Args),
     /// One forward pass on tensors from a file.
     Forward(forward::Args),
     /// Measure how near its own token the attention of each layer stays, as a table and a heat map.
@@ -141,6 +148,7 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Classifier(args) => classifier::run(&args),
         Command::Eval(args) => eval::run(&args, cli.json),
         Command::Sample(args) => sample::run(&args),
+        Command::Encode(args) => encode::run(&args),
         Command::Forward(args) => forward::run(&args),
         Command::Locality(args) => locality::run(&args, cli.json),
         Command::Convert(args) => convert::run(&args, cli.json),

@@ -17,6 +17,13 @@ pub struct ModelArgs {
     /// Model folder (diffusers layout, or with an original .pt), or a checkpoint file.
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// How to run a model.
+#[derive(Clone, clap::Args)]
+pub struct RunArgs {
     /// What runs the operators: cpu, oracle, emu or cuda.
     #[arg(long, default_value = "cpu", value_name = "NAME")]
     backend: String,
@@ -37,15 +44,40 @@ enum SemanticsArg {
     Diffusers,
 }
 
+impl RunArgs {
+    /// The device that runs the operators.
+    ///
+    /// # Errors
+    /// A backend that this machine cannot run.
+    pub fn device(&self) -> Result<Device> {
+        backend::open(&self.backend)
+    }
+
+    /// Whether diffusers' details are asked for.
+    pub fn as_diffusers(&self) -> bool {
+        self.semantics == SemanticsArg::Diffusers
+    }
+
+    /// Name of the details, for records.
+    pub fn semantics_name(&self) -> &'static str {
+        if self.as_diffusers() { "diffusers" } else { "original" }
+    }
+
+    /// Name of the arithmetic, for records.
+    pub fn dtype_name(&self) -> &'static str {
+        if self.dtype == Dtype::Bf16 { "bf16" } else { "f32" }
+    }
+}
+
 impl ModelArgs {
     /// Loads the model.
     ///
     /// # Errors
     /// Those of the loader, and a backend that this machine cannot run.
     pub fn load(&self) -> Result<Dit> {
-        let device: Device = backend::open(&self.backend)?;
+        let device = self.run.device()?;
         let mut model = dit::load(&self.model, &device)?;
-        if self.dtype == Dtype::Bf16 {
+        if self.run.dtype == Dtype::Bf16 {
             dit::to_bf16(&mut model)?;
             device.trim();
         }
@@ -54,17 +86,9 @@ impl ModelArgs {
 
     /// Details to run with.
     pub fn semantics(&self, model: &Dit) -> Semantics {
-        match self.semantics {
-            SemanticsArg::Original => Semantics::ORIGINAL,
-            SemanticsArg::Diffusers => Semantics::diffusers(model.config.norm_eps),
-        }
-    }
-
-    /// Name of the details, for records.
-    pub fn semantics_name(&self) -> &'static str {
-        match self.semantics {
-            SemanticsArg::Original => "original",
-            SemanticsArg::Diffusers => "diffusers",
+        match self.run.as_diffusers() {
+            false => Semantics::ORIGINAL,
+            true => Semantics::diffusers(model.config.norm_eps),
         }
     }
 }

@@ -1,14 +1,16 @@
-//! `graft sample --model DIR …`: pictures or latents from class labels.
+//! `graft sample --model DIR …`: pictures or latents from class labels; models that read text are run by
+//! [`super::sample_text`].
 
-use super::model_args::{self, Channels, ModelArgs};
+use super::model_args::{self, Channels, ModelArgs, RunArgs};
+use super::sample_text::{self, TextArgs};
 use super::{known, pictures, progress};
 use crate::error::{Error, Result};
 use crate::io::safetensors::{self, TensorFile, TensorRecord};
 use crate::io::{atomic, png};
-use crate::models::dit::{self, Dit, DitConfig};
+use crate::models::dit::{self, DitConfig};
 use crate::sample::pipeline::{Request, generate, plan_memory, to_pixels};
 use crate::sample::{cfg, solver::Sampler};
-use crate::tensor::Tensor;
+use crate::tensor::{Device, Tensor};
 use graft_kernels::rng::image_seed;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -18,68 +20,81 @@ use std::path::{Path, PathBuf};
 /// Arguments.
 #[derive(clap::Args)]
 pub struct Args {
+    /// Model folder, transformer, checkpoint, or the id of a model in the hub's cache.
+    #[arg(long, value_name = "DIR")]
+    pub(super) model: Option<PathBuf>,
     #[command(flatten)]
-    model: ModelArgs,
+    pub(super) run: RunArgs,
+    #[command(flatten)]
+    pub(super) text: TextArgs,
     /// Classes by number or name, separated by commas.
     #[arg(long, visible_alias = "class", value_name = "LABELS", allow_hyphen_values = true)]
-    class_labels: Option<String>,
+    pub(super) class_labels: Option<String>,
     /// Every class of the model, one row each.
     #[arg(long, value_name = "rows", value_parser = ["rows"], conflicts_with = "class_labels")]
-    grid: Option<String>,
-    /// Images per class.
+    pub(super) grid: Option<String>,
+    /// Images per class or prompt.
     #[arg(long, default_value_t = 1, value_name = "N")]
-    n: usize,
+    pub(super) n: usize,
     /// Model evaluations per image.
     #[arg(long, visible_alias = "num-inference-steps", default_value_t = 20, value_name = "S")]
-    steps: usize,
-    /// Sampler: ddim, ddpm or dpm++ (dpm-solver++).
-    #[arg(long, default_value = "ddim", value_name = "NAME")]
-    sampler: Sampler,
+    pub(super) steps: usize,
+    /// Sampler: ddim, ddpm or dpm++ (dpm-solver++); ddim for labels, for text what the model's scheduler says or dpm++.
+    #[arg(long, value_name = "NAME")]
+    pub(super) sampler: Option<Sampler>,
     /// DDIM only: share of fresh noise, 0 (none) to 1 (as DDPM).
     #[arg(long, value_name = "ETA")]
-    eta: Option<f64>,
-    /// Scale of classifier-free guidance; 1 is none.
-    #[arg(long, visible_aliases = ["cfg-scale", "guidance"], default_value_t = 4.0, value_name = "S", allow_hyphen_values = true)]
-    guidance_scale: f64,
-    /// Noise channels that are guided: a number, or all; the first three where not given, as in the original DiT.
+    pub(super) eta: Option<f64>,
+    /// Scale of classifier-free guidance; 1 is none; 4 for labels and 4.5 for text where not given.
+    #[arg(long, visible_aliases = ["cfg-scale", "guidance"], value_name = "S", allow_hyphen_values = true)]
+    pub(super) guidance_scale: Option<f64>,
+    /// Noise channels that are guided: a number, or all; where not given the first three for labels, as in the original
+    /// DiT, and all for text.
     #[arg(long, value_name = "N|all")]
-    cfg_channels: Option<Channels>,
+    pub(super) cfg_channels: Option<Channels>,
     /// Seed of the first image, image i uses seed + i; -1 for a random one.
     #[arg(short, long, default_value_t = 0, value_name = "SEED", allow_hyphen_values = true)]
-    seed: i64,
-    /// Images computed together; changes speed and memory, never the result.
-    #[arg(long, default_value_t = 16, value_name = "B")]
-    batch: usize,
+    pub(super) seed: i64,
+    /// Images computed together; changes speed and memory, never the result. 16 for labels, 1 for text.
+    #[arg(long, value_name = "B")]
+    pub(super) batch: Option<usize>,
     /// PNG file, folder, or - for standard output; %seed% becomes the seed.
     #[arg(short, long, value_name = "PATH")]
-    output: Option<PathBuf>,
+    pub(super) output: Option<PathBuf>,
     /// One file per image instead of a sheet.
     #[arg(long)]
-    separate: bool,
+    pub(super) separate: bool,
     /// Starting noise: a safetensors file with `latents [n, C, H, W]`.
     #[arg(long, value_name = "FILE")]
-    latents: Option<PathBuf>,
+    pub(super) latents: Option<PathBuf>,
     /// Also write the result as safetensors: `latents [n, C, H, W]`.
     #[arg(long, value_name = "FILE")]
-    output_latents: Option<PathBuf>,
+    pub(super) output_latents: Option<PathBuf>,
     /// Picture to fill in: what --mask leaves black is kept.
     #[arg(long, value_name = "PNG", requires = "mask")]
-    inpaint: Option<PathBuf>,
+    pub(super) inpaint: Option<PathBuf>,
     /// Where to fill in: white, in the size of the picture.
     #[arg(long, value_name = "PNG", requires = "inpaint")]
-    mask: Option<PathBuf>,
+    pub(super) mask: Option<PathBuf>,
     /// Rounds per step when filling in: more of them let the filling agree with its surroundings.
     #[arg(long, default_value_t = 1, value_name = "R")]
-    rounds: usize,
+    pub(super) rounds: usize,
     /// Only print how much memory the request needs.
     #[arg(long)]
-    plan_memory: bool,
+    pub(super) plan_memory: bool,
 }
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let config = dit::describe(&args.model.model)?;
-    let names = model_args::class_names(&args.model.model, config.classes)?;
+    if sample_text::is_for(args)? {
+        return sample_text::run(args);
+    }
+    let Some(path) = &args.model else {
+        return Err(Error::usage("--model", "not given").must("a model folder, or --random-weights with --size"));
+    };
+    let model_args = ModelArgs { model: path.clone(), run: args.run.clone() };
+    let config = dit::describe(path)?;
+    let names = model_args::class_names(path, config.classes)?;
     let classes = match (&args.class_labels, &args.grid) {
         (Some(text), _) => model_args::parse_labels(text, &names, config.classes)?,
         (None, Some(_)) => (0..config.classes as i32).collect(),
@@ -91,29 +106,21 @@ pub fn run(args: &Args) -> Result<()> {
         return Err(Error::usage("--n", "no images").is(0).must("at least 1"));
     }
     let pictures = target(args, &config)?;
-    let seed = match args.seed {
-        -1 => RandomState::new().hash_one(std::process::id()) >> 1,
-        seed => u64::try_from(seed)
-            .map_err(|_| Error::usage("--seed", "negative").is(seed).must("0 or more, or -1 for a random one"))?,
-    };
-    let sampler = match (args.sampler, args.eta) {
-        (sampler, None) => sampler,
-        (Sampler::Ddim { .. }, Some(eta)) => Sampler::Ddim { eta },
-        (_, Some(eta)) => return Err(Error::usage("--eta", "only DDIM has it").is(eta).must("absent")),
-    };
+    let seed = first_seed(args)?;
+    let sampler = with_eta(args.sampler.unwrap_or(Sampler::Ddim { eta: 0.0 }), args.eta)?;
     let labels: Vec<i32> = classes.iter().flat_map(|&class| std::iter::repeat_n(class, args.n)).collect();
-    let model = args.model.load()?;
+    let model = model_args.load()?;
     let request = Request {
         labels,
         seed,
         sampler,
         steps: args.steps,
-        guidance: args.guidance_scale,
+        guidance: args.guidance_scale.unwrap_or(4.0),
         guided: args.cfg_channels.map(|c| c.count(config.in_channels)),
-        batch: args.batch,
-        precision: args.model.dtype.into(),
-        semantics: args.model.semantics(&model),
-        latents: args.latents.as_deref().map(|path| read_latents(path, &model)).transpose()?,
+        batch: args.batch.unwrap_or(16),
+        precision: args.run.dtype.into(),
+        semantics: model_args.semantics(&model),
+        latents: args.latents.as_deref().map(|path| read_latents(path, model.device())).transpose()?,
         known: args
             .inpaint
             .as_deref()
@@ -129,16 +136,11 @@ pub fn run(args: &Args) -> Result<()> {
         generate(&model, &request, &mut |p| bar.set_position((p.images * args.steps + p.batch * p.step) as u64));
     bar.finish_and_clear();
     let images = result?;
-    let record = record(args, &request, &config)?;
+    let record = record(args, path, &request, &config)?;
     if args.seed == -1 {
         eprintln!("seed {seed}");
     }
-    if let Some(path) = &args.output_latents {
-        let shape = images.shape();
-        let metadata = BTreeMap::from([(png::RECORD_KEY.to_string(), record.to_string())]);
-        safetensors::write(path, [TensorRecord::f32("latents", shape.dims(), images.values()?)], &metadata)?;
-        eprintln!("latents in {}", path.display());
-    }
+    write_latents(args, &images, &record)?;
     let Some(target) = pictures else { return Ok(()) };
     let pictures = pictures::split(&to_pixels(&images)?, &config)?;
     let captions: Vec<String> = request.labels.iter().map(|&l| caption(&names, l)).collect();
@@ -160,8 +162,45 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
+/// Seed of the first image: the one that was given, or a random one for -1.
+pub(super) fn first_seed(args: &Args) -> Result<u64> {
+    match args.seed {
+        -1 => Ok(RandomState::new().hash_one(std::process::id()) >> 1),
+        seed => u64::try_from(seed)
+            .map_err(|_| Error::usage("--seed", "negative").is(seed).must("0 or more, or -1 for a random one")),
+    }
+}
+
+/// A sampler with the share of noise that was given for it.
+pub(super) fn with_eta(sampler: Sampler, eta: Option<f64>) -> Result<Sampler> {
+    match (sampler, eta) {
+        (sampler, None) => Ok(sampler),
+        (Sampler::Ddim { .. }, Some(eta)) => Ok(Sampler::Ddim { eta }),
+        (_, Some(eta)) => Err(Error::usage("--eta", "only DDIM has it").is(eta).must("absent")),
+    }
+}
+
+/// Name and share of noise of a sampler, for records.
+pub(super) fn sampler_name(sampler: Sampler) -> (&'static str, Option<f64>) {
+    match sampler {
+        Sampler::Ddpm => ("ddpm", None),
+        Sampler::Ddim { eta } => ("ddim", Some(eta)),
+        Sampler::DpmPlusPlus { .. } => ("dpm++", None),
+    }
+}
+
+/// Writes the result as tensors, where that was asked for.
+pub(super) fn write_latents(args: &Args, latents: &Tensor, record: &Value) -> Result<()> {
+    let Some(path) = &args.output_latents else { return Ok(()) };
+    let shape = latents.shape();
+    let metadata = BTreeMap::from([(png::RECORD_KEY.to_string(), record.to_string())]);
+    safetensors::write(path, [TensorRecord::f32("latents", shape.dims(), latents.values()?)], &metadata)?;
+    eprintln!("latents in {}", path.display());
+    Ok(())
+}
+
 /// Where pictures go.
-enum Target {
+pub(super) enum Target {
     /// One sheet; `-` for standard output.
     Sheet(PathBuf),
     /// One file per image, by a pattern with `%seed%`.
@@ -186,18 +225,23 @@ fn target(args: &Args, config: &DitConfig) -> Result<Option<Target>> {
         (None, Some(_)) => return Ok(None),
         (None, None) => PathBuf::from("sample.png"),
     };
+    place(args, path, args.separate).map(Some)
+}
+
+/// Where pictures go that are to be written at `path`, which must be writable; several are to be `separate` or not.
+pub(super) fn place(args: &Args, path: PathBuf, separate: bool) -> Result<Target> {
     let text = path.to_string_lossy().into_owned();
     if text == "-" {
         if args.separate {
             return Err(Error::usage("--separate", "standard output takes one picture").must("absent with --output -"));
         }
-        return Ok(Some(Target::Sheet(path)));
+        return Ok(Target::Sheet(path));
     }
     let target = if path.is_dir() || text.ends_with('/') {
         Target::Separate(format!("{}/%seed%.png", text.trim_end_matches('/')))
     } else if text.contains("%seed%") {
         Target::Separate(text)
-    } else if args.separate {
+    } else if separate {
         let extension = path.extension().map_or("png".into(), |e| e.to_string_lossy());
         Target::Separate(format!("{}-%seed%.{extension}", path.with_extension("").display()))
     } else {
@@ -207,22 +251,23 @@ fn target(args: &Args, config: &DitConfig) -> Result<Option<Target>> {
         Target::Sheet(path) => writable(path)?,
         Target::Separate(pattern) => writable(Path::new(pattern))?,
     }
-    Ok(Some(target))
+    Ok(target)
 }
 
-fn writable(file: &Path) -> Result<()> {
+pub(super) fn writable(file: &Path) -> Result<()> {
     match file.parent().filter(|p| !p.as_os_str().is_empty()) {
         Some(folder) => atomic::ensure_writable_dir(folder),
         None => atomic::ensure_writable_dir(Path::new(".")),
     }
 }
 
-fn read_latents(path: &Path, model: &Dit) -> Result<Tensor> {
+/// Starting noise or latents from a file.
+pub(super) fn read_latents(path: &Path, device: &Device) -> Result<Tensor> {
     let file = TensorFile::open(path)?;
     let view = file.get("latents").ok_or_else(|| {
         Error::failure(format!("{}: latents", path.display()), "missing tensor").must("present, [n, C, H, W]")
     })?;
-    Tensor::from_f32(model.device(), view.shape, &view.to_f32()?)
+    Tensor::from_f32(device, view.shape, &view.to_f32()?)
 }
 
 fn caption(names: &[String], label: i32) -> String {
@@ -232,24 +277,20 @@ fn caption(names: &[String], label: i32) -> String {
 }
 
 /// Everything that is needed to make the same pictures again.
-fn record(args: &Args, request: &Request, config: &DitConfig) -> Result<Value> {
-    let (sampler, eta) = match request.sampler {
-        Sampler::Ddpm => ("ddpm", None),
-        Sampler::Ddim { eta } => ("ddim", Some(eta)),
-        Sampler::DpmPlusPlus { .. } => ("dpm++", None),
-    };
+fn record(args: &Args, model: &Path, request: &Request, config: &DitConfig) -> Result<Value> {
+    let (sampler, eta) = sampler_name(request.sampler);
     let mut record = json!({
         "program": concat!("graft ", env!("CARGO_PKG_VERSION")),
-        "model": model_args::short_name(&args.model.model),
-        "weights_sha256": model_args::weights_digest(&args.model.model)?,
+        "model": model_args::short_name(model),
+        "weights_sha256": model_args::weights_digest(model)?,
         "labels": request.labels,
         "seed": request.seed,
         "sampler": sampler,
         "steps": request.steps,
         "guidance_scale": request.guidance,
         "cfg_channels": request.guided.unwrap_or_else(|| cfg::default_channels(config)),
-        "dtype": if args.model.dtype == super::Dtype::Bf16 { "bf16" } else { "f32" },
-        "semantics": args.model.semantics_name(),
+        "dtype": args.run.dtype_name(),
+        "semantics": args.run.semantics_name(),
     });
     if let Some(eta) = eta {
         record["eta"] = json!(eta);

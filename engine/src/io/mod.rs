@@ -17,6 +17,8 @@
 //! | [`inception`] | the raw weights of the metric network |
 //! | [`npz`] | arrays of numpy: statistics and sets of samples |
 //! | [`pictures`] | sets of equally large pictures without labels |
+//! | [`sentencepiece`] | vocabularies of SentencePiece |
+//! | [`hub`] | the local cache of a model hub |
 //! | [`hash`] | SHA-256 |
 //! | [`cache`] | results kept between runs, files beside the program; the one module that backends may use |
 //! | [`jsonl`] | append-only logs, one JSON object per line |
@@ -34,6 +36,7 @@ pub mod files;
 pub mod font;
 pub mod grid;
 pub mod hash;
+pub mod hub;
 pub mod inception;
 pub mod json;
 pub mod jsonl;
@@ -43,6 +46,7 @@ pub mod pickle;
 pub mod pictures;
 pub mod png;
 pub mod safetensors;
+pub mod sentencepiece;
 pub mod system;
 mod tensor_header;
 pub mod torch_zip;

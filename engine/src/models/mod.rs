@@ -1,10 +1,19 @@
 //! Models: forward passes over `nn` and `ops`, and the file layouts they are found in.
 //!
-//! A model never names a backend. `dit` is here; PixArt-Σ, its text encoder and the autoencoders get rooms of their own
-//! beside it.
+//! A model never names a backend. `dit` is the class-conditional transformer, `pixart` the one that reads text, which
+//! `t5` encodes; `vae` turns latents into pictures; `open` finds weights, `fill` puts them into a model.
 
 pub mod dit;
+mod fill;
+pub mod lora;
+mod open;
+pub mod pipeline;
+pub mod pixart;
+mod positions;
 mod source;
+pub mod t5;
+pub mod vae;
 
+pub use open::{Opened, component, open};
 pub(crate) use source::read_weight;
 pub use source::{Source, StoredTensor};

@@ -46,6 +46,8 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("neighborhood_attention", neighborhood_attention_conform),
     ("patchify", patchify_conform),
     ("philox", philox_conform),
+    ("qk_norm", qk_norm_conform),
+    ("relative_attention", relative_attention_conform),
     ("rms_norm", rms_norm_conform),
     ("sinusoid", sinusoid_conform),
     ("solver_step", solver_step_conform),
@@ -1635,6 +1637,16 @@ pub fn gate_residual(residual: &Tensor, modulation: &Tensor, branch: &Tensor, pa
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gate_residual::GpuForward { dims, params, residual: residual.input()?, modulation: modulation.input()?, branch: branch.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gate_residual::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gate_residual::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gate_residual", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, residual: residual.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gate_residual::cpu::forward(args),
@@ -1671,6 +1683,16 @@ pub fn gate_residual_backward(dy: &Tensor, modulation: &Tensor, branch: &Tensor,
     let mut grad_branch = if want_branch { Some(device.empty_of(&[b, n, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gate_residual::GpuBackward { dims, params, dy: dy.input()?, modulation: modulation.input()?, branch: branch.input()?, dmodulation: match &mut grad_modulation { Some(t) => Some(t.output()?), None => None }, dbranch: match &mut grad_branch { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gate_residual::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gate_residual::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gate_residual", other)),
+        }
         return Ok(GateResidualGrads { modulation: grad_modulation, branch: grad_branch });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, modulation: modulation.f32s()?, branch: branch.f32s()?, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None }, dbranch: match &mut grad_branch { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1793,6 +1815,16 @@ pub fn gated_conv(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Option<
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gated_conv::GpuForward { dims, params, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.input()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gated_conv::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gated_conv::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gated_conv", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv::cpu::forward(args),
@@ -1845,6 +1877,16 @@ pub fn gated_conv_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Tensor
     let mut grad_inner_bias = if want_inner_bias { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gated_conv::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.input()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.input()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.output()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.output()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.output()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gated_conv::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gated_conv::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gated_conv", other)),
+        }
         return Ok(GatedConvGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2317,9 +2359,9 @@ fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct GroupNormSiluOut {
     /// `[B, H, W, C]` float: Result.
     pub y: Tensor,
-    /// `[B, G]` float: Mean of each group.
+    /// `[B, G]` f32: Mean of each group.
     pub mean: Tensor,
-    /// `[B, G]` float: Reciprocal standard deviation of each group.
+    /// `[B, G]` f32: Reciprocal standard deviation of each group.
     pub rstd: Tensor,
 }
 
@@ -2342,10 +2384,10 @@ pub struct GroupNormSiluGrads {
 /// - `x` `[B, H, W, C]` float: Images, channels last.
 /// - `gamma` `[C]` float: Scale of each channel.
 /// - `beta` `[C]` float: Shift of each channel.
-/// - `stats` `[B, 2, G]` float, optional: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
+/// - `stats` `[B, 2, G]` f32, optional: Means, then reciprocal standard deviations, to use instead of those of x: x is a strip of a larger image. They are constants: no gradient goes through them.
 /// - returns `y` `[B, H, W, C]` float: Result.
-/// - returns `mean` `[B, G]` float: Mean of each group.
-/// - returns `rstd` `[B, G]` float: Reciprocal standard deviation of each group.
+/// - returns `mean` `[B, G]` f32: Mean of each group.
+/// - returns `rstd` `[B, G]` f32: Reciprocal standard deviation of each group.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -2364,7 +2406,7 @@ pub fn group_norm_silu(x: &Tensor, gamma: &Tensor, beta: &Tensor, stats: Option<
     check.float("x", x)?;
     check.float("gamma", gamma)?;
     check.float("beta", beta)?;
-    if let Some(t) = stats { check.float("stats", t)?; }
+    if let Some(t) = stats { check.f32("stats", t)?; }
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, g: check.dim("G")? };
     let Dims { h, w, c, g, .. } = dims;
     require("group_norm_silu", g >= 1 && c % g == 0, "G >= 1 && C % G == 0", "channels that divide into G groups", || format!("{dims:?}, {params:?}"))?;
@@ -2374,10 +2416,20 @@ pub fn group_norm_silu(x: &Tensor, gamma: &Tensor, beta: &Tensor, stats: Option<
     let element = check.element(&device, kernels::generated::group_norm_silu::INFO.elements)?;
     let Dims { b, h, w, c, g, .. } = dims;
     let mut y = device.empty_of(&[b, h, w, c], element)?;
-    let mut mean = device.empty_of(&[b, g], element)?;
-    let mut rstd = device.empty_of(&[b, g], element)?;
+    let mut mean = device.empty(&[b, g])?;
+    let mut rstd = device.empty(&[b, g])?;
 
     if device.is_dry() {
+        return Ok(GroupNormSiluOut { y, mean, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::group_norm_silu::GpuForward { dims, params, x: x.input()?, gamma: gamma.input()?, beta: beta.input()?, stats: match stats { Some(t) => Some(t.input()?), None => None }, y: y.output()?, mean: mean.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::group_norm_silu::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::group_norm_silu::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("group_norm_silu", other)),
+        }
         return Ok(GroupNormSiluOut { y, mean, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, stats: match stats { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -2415,9 +2467,9 @@ pub fn group_norm_silu_backward(dy: &Tensor, x: &Tensor, gamma: &Tensor, beta: &
     check.float("x", x)?;
     check.float("gamma", gamma)?;
     check.float("beta", beta)?;
-    if let Some(t) = stats { check.float("stats", t)?; }
-    check.float("mean", mean)?;
-    check.float("rstd", rstd)?;
+    if let Some(t) = stats { check.f32("stats", t)?; }
+    check.f32("mean", mean)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, g: check.dim("G")? };
     let Dims { h, w, c, g, .. } = dims;
     require("group_norm_silu", g >= 1 && c % g == 0, "G >= 1 && C % G == 0", "channels that divide into G groups", || format!("{dims:?}, {params:?}"))?;
@@ -2431,6 +2483,16 @@ pub fn group_norm_silu_backward(dy: &Tensor, x: &Tensor, gamma: &Tensor, beta: &
     let mut grad_beta = if want_beta { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GroupNormSiluGrads { x: grad_x, gamma: grad_gamma, beta: grad_beta });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::group_norm_silu::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, gamma: gamma.input()?, beta: beta.input()?, stats: match stats { Some(t) => Some(t.input()?), None => None }, mean: mean.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.output()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::group_norm_silu::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::group_norm_silu::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("group_norm_silu", other)),
+        }
         return Ok(GroupNormSiluGrads { x: grad_x, gamma: grad_gamma, beta: grad_beta });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, stats: match stats { Some(t) => Some(t.f32s()?), None => None }, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2482,7 +2544,7 @@ fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
             let x = io.draw(case.name, "x", &[b, h, w, c], Fill::Normal)?;
             let gamma = io.draw(case.name, "gamma", &[c], Fill::Normal)?;
             let beta = io.draw(case.name, "beta", &[c], Fill::Normal)?;
-            let stats = if absent("stats") { None } else { Some(io.draw(case.name, "stats", &[b, 2, g], Fill::Uniform(0.5f64, 1.5f64))?) };
+            let stats = if absent("stats") { None } else { Some(io.draw_f32(case.name, "stats", &[b, 2, g], Fill::Uniform(0.5f64, 1.5f64))?) };
             let out = io.call("forward", || group_norm_silu(&x, &gamma, &beta, stats.as_ref(), g, params))?;
             io.result("y", &out.y)?;
             io.result("mean", &out.mean)?;
@@ -2876,9 +2938,9 @@ fn linear_attention_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct LnModulateOut {
     /// `[B, N, D]` float: Normalised and modulated.
     pub y: Tensor,
-    /// `[B, N]` float: Mean of each token.
+    /// `[B, N]` f32: Mean of each token.
     pub mean: Tensor,
-    /// `[B, N]` float: Reciprocal standard deviation of each token.
+    /// `[B, N]` f32: Reciprocal standard deviation of each token.
     pub rstd: Tensor,
 }
 
@@ -2899,8 +2961,8 @@ pub struct LnModulateGrads {
 /// - `x` `[B, N, D]` float: Residual stream.
 /// - `modulation` `[B, C, D]` float: Table of C modulation vectors per sample; its gradient is zero outside rows shift and scale.
 /// - returns `y` `[B, N, D]` float: Normalised and modulated.
-/// - returns `mean` `[B, N]` float: Mean of each token.
-/// - returns `rstd` `[B, N]` float: Reciprocal standard deviation of each token.
+/// - returns `mean` `[B, N]` f32: Mean of each token.
+/// - returns `rstd` `[B, N]` f32: Reciprocal standard deviation of each token.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -2921,10 +2983,20 @@ pub fn ln_modulate(x: &Tensor, modulation: &Tensor, params: kernels::generated::
     let element = check.element(&device, kernels::generated::ln_modulate::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
     let mut y = device.empty_of(&[b, n, d], element)?;
-    let mut mean = device.empty_of(&[b, n], element)?;
-    let mut rstd = device.empty_of(&[b, n], element)?;
+    let mut mean = device.empty(&[b, n])?;
+    let mut rstd = device.empty(&[b, n])?;
 
     if device.is_dry() {
+        return Ok(LnModulateOut { y, mean, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::ln_modulate::GpuForward { dims, params, x: x.input()?, modulation: modulation.input()?, y: y.output()?, mean: mean.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::ln_modulate::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::ln_modulate::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("ln_modulate", other)),
+        }
         return Ok(LnModulateOut { y, mean, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, modulation: modulation.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -2956,8 +3028,8 @@ pub fn ln_modulate_backward(dy: &Tensor, x: &Tensor, modulation: &Tensor, mean: 
     check.float("dy", dy)?;
     check.float("x", x)?;
     check.float("modulation", modulation)?;
-    check.float("mean", mean)?;
-    check.float("rstd", rstd)?;
+    check.f32("mean", mean)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, c: check.dim("C")?, d: check.dim("D")? };
     let Dims { c, .. } = dims;
     require("ln_modulate", params.shift < c && params.scale < c && params.shift != params.scale, "shift < C && scale < C && shift != scale", "two different rows of the modulation table", || format!("{dims:?}, {params:?}"))?;
@@ -2969,6 +3041,16 @@ pub fn ln_modulate_backward(dy: &Tensor, x: &Tensor, modulation: &Tensor, mean: 
     let mut grad_modulation = if want_modulation { Some(device.empty_of(&[b, c, d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(LnModulateGrads { x: grad_x, modulation: grad_modulation });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::ln_modulate::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, modulation: modulation.input()?, mean: mean.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dmodulation: match &mut grad_modulation { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::ln_modulate::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::ln_modulate::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("ln_modulate", other)),
+        }
         return Ok(LnModulateGrads { x: grad_x, modulation: grad_modulation });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, modulation: modulation.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dmodulation: match &mut grad_modulation { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -3630,6 +3712,16 @@ pub fn mamba2(xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, a_log: &Tensor, skip: 
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::mamba2::GpuForward { dims, params, xbc: xbc.input()?, p: p.input()?, dt_bias: dt_bias.input()?, a_log: a_log.input()?, skip: skip.input()?, residual: match residual { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::mamba2::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::mamba2::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("mamba2", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::mamba2::cpu::forward(args),
@@ -3681,6 +3773,16 @@ pub fn mamba2_backward(dy: &Tensor, xbc: &Tensor, p: &Tensor, dt_bias: &Tensor, 
     let mut grad_skip = if want_skip { Some(device.empty_of(&[h], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::mamba2::GpuBackward { dims, params, dy: dy.input()?, xbc: xbc.input()?, p: p.input()?, dt_bias: dt_bias.input()?, a_log: a_log.input()?, skip: skip.input()?, dxbc: match &mut grad_xbc { Some(t) => Some(t.output()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, ddt_bias: match &mut grad_dt_bias { Some(t) => Some(t.output()?), None => None }, da_log: match &mut grad_a_log { Some(t) => Some(t.output()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::mamba2::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::mamba2::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("mamba2", other)),
+        }
         return Ok(Mamba2Grads { xbc: grad_xbc, p: grad_p, dt_bias: grad_dt_bias, a_log: grad_a_log, skip: grad_skip });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, xbc: xbc.f32s()?, p: p.f32s()?, dt_bias: dt_bias.f32s()?, a_log: a_log.f32s()?, skip: skip.f32s()?, dxbc: match &mut grad_xbc { Some(t) => Some(t.f32s_mut()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, ddt_bias: match &mut grad_dt_bias { Some(t) => Some(t.f32s_mut()?), None => None }, da_log: match &mut grad_a_log { Some(t) => Some(t.f32s_mut()?), None => None }, dskip: match &mut grad_skip { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -4107,11 +4209,370 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Outputs of [`qk_norm`].
+pub struct QkNormOut {
+    /// `[B, N, 3, D]` float: Normalised queries and keys, and the values.
+    pub y: Tensor,
+    /// `[B, N, 2]` float: Means of queries and keys.
+    pub mean: Tensor,
+    /// `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+    pub rstd: Tensor,
+}
+
+/// Gradients of [`qk_norm`]; absent where not asked for.
+pub struct QkNormGrads {
+    /// `[B, N, 3, D]` float
+    pub x: Option<Tensor>,
+    /// `[D]` float
+    pub q_gamma: Option<Tensor>,
+    /// `[D]` float
+    pub q_beta: Option<Tensor>,
+    /// `[D]` float
+    pub k_gamma: Option<Tensor>,
+    /// `[D]` float
+    pub k_beta: Option<Tensor>,
+}
+
+/// LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.
+///
+/// ```text
+/// n_p = (x_p - mean(x_p)) / sqrt(var(x_p) + eps) over D, for p 0 (queries) and 1 (keys), x_p = x[b,n,p]
+/// y[b,n,0] = n_0 * q_gamma + q_beta;  y[b,n,1] = n_1 * k_gamma + k_beta;  y[b,n,2] = x[b,n,2]
+/// ```
+/// - `x` `[B, N, 3, D]` float: Queries, keys and values side by side, all heads of one in a row.
+/// - `q_gamma` `[D]` float: Scale of the queries.
+/// - `q_beta` `[D]` float: Shift of the queries.
+/// - `k_gamma` `[D]` float: Scale of the keys.
+/// - `k_beta` `[D]` float: Shift of the keys.
+/// - returns `y` `[B, N, 3, D]` float: Normalised queries and keys, and the values.
+/// - returns `mean` `[B, N, 2]` float: Means of queries and keys.
+/// - returns `rstd` `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn qk_norm(x: &Tensor, q_gamma: &Tensor, q_beta: &Tensor, k_gamma: &Tensor, k_beta: &Tensor, params: kernels::generated::qk_norm::Params) -> Result<QkNormOut> {
+    use kernels::generated::qk_norm::{Dims, Forward};
+    let mut check = DimCheck::new("qk_norm", &["B", "N", "D"]);
+    check.bind("x", x, &["B", "N", "3", "D"])?;
+    check.bind("q_gamma", q_gamma, &["D"])?;
+    check.bind("q_beta", q_beta, &["D"])?;
+    check.bind("k_gamma", k_gamma, &["D"])?;
+    check.bind("k_beta", k_beta, &["D"])?;
+    check.match_exprs("x", x, &["B", "N", "3", "D"])?;
+    check.match_exprs("q_gamma", q_gamma, &["D"])?;
+    check.match_exprs("q_beta", q_beta, &["D"])?;
+    check.match_exprs("k_gamma", k_gamma, &["D"])?;
+    check.match_exprs("k_beta", k_beta, &["D"])?;
+    check.float("x", x)?;
+    check.float("q_gamma", q_gamma)?;
+    check.float("q_beta", q_beta)?;
+    check.float("k_gamma", k_gamma)?;
+    check.float("k_beta", k_beta)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let device = x.device().clone();
+    check.same_device(&device, &[("q_gamma", Some(q_gamma)), ("q_beta", Some(q_beta)), ("k_gamma", Some(k_gamma)), ("k_beta", Some(k_beta))])?;
+    let element = check.element(&device, kernels::generated::qk_norm::INFO.elements)?;
+    let Dims { b, n, d, .. } = dims;
+    let mut y = device.empty_of(&[b, n, 3, d], element)?;
+    let mut mean = device.empty_of(&[b, n, 2], element)?;
+    let mut rstd = device.empty_of(&[b, n, 2], element)?;
+
+    if device.is_dry() {
+        return Ok(QkNormOut { y, mean, rstd });
+    }
+    let args = Forward { dims, params, x: x.f32s()?, q_gamma: q_gamma.f32s()?, q_beta: q_beta.f32s()?, k_gamma: k_gamma.f32s()?, k_beta: k_beta.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::qk_norm::cpu::forward(args),
+        DeviceKind::Oracle => kernels::qk_norm::reference::forward(args),
+        other => return Err(no_path("qk_norm", other)),
+    }
+    Ok(QkNormOut { y, mean, rstd })
+}
+
+/// Backward pass of [`qk_norm`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn qk_norm_backward(dy: &Tensor, x: &Tensor, q_gamma: &Tensor, k_gamma: &Tensor, mean: &Tensor, rstd: &Tensor, want_x: bool, want_q_gamma: bool, want_q_beta: bool, want_k_gamma: bool, want_k_beta: bool, params: kernels::generated::qk_norm::Params) -> Result<QkNormGrads> {
+    use kernels::generated::qk_norm::{Backward, Dims};
+    let mut check = DimCheck::new("qk_norm", &["B", "N", "D"]);
+    check.bind("dy", dy, &["B", "N", "3", "D"])?;
+    check.bind("x", x, &["B", "N", "3", "D"])?;
+    check.bind("q_gamma", q_gamma, &["D"])?;
+    check.bind("k_gamma", k_gamma, &["D"])?;
+    check.bind("mean", mean, &["B", "N", "2"])?;
+    check.bind("rstd", rstd, &["B", "N", "2"])?;
+    check.match_exprs("dy", dy, &["B", "N", "3", "D"])?;
+    check.match_exprs("x", x, &["B", "N", "3", "D"])?;
+    check.match_exprs("q_gamma", q_gamma, &["D"])?;
+    check.match_exprs("k_gamma", k_gamma, &["D"])?;
+    check.match_exprs("mean", mean, &["B", "N", "2"])?;
+    check.match_exprs("rstd", rstd, &["B", "N", "2"])?;
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    check.float("q_gamma", q_gamma)?;
+    check.float("k_gamma", k_gamma)?;
+    check.float("mean", mean)?;
+    check.float("rstd", rstd)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("q_gamma", Some(q_gamma)), ("k_gamma", Some(k_gamma)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
+    let element = check.element(&device, kernels::generated::qk_norm::INFO.elements)?;
+    let Dims { b, n, d, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, n, 3, d], element)?) } else { None };
+    let mut grad_q_gamma = if want_q_gamma { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_q_beta = if want_q_beta { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_k_gamma = if want_k_gamma { Some(device.empty_of(&[d], element)?) } else { None };
+    let mut grad_k_beta = if want_k_beta { Some(device.empty_of(&[d], element)?) } else { None };
+
+    if device.is_dry() {
+        return Ok(QkNormGrads { x: grad_x, q_gamma: grad_q_gamma, q_beta: grad_q_beta, k_gamma: grad_k_gamma, k_beta: grad_k_beta });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, q_gamma: q_gamma.f32s()?, k_gamma: k_gamma.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dq_gamma: match &mut grad_q_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dq_beta: match &mut grad_q_beta { Some(t) => Some(t.f32s_mut()?), None => None }, dk_gamma: match &mut grad_k_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dk_beta: match &mut grad_k_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::qk_norm::cpu::backward(args),
+        DeviceKind::Oracle => kernels::qk_norm::reference::backward(args),
+        other => return Err(no_path("qk_norm", other)),
+    }
+    Ok(QkNormGrads { x: grad_x, q_gamma: grad_q_gamma, q_beta: grad_q_beta, k_gamma: grad_k_gamma, k_beta: grad_k_beta })
+}
+
+impl Graph<'_> {
+    /// [`qk_norm`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn qk_norm(&self, x: &Var, q_gamma: &Var, q_beta: &Var, k_gamma: &Var, k_beta: &Var, params: kernels::generated::qk_norm::Params) -> Result<Var> {
+        let sources = [self.source(x), self.source(q_gamma), self.source(q_beta), self.source(k_gamma), self.source(k_beta)];
+        let record = sources.iter().any(Option::is_some);
+        let out = qk_norm(x.tensor(), q_gamma.tensor(), q_beta.tensor(), k_gamma.tensor(), k_beta.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_q_gamma = q_gamma.tensor().clone();
+        let saved_k_gamma = k_gamma.tensor().clone();
+        let saved_mean = out.mean.clone();
+        let saved_rstd = out.rstd.clone();
+        let saved = [Some(&saved_x), Some(&saved_q_gamma), Some(&saved_k_gamma), Some(&saved_mean), Some(&saved_rstd)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("qk_norm", out.y, saved, move |dy, grads| {
+            let found = qk_norm_backward(dy, &saved_x, &saved_q_gamma, &saved_k_gamma, &saved_mean, &saved_rstd, sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.q_gamma)?;
+            grads.add(sources[2], found.q_beta)?;
+            grads.add(sources[3], found.k_gamma)?;
+            grads.add(sources[4], found.k_beta)?;
+            Ok(())
+        }))
+    }
+}
+
+fn qk_norm_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::qk_norm::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, d, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, n, 3, d], Fill::Normal)?;
+            let q_gamma = io.draw(case.name, "q_gamma", &[d], Fill::Normal)?;
+            let q_beta = io.draw(case.name, "q_beta", &[d], Fill::Normal)?;
+            let k_gamma = io.draw(case.name, "k_gamma", &[d], Fill::Normal)?;
+            let k_beta = io.draw(case.name, "k_beta", &[d], Fill::Normal)?;
+            let out = io.call("forward", || qk_norm(&x, &q_gamma, &q_beta, &k_gamma, &k_beta, params))?;
+            io.result("y", &out.y)?;
+            io.result("mean", &out.mean)?;
+            io.result("rstd", &out.rstd)?;
+            let dy = io.draw(case.name, "dy", &[b, n, 3, d], Fill::Normal)?;
+            let grads = io.call("backward", || qk_norm_backward(&dy, &x, &q_gamma, &k_gamma, &out.mean, &out.rstd, true, true, true, true, true, params))?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.q_gamma { io.result("dq_gamma", t)?; }
+            if let Some(t) = &grads.q_beta { io.result("dq_beta", t)?; }
+            if let Some(t) = &grads.k_gamma { io.result("dk_gamma", t)?; }
+            if let Some(t) = &grads.k_beta { io.result("dk_beta", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Outputs of [`relative_attention`].
+pub struct RelativeAttentionOut {
+    /// `[B, N, H, E]` float: Attention output, heads side by side.
+    pub y: Tensor,
+    /// `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+    pub lse: Tensor,
+}
+
+/// Gradients of [`relative_attention`]; absent where not asked for.
+pub struct RelativeAttentionGrads {
+    /// `[B, N, 3, H, E]` float
+    pub qkv: Option<Tensor>,
+    /// `[2*N - 1, H]` float
+    pub bias: Option<Tensor>,
+}
+
+/// Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.
+///
+/// ```text
+/// q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2]; keys(b) = {j : j < counts[b]}, all N without counts
+/// s[b,h,i,j] = scale * sum_e q[b,i,h,e] * k[b,j,h,e] + bias[j - i + N - 1, h]; lse[b,h,i] = log sum_{j in keys(b)} exp(s[b,h,i,j])
+/// y[b,i,h,e] = sum_{j in keys(b)} exp(s[b,h,i,j] - lse[b,h,i]) * v[b,j,h,e]
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+/// - `bias` `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
+/// - `counts` `[B]` i32, optional: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
+/// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
+/// - returns `lse` `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn relative_attention(qkv: &Tensor, bias: &Tensor, counts: Option<&Tensor>, params: kernels::generated::relative_attention::Params) -> Result<RelativeAttentionOut> {
+    use kernels::generated::relative_attention::{Dims, Forward};
+    let mut check = DimCheck::new("relative_attention", &["B", "N", "H", "E"]);
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    check.float("qkv", qkv)?;
+    check.float("bias", bias)?;
+    if let Some(t) = counts { check.i32("counts", t)?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { n, .. } = dims;
+        if let Some(t) = counts { check_index("relative_attention", "counts", t, n+1)?; }
+    }
+    let Dims { n, .. } = dims;
+    require("relative_attention", n >= 1, "N >= 1", "at least one token", || format!("{dims:?}, {params:?}"))?;
+    let device = qkv.device().clone();
+    check.same_device(&device, &[("bias", Some(bias)), ("counts", counts)])?;
+    let element = check.element(&device, kernels::generated::relative_attention::INFO.elements)?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty_of(&[b, n, h, e], element)?;
+    let mut lse = device.empty_of(&[b, h, n], element)?;
+
+    if device.is_dry() {
+        return Ok(RelativeAttentionOut { y, lse });
+    }
+    let args = Forward { dims, params, qkv: qkv.f32s()?, bias: bias.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::relative_attention::cpu::forward(args),
+        DeviceKind::Oracle => kernels::relative_attention::reference::forward(args),
+        other => return Err(no_path("relative_attention", other)),
+    }
+    Ok(RelativeAttentionOut { y, lse })
+}
+
+/// Backward pass of [`relative_attention`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn relative_attention_backward(dy: &Tensor, qkv: &Tensor, bias: &Tensor, counts: Option<&Tensor>, y: &Tensor, lse: &Tensor, want_qkv: bool, want_bias: bool, params: kernels::generated::relative_attention::Params) -> Result<RelativeAttentionGrads> {
+    use kernels::generated::relative_attention::{Backward, Dims};
+    let mut check = DimCheck::new("relative_attention", &["B", "N", "H", "E"]);
+    check.bind("dy", dy, &["B", "N", "H", "E"])?;
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.bind("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.bind("counts", t, &["B"])?; }
+    check.bind("y", y, &["B", "N", "H", "E"])?;
+    check.bind("lse", lse, &["B", "H", "N"])?;
+    check.match_exprs("dy", dy, &["B", "N", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("bias", bias, &["2*N - 1", "H"])?;
+    if let Some(t) = counts { check.match_exprs("counts", t, &["B"])?; }
+    check.match_exprs("y", y, &["B", "N", "H", "E"])?;
+    check.match_exprs("lse", lse, &["B", "H", "N"])?;
+    check.float("dy", dy)?;
+    check.float("qkv", qkv)?;
+    check.float("bias", bias)?;
+    if let Some(t) = counts { check.i32("counts", t)?; }
+    check.float("y", y)?;
+    check.float("lse", lse)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    {
+        let Dims { n, .. } = dims;
+        if let Some(t) = counts { check_index("relative_attention", "counts", t, n+1)?; }
+    }
+    let Dims { n, .. } = dims;
+    require("relative_attention", n >= 1, "N >= 1", "at least one token", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("qkv", Some(qkv)), ("bias", Some(bias)), ("counts", counts), ("y", Some(y)), ("lse", Some(lse))])?;
+    let element = check.element(&device, kernels::generated::relative_attention::INFO.elements)?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut grad_qkv = if want_qkv { Some(device.empty_of(&[b, n, 3, h, e], element)?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty_of(&[2*n - 1, h], element)?) } else { None };
+
+    if device.is_dry() {
+        return Ok(RelativeAttentionGrads { qkv: grad_qkv, bias: grad_bias });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, bias: bias.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::relative_attention::cpu::backward(args),
+        DeviceKind::Oracle => kernels::relative_attention::reference::backward(args),
+        other => return Err(no_path("relative_attention", other)),
+    }
+    Ok(RelativeAttentionGrads { qkv: grad_qkv, bias: grad_bias })
+}
+
+impl Graph<'_> {
+    /// [`relative_attention`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn relative_attention(&self, qkv: &Var, bias: &Var, counts: Option<&Tensor>, params: kernels::generated::relative_attention::Params) -> Result<Var> {
+        let sources = [self.source(qkv), self.source(bias)];
+        let record = sources.iter().any(Option::is_some);
+        let out = relative_attention(qkv.tensor(), bias.tensor(), counts, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_qkv = qkv.tensor().clone();
+        let saved_bias = bias.tensor().clone();
+        let saved_counts = counts.cloned();
+        let saved_y = out.y.clone();
+        let saved_lse = out.lse.clone();
+        let saved = [Some(&saved_qkv), Some(&saved_bias), saved_counts.as_ref(), Some(&saved_y), Some(&saved_lse)].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("relative_attention", out.y, saved, move |dy, grads| {
+            let found = relative_attention_backward(dy, &saved_qkv, &saved_bias, saved_counts.as_ref(), &saved_y, &saved_lse, sources[0].is_some(), sources[1].is_some(), params)?;
+            grads.add(sources[0], found.qkv)?;
+            grads.add(sources[1], found.bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn relative_attention_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::relative_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
+            let bias = io.draw(case.name, "bias", &[2*n - 1, h], Fill::Normal)?;
+            let counts = if absent("counts") { None } else { Some(io.draw_i32(case.name, "counts", &[b], Fill::Index(n+1))?) };
+            let out = io.call("forward", || relative_attention(&qkv, &bias, counts.as_ref(), params))?;
+            io.result("y", &out.y)?;
+            io.result("lse", &out.lse)?;
+            let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
+            let grads = io.call("backward", || relative_attention_backward(&dy, &qkv, &bias, counts.as_ref(), &out.y, &out.lse, true, true, params))?;
+            if let Some(t) = &grads.qkv { io.result("dqkv", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Outputs of [`rms_norm`].
 pub struct RmsNormOut {
     /// `[B, N, D]` float: Normalised rows.
     pub y: Tensor,
-    /// `[B, N]` float: Reciprocal root mean square of each row.
+    /// `[B, N]` f32: Reciprocal root mean square of each row.
     pub rstd: Tensor,
 }
 
@@ -4135,7 +4596,7 @@ pub struct RmsNormGrads {
 /// - `gate` `[B, N, W]` float, optional: Packed rows that hold the gate; the gradient is zero outside its columns.
 /// - `weight` `[D]` float: Factor of each column.
 /// - returns `y` `[B, N, D]` float: Normalised rows.
-/// - returns `rstd` `[B, N]` float: Reciprocal root mean square of each row.
+/// - returns `rstd` `[B, N]` f32: Reciprocal root mean square of each row.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4159,9 +4620,19 @@ pub fn rms_norm(x: &Tensor, gate: Option<&Tensor>, weight: &Tensor, params: kern
     let element = check.element(&device, kernels::generated::rms_norm::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
     let mut y = device.empty_of(&[b, n, d], element)?;
-    let mut rstd = device.empty_of(&[b, n], element)?;
+    let mut rstd = device.empty(&[b, n])?;
 
     if device.is_dry() {
+        return Ok(RmsNormOut { y, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::rms_norm::GpuForward { dims, params, x: x.input()?, gate: match gate { Some(t) => Some(t.input()?), None => None }, weight: weight.input()?, y: y.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::rms_norm::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::rms_norm::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("rms_norm", other)),
+        }
         return Ok(RmsNormOut { y, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, y: y.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -4195,7 +4666,7 @@ pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, gate: Option<&Tensor>, weight:
     check.float("x", x)?;
     if let Some(t) = gate { check.float("gate", t)?; }
     check.float("weight", weight)?;
-    check.float("rstd", rstd)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")?, w: check.dim("W")? };
     let Dims { d, w, .. } = dims;
     require("rms_norm", !gate.is_some() || params.gate_offset + d <= w, "!has(gate) || gate_offset + D <= W", "the columns inside the packed row", || format!("{dims:?}, {params:?}"))?;
@@ -4208,6 +4679,16 @@ pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, gate: Option<&Tensor>, weight:
     let mut grad_weight = if want_weight { Some(device.empty_of(&[d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(RmsNormGrads { x: grad_x, gate: grad_gate, weight: grad_weight });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::rms_norm::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, gate: match gate { Some(t) => Some(t.input()?), None => None }, weight: weight.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.output()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::rms_norm::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::rms_norm::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("rms_norm", other)),
+        }
         return Ok(RmsNormGrads { x: grad_x, gate: grad_gate, weight: grad_weight });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, weight: weight.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dgate: match &mut grad_gate { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None } };

@@ -44,6 +44,16 @@ pub fn forward(
     // A graph of its own: the caller's may outlive the model.
     let inference = Graph::inference(g.precision());
     let mut out = model.forward(&inference, &Var::constant(doubled), t, y, run)?.into_tensor();
+    combine(&mut out, scale, channels)?;
+    Ok(out)
+}
+
+/// Guides the leading `channels` of a prediction `[2B, C, H, W]` whose second half is the null one; both halves get the
+/// result.
+///
+/// # Errors
+/// When another tensor shares the storage.
+pub fn combine(out: &mut Tensor, scale: f64, channels: usize) -> Result<()> {
     let plane = out.dim(2) * out.dim(3);
     let (per_image, guided) = (out.dim(1) * plane, channels.min(out.dim(1)) * plane);
     let half = out.len() / 2;
@@ -56,12 +66,20 @@ pub fn forward(
                 *n = *c;
             }
         }
-    })?;
-    Ok(out)
+    })
 }
 
 /// Writes the values of a tensor as often as they fit into `target`, one after the other.
-pub(super) fn double(values: &Tensor, target: &mut Tensor) -> Result<()> {
+pub(crate) fn double(values: &Tensor, target: &mut Tensor) -> Result<()> {
     let values = values.values()?;
     target.edit(|target| target.chunks_exact_mut(values.len().max(1)).for_each(|half| half.copy_from_slice(&values)))
+}
+
+/// Puts the first half of a batch in the place of the second, too.
+pub(crate) fn repeat_first_half(batch: &mut Tensor) -> Result<()> {
+    let half = batch.len() / 2;
+    batch.edit(|values| {
+        let (first, second) = values.split_at_mut(half);
+        second.copy_from_slice(first);
+    })
 }

@@ -318,7 +318,7 @@ impl<'a> Batch<'a> {
 }
 
 /// Standard normal numbers of one stream for every image of a batch, each from its own seed.
-fn draw(target: &mut Tensor, seed: u64, stream: u64) -> Result<()> {
+pub(super) fn draw(target: &mut Tensor, seed: u64, stream: u64) -> Result<()> {
     let image = target.dim(1) * target.dim(2);
     target.edit(|target| {
         for (i, values) in target.chunks_mut(image.max(1)).enumerate() {
@@ -327,7 +327,7 @@ fn draw(target: &mut Tensor, seed: u64, stream: u64) -> Result<()> {
     })
 }
 
-fn fill(device: &Device, rows: usize, value: f32) -> Result<Tensor> {
+pub(super) fn fill(device: &Device, rows: usize, value: f32) -> Result<Tensor> {
     let mut t = device.empty(&[rows])?;
     t.edit(|t| t.fill(value))?;
     Ok(t)

@@ -51,7 +51,7 @@ pub fn original(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
 }
 
 /// `torch.save` files of the model folder.
-fn pickles(case: &Case) -> Result<Vec<PathBuf>> {
+pub(super) fn pickles(case: &Case) -> Result<Vec<PathBuf>> {
     let is_pickle = |p: &PathBuf| p.extension().is_some_and(|e| e == "pt" || e == "pth" || e == "bin");
     Ok(files::list(&case.model())?.into_iter().filter(is_pickle).collect())
 }

@@ -8,10 +8,14 @@
 mod case;
 mod checks;
 mod dit;
+mod lora;
 mod metrics;
 mod operators;
+mod pixart;
 mod refusals;
 mod samplers;
+mod t5;
+mod vae;
 
 pub use checks::{Row, Verdict};
 
@@ -28,6 +32,11 @@ type Family = fn(&Case, &mut Checks<'_>) -> Result<()>;
 const FAMILIES: &[(&str, Family)] = &[
     ("dit_original", dit::original),
     ("dit_diffusers", dit::diffusers),
+    ("pixart_original", pixart::original),
+    ("pixart_diffusers", pixart::diffusers),
+    ("lora", lora::run),
+    ("t5", t5::run),
+    ("vae", vae::run),
     ("samplers", samplers::run),
     ("operators", operators::run),
     ("metrics", metrics::run),

@@ -11,6 +11,7 @@ pub use compile::{Compiled, Nvcc};
 pub use resources::{Resources, TABLE, read_table, render_table};
 pub use sass::{Function, functions};
 
+use graft_codegen::contract::Contract;
 use std::path::{Path, PathBuf};
 
 /// Architectures of a source: `<op>_sm90.cu` is for Hopper alone.
@@ -40,7 +41,15 @@ pub fn sources(root: &Path) -> Result<Vec<String>, String> {
     Ok(found)
 }
 
-/// Compiles every source for every architecture: the resources, and what is wrong with them.
+/// Working types that the contract beside `source` names; one empty name for a source that is of no operator.
+fn elements(source: &Path) -> Result<Vec<String>, String> {
+    let contract = source.with_file_name("op.toml");
+    let Ok(text) = std::fs::read_to_string(&contract) else { return Ok(vec![String::new()]) };
+    let contract = Contract::parse(&contract.display().to_string(), &text)?;
+    Ok(contract.cuda.map_or(vec![String::new()], |cuda| cuda.elements))
+}
+
+/// Compiles every source for every working type and architecture: the resources, and what is wrong with them.
 ///
 /// # Errors
 /// When the compiler cannot be run.
@@ -49,14 +58,16 @@ pub fn gate(nvcc: &Nvcc, root: &Path) -> Result<(Vec<Resources>, Vec<String>), S
     for source in sources(root)? {
         let path = root.join(&source);
         let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        for arch in architectures(&source) {
-            match nvcc.compile(&source, arch, &[]) {
+        let elements = elements(&path)?;
+        for (arch, element) in architectures(&source).iter().flat_map(|a| elements.iter().map(move |e| (*a, e))) {
+            let define = (!element.is_empty()).then(|| format!("-DELEMENT_{}", element.to_uppercase()));
+            match nvcc.compile(&source, arch, define.as_slice()) {
                 Ok(compiled) => {
-                    let of_source = resources::collect(&source, arch, &compiled);
+                    let of_source = resources::collect(&source, element, arch, &compiled);
                     findings.extend(resources::complaints(&source, arch, &text, &compiled, &of_source));
                     rows.extend(of_source);
                 }
-                Err(e) => findings.push(format!("{source} for sm_{arch}: {e}")),
+                Err(e) => findings.push(format!("{source} {element} for sm_{arch}: {e}")),
             }
         }
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 /// The committed table, relative to the repository.
 pub const TABLE: &str = "kernels-cu/resources.csv";
 
-const HEADER: &str = "source,kernel,arch,registers,shared,stack,spills,hmma,gmma,roles";
+const HEADER: &str = "source,kernel,element,arch,registers,shared,stack,spills,hmma,gmma,roles";
 
 /// One kernel for one architecture.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -16,6 +16,8 @@ pub struct Resources {
     pub source: String,
     /// Name of the kernel.
     pub kernel: String,
+    /// Working type that the source was compiled for; empty where it has none.
+    pub element: String,
     /// `80` or `90a`.
     pub arch: String,
     /// Registers a thread at launch.
@@ -43,7 +45,7 @@ fn number(line: &str, after: &str) -> usize {
 }
 
 /// Reads log and disassembly.
-pub fn collect(source: &str, arch: &str, compiled: &Compiled) -> Vec<Resources> {
+pub fn collect(source: &str, element: &str, arch: &str, compiled: &Compiled) -> Vec<Resources> {
     let code = functions(&compiled.sass);
     let mut rows: Vec<Resources> = Vec::new();
     for line in compiled.log.lines() {
@@ -53,6 +55,7 @@ pub fn collect(source: &str, arch: &str, compiled: &Compiled) -> Vec<Resources> 
             let f = code.iter().find(|f| f.name == kernel).unwrap_or(&empty);
             rows.push(Resources {
                 source: source.to_string(),
+                element: element.to_string(),
                 arch: arch.to_string(),
                 registers: 0,
                 shared: 0,
@@ -107,7 +110,7 @@ pub fn complaints(source: &str, arch: &str, text: &str, compiled: &Compiled, row
 pub fn render_table(rows: &[Resources]) -> String {
     let line = |r: &Resources| {
         let numbers = [r.registers, r.shared, r.stack, r.spills, r.hmma, r.gmma].map(|n| n.to_string()).join(",");
-        format!("{},{},{},{numbers},{}\n", r.source, r.kernel, r.arch, r.roles)
+        format!("{},{},{},{},{numbers},{}\n", r.source, r.kernel, r.element, r.arch, r.roles)
     };
     let mut sorted = rows.to_vec();
     sorted.sort();
@@ -132,7 +135,7 @@ mod tests {
 
     #[test]
     fn the_log_is_read() {
-        let rows = collect("a.cu", "90a", &compiled());
+        let rows = collect("a.cu", "bf16", "90a", &compiled());
         assert_eq!(rows.len(), 1);
         let r = &rows[0];
         assert_eq!((r.registers, r.shared, r.stack, r.spills, r.gmma), (168, 1040, 8, 16, 0));
@@ -140,7 +143,7 @@ mod tests {
 
     #[test]
     fn spills_serialised_and_missing_wgmma_are_found() {
-        let (c, rows) = (compiled(), collect("a.cu", "90a", &compiled()));
+        let (c, rows) = (compiled(), collect("a.cu", "bf16", "90a", &compiled()));
         let found = complaints("a.cu", "90a", "wgmma_ss<bf16, 64>(", &c, &rows);
         assert_eq!(found.len(), 3, "{found:?}");
         assert!(found[0].contains("C7510") && found[1].contains("16 bytes of spills") && found[2].contains("HGMMA"));

@@ -5,8 +5,10 @@ use super::names::{Layout, POSITIONS, diffusers_copies, diffusers_parts};
 use super::{Dit, DitConfig};
 use crate::autograd::ParamId;
 use crate::error::{Error, Result};
-use crate::io::{files, json, weights};
-use crate::models::source::{Source, TorchWeights, read_weight};
+use crate::io::{json, weights};
+use crate::models::fill::is_product;
+use crate::models::open::{is_pickle, only_pickle, open_pickle};
+use crate::models::source::{Source, read_weight};
 use crate::tensor::Device;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -87,7 +89,7 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
         return open(&found);
     }
     if is_pickle(path) {
-        let source: Box<dyn Source> = Box::new(TorchWeights::open(path)?);
+        let source = open_pickle(path)?;
         let beside = path.parent().map(|p| p.join("config.json")).filter(|p| p.is_file());
         let config = match beside {
             Some(file) => configure(&json::read(&file)?, &file, &BTreeMap::new())?,
@@ -110,26 +112,6 @@ fn finish(mut config: DitConfig, metadata: BTreeMap<String, String>, source: Box
         false => infer::operators(&mut config, source.as_ref())?,
     };
     Ok(Opened { config, assumed, metadata, source })
-}
-
-fn is_pickle(path: &Path) -> bool {
-    path.extension().is_some_and(|e| e == "pt" || e == "pth" || e == "bin")
-}
-
-/// The `torch.save` file of a folder that has no safetensors.
-fn only_pickle(folder: &Path) -> Result<Option<PathBuf>> {
-    let entries = files::list(folder)?;
-    if entries.iter().any(|p| p.to_string_lossy().contains(".safetensors")) {
-        return Ok(None);
-    }
-    let mut pickles = entries.into_iter().filter(|p| is_pickle(p));
-    match (pickles.next(), pickles.next()) {
-        (Some(first), Some(second)) => Err(Error::failure(folder.display().to_string(), "ambiguous weights")
-            .is(format!("{} and {}", first.display(), second.display()))
-            .must("one checkpoint")
-            .fix("name the file itself instead of the folder")),
-        (first, _) => Ok(first),
-    }
 }
 
 /// Reads a configuration in diffusers' or the original's vocabulary.
@@ -323,10 +305,7 @@ fn fill(model: &mut Dit, source: &dyn Source) -> Result<()> {
 /// # Errors
 /// When memory runs out.
 pub fn to_bf16(model: &mut Dit) -> Result<()> {
-    // Matrices of linear layers; tables that are looked up and convolution taps stay in f32.
-    let is_product =
-        |name: &str, rank: usize| rank == 2 && name.ends_with("weight") && !name.contains("embedding_table");
-    let chosen = model.params.iter().filter(|(_, p)| is_product(&p.name, p.value.shape().dims().len()));
+    let chosen = model.params.iter().filter(|(_, p)| is_product(&p.name, p.value.shape().dims()));
     let ids: Vec<ParamId> = chosen.map(|(id, _)| id).collect();
     for id in ids {
         let rounded = model.params.get(id).value.to_bf16()?;

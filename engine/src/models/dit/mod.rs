@@ -23,6 +23,7 @@ pub use save::{SaveAs, save};
 
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
+use crate::models::positions;
 use crate::nn::operators::{self, Operator, Site};
 use crate::nn::{Builder, Init, Linear, Scheme};
 use crate::ops::{act, contracts, sinusoid};
@@ -282,19 +283,10 @@ pub fn site_cost(config: &DitConfig, spec: &operators::Spec, site: Site) -> Resu
     Ok((operator.flops(dims), params.elements()))
 }
 
-/// Fixed 2-D sine–cosine position table `[N, D]`: the first half of a row encodes the column, the second the row,
-/// each as [sin | cos] over frequencies 10000^(−4i/D).
+/// Positions `[N, D]` of a square grid.
 fn position_table(grid: usize, width: usize) -> Vec<f32> {
-    let quarter = width / 4;
-    let mut table = Vec::with_capacity(grid * grid * width);
-    for token in 0..grid * grid {
-        for position in [token % grid, token / grid] {
-            let angle = |i: usize| position as f64 * 10_000f64.powf(-(i as f64) / quarter as f64);
-            table.extend((0..quarter).map(|i| angle(i).sin() as f32));
-            table.extend((0..quarter).map(|i| angle(i).cos() as f32));
-        }
-    }
-    table
+    let side: Vec<f64> = (0..grid).map(|i| i as f64).collect();
+    positions::table(&side, &side, width)
 }
 
 #[cfg(test)]

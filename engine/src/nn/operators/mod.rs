@@ -10,6 +10,7 @@ mod linear_attention;
 mod long_conv;
 mod mamba2;
 mod mha;
+mod mha_qk_norm;
 mod mlp;
 mod mlp_hyena_x;
 mod neighborhood;
@@ -274,6 +275,7 @@ pub const REGISTRY: &[Kind] = &[
     hyena::GRID,
     long_conv::KIND,
     mamba2::KIND,
+    mha_qk_norm::KIND,
     mlp::KIND,
     mlp_hyena_x::KIND,
 ];

@@ -1,0 +1,541 @@
+//! `graft sample -p "…"`: pictures from text. Encode, forget the encoder; denoise, forget the transformer; decode.
+
+use super::sample::{self, Args, Target};
+use super::sample_sources::{self, Sources};
+use super::texts::{self, Compat, Encoding, PartArgs, Texts};
+use super::{Dtype, model_args, pictures, progress};
+use crate::error::{Error, Result};
+use crate::io::png::Image;
+use crate::io::{hub, json};
+use crate::models::pipeline::Components;
+use crate::models::pixart::{self, PixArt, PixArtConfig, Semantics};
+use crate::models::vae::{self, Decoder, Given, Vae, VaeConfig};
+use crate::models::{component, lora, t5};
+use crate::sample::bins;
+use crate::sample::config::SolverConfig;
+use crate::sample::dpm::DpmEndPoint;
+use crate::sample::schedule::Schedule;
+use crate::sample::solver::Sampler;
+use crate::sample::text::{self, Request};
+use crate::tensor::{Device, Tensor};
+use graft_kernels::rng::{Philox, image_seed};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// Arguments of models that read text.
+#[derive(clap::Args)]
+pub struct TextArgs {
+    /// Text to draw; may be given several times.
+    #[arg(short, long, value_name = "TEXT", conflicts_with_all = ["class_labels", "grid"])]
+    prompt: Vec<String>,
+    /// What to stay away from, for all prompts.
+    #[arg(long, value_name = "TEXT", requires = "prompt")]
+    negative_prompt: Option<String>,
+    /// Features from `graft encode` instead of prompts.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    embeddings: Option<PathBuf>,
+    /// Width of the pictures; with --height.
+    #[arg(short = 'W', long, value_name = "PIXELS", conflicts_with = "size")]
+    width: Option<usize>,
+    /// Height of the pictures; with --width.
+    #[arg(short = 'H', long, value_name = "PIXELS", conflicts_with = "size")]
+    height: Option<usize>,
+    /// Width and height, as 2048x2048; the size of training where not given.
+    #[arg(long, value_name = "WxH")]
+    size: Option<Size>,
+    /// Draw at exactly this size, instead of at the nearest trained one and scaling.
+    #[arg(long)]
+    no_binning: bool,
+    /// Whose behaviour to follow where the released programs differ.
+    #[arg(long, value_enum, default_value_t = Compat::Diffusers)]
+    compat: Compat,
+    #[command(flatten)]
+    parts: PartArgs,
+    /// Factor between the autoencoder's latents and the transformer's, for files that do not say.
+    #[arg(long, value_name = "F")]
+    vae_scale: Option<f64>,
+    /// Adapter to apply: a PEFT folder, or a file in the names of PEFT or kohya; may be given several times.
+    #[arg(long, value_name = "PATH[:WEIGHT]")]
+    lora: Vec<String>,
+    /// Picture to begin with.
+    #[arg(long, value_name = "PNG", conflicts_with_all = ["inpaint", "latents"])]
+    init_image: Option<PathBuf>,
+    /// How much of the picture to begin with changes, above 0 to 1.
+    #[arg(long, default_value_t = 0.6, value_name = "S", requires = "init_image")]
+    strength: f64,
+    /// Small decoder for previews.
+    #[arg(long, value_name = "DIR|FILE", requires = "preview")]
+    preview_decoder: Option<PathBuf>,
+    /// Picture that is overwritten with a preview after every step.
+    #[arg(long, value_name = "PNG", requires = "preview_decoder")]
+    preview: Option<PathBuf>,
+    /// PixArt-Σ-XL/2 and its autoencoder with random weights, and random features of a text: to measure.
+    #[arg(long, conflicts_with_all = ["prompt", "embeddings"])]
+    random_weights: bool,
+}
+
+/// Width and height.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Size {
+    width: usize,
+    height: usize,
+}
+
+impl std::str::FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let sides = text.split_once(['x', 'X']).and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
+        sides.map(|(width, height)| Size { width, height }).ok_or_else(|| "must be WIDTHxHEIGHT, as 2048x2048".into())
+    }
+}
+
+/// Whether the request is for a model that reads text.
+///
+/// # Errors
+/// A model that cannot be opened, or text for one that reads labels.
+pub fn is_for(args: &Args) -> Result<bool> {
+    let text = &args.text;
+    if text.random_weights {
+        return Ok(true);
+    }
+    let asked = !text.prompt.is_empty() || text.embeddings.is_some();
+    let path = match (&args.model, text.parts.names_transformer()) {
+        (_, Some(path)) => path,
+        (Some(model), None) => model,
+        (None, None) => return Ok(false),
+    };
+    // Who reads labels says what is wrong with a model that cannot be opened.
+    let opened = hub::resolve(path).and_then(|path| pixart::is_pixart(&component(&path, "transformer")));
+    let reads = if asked || args.model.is_none() { opened? } else { opened.unwrap_or(false) };
+    match (reads, asked) {
+        (false, true) => Err(Error::usage("--prompt", "the model does not read text")
+            .is(path.display())
+            .must("absent, with --class-labels")
+            .fix("give the folder of a PixArt model")),
+        (reads, _) => Ok(reads),
+    }
+}
+
+/// What is settled before anything is loaded.
+struct Job<'a> {
+    args: &'a Args,
+    device: Device,
+    /// Absent with random weights.
+    components: Option<Components>,
+    config: PixArtConfig,
+    /// Pixels along a side of a latent's pixel.
+    factor: usize,
+    /// Height and width that are drawn, and that are asked for.
+    drawn: [usize; 2],
+    wanted: [usize; 2],
+    solver: SolverConfig,
+    seed: u64,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    let job = Job::new(args)?;
+    let count = args.text.prompt.len().max(1) * args.n;
+    let target = job.target(count)?;
+    if args.plan_memory {
+        return job.plan_memory();
+    }
+    let texts = job.texts()?;
+    let sources = job.sources(texts.prompts.len())?;
+    let request = job.request(texts, &sources)?;
+    let record = job.record(&request)?;
+    let latents = job.denoise(&request)?;
+    job.device.trim();
+    if args.seed == -1 {
+        eprintln!("seed {}", job.seed);
+    }
+    sample::write_latents(args, &latents, &record)?;
+    let Some(target) = target else { return Ok(()) };
+    let images = job.decode(&latents, &sources)?;
+    match target {
+        Target::Sheet(path) => {
+            let [only] = images.as_slice() else {
+                return Err(Error::failure("pictures", "several for one file").is(images.len()).must("one"));
+            };
+            pictures::write(&path, only, &record)
+        }
+        Target::Separate(pattern) => {
+            for (i, image) in images.iter().enumerate() {
+                let own = image_seed(job.seed, i as u64);
+                let mut one = record.clone();
+                one["seed"] = json!(own);
+                if let Some(prompt) = args.text.prompt.get(i / args.n) {
+                    one["prompts"] = json!([prompt]);
+                }
+                pictures::write(&PathBuf::from(pattern.replace("%seed%", &own.to_string())), image, &one)?;
+            }
+            Ok(())
+        }
+    }
+}
+
+impl<'a> Job<'a> {
+    fn new(args: &'a Args) -> Result<Job<'a>> {
+        let text = &args.text;
+        if args.n == 0 {
+            return Err(Error::usage("--n", "no images").is(0).must("at least 1"));
+        }
+        let asked = match (text.size, text.width, text.height) {
+            (Some(size), ..) => Some([size.height, size.width]),
+            (None, Some(width), Some(height)) => Some([height, width]),
+            (None, None, None) => None,
+            _ => return Err(Error::usage("--width, --height", "only one is given").must("both, or --size")),
+        };
+        let (components, config, factor) = match text.random_weights {
+            true => {
+                let longest = asked.map_or(1024, |[h, w]| h.max(w));
+                let side = [256, 512, 1024].into_iter().find(|side| *side >= longest).unwrap_or(2048);
+                (None, PixArtConfig::sigma_xl(side)?, 8)
+            }
+            false => {
+                if text.prompt.is_empty() && text.embeddings.is_none() {
+                    return Err(Error::usage("--prompt", "not given").must("a text, or features with --embeddings"));
+                }
+                let model = args.model.as_deref().or(text.parts.names_transformer()).unwrap_or(Path::new("."));
+                let found = text.parts.find(model)?;
+                let config = pixart::describe(&found.transformer)?;
+                // Where nothing decodes, latents are as those of the released autoencoder.
+                let factor = found.vae.as_deref().map_or(Ok(8), Decoder::factor_of)?;
+                (Some(found), config, factor)
+            }
+        };
+        let side = config.sample_size * factor;
+        let wanted = asked.unwrap_or([side, side]);
+        let unit = factor * config.patch;
+        if wanted.iter().any(|side| *side == 0 || !side.is_multiple_of(unit)) {
+            return Err(Error::usage("--size", "sides do not divide into patches")
+                .is(format!("{} x {}", wanted[1], wanted[0]))
+                .must(format!("multiples of {unit}")));
+        }
+        let bin = bins::nearest(side, wanted);
+        let drawn = match bin {
+            Some(bin) if !text.no_binning && !text.random_weights => bin,
+            _ => wanted,
+        };
+        if let Some(bin) = bin.filter(|bin| *bin != drawn && !text.random_weights) {
+            eprintln!(
+                "note: {} x {} is no size that the model was trained at; the nearest is {} x {}",
+                drawn[1], drawn[0], bin[1], bin[0]
+            );
+        }
+        let end = if text.compat == Compat::Official { DpmEndPoint::Official } else { DpmEndPoint::Zero };
+        let stated = match components.as_ref().and_then(|c| c.scheduler.as_ref()) {
+            Some(path) => Some((SolverConfig::from_scheduler_json(&json::read(path)?), path)),
+            None => None,
+        };
+        let mut solver = match (stated, args.sampler) {
+            (None, _) => SolverConfig { sampler: Sampler::DpmPlusPlus { end }, schedule: Schedule::default() },
+            (Some((Ok(solver), _)), _) => solver,
+            // A scheduler that is not known matters only to those who do not choose another.
+            (Some((Err(_), _)), Some(sampler)) => SolverConfig { sampler, schedule: Schedule::default() },
+            (Some((Err(e), path)), None) => return Err(e.context(&path.display().to_string())),
+        };
+        solver.sampler = args.sampler.unwrap_or(solver.sampler);
+        if let Sampler::DpmPlusPlus { .. } = solver.sampler {
+            solver.sampler = Sampler::DpmPlusPlus { end };
+        }
+        solver.sampler = sample::with_eta(solver.sampler, args.eta)?;
+        let (device, seed) = (args.run.device()?, sample::first_seed(args)?);
+        Ok(Job { args, device, components, config, factor, drawn, wanted, solver, seed })
+    }
+
+    /// Where pictures go; none where only latents are asked for.
+    fn target(&self, count: usize) -> Result<Option<Target>> {
+        let args = self.args;
+        for path in args.output_latents.iter().chain(&args.text.preview) {
+            sample::writable(path)?;
+        }
+        let path = match (&args.output, &args.output_latents) {
+            (None, Some(_)) => return Ok(None),
+            (path, _) => path.clone().unwrap_or_else(|| PathBuf::from("sample.png")),
+        };
+        if let Some(components) = &self.components {
+            components.vae()?;
+        }
+        let several = count > 1 && path.as_os_str() != "-";
+        sample::place(args, path, args.separate || several).map(Some)
+    }
+
+    fn guidance(&self) -> f64 {
+        self.args.guidance_scale.unwrap_or(4.5)
+    }
+
+    fn latent_size(&self) -> [usize; 2] {
+        self.drawn.map(|side| side / self.factor)
+    }
+
+    /// Features of every image's text.
+    fn texts(&self) -> Result<Texts> {
+        let text = &self.args.text;
+        let found = match (&self.components, &text.embeddings) {
+            (None, _) => self.random_texts()?,
+            (Some(_), Some(path)) => texts::read(path, &self.device)?,
+            (Some(components), None) => {
+                let negative = text.negative_prompt.clone().unwrap_or_default();
+                let encoding = Encoding {
+                    components,
+                    residence: text.parts.residence(),
+                    most: self.config.max_tokens,
+                    compat: text.compat,
+                    run: &self.args.run,
+                };
+                encoding.encode(&text.prompt, &vec![negative; text.prompt.len()])?
+            }
+        };
+        let each = |all: Vec<Tensor>| all.into_iter().flat_map(|t| vec![t; self.args.n]).collect();
+        Ok(Texts { prompts: each(found.prompts), nulls: each(found.nulls) })
+    }
+
+    fn random_texts(&self) -> Result<Texts> {
+        let draw = |tokens: usize, stream: u64| -> Result<Tensor> {
+            let mut features = self.device.empty(&[tokens, self.config.caption_channels])?;
+            Philox::new(self.seed, stream).fill_normal(features.f32s_mut()?);
+            Ok(features)
+        };
+        Ok(Texts { prompts: vec![draw(self.config.max_tokens, 1 << 33)?], nulls: vec![draw(1, 1 << 34)?] })
+    }
+
+    /// Pictures to begin with or to fill in, as latents.
+    fn sources(&self, count: usize) -> Result<Sources> {
+        let args = self.args;
+        let known = args.inpaint.as_deref().zip(args.mask.as_deref());
+        if args.text.init_image.is_none() && known.is_none() {
+            return Ok(Sources::default());
+        }
+        let Some(components) = &self.components else {
+            return Err(
+                Error::usage("--random-weights", "knows no pictures").must("without --init-image and --inpaint")
+            );
+        };
+        let vae = vae::load(components.vae()?, &self.device, self.given())?;
+        let precision = args.run.dtype.into();
+        let read = |path: &Path| sample_sources::picture(path, self.drawn);
+        let mut sources = Sources::default();
+        if let Some(path) = &args.text.init_image {
+            sources.start = Some(sample_sources::latents(&vae, &read(path)?, self.drawn, count, precision)?);
+        }
+        if let Some((image, mask)) = known {
+            sources.inpaint(&vae, &read(image)?, &read(mask)?, (self.drawn, count, args.rounds), precision)?;
+        }
+        Ok(sources)
+    }
+
+    fn given(&self) -> Given {
+        Given { groups: None, scaling: self.args.text.vae_scale }
+    }
+
+    fn request(&self, texts: Texts, sources: &Sources) -> Result<Request> {
+        let args = self.args;
+        let semantics = if args.run.as_diffusers() { Semantics::Diffusers } else { Semantics::Original };
+        Ok(Request {
+            sampler: self.solver.sampler,
+            schedule: self.solver.schedule.clone(),
+            steps: args.steps,
+            guidance: self.guidance(),
+            guided: args.cfg_channels.map(|c| c.count(self.config.out_channels)),
+            batch: args.batch.unwrap_or(1),
+            precision: args.run.dtype.into(),
+            semantics,
+            latents: args.latents.as_deref().map(|p| sample::read_latents(p, &self.device)).transpose()?,
+            start: sources.start.clone().map(|latents| (latents, args.text.strength)),
+            known: sources.known.clone(),
+            factor: self.factor,
+            ..Request::new(texts.prompts, texts.nulls, self.latent_size(), self.seed)
+        })
+    }
+
+    /// The transformer, with its adapters merged.
+    fn transformer(&self) -> Result<PixArt> {
+        let bf16 = self.args.run.dtype == Dtype::Bf16;
+        let mut model = match &self.components {
+            None => PixArt::random(self.config.clone(), &self.device, self.seed)?,
+            Some(components) => {
+                pixart::load(&components.transformer, &self.device, bf16 && self.args.text.lora.is_empty())?
+            }
+        };
+        for (path, weight) in self.loras()? {
+            let count = lora::attach(&mut model, &path, weight)?;
+            crate::nn::lora::merge(&mut model.params)?;
+            eprintln!("{count} adapters of {} merged", path.display());
+        }
+        if bf16 && (self.components.is_none() || !self.args.text.lora.is_empty()) {
+            model.round_to_bf16()?;
+        }
+        Ok(model)
+    }
+
+    fn loras(&self) -> Result<Vec<(PathBuf, f64)>> {
+        let parse = |text: &String| {
+            let split = text.rsplit_once(':').and_then(|(path, weight)| Some((path, weight.parse::<f64>().ok()?)));
+            let (path, weight) = split.unwrap_or((text, 1.0));
+            let path = hub::resolve(Path::new(path))?;
+            match path.exists() && weight.is_finite() {
+                true => Ok((path, weight)),
+                false => Err(Error::usage("--lora", "no such adapter").is(text).must("a folder or file, and a weight")),
+            }
+        };
+        self.args.text.lora.iter().map(parse).collect()
+    }
+
+    fn denoise(&self, request: &Request) -> Result<Tensor> {
+        let model = self.transformer()?;
+        let steps = text::step_count(&model, request)?;
+        let preview = match (&self.args.text.preview, &self.args.text.preview_decoder) {
+            (Some(path), Some(decoder)) => Some((path, Decoder::load(decoder, &self.device, self.given())?)),
+            _ => None,
+        };
+        let bar = progress::bar((request.prompts.len() * steps) as u64, "sample");
+        let [h, w] = request.size;
+        let channels = self.config.in_channels;
+        let result = text::generate(&model, request, &mut |p, x0| {
+            bar.set_position((p.images * steps + p.batch * p.step) as u64);
+            let Some((path, decoder)) = &preview else { return Ok(()) };
+            let first = Tensor::from_f32(&self.device, &[1, channels, h, w], &x0.f32s()?[..channels * h * w])?;
+            let picture = decoder.decode(&first, request.precision, &mut |_, _| {})?;
+            let image = sample_sources::to_image(picture.f32s()?, picture.dim(2), picture.dim(3))?;
+            crate::io::png::write(path, &image, &std::collections::BTreeMap::new())
+        });
+        bar.finish_and_clear();
+        let memory = self.device.memory();
+        eprintln!("transformer: {:.2} GiB at most", memory.peak as f64 / f64::from(1 << 30));
+        result
+    }
+
+    /// Pictures of the latents, in the size that was asked for.
+    fn decode(&self, latents: &Tensor, sources: &Sources) -> Result<Vec<Image>> {
+        let decoder = match &self.components {
+            Some(components) => Decoder::load(components.vae()?, &self.device, self.given())?,
+            None => Decoder::Kl(Box::new(Vae::new(VaeConfig::released(0.13025), &self.device, self.seed)?)),
+        };
+        if let Decoder::Kl(vae) = &decoder
+            && let Some(scaling) = vae.config.scaling.filter(|s| ![0.13025, 0.18215].contains(s))
+        {
+            eprintln!("note: the autoencoder states a scale of {scaling}; PixArt-Σ has 0.13025, PixArt-α 0.18215");
+        }
+        self.device.reset_peak();
+        let bar = progress::bar(1, "decode");
+        let decoded = decoder.decode(latents, self.args.run.dtype.into(), &mut |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        });
+        bar.finish_and_clear();
+        let decoded = decoded?;
+        let memory = self.device.memory();
+        eprintln!("decoder: {:.2} GiB at most", memory.peak as f64 / f64::from(1 << 30));
+        let each = decoded.len() / decoded.dim(0).max(1);
+        let image = |values: &[f32]| {
+            let mut values = values.to_vec();
+            sources.restore(&mut values);
+            if self.wanted != self.drawn {
+                values = bins::resize_and_crop(&values, self.drawn, self.wanted);
+            }
+            sample_sources::to_image(&values, self.wanted[0], self.wanted[1])
+        };
+        decoded.f32s()?.chunks(each).map(image).collect()
+    }
+
+    /// Prints the memory of every stage; they follow one another, so the largest counts.
+    fn plan_memory(&self) -> Result<()> {
+        let bf16 = self.args.run.dtype == Dtype::Bf16;
+        let mut stages: Vec<(&str, usize, String)> = Vec::new();
+        if let (Some(components), None) = (&self.components, &self.args.text.embeddings) {
+            let bytes = t5::plan_memory(components.text()?.0, bf16, self.args.text.parts.residence())?;
+            stages.push(("text encoder", bytes, String::new()));
+        }
+        let texts = Texts {
+            prompts: vec![Device::dry().empty(&[self.config.max_tokens, self.config.caption_channels])?; self.args.n],
+            nulls: vec![Device::dry().empty(&[1, self.config.caption_channels])?; self.args.n],
+        };
+        let plan = text::plan_memory(&self.config, &self.request(texts, &Sources::default())?)?;
+        stages.push(("transformer", plan.total(), plan.to_string()));
+        if self.args.output_latents.is_none() || self.args.output.is_some() {
+            let config = match &self.components {
+                None => Some(VaeConfig::released(0.13025)),
+                // The small decoder needs a fraction of what the transformer does.
+                Some(components) => vae::describe(components.vae()?, self.given()).ok(),
+            };
+            if let Some(config) = config {
+                let plan = vae::plan_memory(&config, self.latent_size(), self.args.n, self.args.run.dtype.into())?;
+                stages.push(("decoder", plan.total(), plan.to_string()));
+            }
+        }
+        let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+        for (stage, bytes, parts) in &stages {
+            let parts = if parts.is_empty() { String::new() } else { format!(" ({parts})") };
+            super::out::line(format!("{stage}: {:.2} GiB{parts}", gib(*bytes)))?;
+        }
+        let most = stages.iter().map(|(_, bytes, _)| *bytes).max().unwrap_or(0);
+        super::out::line(format!("at most {:.2} GiB, as the stages follow one another", gib(most)))
+    }
+
+    /// Everything that is needed to make the same pictures again.
+    fn record(&self, request: &Request) -> Result<Value> {
+        let (args, text) = (self.args, &self.args.text);
+        let (sampler, eta) = sample::sampler_name(request.sampler);
+        let mut record = json!({
+            "program": concat!("graft ", env!("CARGO_PKG_VERSION")),
+            "prompts": text.prompt,
+            "negative_prompt": text.negative_prompt,
+            "seed": self.seed,
+            "images_per_prompt": args.n,
+            "width": self.wanted[1],
+            "height": self.wanted[0],
+            "drawn": [self.drawn[1], self.drawn[0]],
+            "sampler": sampler,
+            "steps": request.steps,
+            "guidance_scale": request.guidance,
+            "cfg_channels": request.guided,
+            "compat": text.compat.name(),
+            "dtype": args.run.dtype_name(),
+            "semantics": args.run.semantics_name(),
+        });
+        if let Some(eta) = eta {
+            record["eta"] = json!(eta);
+        }
+        match &self.components {
+            None => record["model"] = json!("random weights"),
+            Some(components) => {
+                record["model"] =
+                    json!(model_args::short_name(args.model.as_deref().unwrap_or(&components.transformer)));
+                record["transformer_sha256"] = json!(sample_sources::digest(&components.transformer)?);
+                if let Some(vae) = &components.vae {
+                    record["vae_sha256"] = json!(sample_sources::digest(vae)?);
+                }
+                record["text_encoder"] = json!(components.text_encoder.as_deref().map(model_args::short_name));
+            }
+        }
+        let file = |path: &Option<PathBuf>| path.as_deref().map(crate::io::hash::sha256_file).transpose();
+        for (key, path) in [
+            ("embeddings_sha256", &text.embeddings),
+            ("latents_sha256", &args.latents),
+            ("init_image_sha256", &text.init_image),
+            ("inpaint_sha256", &args.inpaint),
+            ("mask_sha256", &args.mask),
+        ] {
+            if let Some(digest) = file(path)? {
+                record[key] = json!(digest);
+            }
+        }
+        if text.init_image.is_some() {
+            record["strength"] = json!(text.strength);
+        }
+        if args.inpaint.is_some() {
+            record["rounds"] = json!(args.rounds);
+        }
+        if !text.lora.is_empty() {
+            let all = self.loras()?;
+            let digests = all.iter().map(|(path, weight)| Ok(json!([sample_sources::digest(path)?, weight])));
+            record["lora_sha256"] = json!(digests.collect::<Result<Vec<_>>>()?);
+        }
+        if let Some(scale) = text.vae_scale {
+            record["vae_scale"] = json!(scale);
+        }
+        Ok(record)
+    }
+}
