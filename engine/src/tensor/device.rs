@@ -264,12 +264,7 @@ impl Device {
     ///
     /// # Errors
     /// Those of the work; a device without a clock.
-    pub fn time(
-        &self,
-        samples: usize,
-        patience: Duration,
-        work: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Vec<f64>> {
+    pub fn time(&self, samples: usize, patience: Duration, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<f64>> {
         if let Some(gpu) = &self.0.gpu {
             return gpu.time(samples, work);
         }

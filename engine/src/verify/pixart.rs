@@ -66,7 +66,7 @@ fn results(case: &Case, checks: &mut Checks<'_>, model: &PixArt, layout: Layout)
     if case.config.get("cfg_scale").is_some() {
         let doubled = {
             let mut x = inputs.x.copy()?;
-            cfg::double(inputs.x.f32s()?.split_at(inputs.x.len() / 2).0, x.f32s_mut()?);
+            cfg::repeat_first_half(&mut x)?;
             Inputs { x, ..inputs.clone() }
         };
         let mut guided = forward(model, &doubled, semantics, checks.precision("output_guided"))?;

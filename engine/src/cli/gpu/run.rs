@@ -44,7 +44,8 @@ pub fn battery(steps: &[Step], folder: &Path, time: Duration) -> Result<()> {
             let mut rows = JsonLog::resume(&folder.join(file), u64::MAX)?;
             outcome.rows.iter().try_for_each(|row| rows.append(row))?;
         }
-        let record = json!({ "step": step.name, "verdict": outcome.verdict, "seconds": outcome.seconds, "note": outcome.note });
+        let record =
+            json!({ "step": step.name, "verdict": outcome.verdict, "seconds": outcome.seconds, "note": outcome.note });
         log.append(&record)?;
         done.insert(step.name.clone(), outcome.verdict.to_string());
     }
@@ -62,7 +63,10 @@ struct Outcome {
 /// Last verdict of every step of the runs before.
 fn finished(log: &Path) -> Result<BTreeMap<String, String>> {
     let records = if log.is_file() { jsonl::read(log)? } else { Vec::new() };
-    Ok(records.iter().filter_map(|v| Some((v["step"].as_str()?.to_string(), v["verdict"].as_str()?.to_string()))).collect())
+    Ok(records
+        .iter()
+        .filter_map(|v| Some((v["step"].as_str()?.to_string(), v["verdict"].as_str()?.to_string())))
+        .collect())
 }
 
 /// Why a step is not run.
@@ -94,7 +98,14 @@ fn start(step: &Step, folder: &Path, limit: Duration) -> Result<Outcome> {
     let said = || [&stdout, &stderr].into_iter().flat_map(|t| t.lines()).rfind(|l| !l.trim().is_empty());
     let note = said().unwrap_or_default().trim().to_string();
     let verdict = match status {
-        None => return Ok(Outcome { verdict: "fail", note: format!("took longer than {limit:.0?}"), seconds, rows: Vec::new() }),
+        None => {
+            return Ok(Outcome {
+                verdict: "fail",
+                note: format!("took longer than {limit:.0?}"),
+                seconds,
+                rows: Vec::new(),
+            });
+        }
         Some(true) => "ok",
         Some(false) if UNSUPPORTED.iter().any(|u| stdout.contains(u) || stderr.contains(u)) => "skip",
         Some(false) => "fail",

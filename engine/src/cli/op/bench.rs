@@ -28,9 +28,10 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// Measures on `device`; a line of JSON a row, or a table.
 pub fn run(device: &Device, choice: &Choice<'_>, json: bool) -> Result<()> {
     if device.kind() == DeviceKind::Emu {
-        return Err(Error::usage("op bench", "the emulator has no speed").is("--backend emu").must("cpu or cuda").fix(
-            "EMU_COUNT=1 in the emulator's tests counts sectors and bank conflicts",
-        ));
+        return Err(Error::usage("op bench", "the emulator has no speed")
+            .is("--backend emu")
+            .must("cpu or cuda")
+            .fix("EMU_COUNT=1 in the emulator's tests counts sectors and bank conflicts"));
     }
     let mut rows = Vec::new();
     let chosen = |row: &CaseRow| {
@@ -85,7 +86,8 @@ fn record(device: &Device, row: &CaseRow, pass: &str, mut times: Vec<f64>) -> Va
 
 fn table(rows: &[Value]) -> Table {
     let mut table = Table::new(&["operator", "case", "pass", "median ms", "fastest", "p90", "GB/s", "TFLOP/s"]);
-    let number = |row: &Value, key: &str, digits: usize| row[key].as_f64().map_or("-".into(), |v| format!("{v:.digits$}"));
+    let number =
+        |row: &Value, key: &str, digits: usize| row[key].as_f64().map_or("-".into(), |v| format!("{v:.digits$}"));
     for row in rows {
         let word = |key: &str| row[key].as_str().unwrap_or_default().to_string();
         table.row([
