@@ -59,46 +59,11 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
     let [dc, norm]: [Out<f32>; 2] = [queue.scratch(vectors * d)?, queue.scratch(vectors * d)?];
     let shape = Shape::new(vectors.div_ceil(WARPS), THREADS);
     if registers {
-        KvCompressBackward {
-            dy,
-            x,
-            weight,
-            bias,
-            gamma,
-            mean,
-            rstd,
-            dx,
-            dc,
-            norm,
-            vectors,
-            gh,
-            gw,
-            r,
-            d,
-            first,
-        }
-        .launch(queue, shape)?;
+        KvCompressBackward { dy, x, weight, bias, gamma, mean, rstd, dx, dc, norm, vectors, gh, gw, r, d, first }
+            .launch(queue, shape)?;
     } else {
-        KvCompressBackwardAny {
-            dy,
-            x,
-            weight,
-            bias,
-            gamma,
-            mean,
-            rstd,
-            dx,
-            dc,
-            norm,
-            vectors,
-            gh,
-            gw,
-            r,
-            d,
-            k,
-            first,
-        }
-        .launch(queue, shape)?;
+        KvCompressBackwardAny { dy, x, weight, bias, gamma, mean, rstd, dx, dc, norm, vectors, gh, gw, r, d, k, first }
+            .launch(queue, shape)?;
     }
     let (dweight, dbias, dgamma, dbeta) =
         (a.dweight.or_null(), a.dbias.or_null(), a.dgamma.or_null(), a.dbeta.or_null());
