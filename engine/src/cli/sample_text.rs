@@ -258,8 +258,12 @@ impl<'a> Job<'a> {
         if let Some(components) = &self.components {
             components.vae()?;
         }
-        let several = count > 1 && path.as_os_str() != "-";
-        sample::place(args, path, args.separate || several).map(Some)
+        if count > 1 && path.as_os_str() == "-" {
+            return Err(Error::usage("--output", "standard output takes one picture")
+                .is(count)
+                .must("a file or folder"));
+        }
+        sample::place(args, path, args.separate || count > 1).map(Some)
     }
 
     fn guidance(&self) -> f64 {

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::io::safetensors::TensorFile;
 use crate::models::pipeline::{Components, Overrides};
 use crate::models::t5::{self, Residence, Tokenizer, Tokens};
+use crate::sample::captions;
 use crate::tensor::{Device, Tensor};
 use std::path::{Path, PathBuf};
 
@@ -71,7 +72,7 @@ impl PartArgs {
 /// where DPM-Solver++ ends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Compat {
-    /// Diffusers: the null text's own tokens, prompts in lower case, an end without noise.
+    /// Diffusers: the null text's own tokens, prompts cleaned as web captions, an end without noise.
     #[default]
     Diffusers,
     /// The original code: the null text under the prompt's mask, prompts as they are, an end at the last noise level.
@@ -90,7 +91,7 @@ impl Compat {
     /// A prompt as it is encoded.
     pub fn clean(self, prompt: &str) -> String {
         match self {
-            Compat::Diffusers => prompt.to_lowercase().trim().to_string(),
+            Compat::Diffusers => captions::clean(prompt),
             Compat::Official => prompt.trim().to_string(),
         }
     }

@@ -13,6 +13,7 @@ use crate::io::{files, json};
 use crate::tensor::Tensor;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::Path;
 
 /// What programs put before a module's name.
@@ -116,12 +117,13 @@ pub fn attach(model: &mut PixArt, path: &Path, weight: f64) -> Result<usize> {
         let matrices = Matrices::read(model, source, module, found, target, (&config, weight))?;
         planned.entry(target.id).or_default().push((target, matrices));
     }
-    let mut replaced = Vec::new();
+    let mut replaced: BTreeMap<ParamId, Vec<f32>> = BTreeMap::new();
     for name in &whole {
-        replaced.push(replacement(model, source, name)?);
+        replace(model, source, name, &mut replaced)?;
     }
-    for (id, value) in replaced {
-        model.params.set(id, value)?;
+    for (id, values) in replaced {
+        let shape = model.params.get(id).value.shape();
+        model.params.set(id, Tensor::from_f32(model.device(), shape.dims(), &values)?)?;
     }
     for (id, parts) in planned {
         join(model, id, &parts)?;
@@ -196,16 +198,24 @@ impl Matrices {
     }
 }
 
-/// A module that was trained in full.
-fn replacement(model: &PixArt, source: &dyn Source, name: &str) -> Result<(ParamId, Tensor)> {
+/// Puts a parameter that was trained in full, or a part of one, into the values that will replace the model's.
+fn replace(model: &PixArt, source: &dyn Source, name: &str, values: &mut BTreeMap<ParamId, Vec<f32>>) -> Result<()> {
     let bare = PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(name);
-    let known = model.params.iter().find(|(_, p)| p.name == bare || diffusers_parts(&p.name) == [bare]);
-    let Some((id, param)) = known else {
-        return Err(Error::failure(format!("{}: {}", source.place(), files::printable(name)), "unexpected tensor")
-            .must("part of an adapter, or a whole parameter of the model"));
-    };
-    let shape = param.value.shape();
-    Ok((id, Tensor::from_f32(model.device(), shape.dims(), &read_weight(source, name, shape.dims())?)?))
+    for (id, param) in model.params.iter() {
+        let parts = if param.name == bare { vec![bare.to_string()] } else { diffusers_parts(&param.name) };
+        let Some(part) = parts.iter().position(|part| part == bare) else { continue };
+        let mut shape = param.value.shape().dims().to_vec();
+        shape[0] /= parts.len();
+        let found = read_weight(source, name, &shape)?;
+        let whole = match values.entry(id) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(param.value.to_vec()?),
+        };
+        whole[part * found.len()..][..found.len()].copy_from_slice(&found);
+        return Ok(());
+    }
+    Err(Error::failure(format!("{}: {}", source.place(), files::printable(name)), "unexpected tensor")
+        .must("part of an adapter, or a whole parameter of the model"))
 }
 
 /// Adds one adapter for all modules of a parameter: ranks one after the other, each on its own rows.

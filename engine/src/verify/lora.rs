@@ -18,7 +18,9 @@ pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
     };
     let plain = output(&model, checks)?;
     checks.tensor("output_without_adapter", &plain)?;
-    lora::attach(&mut model, &case.model().join("adapter"), 1.0)?;
+    let places = ["adapter", "adapter.safetensors", "lora.safetensors"].map(|name| case.model().join(name));
+    let adapter = places.iter().find(|path| path.exists()).unwrap_or(&places[0]);
+    lora::attach(&mut model, adapter, 1.0)?;
     let adapted = output(&model, checks)?;
     checks.tensor("output", &adapted)?;
     crate::nn::lora::merge(&mut model.params)?;

@@ -6,16 +6,19 @@ use super::dit::pickles;
 use crate::autograd::{Graph, Precision, Var};
 use crate::error::Result;
 use crate::models::dit::FREQUENCIES;
-use crate::models::pixart::{self, Layout, PixArt, Run, Semantics, Text};
+use crate::models::pixart::{self, Layout, MicroConditions, PixArt, Run, Semantics, Text};
 use crate::ops::{contracts, sinusoid};
+use crate::sample::cfg;
 use crate::tensor::{Device, Tensor};
 
 /// Inputs of a forward pass.
+#[derive(Clone)]
 pub(super) struct Inputs {
     x: Tensor,
     t: Tensor,
     text: Tensor,
     mask: Option<Tensor>,
+    micro: Option<MicroConditions>,
 }
 
 impl Inputs {
@@ -23,7 +26,16 @@ impl Inputs {
     pub(super) fn read(case: &Case, device: &Device) -> Result<Inputs> {
         let mask = case.has_input("text_mask").then(|| case.input_i32(device, "text_mask")).transpose()?;
         let floats = |name: &str| case.input_f32(device, name);
-        Ok(Inputs { x: floats("x")?, t: floats("t")?, text: floats("text")?, mask })
+        // Size and aspect ratio, where the model is told them.
+        let size = ["resolution", "img_hw"].into_iter().find(|name| case.has_input(name));
+        let micro = match size {
+            None => None,
+            Some(name) => {
+                let aspect = floats("aspect_ratio")?;
+                Some(MicroConditions { size: floats(name)?, aspect: aspect.reshape(&[aspect.len()])? })
+            }
+        };
+        Ok(Inputs { x: floats("x")?, t: floats("t")?, text: floats("text")?, mask, micro })
     }
 }
 
@@ -51,6 +63,16 @@ fn results(case: &Case, checks: &mut Checks<'_>, model: &PixArt, layout: Layout)
     checks.tensor("output", &forward(model, &inputs, semantics, checks.precision("output"))?)?;
     let waves = contracts::sinusoid::Params { denominator: 128.0 };
     checks.tensor("timestep_sinusoid", &sinusoid(&inputs.t, FREQUENCIES, waves)?)?;
+    if case.config.get("cfg_scale").is_some() {
+        let doubled = {
+            let mut x = inputs.x.copy()?;
+            cfg::repeat_first_half(&mut x)?;
+            Inputs { x, ..inputs.clone() }
+        };
+        let mut guided = forward(model, &doubled, semantics, checks.precision("output_guided"))?;
+        cfg::combine(&mut guided, case.number("cfg_scale")?, model.config.out_channels)?;
+        checks.tensor("output_guided", &guided)?;
+    }
     if case.has_input("target") {
         gradients(case, checks, model, &inputs, layout)?;
     }
@@ -64,7 +86,7 @@ pub(super) fn forward(model: &PixArt, inputs: &Inputs, semantics: Semantics, pre
     let keys = model.keys(&g, &text)?;
     let x = Var::constant(inputs.x.clone());
     let run = Run { semantics, checkpoint: false };
-    Ok(model.forward(&g, &x, &inputs.t, &keys, None, run)?.into_tensor())
+    Ok(model.forward(&g, &x, &inputs.t, &keys, inputs.micro.as_ref(), run)?.into_tensor())
 }
 
 /// Gradients of mean((output − target)²), with and without keeping the activations.
@@ -78,7 +100,7 @@ fn gradients(case: &Case, checks: &mut Checks<'_>, model: &PixArt, inputs: &Inpu
         let (x, features) = (g.leaf(inputs.x.clone()), g.leaf(inputs.text.clone()));
         let keys = model.keys(&g, &Text::new(&g, &features, inputs.mask.as_ref())?)?;
         let run = Run { checkpoint, ..Run::default() };
-        let out = model.forward(&g, &x, &inputs.t, &keys, None, run)?;
+        let out = model.forward(&g, &x, &inputs.t, &keys, inputs.micro.as_ref(), run)?;
         let rows = [out.dim(0), out.dim(1), out.dim(2) * out.dim(3)];
         let squared = contracts::loss_regression::Params { kind: 1, delta: 1.0 };
         let loss = g.loss_regression(&g.reshape(&out, &rows)?, &Var::constant(target.reshape(&rows)?), squared)?;

@@ -14,12 +14,13 @@ pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
     let device = Device::cpu();
     let latent = case.input_f32(&device, "latent")?;
     let precision = checks.precision("decoded");
-    if case.config.get("decoder_blocks").is_some() {
-        return checks.tensor("decoded", &Tiny::load(&case.model(), &device)?.decode(&latent, precision)?);
+    let path = weights(case)?;
+    if vae::is_tiny(&path)? {
+        return checks.tensor("decoded", &Tiny::load(&path, &device)?.decode(&latent, precision)?);
     }
     // A single file does not tell the groups.
     let groups = case.config.get("norm_num_groups").and_then(Value::as_u64).map(|g| g as usize);
-    let mut vae = vae::load(&weights(case)?, &device, Given { groups, scaling: None })?;
+    let mut vae = vae::load(&path, &device, Given { groups, scaling: None })?;
     both(case, checks, &vae)?;
     checks.label("strips");
     vae.set_strip(1);

@@ -225,9 +225,33 @@ fn make_current(context: Handle<sys::CUctx_st>, label: &str) -> Result<()> {
     unsafe { result::ctx::set_current(context.0) }.map_err(|e| refused(e, label, "cannot be used from this thread"))
 }
 
+/// Shortest piece of work that is measured, in milliseconds: calls are repeated until they take so long.
+const MEASURED: f32 = 2.0;
+
+/// Most repetitions of a call in a measurement.
+const REPEATED: f32 = 64.0;
+
 impl Gpu for Cuda {
     fn properties(&self) -> &Properties {
         &self.properties
+    }
+
+    fn time(&self, samples: usize, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<f64>> {
+        work()?;
+        let once = self.timed(work)?;
+        let calls = (MEASURED / once.max(1e-3)).ceil().clamp(1.0, REPEATED) as usize;
+        let key = GraphKey { work: "a measurement".to_string(), shape: vec![calls], addresses: Vec::new() };
+        let mut repeated = || (0..calls).try_for_each(|_| work());
+        // The first time it runs plainly, the second time it is captured.
+        self.graph(&key, &mut repeated)?;
+        self.graph(&key, &mut repeated)?;
+        let mut times = Vec::with_capacity(samples);
+        for _ in 0..samples.max(1) {
+            let all = self.timed(&mut || self.graph(&key, &mut repeated).map(drop))?;
+            times.push(f64::from(all) / calls as f64);
+        }
+        self.forget_graphs()?;
+        Ok(times)
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {

@@ -7,6 +7,8 @@ mod block;
 mod config;
 mod load;
 mod names;
+#[cfg(test)]
+mod tests;
 mod text;
 
 pub use config::PixArtConfig;

@@ -60,7 +60,11 @@ impl Decoder {
     }
 }
 
-fn is_tiny(path: &Path) -> Result<bool> {
+/// Whether a folder or file holds the small decoder: by the configuration, else by the names of the tensors.
+///
+/// # Errors
+/// When it cannot be opened.
+pub fn is_tiny(path: &Path) -> Result<bool> {
     let opened = open(path)?;
     let class = opened.config.as_ref().and_then(|(_, c)| c.get("_class_name")).and_then(Value::as_str);
     Ok(match class {

@@ -10,7 +10,7 @@ mod load;
 mod names;
 mod tiny;
 
-pub use decoder::Decoder;
+pub use decoder::{Decoder, is_tiny};
 pub use load::{Given, describe, load};
 pub use tiny::Tiny;
 
