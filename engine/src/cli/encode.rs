@@ -95,7 +95,7 @@ fn padded(texts: &[Tensor]) -> Result<(Values<f32>, Values<i64>)> {
     let longest = texts.iter().map(|t| t.dim(0)).max().unwrap_or(0);
     let (mut values, mut mask) = (vec![0.0; n * longest * width], vec![0; n * longest]);
     for (i, text) in texts.iter().enumerate() {
-        values[i * longest * width..][..text.len()].copy_from_slice(text.f32s()?);
+        values[i * longest * width..][..text.len()].copy_from_slice(&text.values()?);
         mask[i * longest..][..text.dim(0)].fill(1);
     }
     Ok(((values, vec![n, longest, width]), (mask, vec![n, longest])))

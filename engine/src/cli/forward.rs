@@ -84,10 +84,7 @@ fn from_text(args: &Args, folder: &Path, file: &TensorFile) -> Result<Tensor> {
     let (mut x, t, text) = (floats(file, &device, "x")?, floats(file, &device, "t")?, floats(file, &device, "text")?);
     let mask = match file.get("text_mask") {
         None => None,
-        Some(view) => {
-            let mask: Vec<i32> = view.to_i64()?.into_iter().map(|m| i32::from(m != 0)).collect();
-            Some(Tensor::from_i32(&device, view.shape, &mask)?)
-        }
+        Some(view) => Some(view.to_i64()?.into_iter().map(|m| i32::from(m != 0)).collect::<Vec<i32>>()),
     };
     let micro = match (file.get("resolution"), file.get("aspect_ratio")) {
         (None, None) => None,
@@ -108,7 +105,7 @@ fn from_text(args: &Args, folder: &Path, file: &TensorFile) -> Result<Tensor> {
     let semantics =
         if args.model.run.as_diffusers() { pixart::Semantics::Diffusers } else { pixart::Semantics::Original };
     let g = Graph::inference(args.model.run.dtype.into());
-    let keys = model.keys(&g, &pixart::Text::new(&g, &Var::constant(text), mask.as_ref())?)?;
+    let keys = model.keys(&g, &pixart::Text::new(&g, &Var::constant(text), mask.as_deref())?)?;
     let run = pixart::Run { semantics, checkpoint: false };
     let mut out = model.forward(&g, &Var::constant(x), &t, &keys, micro.as_ref(), run)?.into_tensor();
     if let Some(scale) = args.cfg_scale {

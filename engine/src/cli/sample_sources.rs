@@ -88,7 +88,7 @@ pub fn latents(vae: &Vae, picture: &[f32], [h, w]: [usize; 2], n: usize, precisi
     let (mean, _) = vae.encode(&Tensor::from_f32(&device, &[1, 3, h, w], picture)?, precision)?;
     let one = vae.config.scale(&mean)?;
     let shape = [n, one.dim(1), one.dim(2), one.dim(3)];
-    Tensor::from_f32(&device, &shape, &one.f32s()?.repeat(n))
+    Tensor::from_f32(&device, &shape, &one.values()?.repeat(n))
 }
 
 /// A picture of values `[3, H, W]` in −1..1.

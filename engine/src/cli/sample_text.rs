@@ -299,7 +299,7 @@ impl<'a> Job<'a> {
     fn random_texts(&self) -> Result<Texts> {
         let draw = |tokens: usize, stream: u64| -> Result<Tensor> {
             let mut features = self.device.empty(&[tokens, self.config.caption_channels])?;
-            Philox::new(self.seed, stream).fill_normal(features.f32s_mut()?);
+            features.edit(|values| Philox::new(self.seed, stream).fill_normal(values))?;
             Ok(features)
         };
         Ok(Texts { prompts: vec![draw(self.config.max_tokens, 1 << 33)?], nulls: vec![draw(1, 1 << 34)?] })
@@ -400,9 +400,9 @@ impl<'a> Job<'a> {
         let result = text::generate(&model, request, &mut |p, x0| {
             bar.set_position((p.images * steps + p.batch * p.step) as u64);
             let Some((path, decoder)) = &preview else { return Ok(()) };
-            let first = Tensor::from_f32(&self.device, &[1, channels, h, w], &x0.f32s()?[..channels * h * w])?;
+            let first = Tensor::from_f32(&self.device, &[1, channels, h, w], &x0.values()?[..channels * h * w])?;
             let picture = decoder.decode(&first, request.precision, &mut |_, _| {})?;
-            let image = sample_sources::to_image(picture.f32s()?, picture.dim(2), picture.dim(3))?;
+            let image = sample_sources::to_image(&picture.values()?, picture.dim(2), picture.dim(3))?;
             crate::io::png::write(path, &image, &std::collections::BTreeMap::new())
         });
         bar.finish_and_clear();
@@ -441,7 +441,7 @@ impl<'a> Job<'a> {
             }
             sample_sources::to_image(&values, self.wanted[0], self.wanted[1])
         };
-        decoded.f32s()?.chunks(each).map(image).collect()
+        decoded.values()?.chunks(each).map(image).collect()
     }
 
     /// Prints the memory of every stage; they follow one another, so the largest counts.

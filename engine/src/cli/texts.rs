@@ -169,7 +169,7 @@ impl Encoding<'_> {
 fn first_rows(features: &Tensor, count: usize) -> Result<Tensor> {
     let width = features.dim(1);
     let count = count.min(features.dim(0));
-    Tensor::from_f32(features.device(), &[count, width], &features.f32s()?[..count * width])
+    Tensor::from_f32(features.device(), &[count, width], &features.values()?[..count * width])
 }
 
 /// Reads features that `graft encode` wrote: those of the prompts, and of what they are guided away from.

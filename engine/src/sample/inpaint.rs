@@ -112,13 +112,14 @@ mod tests {
     fn known_pixels_are_noised_to_the_level() {
         let t = |values: &[f32]| Tensor::from_f32(&Device::cpu(), &[2, 1, 1, 2], values).unwrap();
         let known = Known { images: t(&[1.0, 2.0, 3.0, 4.0]), mask: t(&[1.0, 0.0, 0.0, 1.0]), rounds: 1 };
-        let mut x = [9.0; 4];
-        known.impose(0, &mut x, &[10.0; 4], (0.5, 0.25)).unwrap();
-        assert_eq!(x, [3.0, 9.0, 9.0, 4.5]);
+        let flat = |values: &[f32]| Tensor::from_f32(&Device::cpu(), &[values.len()], values).unwrap();
+        let mut x = flat(&[9.0; 4]);
+        known.impose(0, &mut x, &flat(&[10.0; 4]), (0.5, 0.25)).unwrap();
+        assert_eq!(x.f32s().unwrap(), [3.0, 9.0, 9.0, 4.5]);
         // A batch that begins with the second image.
-        let mut x = [9.0; 2];
-        known.impose(1, &mut x, &[10.0; 2], (1.0, 0.0)).unwrap();
-        assert_eq!(x, [9.0, 4.0]);
+        let mut x = flat(&[9.0; 2]);
+        known.impose(1, &mut x, &flat(&[10.0; 2]), (1.0, 0.0)).unwrap();
+        assert_eq!(x.f32s().unwrap(), [9.0, 4.0]);
     }
 
     #[test]

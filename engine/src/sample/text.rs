@@ -109,7 +109,8 @@ pub fn generate(model: &PixArt, request: &Request, watch: &mut Watch<'_>) -> Res
                 }
             }
             if !model.device().is_dry() {
-                all.f32s_mut()?[done * image..][..batch.count * image].copy_from_slice(batch.x.f32s()?);
+                let found = batch.x.values()?;
+                all.edit(|all| all[done * image..][..found.len()].copy_from_slice(&found))?;
             }
         }
         Ok(())
@@ -203,24 +204,13 @@ fn check(model: &PixArt, request: &Request) -> Result<Plan> {
     Ok(plan)
 }
 
-/// Texts of a batch, padded to the longest.
-fn text(g: &Graph<'_>, device: &Device, features: &[Tensor], constant: bool) -> Result<Text> {
-    let width = features.first().map_or(0, |f| f.dim(1));
-    let longest = features.iter().map(|f| f.dim(0)).max().unwrap_or(0).max(1);
-    let mut all = device.empty(&[features.len(), longest, width])?;
-    if !device.is_dry() {
-        for (row, features) in all.f32s_mut()?.chunks_mut(longest * width).zip(features) {
-            row.fill(0.0);
-            let values = features.f32s()?;
-            if features.dim(1) != width {
-                return Err(Error::failure("text", "features of different widths").is(features.dim(1)).must(width));
-            }
-            row[..values.len()].copy_from_slice(values);
-        }
-    }
-    let counts: Vec<i32> = features.iter().map(|f| f.dim(0) as i32).collect();
-    let text = Text::new(g, &Var::constant(all), None)?;
-    Ok(Text { counts: Tensor::from_i32(device, &[counts.len()], &counts)?, constant, ..text })
+/// Keys of the texts of a batch, each made on its own, so that they do not depend on the others.
+fn keys<'m>(model: &'m PixArt, g: &Graph<'m>, texts: &[Tensor], constant: bool) -> Result<Keys> {
+    let one = |features: &Tensor| {
+        let features = Var::constant(features.reshape(&[1, features.dim(0), features.dim(1)])?);
+        model.keys(g, &Text { constant, ..Text::new(g, &features, None)? })
+    };
+    Keys::join(&texts.iter().map(one).collect::<Result<Vec<_>>>()?)
 }
 
 /// Images that run together.
@@ -252,25 +242,28 @@ impl<'a> Batch<'a> {
         let mut x = device.empty(&flat)?;
         let len = x.len();
         match &request.latents {
-            Some(given) => x.f32s_mut()?.copy_from_slice(&given.f32s()?[start..start + len]),
+            Some(given) => {
+                let given = given.values()?;
+                x.edit(|x| x.copy_from_slice(&given[start..start + len]))?;
+            }
             None => draw(&mut x, seed, LATENT_STREAM)?,
         }
         if let Some((picture, _)) = &request.start {
             let (signal, sigma) = inpaint::level(plan, step);
-            let clean = &picture.f32s()?[start..start + len];
-            x.f32s_mut()?.iter_mut().zip(clean).for_each(|(x, clean)| *x = signal * clean + sigma * *x);
+            let picture = picture.values()?;
+            let clean = &picture[start..start + len];
+            x.edit(|x| x.iter_mut().zip(clean).for_each(|(x, clean)| *x = signal * clean + sigma * *x))?;
         }
         if let Some(known) = &request.known {
             let noise = x.copy()?;
             known.impose(first, &mut x, &noise, inpaint::level(plan, step))?;
         }
         let graph = Graph::inference(request.precision);
-        let mut keys = vec![model.keys(&graph, &text(&graph, device, &request.prompts[first..first + count], false)?)?];
+        let mut halves = vec![keys(model, &graph, &request.prompts[first..first + count], false)?];
         if request.is_guided() {
             // Decided by all images, so that the batch that an image is in changes nothing.
             let constant = request.nulls.iter().all(|null| null.dim(0) == 1);
-            let nulls = text(&graph, device, &request.nulls[first..first + count], constant)?;
-            keys.push(model.keys(&graph, &nulls)?);
+            halves.push(keys(model, &graph, &request.nulls[first..first + count], constant)?);
         }
         let micro = match c.micro_conditions {
             false => None,
@@ -282,7 +275,7 @@ impl<'a> Batch<'a> {
         };
         let noisy = plan.needs_noise() || request.known.is_some();
         let noise = if noisy { Some(device.empty(&flat)?) } else { None };
-        Ok(Batch { model, plan, request, graph, first, seed, count, x, x0: None, noise, keys, micro })
+        Ok(Batch { model, plan, request, graph, first, seed, count, x, x0: None, noise, keys: halves, micro })
     }
 
     /// One evaluation of both halves and the update that follows; `round` counts repetitions of a step.
@@ -321,7 +314,7 @@ impl<'a> Batch<'a> {
         let x = Var::constant(self.x.reshape(&[self.count, c.in_channels, h, w])?);
         let run = Run { semantics: self.request.semantics, checkpoint: false };
         let out = self.model.forward(&self.graph, &x, times, keys, self.micro.as_ref(), run)?.into_tensor();
-        if !self.model.device().is_dry() && out.f32s()?.iter().any(|v| !v.is_finite()) {
+        if !self.model.device().is_dry() && out.values()?.iter().any(|v| !v.is_finite()) {
             return Err(self.find_fault(&x, keys, times, index));
         }
         out.into_shape(&[self.count, c.out_channels, h * w])
@@ -335,9 +328,9 @@ impl<'a> Batch<'a> {
                 .must("finite")
                 .fix("check the weights; lower the guidance scale, or use --dtype f32")
         };
-        let mut watch = |block: usize, h: &Tensor| match h.f32s()?.iter().find(|v| !v.is_finite()) {
-            None => Ok(()),
-            Some(value) => Err(place(format!("block {block}"), *value)),
+        let mut watch = |block: usize, h: &Tensor| {
+            let first = h.values()?.iter().copied().find(|v| !v.is_finite());
+            first.map_or(Ok(()), |value| Err(place(format!("block {block}"), value)))
         };
         let run = Run { semantics: self.request.semantics, checkpoint: false };
         let (graph, micro) = (&self.graph, self.micro.as_ref());

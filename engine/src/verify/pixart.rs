@@ -17,14 +17,17 @@ pub(super) struct Inputs {
     x: Tensor,
     t: Tensor,
     text: Tensor,
-    mask: Option<Tensor>,
+    mask: Option<Vec<i32>>,
     micro: Option<MicroConditions>,
 }
 
 impl Inputs {
     /// Those of a case; without a mask every token counts.
     pub(super) fn read(case: &Case, device: &Device) -> Result<Inputs> {
-        let mask = case.has_input("text_mask").then(|| case.input_i32(device, "text_mask")).transpose()?;
+        let mask = match case.has_input("text_mask") {
+            true => Some(case.input("text_mask")?.data.iter().map(|m| i32::from(*m != 0.0)).collect()),
+            false => None,
+        };
         let floats = |name: &str| case.input_f32(device, name);
         // Size and aspect ratio, where the model is told them.
         let size = ["resolution", "img_hw"].into_iter().find(|name| case.has_input(name));
@@ -82,7 +85,7 @@ fn results(case: &Case, checks: &mut Checks<'_>, model: &PixArt, layout: Layout)
 /// The prediction of a model.
 pub(super) fn forward(model: &PixArt, inputs: &Inputs, semantics: Semantics, precision: Precision) -> Result<Tensor> {
     let g = Graph::inference(precision);
-    let text = Text::new(&g, &Var::constant(inputs.text.clone()), inputs.mask.as_ref())?;
+    let text = Text::new(&g, &Var::constant(inputs.text.clone()), inputs.mask.as_deref())?;
     let keys = model.keys(&g, &text)?;
     let x = Var::constant(inputs.x.clone());
     let run = Run { semantics, checkpoint: false };
@@ -98,7 +101,7 @@ fn gradients(case: &Case, checks: &mut Checks<'_>, model: &PixArt, inputs: &Inpu
         }
         let g = Graph::training(Precision::F32);
         let (x, features) = (g.leaf(inputs.x.clone()), g.leaf(inputs.text.clone()));
-        let keys = model.keys(&g, &Text::new(&g, &features, inputs.mask.as_ref())?)?;
+        let keys = model.keys(&g, &Text::new(&g, &features, inputs.mask.as_deref())?)?;
         let run = Run { checkpoint, ..Run::default() };
         let out = model.forward(&g, &x, &inputs.t, &keys, inputs.micro.as_ref(), run)?;
         let rows = [out.dim(0), out.dim(1), out.dim(2) * out.dim(3)];

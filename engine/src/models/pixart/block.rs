@@ -64,8 +64,10 @@ impl Block {
             return Ok(Key::Tokens(g.reshape(&kv, &[b, l, 2, self.heads, d / self.heads])?));
         }
         let mut value = text.tensor().device().empty(&[b, 1, d])?;
-        let pairs = kv.tensor().f32s()?.chunks(2 * d);
-        value.f32s_mut()?.chunks_mut(d).zip(pairs).for_each(|(value, pair)| value.copy_from_slice(&pair[d..]));
+        let pairs = kv.tensor().values()?;
+        let pairs = pairs.chunks(2 * d);
+        value
+            .edit(|value| value.chunks_mut(d).zip(pairs).for_each(|(value, pair)| value.copy_from_slice(&pair[d..])))?;
         let added = self.output.forward(g, params, &Var::constant(value), act::NONE)?;
         Ok(Key::Constant(g.reshape(&added, &[b, d])?))
     }

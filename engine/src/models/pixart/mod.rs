@@ -121,9 +121,10 @@ impl PixArt {
         let ids: Vec<ParamId> = model.params.iter().filter(|(_, p)| zero(&p.name)).map(|(id, _)| id).collect();
         for id in ids.into_iter().filter(|_| !device.is_dry()) {
             let mut value = device.empty(model.params.get(id).value.shape().dims())?;
-            let values = value.f32s_mut()?;
-            Philox::new(seed, RANDOM_STREAMS + id.index() as u64).fill_normal(values);
-            values.iter_mut().for_each(|v| *v *= 0.02);
+            value.edit(|values| {
+                Philox::new(seed, RANDOM_STREAMS + id.index() as u64).fill_normal(values);
+                values.iter_mut().for_each(|v| *v *= 0.02);
+            })?;
             model.params.set(id, value)?;
         }
         Ok(model)
@@ -228,10 +229,11 @@ impl PixArt {
         }
         let h = self.caption[0].forward(g, &self.params, &text.features, act::GELU)?;
         let h = self.caption[1].forward(g, &self.params, &h, act::NONE)?;
-        let single =
-            text.constant && !g.is_recording() && h.dim(1) == 1 && text.counts.i32s()?.iter().all(|count| *count == 1);
+        let single = text.constant && !g.is_recording() && h.dim(1) == 1 && text.counts.iter().all(|count| *count == 1);
+        let counts: Vec<i32> = text.counts.iter().map(|count| *count as i32).collect();
+        let counts = Tensor::from_i32(h.tensor().device(), &[counts.len()], &counts)?;
         let of = |block: &Arc<Block>| block.key(g, &self.params, &h, single);
-        Ok(Keys { blocks: self.blocks.iter().map(of).collect::<Result<_>>()?, counts: text.counts.clone() })
+        Ok(Keys { blocks: self.blocks.iter().map(of).collect::<Result<_>>()?, counts })
     }
 
     /// As [`PixArt::forward`], and shows `watch` the residual stream `[B, N, D]` after every block.
@@ -369,13 +371,15 @@ impl PixArt {
         let (sizes, frozen) = (micro.size.reshape(&[2 * b])?, Graph::inference(g.precision()));
         let sizes = self.waves(&frozen, &sizes, &layers.size)?;
         let aspects = self.waves(&frozen, &micro.aspect, &layers.aspect)?;
-        let (wide, narrow) = (sizes.tensor().f32s()?, aspects.tensor().f32s()?);
+        let (wide, narrow) = (sizes.tensor().values()?, aspects.tensor().values()?);
         let mut added = t.device().empty(&[b, d])?;
-        for (sample, row) in added.f32s_mut()?.chunks_mut(d).enumerate() {
-            let (size, aspect) = row.split_at_mut(d / 3 * 2);
-            size.copy_from_slice(&wide[sample * size.len()..][..size.len()]);
-            aspect.copy_from_slice(&narrow[sample * aspect.len()..][..aspect.len()]);
-        }
+        added.edit(|added| {
+            for (sample, row) in added.chunks_mut(d).enumerate() {
+                let (size, aspect) = row.split_at_mut(d / 3 * 2);
+                size.copy_from_slice(&wide[sample * size.len()..][..size.len()]);
+                aspect.copy_from_slice(&narrow[sample * aspect.len()..][..aspect.len()]);
+            }
+        })?;
         g.add(&time, &Var::constant(added))
     }
 

@@ -40,7 +40,7 @@ fn save(model: &PixArt, file: &Path, layout: Layout, prefix: &str, more: &[(&str
 }
 
 fn predict(model: &PixArt, size: [usize; 2]) -> Vec<f32> {
-    let (device, g) = (Device::cpu(), Graph::inference(Precision::F32));
+    let (device, g) = (model.device().clone(), Graph::inference(Precision::F32));
     let draw = |shape: &[usize], seed: u64| {
         let mut t = device.empty(shape).unwrap();
         Philox::new(seed, 0).fill_normal(t.f32s_mut().unwrap());

@@ -251,6 +251,12 @@ impl T5 {
             if text.count == 0 || text.count > text.ids.len() {
                 return Err(Error::failure("t5: text", "no token that counts").is(text.count).must("at least one"));
             }
+            if let Some(id) = text.ids.iter().find(|id| **id as usize >= self.config.vocabulary) {
+                return Err(Error::failure("t5: ids", "not in the vocabulary")
+                    .is(id)
+                    .must(format!("0 to {}", self.config.vocabulary - 1))
+                    .fix("use the tokenizer that belongs to the text encoder"));
+            }
             let ids: Vec<i32> = text.ids.iter().map(|&id| i32::try_from(id).unwrap_or(i32::MAX)).collect();
             let ids = Tensor::from_i32(&self.device, &[1, ids.len()], &ids)?;
             let counts = Tensor::from_i32(&self.device, &[1], &[text.count as i32])?;
@@ -267,7 +273,7 @@ impl T5 {
             };
             for (x, bias, counts) in &mut states {
                 *x = block.forward(g, params, &self.config, x, (bias, counts))?;
-                if let Some(value) = x.tensor().f32s()?.iter().find(|v| !v.is_finite()) {
+                if let Some(value) = x.tensor().values()?.iter().find(|v| !v.is_finite()) {
                     return Err(Error::failure(format!("text encoder: block {index}"), "result is not finite")
                         .is(value)
                         .must("finite")
@@ -285,12 +291,6 @@ impl T5 {
 
     fn embed(&self, g: &Graph<'_>, ids: &Tensor) -> Result<Var> {
         let (b, n) = (ids.dim(0), ids.dim(1));
-        if let Some(id) = ids.i32s()?.iter().find(|id| **id < 0 || **id as usize >= self.config.vocabulary) {
-            return Err(Error::failure("t5: ids", "not in the vocabulary")
-                .is(id)
-                .must(format!("0 to {}", self.config.vocabulary - 1))
-                .fix("use the tokenizer that belongs to the text encoder"));
-        }
         let table = g.param(&self.params, self.embeddings);
         let rows = g.embed(&table, &ids.reshape(&[b * n])?, None, contracts::embed::Params { act: act::NONE })?;
         g.reshape(&rows, &[b, n, self.config.width])

@@ -187,7 +187,8 @@ impl Norm {
                 return x.device().empty(&[1, 2, g]);
             }
             let count = (rows.len() * row / g) as f64;
-            for (group, (m, r)) in found.mean.f32s()?.iter().zip(found.rstd.f32s()?).enumerate() {
+            let (means, rstds) = (found.mean.values()?, found.rstd.values()?);
+            for (group, (m, r)) in means.iter().zip(rstds.iter()).enumerate() {
                 let (m, variance) = (f64::from(*m), f64::from(*r).powi(-2) - f64::from(EPS));
                 let step = m - mean[group];
                 square[group] += variance * count + step * step * seen * count / (seen + count);
@@ -221,7 +222,8 @@ fn slice(x: &Tensor, rows: Range<usize>) -> Result<Tensor> {
     let line = x.dim(2) * x.dim(3);
     let mut part = x.device().empty(&[1, rows.len(), x.dim(2), x.dim(3)])?;
     if !x.device().is_dry() {
-        part.f32s_mut()?.copy_from_slice(&x.f32s()?[rows.start * line..rows.end * line]);
+        let values = x.values()?;
+        part.edit(|part| part.copy_from_slice(&values[rows.start * line..rows.end * line]))?;
     }
     Ok(part)
 }
@@ -230,7 +232,8 @@ fn slice(x: &Tensor, rows: Range<usize>) -> Result<Tensor> {
 fn put(target: &mut Tensor, first: usize, rows: &Tensor) -> Result<()> {
     let line = target.dim(2) * target.dim(3);
     if !target.device().is_dry() {
-        target.f32s_mut()?[first * line..][..rows.len()].copy_from_slice(rows.f32s()?);
+        let values = rows.values()?;
+        target.edit(|target| target[first * line..][..values.len()].copy_from_slice(&values))?;
     }
     Ok(())
 }
@@ -315,7 +318,8 @@ pub(super) fn channels_last(x: &Tensor) -> Result<Tensor> {
     let (b, c, h, w) = (x.dim(0), x.dim(1), x.dim(2), x.dim(3));
     let mut out = x.device().empty(&[b, h, w, c])?;
     if !x.device().is_dry() {
-        turn(x.f32s()?, [b, c, h * w], out.f32s_mut()?);
+        let values = x.values()?;
+        out.edit(|out| turn(&values, [b, c, h * w], out))?;
     }
     Ok(out)
 }
@@ -325,7 +329,8 @@ pub(super) fn channels_first(x: &Tensor) -> Result<Tensor> {
     let (b, h, w, c) = (x.dim(0), x.dim(1), x.dim(2), x.dim(3));
     let mut out = x.device().empty(&[b, c, h, w])?;
     if !x.device().is_dry() {
-        turn(x.f32s()?, [b, h * w, c], out.f32s_mut()?);
+        let values = x.values()?;
+        out.edit(|out| turn(&values, [b, h * w, c], out))?;
     }
     Ok(out)
 }

@@ -124,7 +124,7 @@ impl VaeConfig {
 fn mapped(x: &Tensor, f: impl Fn(f32) -> f32) -> Result<Tensor> {
     let mut out = x.copy()?;
     if !out.device().is_dry() {
-        out.f32s_mut()?.iter_mut().for_each(|v| *v = f(*v));
+        out.edit(|values| values.iter_mut().for_each(|v| *v = f(*v)))?;
     }
     Ok(out)
 }
@@ -328,7 +328,8 @@ impl Vae {
             let picture = channels_first(&x)?;
             finite("vae: picture", &picture)?;
             if !device.is_dry() {
-                out.f32s_mut()?[image * picture.len()..][..picture.len()].copy_from_slice(picture.f32s()?);
+                let (first, picture) = (image * picture.len(), picture.values()?);
+                out.edit(|out| out[first..][..picture.len()].copy_from_slice(&picture))?;
             }
             step();
         }
@@ -377,10 +378,13 @@ impl Vae {
             }
             let both = channels_first(&x)?;
             finite("vae: latents", &both)?;
-            let (m, v) = both.f32s()?.split_at(latent);
-            mean.f32s_mut()?[image * latent..][..latent].copy_from_slice(m);
-            let target = &mut logvar.f32s_mut()?[image * latent..][..latent];
-            target.iter_mut().zip(v).for_each(|(t, v)| *t = v.clamp(-30.0, 20.0));
+            let both = both.values()?;
+            let (m, v) = both.split_at(latent);
+            mean.edit(|mean| mean[image * latent..][..latent].copy_from_slice(m))?;
+            logvar.edit(|logvar| {
+                let target = &mut logvar[image * latent..][..latent];
+                target.iter_mut().zip(v).for_each(|(t, v)| *t = v.clamp(-30.0, 20.0));
+            })?;
         }
         Ok((mean, logvar))
     }
@@ -397,7 +401,8 @@ fn resnets(b: &mut Builder<'_>, count: usize, inputs: usize, outputs: usize) -> 
 fn one(all: &Tensor, index: usize, each: usize, [c, h, w]: [usize; 3]) -> Result<Tensor> {
     let mut x = all.device().empty(&[1, c, h, w])?;
     if !all.device().is_dry() {
-        x.f32s_mut()?.copy_from_slice(&all.f32s()?[index * each..][..each]);
+        let all = all.values()?;
+        x.edit(|x| x.copy_from_slice(&all[index * each..][..each]))?;
     }
     Ok(x)
 }
@@ -407,7 +412,7 @@ fn finite(what: &str, x: &Tensor) -> Result<()> {
     if x.device().is_dry() {
         return Ok(());
     }
-    match x.f32s()?.iter().find(|v| !v.is_finite()) {
+    match x.values()?.iter().find(|v| !v.is_finite()) {
         None => Ok(()),
         Some(value) => Err(Error::failure(what, "result is not finite")
             .is(value)
@@ -438,7 +443,8 @@ mod tests {
     /// Strips of one row, and others, give what the whole picture gives, and normalise by its statistics.
     #[test]
     fn strips_give_the_whole_picture() {
-        let (device, mut vae) = (Device::cpu(), small());
+        let mut vae = small();
+        let device = vae.device();
         let mut noise = vec![0.0; 4 * 7 * 5];
         Philox::new(1, 0).fill_normal(&mut noise);
         // Brighter towards the bottom, so that no strip has the statistics of all.

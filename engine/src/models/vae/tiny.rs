@@ -115,8 +115,7 @@ impl Tiny {
 }
 
 fn map(x: &mut Tensor, f: impl Fn(f32) -> f32) -> Result<()> {
-    x.f32s_mut()?.iter_mut().for_each(|v| *v = f(*v));
-    Ok(())
+    x.edit(|values| values.iter_mut().for_each(|v| *v = f(*v)))
 }
 
 /// The layers that a file's tensors stand for. Layers without tensors are told by the gaps between the numbers: the one
