@@ -717,6 +717,31 @@ pub mod conv_silu {
         pub dbias: Option<&'a mut [T]>,
     }
 
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub dp: Option<Out<T>>,
+        pub dweight: Option<Out<T>>,
+        pub dbias: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, c, k, .. } = dims;
@@ -738,12 +763,14 @@ pub mod conv_silu {
         Case { name: "one_token_one_tap", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, w: 3, c: 1, k: 1 }, params: Params { offset: 2, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, w: 149, c: 131, k: 4 }, params: Params { offset: 16, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks_reversed", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, w: 149, c: 131, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vectors", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, w: 48, c: 24, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vectors_3", tier: Tier::Tiny, dims: Dims { b: 1, n: 37, w: 24, c: 16, k: 3 }, params: Params { offset: 8, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, w: 656, c: 384, k: 4 }, params: Params { offset: 256, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "conv_silu", summary: "Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.", backward: true, cases: &["odd", "reversed", "whole_row", "more_taps_than_tokens", "one_token_one_tap", "blocks", "blocks_reversed", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 5e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "conv_silu", summary: "Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.", backward: true, cases: &["odd", "reversed", "whole_row", "more_taps_than_tokens", "one_token_one_tap", "blocks", "blocks_reversed", "vectors", "vectors_3", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 5e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1196,6 +1223,31 @@ pub mod feature_gated_conv {
         pub dbias: Option<&'a mut [T]>,
     }
 
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub dp: Option<Out<T>>,
+        pub dweight: Option<Out<T>>,
+        pub dbias: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, f, k, .. } = dims;
@@ -1216,11 +1268,12 @@ pub mod feature_gated_conv {
         Case { name: "more_taps_than_features", tier: Tier::Tiny, dims: Dims { b: 2, n: 2, f: 2, k: 9 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "one_of_everything", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, f: 1, k: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 4, n: 1, f: 19, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "eight_taps", tier: Tier::Tiny, dims: Dims { b: 5, n: 2, f: 264, k: 8 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, f: 256, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, f: 2304, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "feature_gated_conv", summary: "MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.", backward: true, cases: &["odd", "golden", "over_a_chunk", "more_taps_than_features", "one_of_everything", "one_token", "fashion_b128", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "feature_gated_conv", summary: "MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.", backward: true, cases: &["odd", "golden", "over_a_chunk", "more_taps_than_features", "one_of_everything", "one_token", "eight_taps", "fashion_b128", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1289,6 +1342,24 @@ pub mod filter_window {
         pub dx: Option<&'a mut [T]>,
     }
 
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub dx: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { l, c, .. } = dims;
@@ -1309,7 +1380,7 @@ pub mod filter_window {
         Case { name: "dit_xl_256_centred", tier: Tier::Real, dims: Dims { l: 511, c: 1152 }, params: Params { centre: 255, period: 1152, slow: 0.01, fast: 0.06 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "filter_window", summary: "Exponential window over implicit filters, which are turned from lags by channels to channels by lags.", backward: true, cases: &["odd", "centred_two_periods", "one", "dit_xl_256_centred"], tolerance: None, tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "filter_window", summary: "Exponential window over implicit filters, which are turned from lags by channels to channels by lags.", backward: true, cases: &["odd", "centred_two_periods", "one", "dit_xl_256_centred"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1417,10 +1488,11 @@ pub mod gate_residual {
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, c: 6, d: 37 }, params: Params { gate_row: 2 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, c: 1, d: 1 }, params: Params { gate_row: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vectors", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, c: 3, d: 136 }, params: Params { gate_row: 1 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 6, d: 1152 }, params: Params { gate_row: 5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gate_residual", summary: "Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.", backward: true, cases: &["odd", "one", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "gate_residual", summary: "Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.", backward: true, cases: &["odd", "one", "vectors", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1573,6 +1645,15 @@ pub mod gated_conv {
         Case { name: "y_all_reversed", tier: Tier::Tiny, dims: Dims { b: 2, n: 9, c: 5, k: 4 }, params: Params { lead: 2, reversed: 5 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
         Case { name: "bidirectional_blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 301, c: 131, k: 4 }, params: Params { lead: 3, reversed: 65 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "bidirectional_more_taps_than_tokens", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, c: 8, k: 7 }, params: Params { lead: 5, reversed: 4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_pairs_3", tier: Tier::Tiny, dims: Dims { b: 1, n: 67, c: 66, k: 3 }, params: Params { lead: 1, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_pairs_4", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, c: 36, k: 4 }, params: Params { lead: 3, reversed: 10 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_pairs_7", tier: Tier::Tiny, dims: Dims { b: 1, n: 71, c: 10, k: 7 }, params: Params { lead: 3, reversed: 4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "x_pairs_3", tier: Tier::Tiny, dims: Dims { b: 1, n: 41, c: 6, k: 3 }, params: Params { lead: 2, reversed: 2 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "x_pairs_4", tier: Tier::Tiny, dims: Dims { b: 1, n: 41, c: 6, k: 4 }, params: Params { lead: 1, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "x_pairs_7", tier: Tier::Tiny, dims: Dims { b: 1, n: 41, c: 6, k: 7 }, params: Params { lead: 6, reversed: 6 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_pairs_3", tier: Tier::Tiny, dims: Dims { b: 2, n: 43, c: 6, k: 3 }, params: Params { lead: 0, reversed: 2 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_pairs_4", tier: Tier::Tiny, dims: Dims { b: 2, n: 43, c: 6, k: 4 }, params: Params { lead: 3, reversed: 2 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_pairs_7", tier: Tier::Tiny, dims: Dims { b: 2, n: 43, c: 6, k: 7 }, params: Params { lead: 2, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, c: 128, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256_x", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
@@ -1580,7 +1661,7 @@ pub mod gated_conv {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "se_bidirectional", "x_bidirectional", "y_all_reversed", "bidirectional_blocks", "bidirectional_more_taps_than_tokens", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "dit_xl_256_bidirectional", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "se_bidirectional", "x_bidirectional", "y_all_reversed", "bidirectional_blocks", "bidirectional_more_taps_than_tokens", "se_pairs_3", "se_pairs_4", "se_pairs_7", "x_pairs_3", "x_pairs_4", "x_pairs_7", "y_pairs_3", "y_pairs_4", "y_pairs_7", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "dit_xl_256_bidirectional", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1676,6 +1757,37 @@ pub mod gated_conv_2d {
         pub dinner_bias: Option<&'a mut [T]>,
     }
 
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub p: In<T>,
+        pub short_weight: Option<In<T>>,
+        pub short_bias: Option<In<T>>,
+        pub inner_weight: Option<In<T>>,
+        pub inner_bias: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: Option<In<T>>,
+        pub short_bias: Option<In<T>>,
+        pub inner_weight: Option<In<T>>,
+        pub inner_bias: Option<In<T>>,
+        pub dp: Option<Out<T>>,
+        pub dshort_weight: Option<Out<T>>,
+        pub dshort_bias: Option<Out<T>>,
+        pub dinner_weight: Option<Out<T>>,
+        pub dinner_bias: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, gh, gw, c, k, .. } = dims;
@@ -1705,7 +1817,7 @@ pub mod gated_conv_2d {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, gh: 128, gw: 128, c: 1152, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gated_conv_2d", summary: "Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.", backward: true, cases: &["se_odd", "x_wide_grid", "y_tall_grid", "five_by_five", "window_over_the_grid", "one_token", "one_tap", "one_row", "blocks", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv_2d", summary: "Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.", backward: true, cases: &["se_odd", "x_wide_grid", "y_tall_grid", "five_by_five", "window_over_the_grid", "one_token", "one_tap", "one_row", "blocks", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1882,7 +1994,7 @@ pub mod gemm {
         Case { name: "pixart_2k_fc1", tier: Tier::Real, dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2111,9 +2223,9 @@ pub mod kv_compress {
         pub beta: &'a [T],
         /// `[B, Gh/K, Gw/K, 2, D]` float: Keys and values of the coarse grid, side by side.
         pub y: &'a mut [T],
-        /// `[B, Gh/K, Gw/K, 2]` float: Mean over the channels of each vector.
+        /// `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
         pub mean: &'a mut [T],
-        /// `[B, Gh/K, Gw/K, 2]` float: Reciprocal standard deviation over the channels of each vector.
+        /// `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
         pub rstd: &'a mut [T],
     }
 
@@ -2130,9 +2242,9 @@ pub mod kv_compress {
         pub bias: &'a [T],
         /// `[D]` float: Scale after the normalisation.
         pub gamma: &'a [T],
-        /// `[B, Gh/K, Gw/K, 2]` float: Mean over the channels of each vector.
+        /// `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
         pub mean: &'a [T],
-        /// `[B, Gh/K, Gw/K, 2]` float: Reciprocal standard deviation over the channels of each vector.
+        /// `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
         pub rstd: &'a [T],
         /// `[B, Gh, Gw, R, D]` float: R vectors per token, as one projection writes them; the gradient of those that are neither key nor value is zero.
         pub dx: Option<&'a mut [T]>,
@@ -2144,6 +2256,40 @@ pub mod kv_compress {
         pub dgamma: Option<&'a mut [T]>,
         /// `[D]` float: Shift after the normalisation.
         pub dbeta: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub gamma: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Option<Out<T>>,
+        pub dweight: Option<Out<T>>,
+        pub dbias: Option<Out<T>>,
+        pub dgamma: Option<Out<T>>,
+        pub dbeta: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -2171,7 +2317,7 @@ pub mod kv_compress {
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, gh: 128, gw: 128, r: 3, d: 1152, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "kv_compress", summary: "Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.", backward: true, cases: &["golden_shape", "odd_grid", "one_square", "every_token", "thirds", "quarters", "wide", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "kv_compress", summary: "Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.", backward: true, cases: &["golden_shape", "odd_grid", "one_square", "every_token", "thirds", "quarters", "wide", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2440,11 +2586,12 @@ pub mod ln_modulate {
         Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, c: 6, d: 37 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, c: 2, d: 8 }, params: Params { shift: 1, scale: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_s", tier: Tier::Tiny, dims: Dims { b: 2, n: 17, c: 6, d: 384 }, params: Params { shift: 3, scale: 4, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, c: 6, d: 1152 }, params: Params { shift: 3, scale: 4, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 6, d: 1152 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 6, d: 1152 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "one_token", "dit_s", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "one_token", "dit_s", "dit_xl", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3650,12 +3797,15 @@ pub mod rms_norm {
         Case { name: "gate_is_the_row", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, d: 8, w: 8 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 2, n: 81, d: 19, w: 24 }, params: Params { gate_offset: 5, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "one_column", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, d: 1, w: 0 }, params: Params { gate_offset: 0, eps: 0.01 }, absent: &["gate"], bf16: &[], gradcheck: true },
+        Case { name: "vectors", tier: Tier::Tiny, dims: Dims { b: 2, n: 21, d: 264, w: 280 }, params: Params { gate_offset: 16, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 1, n: 5, d: 1536, w: 1552 }, params: Params { gate_offset: 8, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_plain", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, d: 1288, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, d: 256, w: 656 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, d: 2304, w: 4880 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "t5_xxl_300", tier: Tier::Real, dims: Dims { b: 2, n: 300, d: 4096, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "gated", "gate_is_the_row", "blocks", "one_column", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "gated", "gate_is_the_row", "blocks", "one_column", "vectors", "wide", "wide_plain", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4035,6 +4185,24 @@ pub mod upsample {
         pub dx: Option<&'a mut [T]>,
     }
 
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub dx: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         
@@ -4057,7 +4225,7 @@ pub mod upsample {
         Case { name: "vae_512", tier: Tier::Real, dims: Dims { b: 1, h: 512, w: 512, c: 256 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "upsample", summary: "Images twice as high and wide, channels last: every pixel becomes a square of four.", backward: true, cases: &["one_pixel", "odd", "wide", "tall", "vae_64", "vae_512"], tolerance: None, tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "upsample", summary: "Images twice as high and wide, channels last: every pixel becomes a square of four.", backward: true, cases: &["one_pixel", "odd", "wide", "tall", "vae_64", "vae_512"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

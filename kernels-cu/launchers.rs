@@ -22,6 +22,16 @@ pub const KERNELS: &[&Kernel] = &[
     &branch_deltas::BRANCH_DELTAS_BACKWARD,
     &branch_deltas::BRANCH_DELTAS_BACKWARD_ANY,
     &conv2d::CONV2D_FORWARD,
+    &conv_silu::CONV_SILU_3_FORWARD,
+    &conv_silu::CONV_SILU_4_FORWARD,
+    &conv_silu::CONV_SILU_3_BACKWARD,
+    &conv_silu::CONV_SILU_4_BACKWARD,
+    &conv_silu::CONV_SILU_BACKWARD_REST,
+    &conv_silu::CONV_SILU_ANY_FORWARD,
+    &conv_silu::CONV_SILU_ANY_BACKWARD_GATE,
+    &conv_silu::CONV_SILU_ANY_BACKWARD_INPUT,
+    &conv_silu::CONV_SILU_ANY_BACKWARD_SUMS,
+    &conv_silu::CONV_SILU_BACKWARD_FILTERS,
     &cross_attention::CROSS_ATTENTION_FORWARD,
     &cross_attention::CROSS_ATTENTION_BACKWARD_DELTA,
     &cross_attention::CROSS_ATTENTION_BACKWARD_Q,
@@ -34,6 +44,15 @@ pub const KERNELS: &[&Kernel] = &[
     &embed::EMBED_BACKWARD_TABLE,
     &embed::EMBED_BACKWARD_TABLE_ANY,
     &embed::EMBED_BACKWARD_ADDEND,
+    &feature_gated_conv::FEATURE_GATED_CONV_FORWARD,
+    &feature_gated_conv::FEATURE_GATED_CONV_BACKWARD,
+    &feature_gated_conv::FEATURE_GATED_CONV_BACKWARD_FILTERS,
+    &feature_gated_conv::FEATURE_GATED_CONV_ANY_FORWARD,
+    &feature_gated_conv::FEATURE_GATED_CONV_ANY_BACKWARD_GATE,
+    &feature_gated_conv::FEATURE_GATED_CONV_ANY_BACKWARD_INPUT,
+    &feature_gated_conv::FEATURE_GATED_CONV_ANY_BACKWARD_SUMS,
+    &filter_window::FILTER_WINDOW_FORWARD,
+    &filter_window::FILTER_WINDOW_BACKWARD,
     &gate_residual::GATE_RESIDUAL_FORWARD,
     &gate_residual::GATE_RESIDUAL_FORWARD_ANY,
     &gate_residual::GATE_RESIDUAL_BACKWARD,
@@ -64,6 +83,13 @@ pub const KERNELS: &[&Kernel] = &[
     &gated_conv::GATED_CONV_ANY_BACKWARD_INPUT,
     &gated_conv::GATED_CONV_ANY_BACKWARD_SUMS,
     &gated_conv::GATED_CONV_BACKWARD_FILTERS,
+    &gated_conv_2d::GATED_CONV_2D_PRODUCT,
+    &gated_conv_2d::GATED_CONV_2D_FORWARD,
+    &gated_conv_2d::GATED_CONV_2D_BACKWARD_GATE,
+    &gated_conv_2d::GATED_CONV_2D_BACKWARD_PRODUCT,
+    &gated_conv_2d::GATED_CONV_2D_BACKWARD_INPUT,
+    &gated_conv_2d::GATED_CONV_2D_BACKWARD_SUMS,
+    &gated_conv_2d::GATED_CONV_2D_BACKWARD_FILTERS,
     &gemm::GEMM_FORWARD,
     &gemm::GEMM_BACKWARD_U,
     &gemm::GEMM_BACKWARD_X,
@@ -84,6 +110,14 @@ pub const KERNELS: &[&Kernel] = &[
     &group_norm_silu::GROUP_NORM_SILU_BACKWARD_MEANS,
     &group_norm_silu::GROUP_NORM_SILU_BACKWARD,
     &group_norm_silu::GROUP_NORM_SILU_BACKWARD_ANY,
+    &kv_compress::KV_COMPRESS_FORWARD,
+    &kv_compress::KV_COMPRESS_FORWARD_ANY,
+    &kv_compress::KV_COMPRESS_BACKWARD_REST,
+    &kv_compress::KV_COMPRESS_BACKWARD,
+    &kv_compress::KV_COMPRESS_BACKWARD_ANY,
+    &kv_compress::KV_COMPRESS_BACKWARD_SUMS,
+    &kv_compress::KV_COMPRESS_BACKWARD_SUMS_ANY,
+    &kv_compress::KV_COMPRESS_BACKWARD_PARAMETERS,
     &linear_attention::LINEAR_ATTENTION_STATE,
     &linear_attention::LINEAR_ATTENTION_ADD,
     &linear_attention::LINEAR_ATTENTION_NORM,
@@ -144,10 +178,51 @@ pub const KERNELS: &[&Kernel] = &[
     &sum_squares::SUM_SQUARES_FINISH,
     &unpatchify::UNPATCHIFY_FORWARD,
     &unpatchify::UNPATCHIFY_BACKWARD,
+    &upsample::UPSAMPLE_FORWARD,
+    &upsample::UPSAMPLE_FORWARD_ANY,
+    &upsample::UPSAMPLE_BACKWARD,
+    &upsample::UPSAMPLE_BACKWARD_ANY,
     &window_attention::WINDOW_ATTENTION_FORWARD,
     &window_attention::WINDOW_ATTENTION_BACKWARD_DELTA,
     &window_attention::WINDOW_ATTENTION_BACKWARD_Q,
     &window_attention::WINDOW_ATTENTION_BACKWARD_KV,
+];
+
+/// Kernels that show what single instructions do.
+pub const PROBES: &[&Kernel] = &[
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_atomics", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_barriers", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_cp_async", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_flags", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_ldmatrix", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_memory", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_mma_bf16_k16", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_mma_bf16_k8", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_mma_f16_k16", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_mma_f16_k8", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_mma_s8", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_numbers", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_special", arch: 80 },
+    &Kernel { op: "probes", source: "probes.cu", name: "probe_warp", arch: 80 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_bulk", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_cluster", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_cp_async_arrive", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_e4m3", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_grid_first", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_grid_second", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_mbarrier", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_mma_e4m3", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_registers", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_stmatrix", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_1d", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_2d", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_3d", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_4d", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_5d", arch: 90 },
+    &Kernel { op: "probes", source: "probes_sm90.cu", name: "probe_tma_store", arch: 90 },
+    &Kernel { op: "probes", source: "wgmma_sm90.cu", name: "name", arch: 90 },
+    &Kernel { op: "probes", source: "wgmma_sm90.cu", name: "wgmma_chain", arch: 90 },
+    &Kernel { op: "probes", source: "wgmma_sm90.cu", name: "wgmma_width", arch: 90 },
 ];
 
 /// Kernels of `adamw`.
@@ -570,6 +645,357 @@ pub mod conv2d {
     }
 }
 
+/// Kernels of `conv_silu`.
+pub mod conv_silu {
+    use super::*;
+
+    pub const CONV_SILU_3_FORWARD: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_3_forward", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_3_FORWARD`].
+    pub struct ConvSilu3Forward<T> {
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub offset: usize,
+        pub reverse: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> ConvSilu3Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV_SILU_3_FORWARD, "n", self.n)?,
+                int(queue, &CONV_SILU_3_FORWARD, "width", self.width)?,
+                int(queue, &CONV_SILU_3_FORWARD, "c", self.c)?,
+                int(queue, &CONV_SILU_3_FORWARD, "offset", self.offset)?,
+                int(queue, &CONV_SILU_3_FORWARD, "reverse", self.reverse)?,
+                int(queue, &CONV_SILU_3_FORWARD, "length", self.length)?,
+                int(queue, &CONV_SILU_3_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_3_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_4_FORWARD: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_4_forward", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_4_FORWARD`].
+    pub struct ConvSilu4Forward<T> {
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub offset: usize,
+        pub reverse: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> ConvSilu4Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV_SILU_4_FORWARD, "n", self.n)?,
+                int(queue, &CONV_SILU_4_FORWARD, "width", self.width)?,
+                int(queue, &CONV_SILU_4_FORWARD, "c", self.c)?,
+                int(queue, &CONV_SILU_4_FORWARD, "offset", self.offset)?,
+                int(queue, &CONV_SILU_4_FORWARD, "reverse", self.reverse)?,
+                int(queue, &CONV_SILU_4_FORWARD, "length", self.length)?,
+                int(queue, &CONV_SILU_4_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_4_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_3_BACKWARD: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_3_backward", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_3_BACKWARD`].
+    pub struct ConvSilu3Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub offset: usize,
+        pub reverse: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> ConvSilu3Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &CONV_SILU_3_BACKWARD, "n", self.n)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "width", self.width)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "c", self.c)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "offset", self.offset)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "reverse", self.reverse)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "length", self.length)?,
+                int(queue, &CONV_SILU_3_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_3_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_4_BACKWARD: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_4_backward", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_4_BACKWARD`].
+    pub struct ConvSilu4Backward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub offset: usize,
+        pub reverse: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> ConvSilu4Backward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &CONV_SILU_4_BACKWARD, "n", self.n)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "width", self.width)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "c", self.c)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "offset", self.offset)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "reverse", self.reverse)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "length", self.length)?,
+                int(queue, &CONV_SILU_4_BACKWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_4_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_BACKWARD_REST: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_backward_rest", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_BACKWARD_REST`].
+    pub struct ConvSiluBackwardRest<T> {
+        pub dp: Out<T>,
+        pub rows: usize,
+        pub width: usize,
+        pub c: usize,
+        pub offset: usize,
+    }
+
+    impl<T: Element> ConvSiluBackwardRest<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dp.address()),
+                int(queue, &CONV_SILU_BACKWARD_REST, "rows", self.rows)?,
+                int(queue, &CONV_SILU_BACKWARD_REST, "width", self.width)?,
+                int(queue, &CONV_SILU_BACKWARD_REST, "c", self.c)?,
+                int(queue, &CONV_SILU_BACKWARD_REST, "offset", self.offset)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_BACKWARD_REST, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_ANY_FORWARD: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_any_forward", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_ANY_FORWARD`].
+    pub struct ConvSiluAnyForward<T> {
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub k: usize,
+        pub offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> ConvSiluAnyForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV_SILU_ANY_FORWARD, "rows", self.rows)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "n", self.n)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "width", self.width)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "c", self.c)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "k", self.k)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "offset", self.offset)?,
+                int(queue, &CONV_SILU_ANY_FORWARD, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_ANY_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_ANY_BACKWARD_GATE: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_any_backward_gate", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_ANY_BACKWARD_GATE`].
+    pub struct ConvSiluAnyBackwardGate<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub du: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub k: usize,
+        pub offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> ConvSiluAnyBackwardGate<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "rows", self.rows)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "n", self.n)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "width", self.width)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "c", self.c)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "k", self.k)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "offset", self.offset)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_GATE, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_ANY_BACKWARD_GATE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_ANY_BACKWARD_INPUT: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_any_backward_input", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_ANY_BACKWARD_INPUT`].
+    pub struct ConvSiluAnyBackwardInput<T> {
+        pub du: In<f32>,
+        pub weight: In<T>,
+        pub dp: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub k: usize,
+        pub offset: usize,
+        pub reverse: usize,
+    }
+
+    impl<T: Element> ConvSiluAnyBackwardInput<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.dp.address()),
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "rows", self.rows)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "n", self.n)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "width", self.width)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "c", self.c)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "k", self.k)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "offset", self.offset)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_INPUT, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_ANY_BACKWARD_INPUT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_ANY_BACKWARD_SUMS: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_any_backward_sums", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_ANY_BACKWARD_SUMS`].
+    pub struct ConvSiluAnyBackwardSums<T> {
+        pub du: In<f32>,
+        pub p: In<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub width: usize,
+        pub c: usize,
+        pub k: usize,
+        pub offset: usize,
+        pub reverse: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> ConvSiluAnyBackwardSums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "rows", self.rows)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "n", self.n)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "width", self.width)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "c", self.c)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "k", self.k)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "offset", self.offset)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "reverse", self.reverse)?,
+                int(queue, &CONV_SILU_ANY_BACKWARD_SUMS, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_ANY_BACKWARD_SUMS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV_SILU_BACKWARD_FILTERS: Kernel = Kernel { op: "conv_silu", source: "conv_silu.cu", name: "conv_silu_backward_filters", arch: 80 };
+
+    /// Arguments of [`CONV_SILU_BACKWARD_FILTERS`].
+    pub struct ConvSiluBackwardFilters<T> {
+        pub partials: In<f32>,
+        pub dweight: Out<T>,
+        pub dbias: Out<T>,
+        pub c: usize,
+        pub k: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> ConvSiluBackwardFilters<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dweight.address()),
+                Arg::Address(self.dbias.address()),
+                int(queue, &CONV_SILU_BACKWARD_FILTERS, "c", self.c)?,
+                int(queue, &CONV_SILU_BACKWARD_FILTERS, "k", self.k)?,
+                int(queue, &CONV_SILU_BACKWARD_FILTERS, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV_SILU_BACKWARD_FILTERS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
 /// Kernels of `cross_attention`.
 pub mod cross_attention {
     use super::*;
@@ -947,6 +1373,288 @@ pub mod embed {
                 int(queue, &EMBED_BACKWARD_ADDEND, "act", self.act)?,
             ];
             queue.launch(&Launch { kernel: &EMBED_BACKWARD_ADDEND, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `feature_gated_conv`.
+pub mod feature_gated_conv {
+    use super::*;
+
+    pub const FEATURE_GATED_CONV_FORWARD: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_forward", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_FORWARD`].
+    pub struct FeatureGatedConvForward<T> {
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &FEATURE_GATED_CONV_FORWARD, "rows", self.rows)?,
+                int(queue, &FEATURE_GATED_CONV_FORWARD, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_FORWARD, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_FORWARD, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_BACKWARD: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_backward", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_BACKWARD`].
+    pub struct FeatureGatedConvBackward<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub dp: Out<T>,
+        pub partials: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &FEATURE_GATED_CONV_BACKWARD, "b", self.b)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD, "k", self.k)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_BACKWARD_FILTERS: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_backward_filters", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_BACKWARD_FILTERS`].
+    pub struct FeatureGatedConvBackwardFilters<T> {
+        pub partials: In<f32>,
+        pub dweight: Out<T>,
+        pub dbias: Out<T>,
+        pub n: usize,
+        pub k: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvBackwardFilters<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dweight.address()),
+                Arg::Address(self.dbias.address()),
+                int(queue, &FEATURE_GATED_CONV_BACKWARD_FILTERS, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD_FILTERS, "k", self.k)?,
+                int(queue, &FEATURE_GATED_CONV_BACKWARD_FILTERS, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_BACKWARD_FILTERS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_ANY_FORWARD: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_any_forward", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_ANY_FORWARD`].
+    pub struct FeatureGatedConvAnyForward<T> {
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvAnyForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &FEATURE_GATED_CONV_ANY_FORWARD, "rows", self.rows)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_FORWARD, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_FORWARD, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_FORWARD, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_ANY_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_ANY_BACKWARD_GATE: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_any_backward_gate", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_ANY_BACKWARD_GATE`].
+    pub struct FeatureGatedConvAnyBackwardGate<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub du: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvAnyBackwardGate<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_GATE, "rows", self.rows)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_GATE, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_GATE, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_GATE, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_ANY_BACKWARD_GATE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_ANY_BACKWARD_INPUT: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_any_backward_input", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_ANY_BACKWARD_INPUT`].
+    pub struct FeatureGatedConvAnyBackwardInput<T> {
+        pub du: In<f32>,
+        pub weight: In<T>,
+        pub dp: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvAnyBackwardInput<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.dp.address()),
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_INPUT, "rows", self.rows)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_INPUT, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_INPUT, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_INPUT, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_ANY_BACKWARD_INPUT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FEATURE_GATED_CONV_ANY_BACKWARD_SUMS: Kernel = Kernel { op: "feature_gated_conv", source: "feature_gated_conv.cu", name: "feature_gated_conv_any_backward_sums", arch: 80 };
+
+    /// Arguments of [`FEATURE_GATED_CONV_ANY_BACKWARD_SUMS`].
+    pub struct FeatureGatedConvAnyBackwardSums<T> {
+        pub du: In<f32>,
+        pub p: In<T>,
+        pub dweight: Out<T>,
+        pub dbias: Out<T>,
+        pub b: usize,
+        pub n: usize,
+        pub f: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> FeatureGatedConvAnyBackwardSums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dweight.address()),
+                Arg::Address(self.dbias.address()),
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_SUMS, "b", self.b)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_SUMS, "n", self.n)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_SUMS, "f", self.f)?,
+                int(queue, &FEATURE_GATED_CONV_ANY_BACKWARD_SUMS, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &FEATURE_GATED_CONV_ANY_BACKWARD_SUMS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `filter_window`.
+pub mod filter_window {
+    use super::*;
+
+    pub const FILTER_WINDOW_FORWARD: Kernel = Kernel { op: "filter_window", source: "filter_window.cu", name: "filter_window_forward", arch: 80 };
+
+    /// Arguments of [`FILTER_WINDOW_FORWARD`].
+    pub struct FilterWindowForward<T> {
+        pub x: In<T>,
+        pub y: Out<T>,
+        pub l: usize,
+        pub c: usize,
+        pub centre: usize,
+        pub period: usize,
+        pub slow: f32,
+        pub fast: f32,
+    }
+
+    impl<T: Element> FilterWindowForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &FILTER_WINDOW_FORWARD, "l", self.l)?,
+                int(queue, &FILTER_WINDOW_FORWARD, "c", self.c)?,
+                int(queue, &FILTER_WINDOW_FORWARD, "centre", self.centre)?,
+                int(queue, &FILTER_WINDOW_FORWARD, "period", self.period)?,
+                Arg::F32(self.slow),
+                Arg::F32(self.fast),
+            ];
+            queue.launch(&Launch { kernel: &FILTER_WINDOW_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const FILTER_WINDOW_BACKWARD: Kernel = Kernel { op: "filter_window", source: "filter_window.cu", name: "filter_window_backward", arch: 80 };
+
+    /// Arguments of [`FILTER_WINDOW_BACKWARD`].
+    pub struct FilterWindowBackward<T> {
+        pub dy: In<T>,
+        pub dx: Out<T>,
+        pub l: usize,
+        pub c: usize,
+        pub centre: usize,
+        pub period: usize,
+        pub slow: f32,
+        pub fast: f32,
+    }
+
+    impl<T: Element> FilterWindowBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.dx.address()),
+                int(queue, &FILTER_WINDOW_BACKWARD, "l", self.l)?,
+                int(queue, &FILTER_WINDOW_BACKWARD, "c", self.c)?,
+                int(queue, &FILTER_WINDOW_BACKWARD, "centre", self.centre)?,
+                int(queue, &FILTER_WINDOW_BACKWARD, "period", self.period)?,
+                Arg::F32(self.slow),
+                Arg::F32(self.fast),
+            ];
+            queue.launch(&Launch { kernel: &FILTER_WINDOW_BACKWARD, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -2055,6 +2763,263 @@ pub mod gated_conv {
     }
 }
 
+/// Kernels of `gated_conv_2d`.
+pub mod gated_conv_2d {
+    use super::*;
+
+    pub const GATED_CONV_2D_PRODUCT: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_product", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_PRODUCT`].
+    pub struct GatedConv2dProduct<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub kv: Out<f32>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> GatedConv2dProduct<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.kv.address()),
+                int(queue, &GATED_CONV_2D_PRODUCT, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_PRODUCT, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_PRODUCT, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_PRODUCT, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_PRODUCT, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_PRODUCT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_FORWARD: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_FORWARD`].
+    pub struct GatedConv2dForward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub kv: In<f32>,
+        pub y: Out<T>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> GatedConv2dForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_2D_FORWARD, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_FORWARD, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_FORWARD, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_FORWARD, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_BACKWARD_GATE: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_backward_gate", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_BACKWARD_GATE`].
+    pub struct GatedConv2dBackwardGate<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub kv: In<f32>,
+        pub dc: Out<f32>,
+        pub du: Out<f32>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> GatedConv2dBackwardGate<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &GATED_CONV_2D_BACKWARD_GATE, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_GATE, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_GATE, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_GATE, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_GATE, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_BACKWARD_GATE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_BACKWARD_PRODUCT: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_backward_product", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_BACKWARD_PRODUCT`].
+    pub struct GatedConv2dBackwardProduct<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub dc: In<f32>,
+        pub du: Out<f32>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> GatedConv2dBackwardProduct<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &GATED_CONV_2D_BACKWARD_PRODUCT, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_PRODUCT, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_PRODUCT, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_PRODUCT, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_PRODUCT, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_BACKWARD_PRODUCT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_BACKWARD_INPUT: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_backward_input", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_BACKWARD_INPUT`].
+    pub struct GatedConv2dBackwardInput<T> {
+        pub short_weight: In<T>,
+        pub du: In<f32>,
+        pub dp: Out<T>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    impl<T: Element> GatedConv2dBackwardInput<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.du.address()),
+                Arg::Address(self.dp.address()),
+                int(queue, &GATED_CONV_2D_BACKWARD_INPUT, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_INPUT, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_INPUT, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_INPUT, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_INPUT, "k", self.k)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_BACKWARD_INPUT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_BACKWARD_SUMS: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_backward_sums", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_BACKWARD_SUMS`].
+    pub struct GatedConv2dBackwardSums<T> {
+        pub p: In<T>,
+        pub kv: In<f32>,
+        pub dc: In<f32>,
+        pub du: In<f32>,
+        pub partials: Out<f32>,
+        pub b: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub k: usize,
+        pub has_short: usize,
+        pub has_inner: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> GatedConv2dBackwardSums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.du.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "b", self.b)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "k", self.k)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "has_short", self.has_short)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "has_inner", self.has_inner)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_SUMS, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_BACKWARD_SUMS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_BACKWARD_FILTERS: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_backward_filters", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_BACKWARD_FILTERS`].
+    pub struct GatedConv2dBackwardFilters<T> {
+        pub partials: In<f32>,
+        pub dshort_weight: Out<T>,
+        pub dshort_bias: Out<T>,
+        pub dinner_weight: Out<T>,
+        pub dinner_bias: Out<T>,
+        pub c: usize,
+        pub k: usize,
+        pub has_short: usize,
+        pub rows: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> GatedConv2dBackwardFilters<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dshort_weight.address()),
+                Arg::Address(self.dshort_bias.address()),
+                Arg::Address(self.dinner_weight.address()),
+                Arg::Address(self.dinner_bias.address()),
+                int(queue, &GATED_CONV_2D_BACKWARD_FILTERS, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_FILTERS, "k", self.k)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_FILTERS, "has_short", self.has_short)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_FILTERS, "rows", self.rows)?,
+                int(queue, &GATED_CONV_2D_BACKWARD_FILTERS, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_BACKWARD_FILTERS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
 /// Kernels of `gemm`.
 pub mod gemm {
     use super::*;
@@ -2705,6 +3670,333 @@ pub mod group_norm_silu {
                 int(queue, &GROUP_NORM_SILU_BACKWARD_ANY, "silu", self.silu)?,
             ];
             queue.launch(&Launch { kernel: &GROUP_NORM_SILU_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `kv_compress`.
+pub mod kv_compress {
+    use super::*;
+
+    pub const KV_COMPRESS_FORWARD: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_forward", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_FORWARD`].
+    pub struct KvCompressForward<T> {
+        pub x: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub first: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> KvCompressForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &KV_COMPRESS_FORWARD, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_FORWARD, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_FORWARD, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_FORWARD, "r", self.r)?,
+                int(queue, &KV_COMPRESS_FORWARD, "d", self.d)?,
+                int(queue, &KV_COMPRESS_FORWARD, "first", self.first)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_FORWARD_ANY: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_forward_any", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_FORWARD_ANY`].
+    pub struct KvCompressForwardAny<T> {
+        pub x: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub k: usize,
+        pub first: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> KvCompressForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "r", self.r)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "d", self.d)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "k", self.k)?,
+                int(queue, &KV_COMPRESS_FORWARD_ANY, "first", self.first)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD_REST: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward_rest", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD_REST`].
+    pub struct KvCompressBackwardRest<T> {
+        pub dx: Out<T>,
+        pub all: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub k: usize,
+        pub first: usize,
+    }
+
+    impl<T: Element> KvCompressBackwardRest<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dx.address()),
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "all", self.all)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "r", self.r)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "k", self.k)?,
+                int(queue, &KV_COMPRESS_BACKWARD_REST, "first", self.first)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD_REST, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD`].
+    pub struct KvCompressBackward<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub gamma: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub dc: Out<f32>,
+        pub norm: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub first: usize,
+    }
+
+    impl<T: Element> KvCompressBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.norm.address()),
+                int(queue, &KV_COMPRESS_BACKWARD, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_BACKWARD, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_BACKWARD, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_BACKWARD, "r", self.r)?,
+                int(queue, &KV_COMPRESS_BACKWARD, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD, "first", self.first)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD_ANY: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward_any", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD_ANY`].
+    pub struct KvCompressBackwardAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub weight: In<T>,
+        pub bias: In<T>,
+        pub gamma: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub dc: Out<f32>,
+        pub norm: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub k: usize,
+        pub first: usize,
+    }
+
+    impl<T: Element> KvCompressBackwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.weight.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.norm.address()),
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "r", self.r)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "k", self.k)?,
+                int(queue, &KV_COMPRESS_BACKWARD_ANY, "first", self.first)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD_SUMS: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward_sums", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD_SUMS`].
+    pub struct KvCompressBackwardSums<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub dc: In<f32>,
+        pub norm: In<f32>,
+        pub partials: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub first: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> KvCompressBackwardSums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "r", self.r)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "first", self.first)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD_SUMS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD_SUMS_ANY: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward_sums_any", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD_SUMS_ANY`].
+    pub struct KvCompressBackwardSumsAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub dc: In<f32>,
+        pub norm: In<f32>,
+        pub partials: Out<f32>,
+        pub vectors: usize,
+        pub gh: usize,
+        pub gw: usize,
+        pub r: usize,
+        pub d: usize,
+        pub k: usize,
+        pub first: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> KvCompressBackwardSumsAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.dc.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "vectors", self.vectors)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "gh", self.gh)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "gw", self.gw)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "r", self.r)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "k", self.k)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "first", self.first)?,
+                int(queue, &KV_COMPRESS_BACKWARD_SUMS_ANY, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD_SUMS_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const KV_COMPRESS_BACKWARD_PARAMETERS: Kernel = Kernel { op: "kv_compress", source: "kv_compress.cu", name: "kv_compress_backward_parameters", arch: 80 };
+
+    /// Arguments of [`KV_COMPRESS_BACKWARD_PARAMETERS`].
+    pub struct KvCompressBackwardParameters<T> {
+        pub partials: In<f32>,
+        pub dweight: Out<T>,
+        pub dbias: Out<T>,
+        pub dgamma: Out<T>,
+        pub dbeta: Out<T>,
+        pub d: usize,
+        pub k: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> KvCompressBackwardParameters<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dweight.address()),
+                Arg::Address(self.dbias.address()),
+                Arg::Address(self.dgamma.address()),
+                Arg::Address(self.dbeta.address()),
+                int(queue, &KV_COMPRESS_BACKWARD_PARAMETERS, "d", self.d)?,
+                int(queue, &KV_COMPRESS_BACKWARD_PARAMETERS, "k", self.k)?,
+                int(queue, &KV_COMPRESS_BACKWARD_PARAMETERS, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &KV_COMPRESS_BACKWARD_PARAMETERS, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -4737,6 +6029,107 @@ pub mod unpatchify {
                 int(queue, &UNPATCHIFY_BACKWARD, "gw", self.gw)?,
             ];
             queue.launch(&Launch { kernel: &UNPATCHIFY_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `upsample`.
+pub mod upsample {
+    use super::*;
+
+    pub const UPSAMPLE_FORWARD: Kernel = Kernel { op: "upsample", source: "upsample.cu", name: "upsample_forward", arch: 80 };
+
+    /// Arguments of [`UPSAMPLE_FORWARD`].
+    pub struct UpsampleForward<T> {
+        pub x: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub w: usize,
+        pub c: usize,
+    }
+
+    impl<T: Element> UpsampleForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &UPSAMPLE_FORWARD, "rows", self.rows)?,
+                int(queue, &UPSAMPLE_FORWARD, "w", self.w)?,
+                int(queue, &UPSAMPLE_FORWARD, "c", self.c)?,
+            ];
+            queue.launch(&Launch { kernel: &UPSAMPLE_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const UPSAMPLE_FORWARD_ANY: Kernel = Kernel { op: "upsample", source: "upsample.cu", name: "upsample_forward_any", arch: 80 };
+
+    /// Arguments of [`UPSAMPLE_FORWARD_ANY`].
+    pub struct UpsampleForwardAny<T> {
+        pub x: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub w: usize,
+        pub c: usize,
+    }
+
+    impl<T: Element> UpsampleForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &UPSAMPLE_FORWARD_ANY, "rows", self.rows)?,
+                int(queue, &UPSAMPLE_FORWARD_ANY, "w", self.w)?,
+                int(queue, &UPSAMPLE_FORWARD_ANY, "c", self.c)?,
+            ];
+            queue.launch(&Launch { kernel: &UPSAMPLE_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const UPSAMPLE_BACKWARD: Kernel = Kernel { op: "upsample", source: "upsample.cu", name: "upsample_backward", arch: 80 };
+
+    /// Arguments of [`UPSAMPLE_BACKWARD`].
+    pub struct UpsampleBackward<T> {
+        pub dy: In<T>,
+        pub dx: Out<T>,
+        pub rows: usize,
+        pub w: usize,
+        pub c: usize,
+    }
+
+    impl<T: Element> UpsampleBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.dx.address()),
+                int(queue, &UPSAMPLE_BACKWARD, "rows", self.rows)?,
+                int(queue, &UPSAMPLE_BACKWARD, "w", self.w)?,
+                int(queue, &UPSAMPLE_BACKWARD, "c", self.c)?,
+            ];
+            queue.launch(&Launch { kernel: &UPSAMPLE_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const UPSAMPLE_BACKWARD_ANY: Kernel = Kernel { op: "upsample", source: "upsample.cu", name: "upsample_backward_any", arch: 80 };
+
+    /// Arguments of [`UPSAMPLE_BACKWARD_ANY`].
+    pub struct UpsampleBackwardAny<T> {
+        pub dy: In<T>,
+        pub dx: Out<T>,
+        pub rows: usize,
+        pub w: usize,
+        pub c: usize,
+    }
+
+    impl<T: Element> UpsampleBackwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.dx.address()),
+                int(queue, &UPSAMPLE_BACKWARD_ANY, "rows", self.rows)?,
+                int(queue, &UPSAMPLE_BACKWARD_ANY, "w", self.w)?,
+                int(queue, &UPSAMPLE_BACKWARD_ANY, "c", self.c)?,
+            ];
+            queue.launch(&Launch { kernel: &UPSAMPLE_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
         }
     }
 }

@@ -54,7 +54,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "cross_attention", "cross_entropy", "embed", "gate_residual", "gated_conv", "gemm", "group_norm_silu", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "window_attention"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -77,6 +77,9 @@ pub fn operator(op: &str) -> &'static [File] {
         "conv2d" => &[
             ("conv2d.cu", include_str!("conv2d/conv2d.cu")),
         ],
+        "conv_silu" => &[
+            ("conv_silu.cu", include_str!("conv_silu/conv_silu.cu")),
+        ],
         "cross_attention" => &[
             ("cross_attention.cu", include_str!("cross_attention/cross_attention.cu")),
         ],
@@ -86,6 +89,12 @@ pub fn operator(op: &str) -> &'static [File] {
         "embed" => &[
             ("embed.cu", include_str!("embed/embed.cu")),
         ],
+        "feature_gated_conv" => &[
+            ("feature_gated_conv.cu", include_str!("feature_gated_conv/feature_gated_conv.cu")),
+        ],
+        "filter_window" => &[
+            ("filter_window.cu", include_str!("filter_window/filter_window.cu")),
+        ],
         "gate_residual" => &[
             ("gate_residual.cu", include_str!("gate_residual/gate_residual.cu")),
         ],
@@ -94,11 +103,17 @@ pub fn operator(op: &str) -> &'static [File] {
             ("walk.cuh", include_str!("gated_conv/walk.cuh")),
             ("walk_backward.cuh", include_str!("gated_conv/walk_backward.cuh")),
         ],
+        "gated_conv_2d" => &[
+            ("gated_conv_2d.cu", include_str!("gated_conv_2d/gated_conv_2d.cu")),
+        ],
         "gemm" => &[
             ("gemm.cu", include_str!("gemm/gemm.cu")),
         ],
         "group_norm_silu" => &[
             ("group_norm_silu.cu", include_str!("group_norm_silu/group_norm_silu.cu")),
+        ],
+        "kv_compress" => &[
+            ("kv_compress.cu", include_str!("kv_compress/kv_compress.cu")),
         ],
         "linear_attention" => &[
             ("linear_attention.cu", include_str!("linear_attention/linear_attention.cu")),
@@ -147,6 +162,9 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "unpatchify" => &[
             ("unpatchify.cu", include_str!("unpatchify/unpatchify.cu")),
+        ],
+        "upsample" => &[
+            ("upsample.cu", include_str!("upsample/upsample.cu")),
         ],
         "window_attention" => &[
             ("window_attention.cu", include_str!("window_attention/window_attention.cu")),

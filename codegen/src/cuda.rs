@@ -57,6 +57,13 @@ pub fn kernels(place: &str, text: &str) -> Result<Vec<Kernel>, String> {
     Ok(found)
 }
 
+/// The names of the exported kernels of a source, whatever their arguments.
+pub fn names(text: &str) -> Vec<String> {
+    let text = without_comments(text);
+    let exports = text.split("KERNEL_EXPORT(").skip(1).filter_map(|rest| rest.split(')').next());
+    exports.map(|name| name.trim().to_string()).collect()
+}
+
 fn without_comments(text: &str) -> String {
     let lines = text.lines().map(|line| line.split_once("//").map_or(line, |(code, _)| code));
     let mut text = lines.collect::<Vec<_>>().join("\n");

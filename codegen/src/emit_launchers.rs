@@ -5,8 +5,9 @@ use crate::names::camel;
 use crate::{HEADER, Source};
 use std::fmt::Write;
 
-/// Renders the file; `sources` are those of operators, in order.
-pub fn render(sources: &[Source]) -> String {
+/// Renders the file; `sources` are those of operators, in order, `probes` the one-tile kernels that no operator calls:
+/// file and name.
+pub fn render(sources: &[Source], probes: &[(String, String)]) -> String {
     let mut out = format!(
         "{HEADER}//! Typed launchers: what a kernel takes is what its source says.\n\
          #![allow(clippy::all, missing_docs, unused)]\n#![cfg_attr(rustfmt, rustfmt::skip)]\n\n\
@@ -18,6 +19,11 @@ pub fn render(sources: &[Source]) -> String {
         for kernel in &source.kernels {
             let _ = writeln!(out, "    &{}::{},", source.op, constant(kernel));
         }
+    }
+    out += "];\n\n/// Kernels that show what single instructions do.\npub const PROBES: &[&Kernel] = &[\n";
+    for (file, name) in probes {
+        let arch = architecture(file);
+        let _ = writeln!(out, "    &Kernel {{ op: \"probes\", source: {file:?}, name: {name:?}, arch: {arch} }},");
     }
     out += "];\n";
     let mut ops: Vec<&str> = sources.iter().map(|s| s.op.as_str()).collect();
@@ -36,13 +42,18 @@ fn constant(kernel: &Kernel) -> String {
     kernel.name.to_uppercase()
 }
 
+/// Lowest architecture of a source, by its name.
+fn architecture(file: &str) -> u32 {
+    if file.ends_with("_sm90.cu") { 90 } else { 80 }
+}
+
 fn generic(kernel: &Kernel) -> bool {
     kernel.arguments.iter().any(|a| matches!(a.ty, Type::Pointer { element: "T", .. }))
 }
 
 fn launcher(out: &mut String, source: &Source, k: &Kernel) {
     let (name, constant) = (camel(&k.name), constant(k));
-    let arch = if source.file.ends_with("_sm90.cu") { 90 } else { 80 };
+    let arch = architecture(&source.file);
     let _ = write!(
         out,
         "\n    pub const {constant}: Kernel = Kernel {{ op: {:?}, source: {:?}, name: {:?}, arch: {arch} }};\n\n    \

@@ -1,6 +1,6 @@
 // Activations with their slopes, as floats.
 #pragma once
-#include "rows.cuh"
+#include "numbers.cuh"
 
 namespace ptx {
 
@@ -8,6 +8,9 @@ namespace ptx {
 struct Activation {
     float value, slope;
 };
+
+// Saturates to 0 and 1: e^-v overflows to infinity, whose reciprocal is 0.
+PTX_FN float sigmoid(float v) { return rcp_approx(1.0f + ex2(-1.4426950408889634f * v)); }
 
 PTX_FN Activation silu(float v) {
     const float s = sigmoid(v);

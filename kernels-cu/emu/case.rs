@@ -1,6 +1,7 @@
 //! Case files: what to launch on which bytes, and what came back.
 
 use super::toolchain::{Build, Program};
+use sha2::{Digest, Sha256};
 use std::fmt::Write;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -114,7 +115,7 @@ impl Case {
     }
 
     /// Runs the case; `counters` asks for bank conflicts, sectors and rows. With `EMU_KEEP` set, the folder with the
-    /// case stays beside the program, to be run by hand.
+    /// case stays beside the program, to be run by hand; `EMU_RECORD` names a folder for the cases of the probes.
     ///
     /// # Errors
     /// When the program cannot be started or its files not be written; a failing kernel is an [`Outcome`].
@@ -124,10 +125,38 @@ impl Case {
         let folder = program.driver.parent().unwrap_or(Path::new(".")).join(name);
         std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
         let outcome = self.run_in(&folder, program, seed, counters);
+        if let (Some(record), Ok(outcome)) = (std::env::var_os("EMU_RECORD"), &outcome) {
+            self.record(Path::new(&record), program, outcome)?;
+        }
         if std::env::var_os("EMU_KEEP").is_none() {
             let _ = std::fs::remove_dir_all(&folder);
         }
         outcome
+    }
+
+    /// Writes a case of the probes with what came out, for `graft op replay` on hardware.
+    fn record(&self, folder: &Path, program: &Program, outcome: &Outcome) -> Result<(), String> {
+        let [source] = program.sources.as_slice() else { return Ok(()) };
+        let Some(file) = source.strip_prefix("kernels-cu/probes/") else { return Ok(()) };
+        // Regions of the emulator's shared memory and grids held back have no meaning on hardware.
+        let replayable = self.text.lines().filter(|l| l.starts_with("launch")).all(|l| l.ends_with(" 0"));
+        if program.build != Build::Plain || !outcome.good || !replayable {
+            return Ok(());
+        }
+        let kernel = self.text.split_whitespace().skip_while(|w| *w != "launch").nth(1).unwrap_or("none");
+        let mut hash = Sha256::new();
+        hash.update(&self.text);
+        hash.update(&self.input);
+        let digest: String = hash.finalize()[..4].iter().map(|b| format!("{b:02x}")).collect();
+        let stem = folder.join(format!("{kernel}-{digest}"));
+        let text = format!("source {file}\n{}", self.text);
+        let files: [(&str, &[u8]); 3] =
+            [("case", text.as_bytes()), ("in", &self.input), ("out", &outcome.buffers.concat())];
+        for (extension, bytes) in files {
+            let path = stem.with_extension(extension);
+            std::fs::write(&path, bytes).map_err(|e| format!("{}: {e}", path.display()))?;
+        }
+        Ok(())
     }
 
     fn run_in(&self, folder: &Path, program: &Program, seed: u64, counters: bool) -> Result<Outcome, String> {

@@ -78,6 +78,8 @@ pub struct Program {
     pub driver: PathBuf,
     /// The shared object of the kernels, where they are not linked into the driver.
     pub library: Option<PathBuf>,
+    /// What it was compiled from.
+    pub sources: Vec<String>,
 }
 
 /// Flags of every compilation. GPUs fuse multiply and add; so does the host where it can.
@@ -148,13 +150,13 @@ impl Toolchain {
             let library = folder.join("kernels.so");
             inputs.push("-shared");
             self.run(&library, &flags, &inputs)?;
-            Ok(Program { build, driver: runtime.join("driver"), library: Some(library) })
+            Ok(Program { build, driver: runtime.join("driver"), library: Some(library), sources: sources.to_vec() })
         } else {
             let program = folder.join("kernels");
             // The checkers find their hooks in the program.
             inputs.extend([driver.as_str(), "-ldl", "-rdynamic"]);
             self.run(&program, &flags, &inputs)?;
-            Ok(Program { build, driver: program, library: None })
+            Ok(Program { build, driver: program, library: None, sources: sources.to_vec() })
         }
     }
 

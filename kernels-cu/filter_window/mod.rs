@@ -1,6 +1,7 @@
 //! Decay of implicit filters with their lag: see `op.toml` for the formula.
 
 pub mod cpu;
+pub mod launch;
 
 use crate::generated::filter_window::Params;
 

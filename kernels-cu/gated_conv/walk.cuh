@@ -160,4 +160,5 @@ __device__ __forceinline__ void walk_forward(const T* p, const T* short_weight, 
         }
         slot = slot + 1 == kSlots ? 0 : slot + 1;
     }
+    cp_async_wait<0>();
 }

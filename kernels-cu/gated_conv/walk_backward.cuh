@@ -241,6 +241,7 @@ __device__ __forceinline__ void walk_backward(const T* dy, const T* p, const T* 
             walk.template operator()<true>(slot);
         slot = slot + 1 == kSlots ? 0 : slot + 1;
     }
+    cp_async_wait<0>();
     if (!partials) return;
     if constexpr (kBoth) {
 #pragma unroll

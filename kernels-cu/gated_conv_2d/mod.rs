@@ -1,6 +1,7 @@
 //! Hyena-SE, -X and -Y on the grid of tokens: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: plain loops, f64 accumulation.
 pub mod reference {

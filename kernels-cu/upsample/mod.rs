@@ -1,6 +1,7 @@
 //! Nearest-neighbour enlargement by two: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: the index map, element by element.
 pub mod reference {

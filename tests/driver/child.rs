@@ -10,7 +10,14 @@ pub static AXPY: Kernel = Kernel { op: "axpy", source: "axpy.cu", name: "axpy_fo
 
 /// Plays a part; what it prints is read by the parent.
 pub fn run(part: &str) -> ExitCode {
-    let parts = [super::memory::PARTS, super::kernels::PARTS, super::graphs::PARTS, super::machines::PARTS].concat();
+    let parts = [
+        super::memory::PARTS,
+        super::kernels::PARTS,
+        super::graphs::PARTS,
+        super::machines::PARTS,
+        super::model::PARTS,
+    ]
+    .concat();
     let Some((_, play)) = parts.iter().find(|(name, _)| *name == part) else {
         eprintln!("no part is called {part}");
         return ExitCode::FAILURE;

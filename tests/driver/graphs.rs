@@ -113,7 +113,7 @@ fn eviction() -> Result<(), String> {
     let scratch = floats(&gpu, &[0.0; LEN])?;
     let held = key("with scratch", &at);
     let mut freed = false;
-    let mut step = |gpu: &Cuda| {
+    let step = |gpu: &Cuda| {
         gpu.graph(&held, &mut || {
             gpu.fill(scratch, 0, 4 * LEN)?;
             axpy(gpu, at[0], scratch, LEN, 1.0, 0)?;

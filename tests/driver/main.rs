@@ -12,6 +12,7 @@ mod kernels;
 mod lab;
 mod machines;
 mod memory;
+mod model;
 
 use lab::Lab;
 use std::process::ExitCode;
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
         return child::run(&part);
     }
     let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
-    let rows: Vec<Row> = [memory::ROWS, kernels::ROWS, graphs::ROWS, machines::ROWS]
+    let rows: Vec<Row> = [memory::ROWS, kernels::ROWS, graphs::ROWS, machines::ROWS, model::ROWS]
         .concat()
         .into_iter()
         .filter(|(name, _)| name.contains(&filter))

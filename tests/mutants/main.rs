@@ -13,7 +13,7 @@ use graft_engine::backend::emu::SOURCES;
 use graft_engine::cli::op::subjects;
 use graft_engine::ops::check::{Verdict, conformance};
 use mutant::Mutant;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -45,7 +45,9 @@ fn main() -> ExitCode {
 }
 
 fn run(filter: &[String]) -> Result<bool, String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    // Where the sources are: those of this repository, unless the variable of the emulator names others.
+    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let root = std::env::var_os(SOURCES).map_or(here, PathBuf::from);
     let mut mutants = mutant::all(&root)?;
     mutants.retain(|m| filter.is_empty() || filter.iter().any(|f| m.to_string().contains(f.as_str())));
     let start = Instant::now();

@@ -80,6 +80,20 @@ pub fn source_files(root: &Path) -> Result<Vec<String>, String> {
     Ok(found)
 }
 
+/// File and name of every kernel in `kernels-cu/probes`, in order.
+fn probes(root: &Path) -> Result<Vec<(String, String)>, String> {
+    let folder = root.join("kernels-cu/probes");
+    let entries = std::fs::read_dir(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let mut found = Vec::new();
+    for path in entries.filter_map(|e| e.ok()).map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "cu")) {
+        let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let file = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        found.extend(graft_codegen::cuda::names(&text).into_iter().map(|name| (file.to_string(), name)));
+    }
+    found.sort();
+    Ok(found)
+}
+
 /// Generated files that differ from what is on disk, as (path, text).
 ///
 /// # Errors
@@ -96,7 +110,7 @@ pub fn stale(root: &Path) -> Result<Vec<(PathBuf, String)>, String> {
         }
     }
     let texts = graft_codegen::emit_sources::render(&source_files(root)?);
-    let rendered = graft_codegen::render(contracts, sources).into_iter().chain([texts]);
+    let rendered = graft_codegen::render(contracts, sources, &probes(root)?).into_iter().chain([texts]);
     files.extend(rendered.map(|file| (root.join(file.path), file.text)));
     Ok(files.into_iter().filter(|(path, text)| std::fs::read_to_string(path).ok().as_ref() != Some(text)).collect())
 }

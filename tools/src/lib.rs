@@ -2,6 +2,7 @@
 
 pub mod codegen;
 pub mod cubins;
+pub mod new_op;
 pub mod nvcc;
 pub mod results;
 pub mod tidy;

@@ -1,6 +1,6 @@
 //! `cargo xtask`: developer commands.
 
-use graft_tools::{codegen, cubins, nvcc, results, tidy};
+use graft_tools::{codegen, cubins, new_op, nvcc, results, tidy};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -8,6 +8,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   codegen   write the files that follow from kernels-cu/*/op.toml
   cubins    compile every CUDA source ahead of time into target/release/graft.cubins (--only OP: those of one operator)
   kernels   compile every CUDA source and write the table of its resources
+  new-op OP a new operator that works, to be turned into the one that is wanted
   results   write the README's table of measurements from benches/results
   tidy      check the rules of the house (also a test)";
 
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
         ["cubins"] => write_cubins(&root, None),
         ["cubins", "--only", op] => write_cubins(&root, Some(op)),
         ["kernels"] => write_resources(&root),
+        ["new-op", name] => write_operator(&root, name),
         ["results"] => write_results(&root),
         ["tidy"] => report_findings(&root),
         _ => Err(USAGE.to_string()),
@@ -31,6 +33,15 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn write_operator(root: &Path, name: &str) -> Result<(), String> {
+    for path in new_op::write(root, name)? {
+        println!("wrote {path}");
+    }
+    write_generated(root)?;
+    println!("next: graft op check {name}");
+    Ok(())
 }
 
 fn write_generated(root: &Path) -> Result<(), String> {

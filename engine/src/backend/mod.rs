@@ -7,6 +7,7 @@
 pub mod cpu;
 pub mod cuda;
 pub mod emu;
+pub mod replay;
 
 pub use crate::tensor::{Device, DeviceKind};
 

@@ -7,6 +7,7 @@ mod doctor;
 mod encode;
 mod eval;
 mod forward;
+mod gpu;
 mod graft_run;
 mod inspect;
 mod inspect_text;
@@ -101,6 +102,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Operators: list them, run one, check all against the oracle.
     Op(op::Args),
+    /// The battery of checks and times for a GPU, most valuable first; resumes by itself.
+    Gpu(gpu::Args),
     /// What this machine offers, and what is missing.
     Doctor,
     /// Compare with recorded cases: every one below the given folders.
@@ -154,6 +157,7 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Convert(args) => convert::run(&args, cli.json),
         Command::Inspect(args) => inspect::run(&args, cli.json),
         Command::Op(args) => op::run(&args, cli.json),
+        Command::Gpu(args) => gpu::run(&args, cli.json),
         Command::Doctor => doctor::run(cli.json),
         Command::Verify(args) => verify::run(&args, cli.json),
     }

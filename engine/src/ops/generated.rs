@@ -701,6 +701,16 @@ pub fn conv_silu(p: &Tensor, weight: &Tensor, bias: &Tensor, params: kernels::ge
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::conv_silu::GpuForward { dims, params, p: p.input()?, weight: weight.input()?, bias: bias.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::conv_silu::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::conv_silu::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("conv_silu", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::conv_silu::cpu::forward(args),
@@ -741,6 +751,16 @@ pub fn conv_silu_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bias: &Tenso
     let mut grad_bias = if want_bias { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(ConvSiluGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::conv_silu::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, weight: weight.input()?, bias: bias.input()?, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.output()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::conv_silu::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::conv_silu::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("conv_silu", other)),
+        }
         return Ok(ConvSiluGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1380,6 +1400,16 @@ pub fn feature_gated_conv(p: &Tensor, weight: &Tensor, bias: &Tensor, params: ke
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::feature_gated_conv::GpuForward { dims, params, p: p.input()?, weight: weight.input()?, bias: bias.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::feature_gated_conv::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::feature_gated_conv::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("feature_gated_conv", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::feature_gated_conv::cpu::forward(args),
@@ -1420,6 +1450,16 @@ pub fn feature_gated_conv_backward(dy: &Tensor, p: &Tensor, weight: &Tensor, bia
     let mut grad_bias = if want_bias { Some(device.empty_of(&[n], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(FeatureGatedConvGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::feature_gated_conv::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, weight: weight.input()?, bias: bias.input()?, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.output()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::feature_gated_conv::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::feature_gated_conv::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("feature_gated_conv", other)),
+        }
         return Ok(FeatureGatedConvGrads { p: grad_p, weight: grad_weight, bias: grad_bias });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -1511,6 +1551,16 @@ pub fn filter_window(x: &Tensor, params: kernels::generated::filter_window::Para
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::filter_window::GpuForward { dims, params, x: x.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::filter_window::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::filter_window::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("filter_window", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::filter_window::cpu::forward(args),
@@ -1541,6 +1591,16 @@ pub fn filter_window_backward(dy: &Tensor, want_x: bool, params: kernels::genera
     let mut grad_x = if want_x { Some(device.empty_of(&[l, c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_x);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::filter_window::GpuBackward { dims, params, dy: dy.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::filter_window::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::filter_window::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("filter_window", other)),
+        }
         return Ok(grad_x);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2018,6 +2078,16 @@ pub fn gated_conv_2d(p: &Tensor, short_weight: Option<&Tensor>, short_bias: Opti
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gated_conv_2d::GpuForward { dims, params, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.input()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gated_conv_2d::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gated_conv_2d::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gated_conv_2d", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::gated_conv_2d::cpu::forward(args),
@@ -2069,6 +2139,16 @@ pub fn gated_conv_2d_backward(dy: &Tensor, p: &Tensor, short_weight: Option<&Ten
     let mut grad_inner_bias = if want_inner_bias { Some(device.empty_of(&[c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(GatedConv2dGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gated_conv_2d::GpuBackward { dims, params, dy: dy.input()?, p: p.input()?, short_weight: match short_weight { Some(t) => Some(t.input()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.input()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.input()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.input()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.output()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.output()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.output()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.output()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gated_conv_2d::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gated_conv_2d::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gated_conv_2d", other)),
+        }
         return Ok(GatedConv2dGrads { p: grad_p, short_weight: grad_short_weight, short_bias: grad_short_bias, inner_weight: grad_inner_weight, inner_bias: grad_inner_bias });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, p: p.f32s()?, short_weight: match short_weight { Some(t) => Some(t.f32s()?), None => None }, short_bias: match short_bias { Some(t) => Some(t.f32s()?), None => None }, inner_weight: match inner_weight { Some(t) => Some(t.f32s()?), None => None }, inner_bias: match inner_bias { Some(t) => Some(t.f32s()?), None => None }, dp: match &mut grad_p { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_weight: match &mut grad_inner_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dinner_bias: match &mut grad_inner_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -2564,9 +2644,9 @@ fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct KvCompressOut {
     /// `[B, Gh/K, Gw/K, 2, D]` float: Keys and values of the coarse grid, side by side.
     pub y: Tensor,
-    /// `[B, Gh/K, Gw/K, 2]` float: Mean over the channels of each vector.
+    /// `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
     pub mean: Tensor,
-    /// `[B, Gh/K, Gw/K, 2]` float: Reciprocal standard deviation over the channels of each vector.
+    /// `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
     pub rstd: Tensor,
 }
 
@@ -2597,8 +2677,8 @@ pub struct KvCompressGrads {
 /// - `gamma` `[D]` float: Scale after the normalisation.
 /// - `beta` `[D]` float: Shift after the normalisation.
 /// - returns `y` `[B, Gh/K, Gw/K, 2, D]` float: Keys and values of the coarse grid, side by side.
-/// - returns `mean` `[B, Gh/K, Gw/K, 2]` float: Mean over the channels of each vector.
-/// - returns `rstd` `[B, Gh/K, Gw/K, 2]` float: Reciprocal standard deviation over the channels of each vector.
+/// - returns `mean` `[B, Gh/K, Gw/K, 2]` f32: Mean over the channels of each vector.
+/// - returns `rstd` `[B, Gh/K, Gw/K, 2]` f32: Reciprocal standard deviation over the channels of each vector.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -2629,10 +2709,20 @@ pub fn kv_compress(x: &Tensor, weight: &Tensor, bias: &Tensor, gamma: &Tensor, b
     let element = check.element(&device, kernels::generated::kv_compress::INFO.elements)?;
     let Dims { b, gh, gw, d, k, .. } = dims;
     let mut y = device.empty_of(&[b, gh/k, gw/k, 2, d], element)?;
-    let mut mean = device.empty_of(&[b, gh/k, gw/k, 2], element)?;
-    let mut rstd = device.empty_of(&[b, gh/k, gw/k, 2], element)?;
+    let mut mean = device.empty(&[b, gh/k, gw/k, 2])?;
+    let mut rstd = device.empty(&[b, gh/k, gw/k, 2])?;
 
     if device.is_dry() {
+        return Ok(KvCompressOut { y, mean, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::kv_compress::GpuForward { dims, params, x: x.input()?, weight: weight.input()?, bias: bias.input()?, gamma: gamma.input()?, beta: beta.input()?, y: y.output()?, mean: mean.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::kv_compress::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::kv_compress::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("kv_compress", other)),
+        }
         return Ok(KvCompressOut { y, mean, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -2670,8 +2760,8 @@ pub fn kv_compress_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, bias: &Ten
     check.float("weight", weight)?;
     check.float("bias", bias)?;
     check.float("gamma", gamma)?;
-    check.float("mean", mean)?;
-    check.float("rstd", rstd)?;
+    check.f32("mean", mean)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, gh: check.dim("Gh")?, gw: check.dim("Gw")?, r: check.dim("R")?, d: check.dim("D")?, k: check.dim("K")? };
     let Dims { gh, gw, r, k, .. } = dims;
     require("kv_compress", params.first + 2 <= r, "first + 2 <= R", "a key and a value among the vectors of a token", || format!("{dims:?}, {params:?}"))?;
@@ -2687,6 +2777,16 @@ pub fn kv_compress_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, bias: &Ten
     let mut grad_beta = if want_beta { Some(device.empty_of(&[d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(KvCompressGrads { x: grad_x, weight: grad_weight, bias: grad_bias, gamma: grad_gamma, beta: grad_beta });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::kv_compress::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, weight: weight.input()?, bias: bias.input()?, gamma: gamma.input()?, mean: mean.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.output()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.output()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.output()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::kv_compress::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::kv_compress::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("kv_compress", other)),
+        }
         return Ok(KvCompressGrads { x: grad_x, weight: grad_weight, bias: grad_bias, gamma: grad_gamma, beta: grad_beta });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, weight: weight.f32s()?, bias: bias.f32s()?, gamma: gamma.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dweight: match &mut grad_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dgamma: match &mut grad_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dbeta: match &mut grad_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -5145,6 +5245,16 @@ pub fn upsample(x: &Tensor, params: kernels::generated::upsample::Params) -> Res
     if device.is_dry() {
         return Ok(y);
     }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::upsample::GpuForward { dims, params, x: x.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::upsample::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::upsample::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("upsample", other)),
+        }
+        return Ok(y);
+    }
     let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
     match device.kind() {
         DeviceKind::Cpu => kernels::upsample::cpu::forward(args),
@@ -5174,6 +5284,16 @@ pub fn upsample_backward(dy: &Tensor, h: usize, w: usize, want_x: bool, params: 
     let mut grad_x = if want_x { Some(device.empty_of(&[b, h, w, c], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(grad_x);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::upsample::GpuBackward { dims, params, dy: dy.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::upsample::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::upsample::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("upsample", other)),
+        }
         return Ok(grad_x);
     }
     let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };

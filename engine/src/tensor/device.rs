@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 /// What runs the operators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -251,6 +252,31 @@ impl Device {
     /// Those of the kernels.
     pub fn synchronize(&self) -> Result<()> {
         self.0.gpu.as_ref().map_or(Ok(()), |gpu| gpu.synchronize())
+    }
+
+    /// Name of the processor that runs the operators.
+    pub fn describe(&self) -> String {
+        self.0.gpu.as_ref().map_or(self.0.kind.to_string(), |gpu| gpu.properties().name.clone())
+    }
+
+    /// Milliseconds of one call of `work`, after one to warm up: `samples` times, on the host no longer than
+    /// `patience`.
+    ///
+    /// # Errors
+    /// Those of the work; a device without a clock.
+    pub fn time(&self, samples: usize, patience: Duration, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<f64>> {
+        if let Some(gpu) = &self.0.gpu {
+            return gpu.time(samples, work);
+        }
+        work()?;
+        let begun = Instant::now();
+        let mut times = Vec::new();
+        while times.len() < samples.max(1) && (times.is_empty() || begun.elapsed() < patience) {
+            let start = Instant::now();
+            work()?;
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+        Ok(times)
     }
 
     /// What runs the operators of this device.

@@ -58,6 +58,16 @@ pub trait Gpu: Send + Sync {
     /// When the kernel cannot be had for this device, or its shape is refused.
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
 
+    /// Milliseconds of one call of `work`, `samples` times, by the device's own clock and without the time that the
+    /// host takes to launch. The launches of `work` must be the same every time.
+    ///
+    /// # Errors
+    /// A device without a clock, and those of the work.
+    fn time(&self, samples: usize, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<f64>> {
+        let _ = (samples, work);
+        Err(Error::failure(&self.properties().name, "has no clock"))
+    }
+
     /// Waits for everything in the queue.
     ///
     /// # Errors

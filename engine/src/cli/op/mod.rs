@@ -1,4 +1,7 @@
-//! `graft op list|run|check`: the operators by themselves.
+//! `graft op list|run|check|bench|replay`: the operators by themselves.
+
+mod bench;
+mod replay;
 
 use super::{out, table::Table};
 use crate::backend::{self, DeviceKind};
@@ -10,6 +13,7 @@ use crate::tensor::DType;
 use graft_kernels::OpInfo;
 use graft_kernels::emu::Build;
 use serde_json::{Value, json};
+use std::path::PathBuf;
 
 /// Arguments.
 #[derive(clap::Args)]
@@ -55,6 +59,38 @@ enum OpCommand {
         #[arg(long, value_name = "BACKEND")]
         require: Option<String>,
     },
+    /// Run recorded launches of the probes on a device and compare every byte.
+    Replay {
+        /// Folder with the recordings.
+        folder: PathBuf,
+        /// emu or cuda.
+        #[arg(long, default_value = "emu")]
+        backend: String,
+    },
+    /// Measure both passes at the shapes of real models.
+    Bench {
+        /// Only operators whose name contains this.
+        #[arg(default_value = "")]
+        filter: String,
+        /// cpu or cuda.
+        #[arg(long, default_value = "cpu")]
+        backend: String,
+        /// Working type of a GPU: f32 or bf16.
+        #[arg(long, default_value = "bf16")]
+        element: String,
+        /// Only cases whose name contains this.
+        #[arg(long, default_value = "")]
+        case: String,
+        /// forward or backward; both where it is not given.
+        #[arg(long, default_value = "")]
+        pass: String,
+        /// Measurements of each.
+        #[arg(long, default_value_t = 20)]
+        samples: usize,
+        /// Largest case, in GFLOP of a forward call.
+        #[arg(long, default_value_t = 20.0)]
+        gflop: f64,
+    },
 }
 
 /// Runs the command.
@@ -99,6 +135,12 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
                 require_backend(&mut rows, name)?;
             }
             finish(rows, json)
+        }
+        OpCommand::Replay { folder, backend } => replay::run(&backend::open(backend)?, folder),
+        OpCommand::Bench { filter, backend, element, case, pass, samples, gflop } => {
+            let device = backend::open_as(backend, backend::element(element)?)?;
+            let choice = bench::Choice { filter, case, pass, gflop: *gflop, samples: *samples };
+            bench::run(&device, &choice, json)
         }
     }
 }

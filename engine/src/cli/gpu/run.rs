@@ -1,0 +1,180 @@
+//! Runs the steps: each in a process of its own, within its time and that of the whole.
+
+use super::plan::Step;
+use crate::cli::out;
+use crate::error::{Error, Result};
+use crate::io::atomic;
+use crate::io::jsonl::{self, JsonLog};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// What was done, a line a step.
+const LOG: &str = "battery.jsonl";
+
+/// Messages of compute-sanitizer that say it cannot work with the device: no finding about a kernel.
+const UNSUPPORTED: [&str; 2] = ["Device not supported", "not supported on this device"];
+
+/// Runs what is not done yet.
+pub fn battery(steps: &[Step], folder: &Path, time: Duration) -> Result<()> {
+    atomic::ensure_writable_dir(folder)?;
+    let log = folder.join(LOG);
+    let mut done = finished(&log)?;
+    let mut log = JsonLog::resume(&log, u64::MAX)?;
+    let begun = Instant::now();
+    let (mut failed, mut skipped) = (0, 0);
+    for step in steps {
+        if done.get(&step.name).is_some_and(|v| v == "ok") {
+            out::line(format!("{:<32} ok (before)", step.name))?;
+            continue;
+        }
+        let left = time.saturating_sub(begun.elapsed());
+        let outcome = match reason(step, &done, left) {
+            Some(why) => Outcome { verdict: "skip", note: why, seconds: 0.0, rows: Vec::new() },
+            None => start(step, folder, step.limit.min(left))?,
+        };
+        failed += usize::from(outcome.verdict == "fail");
+        skipped += usize::from(outcome.verdict == "skip");
+        out::line(format!("{:<32} {} {:.1} s {}", step.name, outcome.verdict, outcome.seconds, outcome.note))?;
+        // A row of a step that failed is no result.
+        if let (Some(file), "ok") = (step.rows, outcome.verdict) {
+            let mut rows = JsonLog::resume(&folder.join(file), u64::MAX)?;
+            outcome.rows.iter().try_for_each(|row| rows.append(row))?;
+        }
+        let record =
+            json!({ "step": step.name, "verdict": outcome.verdict, "seconds": outcome.seconds, "note": outcome.note });
+        log.append(&record)?;
+        done.insert(step.name.clone(), outcome.verdict.to_string());
+    }
+    out::line(format!("{} steps, {failed} failed, {skipped} skipped; in {}", steps.len(), folder.display()))?;
+    if failed == 0 { Ok(()) } else { Err(Error::failure("gpu", format!("{failed} steps failed"))) }
+}
+
+struct Outcome {
+    verdict: &'static str,
+    note: String,
+    seconds: f64,
+    rows: Vec<Value>,
+}
+
+/// Last verdict of every step of the runs before.
+fn finished(log: &Path) -> Result<BTreeMap<String, String>> {
+    let records = if log.is_file() { jsonl::read(log)? } else { Vec::new() };
+    Ok(records
+        .iter()
+        .filter_map(|v| Some((v["step"].as_str()?.to_string(), v["verdict"].as_str()?.to_string())))
+        .collect())
+}
+
+/// Why a step is not run.
+fn reason(step: &Step, done: &BTreeMap<String, String>, left: Duration) -> Option<String> {
+    if let Some(why) = &step.missing {
+        return Some(why.clone());
+    }
+    if let Some(after) = step.after.as_ref().filter(|after| done.get(*after).is_none_or(|v| v != "ok")) {
+        return Some(format!("{after} has not passed"));
+    }
+    (left < Duration::from_secs(2)).then(|| "the time is over".to_string())
+}
+
+fn start(step: &Step, folder: &Path, limit: Duration) -> Result<Outcome> {
+    let failed = |e: std::io::Error| Error::failure(&step.name, format!("cannot be started: {e}"));
+    let this = std::env::current_exe().map_err(failed)?.display().to_string();
+    let place = folder.display().to_string();
+    let words = step.command.iter().map(|w| if w == "graft" { this.clone() } else { w.replace("{out}", &place) });
+    let words: Vec<String> = words.collect();
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let begun = Instant::now();
+    let mut child = command.spawn().map_err(failed)?;
+    let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
+    let status = wait(&mut child, limit).map_err(failed)?;
+    let seconds = begun.elapsed().as_secs_f64();
+    let text = |reader: Option<std::thread::JoinHandle<String>>| reader.and_then(|r| r.join().ok()).unwrap_or_default();
+    let (stdout, stderr) = (text(stdout), text(stderr));
+    let said = || [&stdout, &stderr].into_iter().flat_map(|t| t.lines()).rfind(|l| !l.trim().is_empty());
+    let note = said().unwrap_or_default().trim().to_string();
+    let verdict = match status {
+        None => {
+            return Ok(Outcome {
+                verdict: "fail",
+                note: format!("took longer than {limit:.0?}"),
+                seconds,
+                rows: Vec::new(),
+            });
+        }
+        Some(true) => "ok",
+        Some(false) if UNSUPPORTED.iter().any(|u| stdout.contains(u) || stderr.contains(u)) => "skip",
+        Some(false) => "fail",
+    };
+    let rows = stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    Ok(Outcome { verdict, note, seconds, rows })
+}
+
+/// Whether it ended well; none where it had to be ended.
+fn wait(child: &mut Child, limit: Duration) -> std::io::Result<Option<bool>> {
+    let begun = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status.success()));
+        }
+        if begun.elapsed() > limit {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn collect(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What was read before an error is still worth showing.
+        let _ = from.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::plan::Stage;
+    use super::*;
+    use crate::io::files::{self, test_dir};
+
+    fn step(name: &str, shell: &str) -> Step {
+        Step {
+            name: name.to_string(),
+            stage: Stage::Operators,
+            command: ["sh", "-c", shell].map(String::from).to_vec(),
+            limit: Duration::from_millis(400),
+            after: None,
+            rows: Some("rows.jsonl"),
+            missing: None,
+        }
+    }
+
+    #[test]
+    fn rows_of_failed_steps_are_not_kept_and_a_second_run_goes_on() {
+        let folder = test_dir("battery");
+        let mut steps = vec![
+            step("good", "echo '{\"ms\":1}'"),
+            step("bad", "echo '{\"ms\":2}'; exit 1"),
+            step("slow", "echo '{\"ms\":3}'; sleep 5"),
+            step("later", "echo '{\"ms\":4}'"),
+        ];
+        steps[3].after = Some("bad".to_string());
+        let time = Duration::from_secs(60);
+        assert!(battery(&steps, &folder, time).unwrap_err().to_string().contains("2 steps failed"));
+        let rows = || files::read_text(&folder.join("rows.jsonl")).unwrap();
+        assert_eq!(rows(), "{\"ms\":1}\n");
+        steps[1] = step("bad", "echo '{\"ms\":2}'");
+        steps.remove(2);
+        battery(&steps, &folder, time).unwrap();
+        assert_eq!(rows(), "{\"ms\":1}\n{\"ms\":2}\n{\"ms\":4}\n");
+        battery(&steps, &folder, Duration::ZERO).unwrap();
+    }
+}
