@@ -73,7 +73,7 @@ fn examine(path: &Path) -> Result<(PixArtConfig, Layout, Box<dyn Source>)> {
             .fix("give the folder of the transformer itself")
     })?;
     let shapes = layout.shapes(source.as_ref());
-    let tensors = Tensors { place: source.place(), shapes: &shapes };
+    let tensors = Tensors { place: source.place(), shapes: &shapes, alpha: is_alpha(path)? };
     let config = config.as_ref().map(|(path, value)| Config { place: path.display().to_string(), value });
     if let Some(config) = &config {
         config.check_class()?;
@@ -87,6 +87,16 @@ fn examine(path: &Path) -> Result<(PixArtConfig, Layout, Box<dyn Source>)> {
 struct Tensors<'a> {
     place: String,
     shapes: &'a Shapes,
+    /// Whether the pipeline around it is that of PixArt-α.
+    alpha: bool,
+}
+
+/// Whether a `model_index.json` above a transformer's folder names the pipeline of PixArt-α, which reads shorter texts.
+fn is_alpha(path: &Path) -> Result<bool> {
+    let Some(index) = path.parent().map(|p| p.join("model_index.json")).filter(|p| p.is_file()) else {
+        return Ok(false);
+    };
+    Ok(json::read(&index)?.get("_class_name").and_then(Value::as_str) == Some("PixArtAlphaPipeline"))
 }
 
 impl Tensors<'_> {
@@ -168,7 +178,7 @@ impl Tensors<'_> {
         }
         // The table of the empty text has a row per token; α, which is told its size, had 120.
         let null = self.shapes.get(NULL_TEXT).and_then(|shape| shape.first().copied());
-        let alpha = self.shapes.contains_key("csize_embedder.mlp.0.weight");
+        let alpha = self.alpha || self.shapes.contains_key("csize_embedder.mlp.0.weight");
         Ok(null.unwrap_or(if alpha { 120 } else { 300 }))
     }
 
