@@ -92,6 +92,11 @@ std::string identity(const Fiber& f) {
     return text;
 }
 
+void Worker::free_stacks() {
+    for (auto& f : fibers) munmap(f->stack - kGuardPage, kStack + kGuardPage);
+    fibers.clear();
+}
+
 void Worker::start_fiber(unsigned index, Block& b, Warp& warp, unsigned thread) {
     while (fibers.size() <= index) {
         auto f = std::make_unique<Fiber>();

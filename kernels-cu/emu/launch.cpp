@@ -29,7 +29,7 @@ const Config& config() { return chosen_config(); }
 
 namespace {
 
-// Workers are kept for later launches and never destroyed: abandoned fibers may live in them.
+// Workers are kept for later launches and never destroyed.
 std::mutex pool_lock;
 auto& idle = *new std::vector<Worker*>;
 auto& totals = *new std::map<std::string, Counters>;
@@ -49,6 +49,11 @@ void give_worker(const char* kernel, Worker* w) {
     w->counters = Counters{};
     // A failed worker's stacks hold whatever they held; it starts afresh with the next launch all the same.
     idle.push_back(w);
+}
+
+void release_stacks() {
+    std::lock_guard lock(pool_lock);
+    for (Worker* w : idle) w->free_stacks();
 }
 
 void check(const char* name, const Shape& s) {
@@ -183,6 +188,9 @@ int emu_launch(const char* kernel, const EmuShape* s, void** args, char* error, 
 
 // The seed of the launches that follow, in place of EMU_SEED.
 void emu_seed(uint64_t seed) { emu::chosen_config().seed = seed; }
+
+// Gives back the stacks that are kept for later launches: a process that loads many objects has only so many maps.
+void emu_release() { emu::release_stacks(); }
 
 // Runs a grid that is held back for a dependent one.
 int emu_synchronize(char* error, size_t capacity) {

@@ -242,6 +242,7 @@ struct Worker {
     void run(Grid&, unsigned id, unsigned workers);
     void run_group(uint64_t group);
     void place_block(Block&, uint64_t index, unsigned rank);
+    void free_stacks();
     void start_fiber(unsigned index, Block&, Warp&, unsigned thread);
     void end_group_clocks();
     Fiber* pick();

@@ -63,6 +63,16 @@ impl Library {
         }
     }
 
+    /// Gives back the stacks that the runtime keeps for the next launch.
+    pub(super) fn release(&self) {
+        let _one = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the signature is that of launch.cpp, and no launch runs while the lock is held.
+        if let Ok(release) = unsafe { self.library.get::<unsafe extern "C" fn()>(b"emu_release\0") } {
+            // SAFETY: it takes nothing.
+            unsafe { release() };
+        }
+    }
+
     /// Runs a kernel to its end.
     pub(super) fn launch(&self, kernel: &str, shape: &Shape, shared: usize, args: &[Arg]) -> Result<(), String> {
         let name = CString::new(kernel).map_err(|e| e.to_string())?;

@@ -98,6 +98,7 @@ pub fn open(element: DType, seed: u64) -> Result<Device> {
         properties: properties(),
         seed,
         libraries: Mutex::default(),
+        last: Mutex::default(),
         memory: Mutex::default(),
     };
     Ok(Device::gpu(DeviceKind::Emu, Arc::new(emu), element))
@@ -108,6 +109,8 @@ struct Emu {
     properties: Properties,
     seed: u64,
     libraries: Mutex<HashMap<(&'static str, ElementType), Arc<Library>>>,
+    /// The one that ran last: it alone keeps its stacks.
+    last: Mutex<Option<Arc<Library>>>,
     memory: Mutex<Memory>,
 }
 
@@ -191,6 +194,10 @@ impl Gpu for Emu {
         let dead = addresses().find(|at| self.memory().bytes(*at, 1).is_err());
         if let Some(address) = dead {
             return Err(failed(format!("an argument is the address {address:#x}, where no tensor is")));
+        }
+        let before = self.last.lock().unwrap_or_else(PoisonError::into_inner).replace(Arc::clone(&library));
+        if let Some(before) = before.filter(|before| !Arc::ptr_eq(before, &library)) {
+            before.release();
         }
         let shared = shape.shared + RED_ZONE * shape.regions;
         library.launch(kernel.name, &shape, shared, args).map_err(failed)?;
