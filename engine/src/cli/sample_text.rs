@@ -234,7 +234,7 @@ impl<'a> Job<'a> {
             (Some((Ok(solver), _)), _) => solver,
             // A scheduler that is not known matters only to those who do not choose another.
             (Some((Err(_), _)), Some(sampler)) => SolverConfig { sampler, schedule: Schedule::default() },
-            (Some((Err(e), path)), None) => return Err(e.context(&path.display().to_string())),
+            (Some((Err(e), path)), None) => return Err(e.context(path.display().to_string())),
         };
         solver.sampler = args.sampler.unwrap_or(solver.sampler);
         if let Sampler::DpmPlusPlus { .. } = solver.sampler {

@@ -162,7 +162,7 @@ pub(super) struct Renamed {
 
 impl Renamed {
     /// `inner` under the names that `rename` gives; those that it gives none are hidden.
-    pub(super) fn new(inner: Box<dyn Source>, rename: impl Fn(&str) -> Option<String>) -> Box<dyn Source> {
+    pub(super) fn under(inner: Box<dyn Source>, rename: impl Fn(&str) -> Option<String>) -> Box<dyn Source> {
         let names = inner.names().into_iter().filter_map(|name| Some((rename(&name)?, name))).collect();
         Box::new(Renamed { inner, names })
     }
@@ -172,7 +172,7 @@ impl Renamed {
         let names = inner.names();
         match prefixes.iter().find(|prefix| names.iter().any(|name| name.starts_with(**prefix))) {
             None => inner,
-            Some(prefix) => Renamed::new(inner, |name| Some(name.strip_prefix(prefix).unwrap_or(name).to_string())),
+            Some(prefix) => Renamed::under(inner, |name| Some(name.strip_prefix(prefix).unwrap_or(name).to_string())),
         }
     }
 }

@@ -55,6 +55,9 @@ pub struct Run {
     pub checkpoint: bool,
 }
 
+/// Sees the residual stream `[B, N, D]` after a block.
+pub type Watch<'w> = dyn FnMut(usize, &Tensor) -> Result<()> + 'w;
+
 /// Size and aspect ratio that PixArt-α at 1024 pixels is told.
 #[derive(Clone, Debug)]
 pub struct MicroConditions {
@@ -248,7 +251,7 @@ impl PixArt {
         keys: &Keys,
         micro: Option<&MicroConditions>,
         run: Run,
-        watch: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+        watch: &mut Watch<'_>,
     ) -> Result<Var> {
         self.run(g, x, t, keys, micro, run, Some(watch))
     }
@@ -280,7 +283,7 @@ impl PixArt {
         keys: &Keys,
         micro: Option<&MicroConditions>,
         run: Run,
-        mut watch: Option<&mut dyn FnMut(usize, &Tensor) -> Result<()>>,
+        mut watch: Option<&mut Watch<'_>>,
     ) -> Result<Var> {
         let c = &self.config;
         let shape = x.tensor().shape();

@@ -46,7 +46,7 @@ fn examine(path: &Path) -> Result<(T5Config, Box<dyn Source>)> {
     let Opened { source, config, .. } = open(path)?;
     let source = Renamed::without(source, &PREFIXES);
     let has_shared = source.names().contains("shared.weight");
-    let source = Renamed::new(source, |name| match name {
+    let source = Renamed::under(source, |name| match name {
         ALIAS => (!has_shared).then(|| "shared.weight".to_string()),
         // A whole T5 has a decoder, which nobody reads.
         _ => (name == "shared.weight" || name.starts_with("encoder.")).then(|| name.to_string()),

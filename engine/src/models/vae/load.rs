@@ -36,7 +36,7 @@ pub fn load(path: &Path, device: &Device, given: Given) -> Result<Vae> {
     let attends = ["encoder", "decoder"]
         .map(|half| source.tensor(&format!("{half}.mid_block.attentions.0.to_q.weight")).is_some());
     let mut vae =
-        Vae::build(config, &Device::dry(), 0, Scheme::Unset, attends).map_err(|e| e.context(&source.place()))?;
+        Vae::build(config, &Device::dry(), 0, Scheme::Unset, attends).map_err(|e| e.context(source.place()))?;
     let ranks: Vec<(String, usize)> =
         vae.params.iter().map(|(_, p)| (p.name.clone(), p.value.shape().dims().len())).collect();
     let place = |name: &str| {
@@ -60,7 +60,7 @@ fn examine(path: &Path, given: Given) -> Result<(VaeConfig, Box<dyn Source>)> {
     let Opened { source, config, .. } = open(path)?;
     let source = Renamed::without(source, &PREFIXES);
     let count = levels(source.names().iter().map(String::as_str));
-    let source = Renamed::new(source, |name| diffusers_name(name, count));
+    let source = Renamed::under(source, |name| diffusers_name(name, count));
     if let Some((path, class)) =
         config.as_ref().and_then(|(p, c)| Some((p, c.get("_class_name").and_then(Value::as_str)?)))
         && class != "AutoencoderKL"

@@ -49,7 +49,7 @@ impl Tiny {
         let prefix = PREFIXES.iter().find(|prefix| names.iter().any(|name| name.starts_with(**prefix)));
         let source = match prefix {
             None => opened.source,
-            Some(prefix) => Renamed::new(opened.source, |name| name.strip_prefix(prefix).map(str::to_string)),
+            Some(prefix) => Renamed::under(opened.source, |name| name.strip_prefix(prefix).map(str::to_string)),
         };
         let (mut params, dry) = (ParamStore::default(), Device::dry());
         let (layers, latent) = layers(source.as_ref(), &mut Builder::new(&mut params, &dry, 0, Scheme::Unset))?;
