@@ -2,7 +2,7 @@
 .PHONY: demo test science science-full soak mutants kernels gpu gpu-kit bench paired docs data codegen tidy
 
 demo:    ; cargo run --release -p graft-engine --bin graft -- run assets/fashion-dit/demo.toml --run demo
-test:    ; cargo test --release --workspace
+test:    ; python3 tools/setup/cuda_compiler.py --try && cargo test --release --workspace
 science: ; python3 tools/setup/fetch_data.py fashion-mnist && cargo run --release -p graft-engine --bin graft -- science assets/fashion-dit/science.toml --run runs/science --publish docs/science
 science-full: ; python3 tools/setup/fetch_data.py fashion-mnist && cargo run --release -p graft-engine --bin graft -- science assets/fashion-dit/science.toml --run runs/science --tier full --publish docs/science
 soak:    ; GRAFT_FUZZ_SECONDS=600 cargo test --release -p graft-tests --test suite fuzz && EMU_SOAK=1 cargo test --release -p graft-tests --test emulator --test conformance

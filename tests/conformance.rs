@@ -32,22 +32,41 @@ fn main() -> ExitCode {
 
 fn run(filter: &str, soak: bool) -> Result<Vec<Row>> {
     let seeds = if soak { 0..10 } else { 0..3 };
-    let mut plan: Vec<(&str, u64, bool)> = vec![("cpu", 0, false), ("plan", 0, false), ("cuda", 0, false)];
-    plan.extend(seeds.map(|seed| ("emu", seed, false)));
-    plan.extend([("asan", 0, true), ("tsan", 0, soak)]);
+    let mut plan: Vec<(&str, u64)> = vec![("cpu", 0), ("plan", 0), ("cuda", 0)];
+    plan.extend(seeds.map(|seed| ("emu", seed)));
     let mut rows = Vec::new();
-    for (backend, seed, every) in plan {
-        let start = Instant::now();
-        match subjects(backend, None, seed, every) {
-            Ok(found) => {
-                for subject in found {
-                    rows.extend(conformance(&subject, filter)?);
-                }
-            }
-            Err(e) => rows.push(skipped(backend, &e)),
-        }
-        println!("conformance: {backend}, seed {seed}: {:.1} s", start.elapsed().as_secs_f64());
+    for (backend, seed) in plan {
+        rows.extend(of_backend(backend, None, seed, false, filter)?);
     }
+    // The builds with a checker are programs of their own, mostly compiled here: two at a time.
+    let checked = ["f32", "bf16"].map(|element| {
+        let filter = filter.to_string();
+        std::thread::spawn(move || {
+            let mut rows = of_backend("asan", Some(element), 0, true, &filter)?;
+            rows.extend(of_backend("tsan", Some(element), 0, soak, &filter)?);
+            Ok::<_, Error>(rows)
+        })
+    });
+    for thread in checked {
+        let died = |_| Error::failure("conformance", "a thread died");
+        rows.extend(thread.join().map_err(died)??);
+    }
+    Ok(rows)
+}
+
+fn of_backend(backend: &str, element: Option<&str>, seed: u64, every: bool, filter: &str) -> Result<Vec<Row>> {
+    let start = Instant::now();
+    let mut rows = Vec::new();
+    match subjects(backend, element, seed, every) {
+        Ok(found) => {
+            for subject in found {
+                rows.extend(conformance(&subject, filter)?);
+            }
+        }
+        Err(e) => rows.push(skipped(backend, &e)),
+    }
+    let element = element.unwrap_or("every type");
+    println!("conformance: {backend}, {element}, seed {seed}: {:.1} s", start.elapsed().as_secs_f64());
     Ok(rows)
 }
 

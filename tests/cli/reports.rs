@@ -119,3 +119,33 @@ fn doctor_reports() {
     let json = parsed(&succeed(&here, &["doctor", "--json"]).text());
     assert_eq!(json["findings"].as_array().unwrap().len(), 7);
 }
+
+#[test]
+fn the_battery_shows_its_steps_without_a_gpu() {
+    let here = folder("gpu");
+    let plan = parsed(&succeed(&here, &["--json", "gpu", "--dry-run"]).text());
+    let steps = plan.as_array().unwrap();
+    for stage in ["probes", "conformance", "sanitizer", "operators", "models"] {
+        assert!(steps.iter().any(|s| s["stage"] == stage), "{stage}");
+    }
+    if let Some(none) = steps.iter().find(|s| s["step"] == "conformance/gemm").filter(|s| !s["skip"].is_null()) {
+        assert!(none["skip"].as_str().unwrap().contains("driver"), "{none}");
+        // Without a GPU nothing runs and nothing is written.
+        refuse(&here, &["gpu", "--out", "results"], 1, &["NVIDIA driver", "--backend cpu"]);
+        assert!(!here.join("results").exists());
+    }
+    refuse(&here, &["gpu", "--dry-run", "--only", "everything"], 2, &["--only", "conformance"]);
+    refuse(&here, &["gpu", "--dry-run", "--minutes", "0"], 2, &["--minutes"]);
+}
+
+#[test]
+fn operators_are_timed() {
+    let here = folder("op-bench");
+    let line =
+        succeed(&here, &["--json", "op", "bench", "gate_residual", "--samples", "2", "--pass", "forward"]).text();
+    let row = parsed(line.lines().next().unwrap());
+    assert_eq!(row["op"], "gate_residual");
+    assert!(row["ms"].as_f64().unwrap() > 0.0 && row["gb_per_s"].as_f64().unwrap() > 0.0, "{row}");
+    refuse(&here, &["op", "bench", "telepathy"], 2, &["op bench", "telepathy"]);
+    refuse(&here, &["op", "bench", "gemm", "--backend", "tpu"], 2, &["tpu", "cuda"]);
+}

@@ -3,6 +3,7 @@
 
     python3 tools/setup/cuda_compiler.py            # compilers, disassembler, CUTLASS headers
     python3 tools/setup/cuda_compiler.py --check    # say what is there, change nothing
+    python3 tools/setup/cuda_compiler.py --try      # the first, but no failure where it cannot be had
 
 The tools are wheels of the package manager; each is pinned, and none may pull in others, because their own
 requirements are open.  Running the script again does nothing where everything is in place.  The compile gate
@@ -51,22 +52,37 @@ def missing() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say what is missing")
+    parser.add_argument("--try", dest="attempt", action="store_true", help="succeed where the tools cannot be had")
+    arguments = parser.parse_args()
     wanted = missing()
-    if parser.parse_args().check:
+    if arguments.check:
         print("missing: " + " ".join(wanted) if wanted else "everything is in place")
         return 1 if wanted else 0
     if not wanted:
         print(f"{FOLDER.name}: everything is in place")
         return 0
+    done = install(wanted)
+    if not done and arguments.attempt:
+        print(f"{FOLDER.name}: going on without; the compile gate will be skipped")
+        return 0
+    return 0 if done else 1
+
+
+def install(wanted: list[str]) -> bool:
+    """Whether the requirements were installed."""
     python = FOLDER / "bin" / "python"
-    if not python.exists():
-        venv.create(FOLDER, with_pip=True)
+    try:
+        if not python.exists():
+            venv.create(FOLDER, with_pip=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        print(f"{FOLDER.name}: no environment can be made: {e}", file=sys.stderr)
+        return False
     command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *wanted]
     if subprocess.run(command).returncode != 0:
         print(f"{FOLDER.name}: the package manager failed; the message above says why", file=sys.stderr)
-        return 1
+        return False
     print(f"{FOLDER.name}: installed {' '.join(wanted)}")
-    return 0
+    return True
 
 
 if __name__ == "__main__":

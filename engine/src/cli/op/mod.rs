@@ -39,9 +39,15 @@ enum OpCommand {
     },
     /// Compare every case with the oracle.
     Check {
-        /// Only operators whose name contains this.
-        #[arg(default_value = "")]
-        filter: String,
+        /// Only operators whose name contains this; all where it is not given.
+        #[arg(value_name = "OP", default_value = "")]
+        name: String,
+        /// The same as OP.
+        #[arg(long, conflicts_with = "name")]
+        filter: Option<String>,
+        /// Every operator.
+        #[arg(long, conflicts_with_all = ["name", "filter"])]
+        all: bool,
         /// cpu, emu, cuda; asan or tsan (the emulator with a checker); plan (entry points and choice of kernels on the
         /// shapes of real models). All of cpu, emu, cuda and plan where none is given.
         #[arg(long, value_delimiter = ',')]
@@ -111,9 +117,10 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             }
             finish(rows, json)
         }
-        OpCommand::Check { filter, backend, element, seed, every, require } => {
-            if !contracts::OPS.iter().any(|op| op.name.contains(filter.as_str())) {
-                return Err(Error::usage("op check", "no such operator")
+        OpCommand::Check { name, filter, all: _, backend, element, seed, every, require } => {
+            let filter = filter.as_deref().unwrap_or(name);
+            if !contracts::OPS.iter().any(|op| op.name.contains(filter)) {
+                return Err(Error::usage("--filter", "no such operator")
                     .is(format!("{filter:?}"))
                     .must("part of an operator's name"));
             }
