@@ -75,7 +75,7 @@ fn run(toolchain: &Toolchain, rows: &[Row]) -> ExitCode {
     }
     let compiled = in_parallel(&sources, |(source, build)| toolchain.compile(&[source.to_string()], None, *build));
     println!("emulator: {} programs ready after {:.1} s", sources.len(), start.elapsed().as_secs_f64());
-    let results = parallel(rows, |row| {
+    let results = in_parallel(rows, |row| {
         let at = sources.iter().position(|s| *s == (row.source, row.build));
         match at.map(|i| &compiled[i]) {
             Some(Ok(program)) => {
