@@ -3502,9 +3502,9 @@ pub mod qk_norm {
         pub k_beta: &'a [T],
         /// `[B, N, 3, D]` float: Normalised queries and keys, and the values.
         pub y: &'a mut [T],
-        /// `[B, N, 2]` float: Means of queries and keys.
+        /// `[B, N, 2]` f32: Means of queries and keys.
         pub mean: &'a mut [T],
-        /// `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+        /// `[B, N, 2]` f32: Reciprocal standard deviations of queries and keys.
         pub rstd: &'a mut [T],
     }
 
@@ -3519,9 +3519,9 @@ pub mod qk_norm {
         pub q_gamma: &'a [T],
         /// `[D]` float: Scale of the keys.
         pub k_gamma: &'a [T],
-        /// `[B, N, 2]` float: Means of queries and keys.
+        /// `[B, N, 2]` f32: Means of queries and keys.
         pub mean: &'a [T],
-        /// `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+        /// `[B, N, 2]` f32: Reciprocal standard deviations of queries and keys.
         pub rstd: &'a [T],
         /// `[B, N, 3, D]` float: Queries, keys and values side by side, all heads of one in a row.
         pub dx: Option<&'a mut [T]>,
@@ -3533,6 +3533,39 @@ pub mod qk_norm {
         pub dk_gamma: Option<&'a mut [T]>,
         /// `[D]` float: Shift of the keys.
         pub dk_beta: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub q_gamma: In<T>,
+        pub q_beta: In<T>,
+        pub k_gamma: In<T>,
+        pub k_beta: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub q_gamma: In<T>,
+        pub k_gamma: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Option<Out<T>>,
+        pub dq_gamma: Option<Out<T>>,
+        pub dq_beta: Option<Out<T>>,
+        pub dk_gamma: Option<Out<T>>,
+        pub dk_beta: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -3553,11 +3586,13 @@ pub mod qk_norm {
         Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, d: 8 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "one_column", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, d: 1 }, params: Params { eps: 0.01 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 2, n: 81, d: 24 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vectors", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, d: 1160 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 1, n: 3, d: 1288 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, d: 1152 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, d: 1152 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "qk_norm", summary: "LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.", backward: true, cases: &["odd", "one_token", "one_column", "blocks", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "qk_norm", summary: "LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.", backward: true, cases: &["odd", "one_token", "one_column", "blocks", "vectors", "wide", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3623,7 +3658,7 @@ pub mod relative_attention {
         pub counts: Option<&'a [i32]>,
         /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a mut [T],
-        /// `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
         pub lse: &'a mut [T],
     }
 
@@ -3640,12 +3675,39 @@ pub mod relative_attention {
         pub counts: Option<&'a [i32]>,
         /// `[B, N, H, E]` float: Attention output, heads side by side.
         pub y: &'a [T],
-        /// `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+        /// `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
         pub lse: &'a [T],
         /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
         pub dqkv: Option<&'a mut [T]>,
         /// `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
         pub dbias: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: Option<In<i32>>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: Option<In<i32>>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub dqkv: Option<Out<T>>,
+        pub dbias: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
     }
 
     /// Floating-point operations of one forward call.
@@ -3667,11 +3729,13 @@ pub mod relative_attention {
         Case { name: "counted", tier: Tier::Tiny, dims: Dims { b: 4, n: 19, h: 2, e: 16 }, params: Params { scale: 0.25 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 133, h: 2, e: 33 }, params: Params { scale: 0.2 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, h: 1, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "samples", tier: Tier::Tiny, dims: Dims { b: 40, n: 39, h: 1, e: 3 }, params: Params { scale: 0.6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_head", tier: Tier::Tiny, dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "t5_xxl_300", tier: Tier::Real, dims: Dims { b: 1, n: 300, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "t5_xxl_32", tier: Tier::Real, dims: Dims { b: 1, n: 32, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "t5_xxl_300", "t5_xxl_32"], tolerance: None, tolerance_bf16: None, elements: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "samples", "wide_head", "t5_xxl_300", "t5_xxl_32"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

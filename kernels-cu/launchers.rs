@@ -163,6 +163,18 @@ pub const KERNELS: &[&Kernel] = &[
     &patchify::PATCHIFY_FORWARD,
     &patchify::PATCHIFY_BACKWARD,
     &philox::PHILOX_FORWARD,
+    &qk_norm::QK_NORM_FORWARD,
+    &qk_norm::QK_NORM_FORWARD_ANY,
+    &qk_norm::QK_NORM_BACKWARD,
+    &qk_norm::QK_NORM_BACKWARD_ANY,
+    &qk_norm::QK_NORM_BACKWARD_COLUMNS_ANY,
+    &qk_norm::QK_NORM_BACKWARD_MAPS,
+    &relative_attention::RELATIVE_ATTENTION_FORWARD,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_DELTA,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_DISTANCES,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_BIAS,
     &rms_norm::RMS_NORM_FORWARD,
     &rms_norm::RMS_NORM_FORWARD_WIDE,
     &rms_norm::RMS_NORM_FORWARD_ANY,
@@ -5494,6 +5506,410 @@ pub mod philox {
                 Arg::U64(self.offset),
             ];
             queue.launch(&Launch { kernel: &PHILOX_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `qk_norm`.
+pub mod qk_norm {
+    use super::*;
+
+    pub const QK_NORM_FORWARD: Kernel = Kernel { op: "qk_norm", source: "qk_norm.cu", name: "qk_norm_forward", arch: 80 };
+
+    /// Arguments of [`QK_NORM_FORWARD`].
+    pub struct QkNormForward<T> {
+        pub x: In<T>,
+        pub q_gamma: In<T>,
+        pub q_beta: In<T>,
+        pub k_gamma: In<T>,
+        pub k_beta: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub rows: usize,
+        pub d: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> QkNormForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.q_gamma.address()),
+                Arg::Address(self.q_beta.address()),
+                Arg::Address(self.k_gamma.address()),
+                Arg::Address(self.k_beta.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &QK_NORM_FORWARD, "rows", self.rows)?,
+                int(queue, &QK_NORM_FORWARD, "d", self.d)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &QK_NORM_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const QK_NORM_FORWARD_ANY: Kernel = Kernel { op: "qk_norm", source: "qk_norm.cu", name: "qk_norm_forward_any", arch: 80 };
+
+    /// Arguments of [`QK_NORM_FORWARD_ANY`].
+    pub struct QkNormForwardAny<T> {
+        pub x: In<T>,
+        pub q_gamma: In<T>,
+        pub q_beta: In<T>,
+        pub k_gamma: In<T>,
+        pub k_beta: In<T>,
+        pub y: Out<T>,
+        pub mean: Out<f32>,
+        pub rstd: Out<f32>,
+        pub rows: usize,
+        pub d: usize,
+        pub eps: f32,
+    }
+
+    impl<T: Element> QkNormForwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.q_gamma.address()),
+                Arg::Address(self.q_beta.address()),
+                Arg::Address(self.k_gamma.address()),
+                Arg::Address(self.k_beta.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                int(queue, &QK_NORM_FORWARD_ANY, "rows", self.rows)?,
+                int(queue, &QK_NORM_FORWARD_ANY, "d", self.d)?,
+                Arg::F32(self.eps),
+            ];
+            queue.launch(&Launch { kernel: &QK_NORM_FORWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const QK_NORM_BACKWARD: Kernel = Kernel { op: "qk_norm", source: "qk_norm.cu", name: "qk_norm_backward", arch: 80 };
+
+    /// Arguments of [`QK_NORM_BACKWARD`].
+    pub struct QkNormBackward<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub q_gamma: In<T>,
+        pub k_gamma: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub tokens: usize,
+        pub d: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> QkNormBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.q_gamma.address()),
+                Arg::Address(self.k_gamma.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &QK_NORM_BACKWARD, "tokens", self.tokens)?,
+                int(queue, &QK_NORM_BACKWARD, "d", self.d)?,
+                int(queue, &QK_NORM_BACKWARD, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &QK_NORM_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const QK_NORM_BACKWARD_ANY: Kernel = Kernel { op: "qk_norm", source: "qk_norm.cu", name: "qk_norm_backward_any", arch: 80 };
+
+    /// Arguments of [`QK_NORM_BACKWARD_ANY`].
+    pub struct QkNormBackwardAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub q_gamma: In<T>,
+        pub k_gamma: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub rows: usize,
+        pub d: usize,
+    }
+
+    impl<T: Element> QkNormBackwardAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.q_gamma.address()),
+                Arg::Address(self.k_gamma.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                int(queue, &QK_NORM_BACKWARD_ANY, "rows", self.rows)?,
+                int(queue, &QK_NORM_BACKWARD_ANY, "d", self.d)?,
+            ];
+            queue.launch(&Launch { kernel: &QK_NORM_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const QK_NORM_BACKWARD_COLUMNS_ANY: Kernel = Kernel { op: "qk_norm", source: "qk_norm.cu", name: "qk_norm_backward_columns_any", arch: 80 };
+
+    /// Arguments of [`QK_NORM_BACKWARD_COLUMNS_ANY`].
+    pub struct QkNormBackwardColumnsAny<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub partials: Out<f32>,
+        pub tokens: usize,
+        pub d: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> QkNormBackwardColumnsAny<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &QK_NORM_BACKWARD_COLUMNS_ANY, "tokens", self.tokens)?,
+                int(queue, &QK_NORM_BACKWARD_COLUMNS_ANY, "d", self.d)?,
+                int(queue, &QK_NORM_BACKWARD_COLUMNS_ANY, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &QK_NORM_BACKWARD_COLUMNS_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const QK_NORM_BACKWARD_MAPS: Kernel = Kernel { op: "qk_norm", source: "qk_norm.cu", name: "qk_norm_backward_maps", arch: 80 };
+
+    /// Arguments of [`QK_NORM_BACKWARD_MAPS`].
+    pub struct QkNormBackwardMaps<T> {
+        pub partials: In<f32>,
+        pub dq_gamma: Out<T>,
+        pub dq_beta: Out<T>,
+        pub dk_gamma: Out<T>,
+        pub dk_beta: Out<T>,
+        pub d: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> QkNormBackwardMaps<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dq_gamma.address()),
+                Arg::Address(self.dq_beta.address()),
+                Arg::Address(self.dk_gamma.address()),
+                Arg::Address(self.dk_beta.address()),
+                int(queue, &QK_NORM_BACKWARD_MAPS, "d", self.d)?,
+                int(queue, &QK_NORM_BACKWARD_MAPS, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &QK_NORM_BACKWARD_MAPS, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `relative_attention`.
+pub mod relative_attention {
+    use super::*;
+
+    pub const RELATIVE_ATTENTION_FORWARD: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_FORWARD`].
+    pub struct RelativeAttentionForward<T> {
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &RELATIVE_ATTENTION_FORWARD, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_DELTA: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_delta", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_DELTA`].
+    pub struct RelativeAttentionBackwardDelta<T> {
+        pub y: In<T>,
+        pub dy: In<T>,
+        pub delta: Out<f32>,
+        pub rows: u64,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardDelta<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.y.address()),
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.delta.address()),
+                Arg::U64(self.rows),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_DELTA, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_DELTA, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_DELTA, "e", self.e)?,
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_DELTA, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_Q: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q`].
+    pub struct RelativeAttentionBackwardQ<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardQ<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_KV: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV`].
+    pub struct RelativeAttentionBackwardKv<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardKv<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_DISTANCES: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_distances", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_DISTANCES`].
+    pub struct RelativeAttentionBackwardDistances<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub slots: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardDistances<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_DISTANCES, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_DISTANCES, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_DISTANCES, "e", self.e)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_DISTANCES, "slots", self.slots)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_DISTANCES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_BIAS: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_bias", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_BIAS`].
+    pub struct RelativeAttentionBackwardBias<T> {
+        pub partials: In<f32>,
+        pub dbias: Out<T>,
+        pub samples: usize,
+        pub n: usize,
+        pub h: usize,
+        pub slots: usize,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardBias<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.dbias.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_BIAS, "samples", self.samples)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_BIAS, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_BIAS, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_BIAS, "slots", self.slots)?,
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_BIAS, element: T::TYPE, shape, args: &args })
         }
     }
 }

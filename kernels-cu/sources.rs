@@ -54,7 +54,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "patchify", "philox", "probes", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "patchify", "philox", "probes", "qk_norm", "relative_attention", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -147,6 +147,12 @@ pub fn operator(op: &str) -> &'static [File] {
             ("probes.cu", include_str!("probes/probes.cu")),
             ("probes_sm90.cu", include_str!("probes/probes_sm90.cu")),
             ("wgmma_sm90.cu", include_str!("probes/wgmma_sm90.cu")),
+        ],
+        "qk_norm" => &[
+            ("qk_norm.cu", include_str!("qk_norm/qk_norm.cu")),
+        ],
+        "relative_attention" => &[
+            ("relative_attention.cu", include_str!("relative_attention/relative_attention.cu")),
         ],
         "rms_norm" => &[
             ("rms_norm.cu", include_str!("rms_norm/rms_norm.cu")),

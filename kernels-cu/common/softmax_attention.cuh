@@ -13,6 +13,7 @@
 //     Span queries(int first, int end)          a range that holds every query which sees one of the keys first..end
 //     Query query(int i), Key key(int j)        what `sees` needs of them
 //     bool sees(Query, Key)
+//     float bias(Query, Key)                    added to the scaled score of a pair that is seen; none where it is left out
 #pragma once
 #include "tile.cuh"
 #include "vector.cuh"
@@ -51,6 +52,14 @@ PTX_FN float row_sum(float v) {
 // exp(scale·s - base). The difference is taken before log2(e) comes in: a product of large scores would lose the digits
 // that it needs.
 PTX_FN float weight(float s, float scale, float base) { return ex2(fmaf(s, scale, -base) * kLog2E); }
+
+// What the operator adds to the scaled score of a pair.
+template <class Keys, class Query, class Key> PTX_FN float bias_of(const Keys& keys, Query query, Key key) {
+    if constexpr (requires { keys.bias(query, key); })
+        return keys.bias(query, key);
+    else
+        return 0.0f;
+}
 
 // s[i][j] = row_i·column_j over the head's width.
 template <class E>
@@ -139,20 +148,24 @@ PTX_FN void softmax_forward(const Keys& keys, Vectors<const E> q, Vectors<const 
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const auto query = keys.query(row0 + Scores::row(i));
-            float most = top[i];
+            float most = top[i], bias[4];
             bool seen[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int key = column0 + Scores::column(j);
                 seen[j] = key < span.end && keys.sees(query, keys.key(key));
-                if (seen[j]) most = fmaxf(most, s[i][j] * scale);
+                bias[j] = seen[j] ? bias_of(keys, query, keys.key(key)) : 0.0f;
+                if (seen[j]) most = fmaxf(most, fmaf(s[i][j], scale, bias[j]));
             }
             most = row_max(most);
             // Before the first key that counts, nothing may be subtracted from minus infinity.
             const float base = most == -INFINITY ? 0.0f : most, fall = ex2((top[i] - base) * kLog2E);
             top[i] = most, sum[i] *= fall;
 #pragma unroll
-            for (int j = 0; j < 4; j++) s[i][j] = seen[j] ? weight(s[i][j], scale, base) : 0.0f, sum[i] += s[i][j];
+            for (int j = 0; j < 4; j++) {
+                s[i][j] = seen[j] ? weight(s[i][j], scale, base - bias[j]) : 0.0f;
+                sum[i] += s[i][j];
+            }
 #pragma unroll
             for (int c = 0; c < kChunks; c++) {
 #pragma unroll
@@ -186,6 +199,28 @@ PTX_FN void softmax_delta(const E* y, const E* dy, float* delta, size_t rows, in
     }
 }
 
+// s[i][j] = ds of queries from row0 on and keys from column0 on: p·(dy·v - delta), 0 for pairs that are not seen. `base`
+// and `fall` are the log-sums and deltas of a thread's queries.
+template <class E, class Keys>
+PTX_FN void slopes_of(float (&s)[4][4], const Keys& keys, float* a, float* b, Vectors<const E> q, Vectors<const E> k,
+                      Vectors<const E> v, Vectors<const E> dy, const float (&base)[4], const float (&fall)[4], int row0,
+                      int row_end, int column0, int column_end, int width, float scale) {
+    float dp[4][4];
+    dots(s, a, b, q, row0, row_end, k, column0, column_end, width);
+    dots(dp, a, b, dy, row0, row_end, v, column0, column_end, width);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const auto query = keys.query(row0 + Scores::row(i));
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int key = column0 + Scores::column(j);
+            const bool seen = key < column_end && keys.sees(query, keys.key(key));
+            const float bias = seen ? bias_of(keys, query, keys.key(key)) : 0.0f;
+            s[i][j] = seen ? weight(s[i][j], scale, base[i] - bias) * (dp[i][j] - fall[i]) : 0.0f;
+        }
+    }
+}
+
 // dq of queries row0 .. row0 + 64, columns `first` and on: dq_i = scale·sum_j ds_ij·k_j, ds = p·(dy·v - delta).
 template <int kChunks, class E, class Keys>
 PTX_FN void softmax_dq(const Keys& keys, Vectors<const E> q, Vectors<const E> k, Vectors<const E> v, Vectors<const E> dy,
@@ -208,19 +243,8 @@ PTX_FN void softmax_dq(const Keys& keys, Vectors<const E> q, Vectors<const E> k,
         base[i] = lse[row], fall[i] = delta[row], factor[i] = scale;
     }
     for (int column0 = span.first; column0 < span.end; column0 += kColumnTile) {
-        float s[4][4], dp[4][4];
-        dots(s, a, b, q, row0, row_end, k, column0, span.end, width);
-        dots(dp, a, b, dy, row0, row_end, v, column0, span.end, width);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const auto query = keys.query(row0 + Scores::row(i));
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int key = column0 + Scores::column(j);
-                const bool seen = key < span.end && keys.sees(query, keys.key(key));
-                s[i][j] = seen ? weight(s[i][j], scale, base[i]) * (dp[i][j] - fall[i]) : 0.0f;
-            }
-        }
+        float s[4][4];
+        slopes_of(s, keys, a, b, q, k, v, dy, base, fall, row0, row_end, column0, span.end, width, scale);
         put_weights(weights, s);
         weigh<kChunks>(acc, weights, values, k, column0, span.end, first, width);
     }
@@ -260,7 +284,8 @@ PTX_FN void softmax_dkdv(const Keys& keys, Vectors<const E> q, Vectors<const E> 
             for (int i = 0; i < 4; i++) {
                 const int key = row0 + Scores::row(i);
                 const bool seen = query < span.end && key < row_end && keys.sees(place, keys.key(key));
-                s[i][j] = seen ? weight(s[i][j], scale, base) : 0.0f;
+                const float bias = seen ? bias_of(keys, place, keys.key(key)) : 0.0f;
+                s[i][j] = seen ? weight(s[i][j], scale, base - bias) : 0.0f;
                 dp[i][j] = seen ? s[i][j] * (dp[i][j] - fall) : 0.0f;
             }
         }

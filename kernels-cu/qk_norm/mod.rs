@@ -1,6 +1,7 @@
 //! LayerNorm of the queries and keys of a packed projection: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: plain loops, f64 accumulation.
 pub mod reference {

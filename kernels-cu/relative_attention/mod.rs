@@ -1,6 +1,7 @@
 //! Softmax self-attention with a bias for the distance of key and query: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+pub mod launch;
 
 /// The oracle: plain loops, f64 accumulation.
 pub mod reference {

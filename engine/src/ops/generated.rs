@@ -4313,9 +4313,9 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct QkNormOut {
     /// `[B, N, 3, D]` float: Normalised queries and keys, and the values.
     pub y: Tensor,
-    /// `[B, N, 2]` float: Means of queries and keys.
+    /// `[B, N, 2]` f32: Means of queries and keys.
     pub mean: Tensor,
-    /// `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+    /// `[B, N, 2]` f32: Reciprocal standard deviations of queries and keys.
     pub rstd: Tensor,
 }
 
@@ -4345,8 +4345,8 @@ pub struct QkNormGrads {
 /// - `k_gamma` `[D]` float: Scale of the keys.
 /// - `k_beta` `[D]` float: Shift of the keys.
 /// - returns `y` `[B, N, 3, D]` float: Normalised queries and keys, and the values.
-/// - returns `mean` `[B, N, 2]` float: Means of queries and keys.
-/// - returns `rstd` `[B, N, 2]` float: Reciprocal standard deviations of queries and keys.
+/// - returns `mean` `[B, N, 2]` f32: Means of queries and keys.
+/// - returns `rstd` `[B, N, 2]` f32: Reciprocal standard deviations of queries and keys.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4374,10 +4374,20 @@ pub fn qk_norm(x: &Tensor, q_gamma: &Tensor, q_beta: &Tensor, k_gamma: &Tensor, 
     let element = check.element(&device, kernels::generated::qk_norm::INFO.elements)?;
     let Dims { b, n, d, .. } = dims;
     let mut y = device.empty_of(&[b, n, 3, d], element)?;
-    let mut mean = device.empty_of(&[b, n, 2], element)?;
-    let mut rstd = device.empty_of(&[b, n, 2], element)?;
+    let mut mean = device.empty(&[b, n, 2])?;
+    let mut rstd = device.empty(&[b, n, 2])?;
 
     if device.is_dry() {
+        return Ok(QkNormOut { y, mean, rstd });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::qk_norm::GpuForward { dims, params, x: x.input()?, q_gamma: q_gamma.input()?, q_beta: q_beta.input()?, k_gamma: k_gamma.input()?, k_beta: k_beta.input()?, y: y.output()?, mean: mean.output()?, rstd: rstd.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::qk_norm::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::qk_norm::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("qk_norm", other)),
+        }
         return Ok(QkNormOut { y, mean, rstd });
     }
     let args = Forward { dims, params, x: x.f32s()?, q_gamma: q_gamma.f32s()?, q_beta: q_beta.f32s()?, k_gamma: k_gamma.f32s()?, k_beta: k_beta.f32s()?, y: y.f32s_mut()?, mean: mean.f32s_mut()?, rstd: rstd.f32s_mut()? };
@@ -4412,8 +4422,8 @@ pub fn qk_norm_backward(dy: &Tensor, x: &Tensor, q_gamma: &Tensor, k_gamma: &Ten
     check.float("x", x)?;
     check.float("q_gamma", q_gamma)?;
     check.float("k_gamma", k_gamma)?;
-    check.float("mean", mean)?;
-    check.float("rstd", rstd)?;
+    check.f32("mean", mean)?;
+    check.f32("rstd", rstd)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")? };
     let device = dy.device().clone();
     check.same_device(&device, &[("x", Some(x)), ("q_gamma", Some(q_gamma)), ("k_gamma", Some(k_gamma)), ("mean", Some(mean)), ("rstd", Some(rstd))])?;
@@ -4426,6 +4436,16 @@ pub fn qk_norm_backward(dy: &Tensor, x: &Tensor, q_gamma: &Tensor, k_gamma: &Ten
     let mut grad_k_beta = if want_k_beta { Some(device.empty_of(&[d], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(QkNormGrads { x: grad_x, q_gamma: grad_q_gamma, q_beta: grad_q_beta, k_gamma: grad_k_gamma, k_beta: grad_k_beta });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::qk_norm::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, q_gamma: q_gamma.input()?, k_gamma: k_gamma.input()?, mean: mean.input()?, rstd: rstd.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dq_gamma: match &mut grad_q_gamma { Some(t) => Some(t.output()?), None => None }, dq_beta: match &mut grad_q_beta { Some(t) => Some(t.output()?), None => None }, dk_gamma: match &mut grad_k_gamma { Some(t) => Some(t.output()?), None => None }, dk_beta: match &mut grad_k_beta { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::qk_norm::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::qk_norm::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("qk_norm", other)),
+        }
         return Ok(QkNormGrads { x: grad_x, q_gamma: grad_q_gamma, q_beta: grad_q_beta, k_gamma: grad_k_gamma, k_beta: grad_k_beta });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, q_gamma: q_gamma.f32s()?, k_gamma: k_gamma.f32s()?, mean: mean.f32s()?, rstd: rstd.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dq_gamma: match &mut grad_q_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dq_beta: match &mut grad_q_beta { Some(t) => Some(t.f32s_mut()?), None => None }, dk_gamma: match &mut grad_k_gamma { Some(t) => Some(t.f32s_mut()?), None => None }, dk_beta: match &mut grad_k_beta { Some(t) => Some(t.f32s_mut()?), None => None } };
@@ -4501,7 +4521,7 @@ fn qk_norm_conform(run: &mut Conform<'_>) -> Result<()> {
 pub struct RelativeAttentionOut {
     /// `[B, N, H, E]` float: Attention output, heads side by side.
     pub y: Tensor,
-    /// `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+    /// `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
     pub lse: Tensor,
 }
 
@@ -4524,7 +4544,7 @@ pub struct RelativeAttentionGrads {
 /// - `bias` `[2*N - 1, H]` float: Bias of every head for the distances from 1 - N to N - 1 of the key from the query.
 /// - `counts` `[B]` i32, optional: Keys that count in each sample, from the first on; at least 1, a smaller number counts as 1.
 /// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
-/// - returns `lse` `[B, H, N]` float: Log of the sum of the exponentials of the scores of each query.
+/// - returns `lse` `[B, H, N]` f32: Log of the sum of the exponentials of the scores of each query.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
@@ -4552,9 +4572,19 @@ pub fn relative_attention(qkv: &Tensor, bias: &Tensor, counts: Option<&Tensor>, 
     let element = check.element(&device, kernels::generated::relative_attention::INFO.elements)?;
     let Dims { b, n, h, e, .. } = dims;
     let mut y = device.empty_of(&[b, n, h, e], element)?;
-    let mut lse = device.empty_of(&[b, h, n], element)?;
+    let mut lse = device.empty(&[b, h, n])?;
 
     if device.is_dry() {
+        return Ok(RelativeAttentionOut { y, lse });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::relative_attention::GpuForward { dims, params, qkv: qkv.input()?, bias: bias.input()?, counts: match counts { Some(t) => Some(t.input()?), None => None }, y: y.output()?, lse: lse.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::relative_attention::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::relative_attention::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("relative_attention", other)),
+        }
         return Ok(RelativeAttentionOut { y, lse });
     }
     let args = Forward { dims, params, qkv: qkv.f32s()?, bias: bias.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s_mut()?, lse: lse.f32s_mut()? };
@@ -4590,7 +4620,7 @@ pub fn relative_attention_backward(dy: &Tensor, qkv: &Tensor, bias: &Tensor, cou
     check.float("bias", bias)?;
     if let Some(t) = counts { check.i32("counts", t)?; }
     check.float("y", y)?;
-    check.float("lse", lse)?;
+    check.f32("lse", lse)?;
     let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
     {
         let Dims { n, .. } = dims;
@@ -4606,6 +4636,16 @@ pub fn relative_attention_backward(dy: &Tensor, qkv: &Tensor, bias: &Tensor, cou
     let mut grad_bias = if want_bias { Some(device.empty_of(&[2*n - 1, h], element)?) } else { None };
 
     if device.is_dry() {
+        return Ok(RelativeAttentionGrads { qkv: grad_qkv, bias: grad_bias });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::relative_attention::GpuBackward { dims, params, dy: dy.input()?, qkv: qkv.input()?, bias: bias.input()?, counts: match counts { Some(t) => Some(t.input()?), None => None }, y: y.input()?, lse: lse.input()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.output()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::relative_attention::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::relative_attention::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("relative_attention", other)),
+        }
         return Ok(RelativeAttentionGrads { qkv: grad_qkv, bias: grad_bias });
     }
     let args = Backward { dims, params, dy: dy.f32s()?, qkv: qkv.f32s()?, bias: bias.f32s()?, counts: match counts { Some(t) => Some(t.i32s()?), None => None }, y: y.f32s()?, lse: lse.f32s()?, dqkv: match &mut grad_qkv { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
