@@ -32,9 +32,14 @@ __device__ __forceinline__ void walk_backward(const T* dy, const T* p, const T* 
     constexpr int kShared = kTapsInShared<K, kBoth>;
     SMEM_DYNAMIC(smem, 16);
     SmemPlan plan;
-    const uint32_t ring = smem_u32(smem) + plan.take(kSlots * K * 4 * kRow) + threadIdx.x * kPair;
-    const uint32_t kept = smem_u32(smem) + (kBoth ? plan.take((2 * K + 8) * kThreads * 8) : 0) + threadIdx.x * 8;
-    const uint32_t taps = smem_u32(smem) + (kShared < 4 ? plan.take(4 * K * kThreads * 8) : 0) + threadIdx.x * 8;
+    auto region = [&](int bytes) {
+        const int start = plan.take(bytes);
+        smem_guard(smem, start + bytes);
+        return smem_u32(smem) + start;
+    };
+    const uint32_t ring = region(kSlots * K * 4 * kRow) + threadIdx.x * kPair;
+    const uint32_t kept = (kBoth ? region((2 * K + 8) * kThreads * 8) : 0) + threadIdx.x * 8;
+    const uint32_t taps = (kShared < 4 ? region(4 * K * kThreads * 8) : 0) + threadIdx.x * 8;
     const Segment of(n, c, reversed, length, segments);
     if (of.channel >= c) return;
     const int after = K - 1 - lead;

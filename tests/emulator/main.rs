@@ -14,9 +14,8 @@ mod wgmma;
 
 use graft_kernels::emu::{Build, Program, Toolchain};
 use graft_tools::codegen::workspace_root;
+use graft_tools::parallel::in_parallel;
 use std::process::ExitCode;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// One row: a name and what it does with a compiled program.
@@ -70,13 +69,13 @@ fn run(toolchain: &Toolchain, rows: &[Row]) -> ExitCode {
     sources.sort_by_key(|(source, build)| (build.name(), *source));
     sources.dedup();
     let builds: Vec<Build> = Build::ALL.into_iter().filter(|b| sources.iter().any(|(_, of)| of == b)).collect();
-    if let Some(e) = parallel(&builds, |b| toolchain.prepare(*b)).into_iter().find_map(Result::err) {
+    if let Some(e) = in_parallel(&builds, |b| toolchain.prepare(*b)).into_iter().find_map(Result::err) {
         println!("emulator: FAIL the runtime does not compile: {e}");
         return ExitCode::FAILURE;
     }
-    let compiled = parallel(&sources, |(source, build)| toolchain.compile(&[source.to_string()], None, *build));
+    let compiled = in_parallel(&sources, |(source, build)| toolchain.compile(&[source.to_string()], None, *build));
     println!("emulator: {} programs ready after {:.1} s", sources.len(), start.elapsed().as_secs_f64());
-    let results = parallel(rows, |row| {
+    let results = in_parallel(rows, |row| {
         let at = sources.iter().position(|s| *s == (row.source, row.build));
         match at.map(|i| &compiled[i]) {
             Some(Ok(program)) => {
@@ -103,25 +102,4 @@ fn run(toolchain: &Toolchain, rows: &[Row]) -> ExitCode {
         start.elapsed().as_secs_f64()
     );
     if failed == 0 && !rows.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-fn parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    let next = AtomicUsize::new(0);
-    let done = Mutex::new(Vec::new());
-    let workers = std::thread::available_parallelism().map_or(1, |n| n.get());
-    std::thread::scope(|scope| {
-        for _ in 0..workers {
-            scope.spawn(|| {
-                loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(item) = items.get(i) else { break };
-                    let result = work(item);
-                    done.lock().unwrap().push((i, result));
-                }
-            });
-        }
-    });
-    let mut done = done.into_inner().unwrap();
-    done.sort_by_key(|(i, _)| *i);
-    done.into_iter().map(|(_, r)| r).collect()
 }

@@ -4,5 +4,6 @@ pub mod codegen;
 pub mod cubins;
 pub mod new_op;
 pub mod nvcc;
+pub mod parallel;
 pub mod results;
 pub mod tidy;

@@ -11,8 +11,11 @@ pub use compile::{Compiled, Nvcc};
 pub use resources::{Resources, TABLE, read_table, render_table};
 pub use sass::{Function, functions};
 
+use crate::parallel::in_parallel;
+
 use graft_codegen::contract::Contract;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Architectures of a source: `<op>_sm90.cu` is for Hopper alone.
 pub fn architectures(source: &str) -> &'static [&'static str] {
@@ -54,21 +57,28 @@ fn elements(source: &Path) -> Result<Vec<String>, String> {
 /// # Errors
 /// When the compiler cannot be run.
 pub fn gate(nvcc: &Nvcc, root: &Path) -> Result<(Vec<Resources>, Vec<String>), String> {
-    let (mut rows, mut findings) = (Vec::new(), Vec::new());
+    let mut jobs = Vec::new();
     for source in sources(root)? {
         let path = root.join(&source);
-        let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        let elements = elements(&path)?;
-        for (arch, element) in architectures(&source).iter().flat_map(|a| elements.iter().map(move |e| (*a, e))) {
-            let define = (!element.is_empty()).then(|| format!("-DELEMENT_{}", element.to_uppercase()));
-            match nvcc.compile(&source, arch, define.as_slice()) {
-                Ok(compiled) => {
-                    let of_source = resources::collect(&source, element, arch, &compiled);
-                    findings.extend(resources::complaints(&source, arch, &text, &compiled, &of_source));
-                    rows.extend(of_source);
-                }
-                Err(e) => findings.push(format!("{source} {element} for sm_{arch}: {e}")),
+        let text = Arc::new(std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?);
+        for element in elements(&path)? {
+            let of_element = architectures(&source).iter();
+            jobs.extend(of_element.map(|arch| (source.clone(), Arc::clone(&text), element.clone(), *arch)));
+        }
+    }
+    let (mut rows, mut findings) = (Vec::new(), Vec::new());
+    let compiled = in_parallel(&jobs, |(source, _, element, arch)| {
+        let define = (!element.is_empty()).then(|| format!("-DELEMENT_{}", element.to_uppercase()));
+        nvcc.compile(source, arch, define.as_slice())
+    });
+    for ((source, text, element, arch), compiled) in jobs.iter().zip(compiled) {
+        match compiled {
+            Ok(compiled) => {
+                let of_source = resources::collect(source, element, arch, &compiled);
+                findings.extend(resources::complaints(source, arch, text, &compiled, &of_source));
+                rows.extend(of_source);
             }
+            Err(e) => findings.push(format!("{source} {element} for sm_{arch}: {e}")),
         }
     }
     Ok((rows, findings))

@@ -4,7 +4,14 @@ use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 
 const GUARD: usize = 256;
-const GUARD_BYTE: u8 = 0xa5;
+/// What fresh memory holds.
+const FRESH: u8 = 0xa5;
+
+/// Guard byte `at` of the allocation at `address`. They differ from place to place: a kernel that copies what lies behind
+/// one tensor behind another must not leave it as it was.
+fn guard_byte(address: u64, at: usize) -> u8 {
+    ((address >> 8).wrapping_add(at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
+}
 
 /// 256 bytes, so that a vector of them is aligned as device memory is.
 #[derive(Clone, Copy)]
@@ -29,6 +36,11 @@ impl Allocation {
 
     fn all_mut(&mut self) -> &mut [u8] {
         self.lines.as_mut_slice().as_flattened_bytes_mut()
+    }
+
+    /// Where its guard bytes lie in all of its bytes.
+    fn guards(&self) -> impl Iterator<Item = usize> + use<> {
+        (0..GUARD).chain(GUARD + self.bytes..size_of::<Line>() * self.lines.len())
     }
 }
 
@@ -63,9 +75,13 @@ impl Memory {
         lines.try_reserve_exact(count).map_err(|_| {
             Error::failure("emu memory", "out of memory").is(format!("{bytes} bytes requested")).must("free memory")
         })?;
-        lines.resize(count, Line([GUARD_BYTE; 256]));
+        lines.resize(count, Line([FRESH; 256]));
         let address = lines.as_ptr() as u64 + GUARD as u64;
-        self.live.insert(address, Allocation { lines, bytes });
+        let mut allocation = Allocation { lines, bytes };
+        for at in allocation.guards() {
+            allocation.all_mut()[at] = guard_byte(address, at);
+        }
+        self.live.insert(address, allocation);
         Ok(address)
     }
 
@@ -102,8 +118,7 @@ impl Memory {
     pub(super) fn intact(&self, address: u64) -> bool {
         let Ok((start, _)) = self.find(address, 1) else { return false };
         let allocation = &self.live[&start];
-        let (before, rest) = allocation.all().split_at(GUARD);
-        before.iter().chain(&rest[allocation.bytes..]).all(|b| *b == GUARD_BYTE)
+        allocation.guards().all(|at| allocation.all()[at] == guard_byte(start, at))
     }
 }
 
@@ -119,8 +134,10 @@ mod tests {
         memory.bytes_mut(address, 10).unwrap().fill(7);
         assert!(memory.intact(address));
         assert!(memory.bytes(address, 11).is_err() && memory.bytes(address + 9, 1).is_ok());
-        memory.live.get_mut(&address).unwrap().all_mut()[GUARD + 10] = 0;
-        assert!(!memory.intact(address));
+        let other = memory.allocate(10).unwrap();
+        let behind = memory.live[&other].all()[GUARD + 10..][..8].to_vec();
+        memory.live.get_mut(&address).unwrap().all_mut()[GUARD + 10..][..8].copy_from_slice(&behind);
+        assert!(!memory.intact(address) && memory.intact(other));
         memory.free(address);
         assert!(memory.bytes(address, 1).is_err());
     }
