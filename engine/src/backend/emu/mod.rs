@@ -16,6 +16,7 @@ use crate::io::cache;
 use crate::tensor::{DType, Device, DeviceKind, Gpu};
 use graft_kernels::emu::{Build, Toolchain};
 use graft_kernels::launch::{Arg, ElementType, Kernel, Launch, Properties};
+use graft_kernels::launchers::KERNELS;
 use graft_kernels::sources;
 use library::Library;
 use memory::Memory;
@@ -80,12 +81,15 @@ fn embedded() -> Vec<(String, &'static str)> {
     files
 }
 
-/// The sources of an operator, relative to the folder that holds `kernels-cu`.
-pub(crate) fn files_of(op: &str) -> Vec<String> {
-    let mut files: Vec<&str> =
-        graft_kernels::launchers::KERNELS.iter().filter(|k| k.op == op).map(|k| k.source).collect();
+/// The sources that are compiled together with a kernel's, relative to the folder that holds `kernels-cu`: those of its
+/// operator. Probes are programs of their own.
+pub(crate) fn files_of(kernel: &Kernel) -> Vec<String> {
+    let mut files: Vec<&str> = KERNELS.iter().filter(|k| k.op == kernel.op).map(|k| k.source).collect();
     files.dedup();
-    files.into_iter().map(|file| format!("kernels-cu/{op}/{file}")).collect()
+    if files.is_empty() {
+        files.push(kernel.source);
+    }
+    files.into_iter().map(|file| format!("kernels-cu/{}/{file}", kernel.op)).collect()
 }
 
 /// Opens an emulated GPU that computes in `element`; `seed` chooses the order in which warps and copies advance.
@@ -108,7 +112,7 @@ struct Emu {
     toolchain: Toolchain,
     properties: Properties,
     seed: u64,
-    libraries: Mutex<HashMap<(&'static str, ElementType), Arc<Library>>>,
+    libraries: Mutex<HashMap<(Vec<String>, ElementType), Arc<Library>>>,
     /// The one that ran last: it alone keeps its stacks.
     last: Mutex<Option<Arc<Library>>>,
     memory: Mutex<Memory>,
@@ -122,18 +126,19 @@ impl Emu {
     /// The compiled kernels of an operator; the first call compiles them.
     fn library(&self, kernel: &'static Kernel, element: ElementType) -> Result<Arc<Library>> {
         let mut held = self.libraries.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(library) = held.get(&(kernel.op, element)) {
+        let key = (files_of(kernel), element);
+        if let Some(library) = held.get(&key) {
             return Ok(Arc::clone(library));
         }
         let place = || format!("{}: {} for {element}", kernel.op, kernel.source);
         let program = self
             .toolchain
-            .compile(&files_of(kernel.op), Some(element), Build::Plain)
+            .compile(&key.0, Some(element), Build::Plain)
             .map_err(|said| Error::failure(place(), format!("does not compile for the emulator:\n{said}")))?;
         let path = program.library.unwrap_or_default();
         let library = Arc::new(Library::open(&path).map_err(|why| Error::failure(place(), why))?);
         library.seed(self.seed);
-        held.insert((kernel.op, element), Arc::clone(&library));
+        held.insert(key, Arc::clone(&library));
         Ok(library)
     }
 }
