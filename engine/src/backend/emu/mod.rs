@@ -97,21 +97,26 @@ pub(crate) fn files_of(kernel: &Kernel) -> Vec<String> {
 /// # Errors
 /// When this machine has no C++ compiler.
 pub fn open(element: DType, seed: u64) -> Result<Device> {
-    let emu = Emu {
-        toolchain: toolchain()?,
-        properties: properties(),
-        seed,
-        libraries: Mutex::default(),
-        last: Mutex::default(),
-        memory: Mutex::default(),
-    };
+    let emu = Emu::new(seed, false)?;
     Ok(Device::gpu(DeviceKind::Emu, Arc::new(emu), element))
 }
 
-struct Emu {
+/// As [`open`], with a count of what launches cost.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_counting(element: DType) -> Result<(Arc<Emu>, Device)> {
+    let emu = Arc::new(Emu::new(0, true)?);
+    let device = Device::gpu(DeviceKind::Emu, Arc::clone(&emu) as Arc<dyn Gpu>, element);
+    Ok((emu, device))
+}
+
+/// The emulated GPU.
+pub struct Emu {
     toolchain: Toolchain,
     properties: Properties,
     seed: u64,
+    counts: bool,
     libraries: Mutex<HashMap<(Vec<String>, ElementType), Arc<Library>>>,
     /// The one that ran last: it alone keeps its stacks.
     last: Mutex<Option<Arc<Library>>>,
@@ -119,6 +124,24 @@ struct Emu {
 }
 
 impl Emu {
+    fn new(seed: u64, counts: bool) -> Result<Emu> {
+        Ok(Emu {
+            toolchain: toolchain()?,
+            properties: properties(),
+            seed,
+            counts,
+            libraries: Mutex::default(),
+            last: Mutex::default(),
+            memory: Mutex::default(),
+        })
+    }
+
+    /// What the launches since the last call cost, a line a place in a source; see `docs/emulator.md`.
+    pub fn counters(&self) -> String {
+        let held = self.libraries.lock().unwrap_or_else(PoisonError::into_inner);
+        held.values().map(|library| library.counters()).collect()
+    }
+
     fn memory(&self) -> MutexGuard<'_, Memory> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -138,6 +161,9 @@ impl Emu {
         let path = program.library.unwrap_or_default();
         let library = Arc::new(Library::open(&path).map_err(|why| Error::failure(place(), why))?);
         library.seed(self.seed);
+        if self.counts {
+            library.count();
+        }
         held.insert(key, Arc::clone(&library));
         Ok(library)
     }
