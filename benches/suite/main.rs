@@ -9,6 +9,7 @@ use graft_engine::autograd::Precision;
 use graft_engine::backend::Device;
 use graft_engine::error::{Error, Result};
 use graft_engine::ops::check::{CaseRow, time_cases};
+use graft_kernels::Tier;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -46,7 +47,7 @@ fn operators(criterion: &mut Criterion, limit: f64) -> Result<()> {
         let ids = ["forward", "backward"].map(|pass| format!("{}/{pass}/{}", row.info.name, row.name));
         row.flops as f64 <= limit * 1e9 && ids.iter().any(|id| id.contains(&filter))
     };
-    time_cases(&Device::cpu(), &choose, &mut |row, pass, call| {
+    time_cases(&Device::cpu(), Tier::Real, &choose, &mut |row, pass, call| {
         let mut group = criterion.benchmark_group(row.info.name);
         group.sampling_mode(SamplingMode::Flat);
         if pass == "forward" {

@@ -189,6 +189,9 @@ int emu_launch(const char* kernel, const EmuShape* s, void** args, char* error, 
 // The seed of the launches that follow, in place of EMU_SEED.
 void emu_seed(uint64_t seed) { emu::chosen_config().seed = seed; }
 
+// Whether the launches that follow are counted, in place of EMU_COUNT.
+void emu_count(int on) { emu::chosen_config().count = on != 0; }
+
 // Gives back the stacks that are kept for later launches: a process that loads many objects has only so many maps.
 void emu_release() { emu::release_stacks(); }
 

@@ -149,3 +149,32 @@ fn operators_are_timed() {
     refuse(&here, &["op", "bench", "telepathy"], 2, &["op bench", "telepathy"]);
     refuse(&here, &["op", "bench", "gemm", "--backend", "tpu"], 2, &["tpu", "cuda"]);
 }
+
+#[test]
+fn recorded_probes_are_replayed_bit_by_bit() {
+    let here = folder("replay");
+    let recorded = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/probes");
+    let ran = run(&here, &["op", "replay", recorded, "--backend", "emu"]);
+    if ran.stderr.contains("no C++ compiler") {
+        return;
+    }
+    assert_eq!(ran.code, 0, "{}{}", ran.text(), ran.stderr);
+    assert!(ran.text().contains(" cases, 0 failed"), "{}", ran.text());
+    // A source that is not there is refused.
+    for extension in ["case", "in.gz", "out.gz"] {
+        let name = format!("probe_ldmatrix-{}.{extension}", digest(recorded));
+        std::fs::copy(std::path::Path::new(recorded).join(&name), here.join(&name)).unwrap();
+    }
+    let case = here.join(format!("probe_ldmatrix-{}.case", digest(recorded)));
+    let text = std::fs::read_to_string(&case).unwrap();
+    std::fs::write(&case, text.replace("source probes.cu", "source nothing.cu")).unwrap();
+    refuse(&here, &["op", "replay", ".", "--backend", "emu"], 1, &["1 cases failed"]);
+    refuse(&here, &["op", "replay", recorded, "--backend", "cpu"], 1, &["cases failed"]);
+}
+
+/// The part of the recording's name that follows from its content.
+fn digest(folder: &str) -> String {
+    let names = std::fs::read_dir(folder).unwrap().filter_map(Result::ok).map(|e| e.file_name());
+    let names = names.filter_map(|n| n.into_string().ok());
+    names.filter_map(|n| Some(n.strip_prefix("probe_ldmatrix-")?.strip_suffix(".case")?.to_string())).next().unwrap()
+}

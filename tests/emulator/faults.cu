@@ -6,11 +6,6 @@ using namespace ptx;
 
 // ---- sums of rows: one block of 128 threads a row; out[row] = sum of x, twice ----
 
-__device__ float warp_sum(float v) {
-    for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(kFullMask, v, o);
-    return v;
-}
-
 extern "C" __global__ void fault_rows(const float* x, float* out, int n, int fault) {
     SMEM_ARRAY(float, part, 4);
     SMEM_ARRAY(float, line, 128);

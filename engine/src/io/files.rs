@@ -1,6 +1,9 @@
 //! Reading whole small files and listing folders.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
+
+use flate2::read::MultiGzDecoder;
 
 use crate::error::{Error, Result};
 
@@ -10,6 +13,22 @@ use crate::error::{Error, Result};
 /// When the file is missing or unreadable.
 pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|e| Error::io(path, "read", &e))
+}
+
+/// Reads `path`, or `path.gz` unpacked where that is there instead.
+///
+/// # Errors
+/// When neither can be read.
+pub fn read_packed(path: &Path) -> Result<Vec<u8>> {
+    let packed = PathBuf::from(format!("{}.gz", path.display()));
+    if path.is_file() || !packed.is_file() {
+        return read_bytes(path);
+    }
+    let mut bytes = Vec::new();
+    MultiGzDecoder::new(read_bytes(&packed)?.as_slice())
+        .read_to_end(&mut bytes)
+        .map_err(|e| Error::io(&packed, "unpack", &e))?;
+    Ok(bytes)
 }
 
 /// Reads a whole UTF-8 text file.

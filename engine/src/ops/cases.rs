@@ -36,7 +36,7 @@ pub type Timer<'t> = dyn FnMut(&CaseRow, &'static str, &mut dyn FnMut() -> Resul
 pub(super) enum Conform<'a> {
     /// Each is shown to the runner of [`super::check`].
     Judge(&'a mut dyn FnMut(&CaseRow, CaseBody<'_>) -> Result<()>),
-    /// The real ones that `choose` takes are shown to a timer.
+    /// Those that `choose` takes are shown to a timer.
     Time { device: &'a Device, choose: &'a dyn Fn(&CaseRow) -> bool, timer: &'a mut Timer<'a> },
 }
 
@@ -45,9 +45,10 @@ impl Conform<'_> {
     pub(super) fn case(&mut self, row: &CaseRow, body: CaseBody<'_>) -> Result<()> {
         match self {
             Conform::Judge(judge) => judge(row, body),
-            Conform::Time { device, choose, timer } if row.tier == Tier::Real && choose(row) => {
+            Conform::Time { device, choose, timer } if choose(row) => {
                 let mut observe = |pass: &'static str, call: &mut dyn FnMut() -> Result<()>| timer(row, pass, call);
-                let mut io = Io::new(device, device.element(), Values::Drawn);
+                let values = if device.is_gpu() { Values::Working } else { Values::Drawn };
+                let mut io = Io::new(device, device.element(), values);
                 io.observe = Some(&mut observe);
                 body(&mut io)
             }
@@ -56,11 +57,12 @@ impl Conform<'_> {
     }
 }
 
-/// Shows every call of the real cases that `choose` takes to `timer`, on `device`, in contract order.
+/// Shows every call of the cases of a size class that `choose` takes to `timer`, on `device`, in contract order.
 ///
 /// # Errors
 /// Those of the calls and of the timer.
-pub fn time_cases(device: &Device, choose: &dyn Fn(&CaseRow) -> bool, timer: &mut Timer<'_>) -> Result<()> {
+pub fn time_cases(device: &Device, tier: Tier, choose: &dyn Fn(&CaseRow) -> bool, timer: &mut Timer<'_>) -> Result<()> {
+    let choose = &|row: &CaseRow| row.tier == tier && choose(row);
     for (_, run) in super::generated::CONFORMANCE {
         run(&mut Conform::Time { device, choose, timer: &mut *timer })?;
     }
@@ -168,7 +170,7 @@ mod tests {
     fn the_timer_sees_both_passes_of_the_chosen_cases() {
         let mut seen = Vec::new();
         let choose = |row: &CaseRow| row.info.name == "gate_residual";
-        time_cases(&Device::cpu(), &choose, &mut |row, pass, call| {
+        time_cases(&Device::cpu(), Tier::Real, &choose, &mut |row, pass, call| {
             seen.push((row.info.name, pass));
             call()
         })

@@ -96,7 +96,7 @@ pub struct Row {
     pub verdict: Verdict,
 }
 
-/// Runs the cases of the operators whose name contains `filter` on `subject`, in contract order: the tiny ones, or for
+/// Runs the cases of the operators whose name contains `filter` (or is `NAME` for `=NAME`) on `subject`, in contract order: the tiny ones, or for
 /// a plan the real ones. Operators without a kernel for the working type of a GPU are left out.
 ///
 /// Fresh buffers are poisoned with NaN, so an output that is not written completely fails.
@@ -112,7 +112,8 @@ pub fn conformance(subject: &Subject, filter: &str) -> Result<Vec<Row>> {
     let tier = if matches!(subject, Subject::Plan(_)) { Tier::Real } else { Tier::Tiny };
     let (mut rows, mut reached) = (Vec::new(), HashSet::new());
     for (op, run) in super::generated::CONFORMANCE {
-        if !op.contains(filter) {
+        // `=name` is one operator, any other text a part of names.
+        if !filter.strip_prefix('=').map_or(op.contains(filter), |exact| *op == exact) {
             continue;
         }
         let mut judge = |case: &CaseRow, body: CaseBody<'_>| {

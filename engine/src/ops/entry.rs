@@ -198,7 +198,8 @@ pub(super) fn no_path(op: &str, kind: DeviceKind) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::{contracts::ln_modulate::Params, ln_modulate};
+    use crate::backend::emu::Recorder;
+    use crate::ops::{adamw, contracts, contracts::ln_modulate::Params, ln_modulate};
 
     fn params() -> Params {
         Params { shift: 0, scale: 1, eps: 1e-6 }
@@ -225,5 +226,41 @@ mod tests {
         assert!(ln_modulate(&empty, &m, params()).err().unwrap().to_string().contains("empty tensor"));
         let m = Tensor::zeros(&device, &[2, 1, 4]).unwrap();
         assert!(ln_modulate(&x, &m, params()).err().unwrap().to_string().contains("two different rows"));
+    }
+
+    #[test]
+    fn nothing_is_launched_on_a_gpu_before_every_argument_fits() {
+        let (recorder, device) = Recorder::open(DType::BF16, false);
+        let of = |shape: &[usize], dtype| device.empty_of(shape, dtype).unwrap();
+        let (x, m) = (of(&[2, 3, 8], DType::BF16), of(&[2, 6, 8], DType::BF16));
+        let refused = |x: &Tensor, m: &Tensor| ln_modulate(x, m, params()).err().unwrap().to_string();
+        assert_eq!(
+            refused(&x, &of(&[2, 6, 8], DType::F32)),
+            "ln_modulate: modulation: wrong dtype; is f32; must be bf16 as x"
+        );
+        assert!(refused(&of(&[2, 3, 8], DType::I32), &m).contains("x: wrong dtype; is i32; must be f32 or bf16"));
+        assert!(refused(&x, &of(&[2, 6, 9], DType::BF16)).contains("D = 8 as in x"));
+        assert!(refused(&x, &Tensor::zeros(&Device::cpu(), &[2, 6, 8]).unwrap()).contains("another device"));
+        assert!(refused(&of(&[0, 3, 8], DType::BF16), &of(&[0, 6, 8], DType::BF16)).contains("empty tensor"));
+        let long = of(&[1, 1, 1 << 31], DType::BF16);
+        assert!(refused(&long, &of(&[1, 6, 1 << 31], DType::BF16)).contains("axis 2 is too long for a kernel"));
+        // An operator that computes in f32 alone.
+        let [a, mut p, mut b, mut v] = [(); 4].map(|()| of(&[4], DType::BF16));
+        let step = contracts::adamw::Params {
+            lr: 1e-3,
+            rate1: 0.1,
+            rate2: 0.1,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            bias1: 1.0,
+            bias2: 1.0,
+            grad_scale: 1.0,
+            ema_rate: 0.0,
+        };
+        let message = adamw(&a, &mut p, &mut b, &mut v, None, step).err().unwrap().to_string();
+        assert!(message.contains("adamw: no kernel for bf16"), "{message}");
+        assert!(recorder.finish().is_none(), "something was launched");
+        ln_modulate(&x, &m, params()).unwrap();
+        assert_eq!(recorder.finish().map(|r| r.launches), Some(1));
     }
 }

@@ -63,6 +63,27 @@ impl Library {
         }
     }
 
+    /// Counts what the launches that follow cost.
+    pub(super) fn count(&self) {
+        // SAFETY: the signature is that of launch.cpp.
+        if let Ok(set) = unsafe { self.library.get::<unsafe extern "C" fn(c_int)>(b"emu_count\0") } {
+            // SAFETY: it takes any number.
+            unsafe { set(1) };
+        }
+    }
+
+    /// What the launches since the last call cost, a line a place in a source.
+    pub(super) fn counters(&self) -> String {
+        let mut lines = vec![0u8; 1 << 20];
+        let _one = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the signature is that of launch.cpp, which writes at most as many bytes as stated.
+        if let Ok(read) = unsafe { self.library.get::<unsafe extern "C" fn(*mut c_char, usize)>(b"emu_counters\0") } {
+            // SAFETY: as above; the buffer lives on.
+            unsafe { read(lines.as_mut_ptr().cast(), lines.len()) };
+        }
+        text(&lines)
+    }
+
     /// Gives back the stacks that the runtime keeps for the next launch.
     pub(super) fn release(&self) {
         let _one = self.busy.lock().unwrap_or_else(PoisonError::into_inner);

@@ -16,6 +16,7 @@ use crate::io::cache;
 use crate::tensor::{DType, Device, DeviceKind, Gpu};
 use graft_kernels::emu::{Build, Toolchain};
 use graft_kernels::launch::{Arg, ElementType, Kernel, Launch, Properties};
+use graft_kernels::launchers::KERNELS;
 use graft_kernels::sources;
 use library::Library;
 use memory::Memory;
@@ -80,12 +81,15 @@ fn embedded() -> Vec<(String, &'static str)> {
     files
 }
 
-/// The sources of an operator, relative to the folder that holds `kernels-cu`.
-pub(crate) fn files_of(op: &str) -> Vec<String> {
-    let mut files: Vec<&str> =
-        graft_kernels::launchers::KERNELS.iter().filter(|k| k.op == op).map(|k| k.source).collect();
+/// The sources that are compiled together with a kernel's, relative to the folder that holds `kernels-cu`: those of its
+/// operator. Probes are programs of their own.
+pub(crate) fn files_of(kernel: &Kernel) -> Vec<String> {
+    let mut files: Vec<&str> = KERNELS.iter().filter(|k| k.op == kernel.op).map(|k| k.source).collect();
     files.dedup();
-    files.into_iter().map(|file| format!("kernels-cu/{op}/{file}")).collect()
+    if files.is_empty() {
+        files.push(kernel.source);
+    }
+    files.into_iter().map(|file| format!("kernels-cu/{}/{file}", kernel.op)).collect()
 }
 
 /// Opens an emulated GPU that computes in `element`; `seed` chooses the order in which warps and copies advance.
@@ -93,28 +97,51 @@ pub(crate) fn files_of(op: &str) -> Vec<String> {
 /// # Errors
 /// When this machine has no C++ compiler.
 pub fn open(element: DType, seed: u64) -> Result<Device> {
-    let emu = Emu {
-        toolchain: toolchain()?,
-        properties: properties(),
-        seed,
-        libraries: Mutex::default(),
-        last: Mutex::default(),
-        memory: Mutex::default(),
-    };
+    let emu = Emu::new(seed, false)?;
     Ok(Device::gpu(DeviceKind::Emu, Arc::new(emu), element))
 }
 
-struct Emu {
+/// As [`open`], with a count of what launches cost.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_counting(element: DType) -> Result<(Arc<Emu>, Device)> {
+    let emu = Arc::new(Emu::new(0, true)?);
+    let device = Device::gpu(DeviceKind::Emu, Arc::clone(&emu) as Arc<dyn Gpu>, element);
+    Ok((emu, device))
+}
+
+/// The emulated GPU.
+pub struct Emu {
     toolchain: Toolchain,
     properties: Properties,
     seed: u64,
-    libraries: Mutex<HashMap<(&'static str, ElementType), Arc<Library>>>,
+    counts: bool,
+    libraries: Mutex<HashMap<(Vec<String>, ElementType), Arc<Library>>>,
     /// The one that ran last: it alone keeps its stacks.
     last: Mutex<Option<Arc<Library>>>,
     memory: Mutex<Memory>,
 }
 
 impl Emu {
+    fn new(seed: u64, counts: bool) -> Result<Emu> {
+        Ok(Emu {
+            toolchain: toolchain()?,
+            properties: properties(),
+            seed,
+            counts,
+            libraries: Mutex::default(),
+            last: Mutex::default(),
+            memory: Mutex::default(),
+        })
+    }
+
+    /// What the launches since the last call cost, a line a place in a source; see `docs/emulator.md`.
+    pub fn counters(&self) -> String {
+        let held = self.libraries.lock().unwrap_or_else(PoisonError::into_inner);
+        held.values().map(|library| library.counters()).collect()
+    }
+
     fn memory(&self) -> MutexGuard<'_, Memory> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -122,18 +149,22 @@ impl Emu {
     /// The compiled kernels of an operator; the first call compiles them.
     fn library(&self, kernel: &'static Kernel, element: ElementType) -> Result<Arc<Library>> {
         let mut held = self.libraries.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(library) = held.get(&(kernel.op, element)) {
+        let key = (files_of(kernel), element);
+        if let Some(library) = held.get(&key) {
             return Ok(Arc::clone(library));
         }
         let place = || format!("{}: {} for {element}", kernel.op, kernel.source);
         let program = self
             .toolchain
-            .compile(&files_of(kernel.op), Some(element), Build::Plain)
+            .compile(&key.0, Some(element), Build::Plain)
             .map_err(|said| Error::failure(place(), format!("does not compile for the emulator:\n{said}")))?;
         let path = program.library.unwrap_or_default();
         let library = Arc::new(Library::open(&path).map_err(|why| Error::failure(place(), why))?);
         library.seed(self.seed);
-        held.insert((kernel.op, element), Arc::clone(&library));
+        if self.counts {
+            library.count();
+        }
+        held.insert(key, Arc::clone(&library));
         Ok(library)
     }
 }

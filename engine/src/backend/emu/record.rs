@@ -8,7 +8,7 @@ use super::{RED_ZONE, files_of, properties, toolchain};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Device, DeviceKind, Gpu};
 use graft_kernels::emu::{Argument, Build, Case, Outcome};
-use graft_kernels::launch::{Arg, ElementType, Launch, Properties};
+use graft_kernels::launch::{Arg, ElementType, Kernel, Launch, Properties};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Addresses of buffers are this far apart, so that an address tells its buffer.
@@ -29,7 +29,7 @@ struct Log {
     sizes: Vec<usize>,
     /// Buffers that a launch has seen: their contents are no longer known.
     used: Vec<bool>,
-    op: Option<(&'static str, ElementType)>,
+    op: Option<(&'static Kernel, ElementType)>,
     launches: Vec<Recorded>,
     /// Buffer of each download, in order.
     reads: Vec<usize>,
@@ -50,7 +50,7 @@ pub struct Recording {
     pub kernels: Vec<&'static str>,
     /// Number of launches.
     pub launches: usize,
-    op: &'static str,
+    kernel: &'static Kernel,
     element: ElementType,
     case: Case,
     /// Buffer of each download, in order.
@@ -73,7 +73,7 @@ impl Recorder {
     /// What was recorded; `None` where nothing was launched.
     pub fn finish(&self) -> Option<Recording> {
         let log = std::mem::take(&mut *self.log());
-        let (op, element) = log.op?;
+        let (kernel, element) = log.op?;
         let mut case = Case::default();
         for bytes in &log.buffers {
             case.buffer(bytes);
@@ -82,7 +82,7 @@ impl Recorder {
             case.launch_shaped(l.kernel, l.grid, [l.threads, 1, 1], l.cluster, l.shared, 0, &l.args);
         }
         let kernels = log.launches.iter().map(|l| l.kernel).collect::<Vec<_>>();
-        Some(Recording { launches: kernels.len(), kernels, op, element, case, reads: log.reads })
+        Some(Recording { launches: kernels.len(), kernels, kernel, element, case, reads: log.reads })
     }
 }
 
@@ -92,8 +92,9 @@ impl Recording {
     /// # Errors
     /// When it cannot be compiled or started; a report of the checker is an [`Outcome`].
     pub fn run(&self, build: Build, seed: u64) -> Result<Outcome> {
-        let failed = |why: String| Error::failure(format!("{} for {} ({build} build)", self.op, self.element), why);
-        let program = toolchain()?.compile(&files_of(self.op), Some(self.element), build).map_err(failed)?;
+        let failed =
+            |why: String| Error::failure(format!("{} for {} ({build} build)", self.kernel.op, self.element), why);
+        let program = toolchain()?.compile(&files_of(self.kernel), Some(self.element), build).map_err(failed)?;
         self.case.run(&program, seed, false).map_err(failed)
     }
 }
@@ -195,7 +196,8 @@ impl Gpu for Recorder {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         let mut log = self.log();
         let Launch { kernel, element, shape, args } = launch;
-        if *log.op.get_or_insert((kernel.op, *element)) != (kernel.op, *element) {
+        let (first, of) = *log.op.get_or_insert((kernel, *element));
+        if (first.op, of) != (kernel.op, *element) {
             return Err(Error::failure("recording", "launches of two operators in one case").is(kernel.op));
         }
         super::fits(launch, &self.properties)?;

@@ -1,10 +1,12 @@
-//! `graft op bench`: the passes of an operator at the shapes of real models, by the device's own clock.
+//! `graft op bench`: the passes of an operator at the shapes of real models, by the device's own clock; on the emulator
+//! what they move.
 
-use crate::backend::{Device, DeviceKind};
+use crate::backend::{Device, emu};
 use crate::cli::{out, table::Table};
 use crate::error::{Error, Result};
 use crate::ops::check::{CaseRow, time_cases};
 use crate::tensor::DType;
+use graft_kernels::Tier;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -22,26 +24,30 @@ pub struct Choice<'a> {
     pub samples: usize,
 }
 
+impl Choice<'_> {
+    fn takes(&self, device: &Device, row: &CaseRow) -> bool {
+        let known = device.is_host() || row.info.elements.iter().any(|e| DType::from(*e) == device.element());
+        known
+            && row.info.name.contains(self.filter)
+            && row.name.contains(self.case)
+            && row.flops as f64 <= self.gflop * 1e9
+    }
+
+    fn nothing_fits(&self) -> Error {
+        Error::usage("op bench", "no case fits")
+            .is(format!("operator {:?}, case {:?}, at most {} GFLOP", self.filter, self.case, self.gflop))
+            .fix("graft op list names the operators; --gflop sets the largest case")
+    }
+}
+
 /// Time after which a case on the host takes no further sample.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Measures on `device`; a line of JSON a row, or a table.
 pub fn run(device: &Device, choice: &Choice<'_>, json: bool) -> Result<()> {
-    if device.kind() == DeviceKind::Emu {
-        return Err(Error::usage("op bench", "the emulator has no speed")
-            .is("--backend emu")
-            .must("cpu or cuda")
-            .fix("EMU_COUNT=1 in the emulator's tests counts sectors and bank conflicts"));
-    }
     let mut rows = Vec::new();
-    let chosen = |row: &CaseRow| {
-        let known = device.is_host() || row.info.elements.iter().any(|e| DType::from(*e) == device.element());
-        known
-            && row.info.name.contains(choice.filter)
-            && row.name.contains(choice.case)
-            && row.flops as f64 <= choice.gflop * 1e9
-    };
-    time_cases(device, &chosen, &mut |row, pass, call| {
+    let chosen = |row: &CaseRow| choice.takes(device, row);
+    time_cases(device, Tier::Real, &chosen, &mut |row, pass, call| {
         if choice.pass.is_empty() || choice.pass == pass {
             let times = device.time(choice.samples, PATIENCE, call)?;
             let found = record(device, row, pass, times);
@@ -53,9 +59,7 @@ pub fn run(device: &Device, choice: &Choice<'_>, json: bool) -> Result<()> {
         Ok(())
     })?;
     if rows.is_empty() {
-        return Err(Error::usage("op bench", "no case fits")
-            .is(format!("operator {:?}, case {:?}, at most {} GFLOP", choice.filter, choice.case, choice.gflop))
-            .fix("graft op list names the operators; --gflop sets the largest case"));
+        return Err(choice.nothing_fits());
     }
     if json { Ok(()) } else { out::line(table(&rows).to_string().trim_end()) }
 }
@@ -102,4 +106,55 @@ fn table(rows: &[Value]) -> Table {
         ]);
     }
     table
+}
+
+/// What the emulator counts of the tiny cases: it has no speed, but it sees every access through the wrappers of
+/// `kernels-cu/common`. Sectors are 32 bytes of global memory, conflicts are extra cycles of shared memory.
+pub fn count(element: DType, choice: &Choice<'_>, json: bool) -> Result<()> {
+    let (emu, device) = emu::open_counting(element)?;
+    let mut rows = Vec::new();
+    time_cases(&device, Tier::Tiny, &|row| choice.takes(&device, row), &mut |row, pass, call| {
+        if !choice.pass.is_empty() && choice.pass != pass {
+            return call();
+        }
+        emu.counters();
+        call()?;
+        let counted = emu.counters();
+        let sum = |name: &str| -> u64 {
+            counted.split_whitespace().filter_map(|w| w.strip_prefix(name)?.parse::<u64>().ok()).sum()
+        };
+        let found = json!({
+            "op": row.info.name,
+            "case": row.name,
+            "pass": pass,
+            "backend": "emu",
+            "element": element.to_string(),
+            "blocks": sum("blocks="),
+            "sectors": sum("sectors="),
+            "conflicts": sum("conflicts="),
+            "tensor_core_multiply_adds": sum("multiply_adds="),
+            "bytes_at_least": (pass == "forward").then_some(row.bytes * element.size() / 4),
+        });
+        if json {
+            out::line(found.to_string())?;
+        }
+        rows.push(found);
+        Ok(())
+    })?;
+    if rows.is_empty() {
+        return Err(choice.nothing_fits());
+    }
+    if json {
+        return Ok(());
+    }
+    let mut table = Table::new(&["operator", "case", "pass", "blocks", "KB moved", "KB at least", "conflicts"]);
+    for row in &rows {
+        let word = |key: &str| row[key].as_str().unwrap_or_default().to_string();
+        let number = |key: &str| row[key].as_u64().unwrap_or_default();
+        let least = row["bytes_at_least"].as_u64().map_or("-".into(), |b| format!("{:.1}", b as f64 / 1e3));
+        let moved = format!("{:.1}", number("sectors") as f64 * 32.0 / 1e3);
+        let (blocks, conflicts) = (number("blocks").to_string(), number("conflicts").to_string());
+        table.row([word("op"), word("case"), word("pass"), blocks, moved, least, conflicts]);
+    }
+    out::line(table.to_string().trim_end())
 }

@@ -78,7 +78,7 @@ enum OpCommand {
         /// Only operators whose name contains this.
         #[arg(default_value = "")]
         filter: String,
-        /// cpu or cuda.
+        /// cpu or cuda; emu counts what the small cases move.
         #[arg(long, default_value = "cpu")]
         backend: String,
         /// Working type of a GPU: f32 or bf16.
@@ -110,7 +110,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             }
             let mut rows = Vec::new();
             for subject in subjects(backend, element.as_deref(), 0, false)? {
-                rows.extend(conformance(&subject, op)?.into_iter().filter(|r| r.op == op));
+                rows.extend(conformance(&subject, &format!("={op}"))?);
             }
             if rows.is_empty() {
                 return Err(Error::failure("op run", "no kernel").is(op).fix("use --backend cpu"));
@@ -145,8 +145,12 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
         }
         OpCommand::Replay { folder, backend } => replay::run(&backend::open(backend)?, folder),
         OpCommand::Bench { filter, backend, element, case, pass, samples, gflop } => {
-            let device = backend::open_as(backend, backend::element(element)?)?;
             let choice = bench::Choice { filter, case, pass, gflop: *gflop, samples: *samples };
+            let element = backend::element(element)?;
+            if backend == "emu" {
+                return bench::count(element, &choice, json);
+            }
+            let device = backend::open_as(backend, element)?;
             bench::run(&device, &choice, json)
         }
     }

@@ -18,8 +18,8 @@ pub fn run(device: &Device, folder: &Path) -> Result<()> {
     let mut failed = 0;
     for path in &cases {
         let name = path.file_stem().and_then(|n| n.to_str()).unwrap_or_default();
-        let (text, input) = (files::read_text(path)?, files::read_bytes(&path.with_extension("in"))?);
-        let output = files::read_bytes(&path.with_extension("out"))?;
+        let (text, input) = (files::read_text(path)?, files::read_packed(&path.with_extension("in"))?);
+        let output = files::read_packed(&path.with_extension("out"))?;
         match replay(device, &Recorded { name, text: &text, input: &input, output: &output }) {
             Ok(()) => out::line(format!("{name:<40} ok"))?,
             Err(e) => {
