@@ -57,11 +57,16 @@ pub fn kernels(place: &str, text: &str) -> Result<Vec<Kernel>, String> {
     Ok(found)
 }
 
-/// The names of the exported kernels of a source, whatever their arguments.
+/// The names of the kernels of a source of probes: those that it exports, and those that its macro `PROBE` makes.
 pub fn names(text: &str) -> Vec<String> {
     let text = without_comments(text);
-    let exports = text.split("KERNEL_EXPORT(").skip(1).filter_map(|rest| rest.split(')').next());
-    exports.map(|name| name.trim().to_string()).collect()
+    let after = |mark: &str, end: char| -> Vec<String> {
+        let found = text.split(mark).skip(1).filter_map(|rest| rest.split(end).next());
+        found.map(|name| name.trim().to_string()).collect()
+    };
+    // Inside the macro the name is a parameter.
+    let exported = after("\nKERNEL_EXPORT(", ')');
+    exported.into_iter().chain(after("\nPROBE(", ',')).collect()
 }
 
 fn without_comments(text: &str) -> String {
