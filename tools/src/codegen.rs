@@ -83,6 +83,9 @@ pub fn source_files(root: &Path) -> Result<Vec<String>, String> {
 /// File and name of every kernel in `kernels-cu/probes`, in order.
 fn probes(root: &Path) -> Result<Vec<(String, String)>, String> {
     let folder = root.join("kernels-cu/probes");
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
     let entries = std::fs::read_dir(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     let mut found = Vec::new();
     for path in entries.filter_map(|e| e.ok()).map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "cu")) {

@@ -149,7 +149,7 @@ mod tests {
         let findings = crate_arrows(&Tree::of(&[("kernels-cu/Cargo.toml", &bad)]));
         assert_eq!(findings.len(), 1);
         assert!(findings[0].message.contains("must not depend on graft-engine"), "{}", findings[0]);
-        assert!(crate_arrows(&Tree::of(&[("tools/Cargo.toml", &bad)])).is_empty());
+        assert!(crate_arrows(&Tree::of(&[("tests/Cargo.toml", &bad)])).is_empty());
     }
 
     #[test]
