@@ -28,8 +28,8 @@ fn rows_of(d: usize, gate: Option<[usize; 2]>) -> Rows {
     let aligned = d.is_multiple_of(8) && gate.is_none_or(|columns| columns.iter().all(|c| c.is_multiple_of(8)));
     match d {
         _ if !aligned => Rows::Any,
-        ..=1280 => Rows::Narrow,
-        ..=4096 => Rows::Wide,
+        0..=1280 => Rows::Narrow,
+        1281..=4096 => Rows::Wide,
         _ => Rows::Any,
     }
 }

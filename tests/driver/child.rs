@@ -8,6 +8,9 @@ use std::process::ExitCode;
 /// `y += alpha * x`.
 pub static AXPY: Kernel = Kernel { op: "axpy", source: "axpy.cu", name: "axpy_forward", arch: 80 };
 
+/// A name, and what the child does.
+pub type Part = (&'static str, fn() -> Result<(), String>);
+
 /// Plays a part; what it prints is read by the parent.
 pub fn run(part: &str) -> ExitCode {
     let parts = [

@@ -19,7 +19,7 @@ pub const ROWS: &[Row] = &[
     ("time between two events", |lab| lab.done("timing", &[]).map(|_| ())),
 ];
 
-pub const PARTS: &[(&str, fn() -> Result<(), String>)] =
+pub const PARTS: &[super::child::Part] =
     &[("replay", replay), ("forbidden", forbidden), ("eviction", eviction), ("threads", threads), ("timing", timing)];
 
 const LEN: usize = 3000;

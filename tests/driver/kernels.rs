@@ -35,7 +35,7 @@ pub const ROWS: &[Row] = &[
     ("an older driver that tells no arguments", |lab| lab.done("axpy", &[("FAKE_VERSION", "12000")]).map(|_| ())),
 ];
 
-pub const PARTS: &[(&str, fn() -> Result<(), String>)] = &[
+pub const PARTS: &[super::child::Part] = &[
     ("axpy", axpy_part),
     ("cluster", cluster),
     ("shared", shared),

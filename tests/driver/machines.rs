@@ -42,7 +42,7 @@ pub const ROWS: &[Row] = &[
     }),
 ];
 
-pub const PARTS: &[(&str, fn() -> Result<(), String>)] = &[
+pub const PARTS: &[super::child::Part] = &[
     ("open", || open().map(|_| ())),
     ("third", || text(cuda::Cuda::open(2)).map(|_| ())),
     ("doctor", || {

@@ -16,7 +16,7 @@ pub const ROWS: &[Row] = &[
     }),
 ];
 
-pub const PARTS: &[(&str, fn() -> Result<(), String>)] =
+pub const PARTS: &[super::child::Part] =
     &[("transfers", transfers), ("planned", planned_part), ("exhaust", exhaust), ("ranges", ranges)];
 
 /// Sizes around the staging slots; the host's bytes change at once after an upload.

@@ -15,7 +15,7 @@ use graft_kernels::check::{Tolerance, compare};
 
 pub const ROWS: &[Row] = &[("sampling and training of a model", model)];
 
-pub const PARTS: &[(&str, fn() -> Result<(), String>)] = &[("sample", sample), ("train", train)];
+pub const PARTS: &[super::child::Part] = &[("sample", sample), ("train", train)];
 
 fn model(lab: &Lab) -> Result<(), String> {
     for part in ["sample", "train"] {

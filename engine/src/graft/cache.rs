@@ -141,7 +141,7 @@ impl Cache {
     /// Bytes of all shards of `sites` sites.
     fn bytes(&self, shards: u64, sites: usize) -> u64 {
         let [n, d] = self.size;
-        let sample = (2 * n * d + d) * self.dtype.bits() as usize / 8;
+        let sample = (2 * n * d + d) * self.dtype.bits() / 8;
         shards * (self.batch * sample * sites) as u64
     }
 

@@ -217,7 +217,7 @@ impl Modules {
                 .must(if kernel.arch == 90 { "9.0 (Hopper) exactly" } else { "at least 8.0" }));
         }
         let text = unit(kernel.op, kernel.source)?;
-        if let Some(code) = self.from_archive(kernel, element, &text) {
+        if let Some(code) = self.archived(kernel, element, &text) {
             match self.put_in(&code) {
                 Ok(module) => {
                     self.origins.archive += 1;
@@ -258,7 +258,7 @@ impl Modules {
     }
 
     /// Code from the archive that was made of this text.
-    fn from_archive(&self, kernel: &Kernel, element: ElementType, text: &str) -> Option<Vec<u8>> {
+    fn archived(&self, kernel: &Kernel, element: ElementType, text: &str) -> Option<Vec<u8>> {
         let (place, archive) = self.archive.as_ref()?;
         let entry = archive.find(kernel.op, kernel.source, element.name(), self.target.accepted())?;
         if entry.digest != digest(text.as_bytes()) {

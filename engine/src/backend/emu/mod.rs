@@ -111,13 +111,16 @@ pub fn open_counting(element: DType) -> Result<(Arc<Emu>, Device)> {
     Ok((emu, device))
 }
 
+/// What a library was compiled from, and for which working type.
+type Compiled = (Vec<String>, ElementType);
+
 /// The emulated GPU.
 pub struct Emu {
     toolchain: Toolchain,
     properties: Properties,
     seed: u64,
     counts: bool,
-    libraries: Mutex<HashMap<(Vec<String>, ElementType), Arc<Library>>>,
+    libraries: Mutex<HashMap<Compiled, Arc<Library>>>,
     /// The one that ran last: it alone keeps its stacks.
     last: Mutex<Option<Arc<Library>>>,
     memory: Mutex<Memory>,
