@@ -18,12 +18,15 @@ use graft_tools::parallel::in_parallel;
 use std::process::ExitCode;
 use std::time::Instant;
 
+/// What a row does; any error is its failure.
+type Check = Box<dyn Fn(&Program) -> Result<(), String> + Send + Sync>;
+
 /// One row: a name and what it does with a compiled program.
 struct Row {
     name: String,
     source: &'static str,
     build: Build,
-    check: Box<dyn Fn(&Program) -> Result<(), String> + Send + Sync>,
+    check: Check,
 }
 
 impl Row {

@@ -122,7 +122,7 @@ fn numbers(p: &Program) -> Result<(), String> {
     let mut v = random_floats("numbers", 64, 3.0);
     let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, 65519.0, 65520.0, 1e-7, 6e-8, 2.9e-8, 3.1e-5, 1e30];
     v[..special.len()].copy_from_slice(&special);
-    (v[20], v[21]) = (1.00390625, 1.01171875); // halfway between two bf16: to even, down and up
+    (v[20], v[21]) = (1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0); // halfway between two bf16: to even, down and up
     (v[22], v[23]) = (1.0 + 1.0 / 2048.0, 1.0 + 3.0 / 2048.0); // the same for f16
     let out = to_words(&simple(p, "probe_numbers", 32, 0, &floats(&v), 768)?);
     let pair = |f: &dyn Fn(f32) -> u16, i: usize| u32::from(f(v[2 * i])) | u32::from(f(v[2 * i + 1])) << 16;

@@ -219,7 +219,7 @@ fn tma_store(p: &Program) -> Result<(), String> {
     // bf16 sums round to bf16.
     let mut case = Case::default();
     let ones = vec![bf16::from_f32(1.0).to_bits(); 64];
-    let (i, t) = (case.buffer(&halves(&ones)), case.buffer(&halves(&vec![bf16::from_f32(256.0).to_bits(); 64])));
+    let (i, t) = (case.buffer(&halves(&ones)), case.buffer(&halves(&[bf16::from_f32(256.0).to_bits(); 64])));
     let (dims, block) = (vec![64, 1], vec![64, 1]);
     let map = Argument::Map { element: 9, swizzle: 0, buffer: (t, 0), dims, strides: vec![128], block };
     let zero = || Argument::from(0u32);

@@ -129,7 +129,7 @@ mod tests {
     #[test]
     fn shifts_move_and_fill_with_black() {
         let device = Device::cpu();
-        let mut pixels = vec![0.0; 5 * 5];
+        let mut pixels = [0.0; 5 * 5];
         pixels[12] = 1.0;
         let image = Tensor::from_f32(&device, &[64, 1, 5, 5], &pixels.repeat(64)).unwrap();
         let out = shifted(&image, 1, &mut Philox::new(1, 0)).unwrap();
