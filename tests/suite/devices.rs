@@ -5,8 +5,9 @@ use graft_engine::backend::{Device, emu};
 use graft_engine::io::datasets::ImageSet;
 use graft_engine::models::dit::{Dit, DitConfig};
 use graft_engine::nn::operators::Spec;
+use graft_engine::ops::{contracts, ln_modulate};
 use graft_engine::sample::pipeline::{Request, generate};
-use graft_engine::tensor::DType;
+use graft_engine::tensor::{DType, Tensor};
 use graft_engine::train::batches::Batches;
 use graft_engine::train::optimizer::AdamWSettings;
 use graft_engine::train::trainer::{LoopSettings, Trainer};
@@ -97,4 +98,24 @@ fn training_on_the_emulated_gpu_follows_that_on_the_cpu() {
         let result = compare(&emu_last, &cpu_last, Tolerance { atol: 1e-4, rtol: 1e-3, rms: 1e-3 });
         assert!(result.pass, "{name}: {result:?}");
     }
+}
+
+/// The kernel reads x once and writes y once: the sectors that its accesses touch are those of the bound.
+#[test]
+fn ln_modulate_moves_what_its_bound_says() {
+    if emulator().is_none() {
+        return;
+    }
+    let (emu, device) = emu::open_counting(DType::BF16).unwrap();
+    let [b, n, c, d] = [2, 17, 6, 384];
+    let of = |shape: &[usize]| Tensor::zeros_of(&device, shape, DType::BF16).unwrap();
+    let params = contracts::ln_modulate::Params { shift: 0, scale: 1, eps: 1e-6 };
+    ln_modulate(&of(&[b, n, d]), &of(&[b, c, d]), params).unwrap();
+    let counted = emu.counters();
+    let sectors = |what: &str| -> usize {
+        let lines = counted.lines().filter(|l| l.split_whitespace().nth(2) == Some(what));
+        let field = |l: &str| l.split("sectors=").nth(1)?.split(' ').next()?.parse::<usize>().ok();
+        lines.filter_map(field).sum()
+    };
+    assert_eq!([sectors("load"), sectors("store")], [b * n * d * 2 / 32; 2], "counted:\n{counted}");
 }

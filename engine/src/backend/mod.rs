@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 use graft_kernels::axpy;
 use graft_kernels::generated::axpy::{Dims, Forward, GpuForward, Params};
+use graft_kernels::launch::Element;
 use half::bf16;
 use std::marker::PhantomData;
 
@@ -72,7 +73,11 @@ pub fn add_into(target: &mut Tensor, addend: &Tensor) -> Result<()> {
     let dims = Dims { l: target.len() };
     let params = Params { alpha: 1.0 };
     if target.device().is_gpu() {
-        return add_into_gpu(target, addend, dims, params);
+        return match (target.dtype(), addend.dtype()) {
+            (DType::F32, DType::F32) => add_into_gpu::<f32>(target, addend, dims, params),
+            (DType::BF16, DType::BF16) => add_into_gpu::<bf16>(target, addend, dims, params),
+            (to, from) => Err(Error::failure("add", "types differ").is(from).must(to)),
+        };
     }
     let args = Forward { dims, params, x: addend.f32s()?, y: target.f32s_mut()? };
     match kind {
@@ -83,17 +88,9 @@ pub fn add_into(target: &mut Tensor, addend: &Tensor) -> Result<()> {
     Ok(())
 }
 
-fn add_into_gpu(target: &mut Tensor, addend: &Tensor, dims: Dims, params: Params) -> Result<()> {
-    if addend.dtype() != target.dtype() {
-        return Err(Error::failure("add", "types differ").is(addend.dtype()).must(target.dtype()));
-    }
+/// [`add_into`] by the kernel for elements of type `T`, that of both tensors.
+fn add_into_gpu<T: Element>(target: &mut Tensor, addend: &Tensor, dims: Dims, params: Params) -> Result<()> {
     let device = target.device().clone();
-    let mut queue = device.queue()?;
-    if target.dtype() == DType::BF16 {
-        let args = GpuForward::<bf16> { dims, params, x: addend.input()?, y: target.output()?, element: PhantomData };
-        axpy::launch::forward(&mut queue, args)
-    } else {
-        let args = GpuForward::<f32> { dims, params, x: addend.input()?, y: target.output()?, element: PhantomData };
-        axpy::launch::forward(&mut queue, args)
-    }
+    let args = GpuForward::<T> { dims, params, x: addend.input()?, y: target.output()?, element: PhantomData };
+    axpy::launch::forward(&mut device.queue()?, args)
 }

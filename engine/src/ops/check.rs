@@ -9,7 +9,6 @@ use crate::tensor::DType;
 use graft_kernels::Tier;
 use graft_kernels::check::{Comparison, Tolerance, compare};
 use graft_kernels::emu::Build;
-use half::bf16;
 use std::collections::HashSet;
 use std::fmt;
 
@@ -177,7 +176,7 @@ fn verdict(
                 return Ok(Some(Verdict::Fail(format!("reported: {}", outcome.summary()))));
             }
             for (named, buffer) in found.iter_mut().zip(&recording.reads) {
-                named.values = decode(named.dtype, &outcome.buffers[*buffer]);
+                named.values = named.dtype.decode(&outcome.buffers[*buffer]);
             }
             let want = collect(oracle, element, Values::Working, body)?;
             judge(&want, &found, None, tolerance)
@@ -191,15 +190,6 @@ fn verdict(
             }
         }
     }))
-}
-
-fn decode(dtype: DType, bytes: &[u8]) -> Vec<f32> {
-    let words = bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
-    match dtype {
-        DType::F32 => words.map(f32::from_le_bytes).collect(),
-        DType::I32 => words.map(|b| i32::from_le_bytes(b) as f32).collect(),
-        DType::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-    }
 }
 
 fn judge(want: &[Named], first: &[Named], second: Option<&[Named]>, tolerance: Tolerance) -> Verdict {

@@ -4,6 +4,7 @@
 //! With more than one round per step, the image goes back up one noise level and is denoised again, so that what was
 //! filled in has time to agree with what is known. The result holds the known pixels exactly.
 
+use super::pipeline::draw;
 use super::solver::Plan;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -69,6 +70,27 @@ impl Known {
         })
     }
 
+    /// After `round` of step `index`: puts the known pixels of images `first..` back into `x` at the level that the step
+    /// reached; and `again`: goes back up to the level that it started from. `noise` is written over.
+    pub(super) fn hold(
+        &self,
+        plan: &Plan,
+        (index, round, again): (usize, usize, bool),
+        (first, seed): (usize, u64),
+        x: &mut Tensor,
+        noise: &mut Tensor,
+    ) -> Result<()> {
+        let reached = level(plan, index + 1);
+        draw(noise, seed, stream(index, round, Purpose::Known))?;
+        self.impose(first, x, noise, reached)?;
+        if again {
+            draw(noise, seed, stream(index, round, Purpose::Back))?;
+            let (noise, start) = (noise.values()?, level(plan, index).0);
+            x.edit(|x| go_back(x, &noise, reached.0, start))?;
+        }
+        Ok(())
+    }
+
     /// Error unless the tensors fit `n` images of `shape`, rounds are possible and everything is finite.
     pub(super) fn check(&self, shape: [usize; 4], plan: &Plan) -> Result<()> {
         for (name, tensor) in [("image", &self.images), ("mask", &self.mask)] {
@@ -96,7 +118,7 @@ impl Known {
 }
 
 /// Takes `x` from the signal of one level back up to that of a noisier one.
-pub(super) fn go_back(x: &mut [f32], noise: &[f32], from: f32, to: f32) {
+fn go_back(x: &mut [f32], noise: &[f32], from: f32, to: f32) {
     let keep = to / from;
     let add = (1.0 - keep * keep).max(0.0).sqrt();
     x.iter_mut().zip(noise).for_each(|(x, noise)| *x = keep * *x + add * noise);

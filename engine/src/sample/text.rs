@@ -348,16 +348,7 @@ impl<'a> Batch<'a> {
     /// Puts the known latents back after a step, at the level that it reached; and `again`: goes back up.
     fn hold(&mut self, index: usize, round: usize, again: bool) -> Result<()> {
         let (Some(known), Some(noise)) = (&self.request.known, &mut self.noise) else { return Ok(()) };
-        let reached = inpaint::level(self.plan, index + 1);
-        draw(noise, self.seed, inpaint::stream(index, round, Purpose::Known))?;
-        known.impose(self.first, &mut self.x, noise, reached)?;
-        if again {
-            draw(noise, self.seed, inpaint::stream(index, round, Purpose::Back))?;
-            let noise = noise.values()?;
-            let level = inpaint::level(self.plan, index).0;
-            self.x.edit(|x| inpaint::go_back(x, &noise, reached.0, level))?;
-        }
-        Ok(())
+        known.hold(self.plan, (index, round, again), (self.first, self.seed), &mut self.x, noise)
     }
 }
 

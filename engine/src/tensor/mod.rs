@@ -46,6 +46,16 @@ impl DType {
             DType::BF16 => 2,
         }
     }
+
+    /// Little-endian elements as f32.
+    pub(crate) fn decode(self, bytes: &[u8]) -> Vec<f32> {
+        let words = bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
+        match self {
+            DType::F32 => words.map(f32::from_le_bytes).collect(),
+            DType::I32 => words.map(|b| i32::from_le_bytes(b) as f32).collect(),
+            DType::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        }
+    }
 }
 
 impl fmt::Display for DType {
@@ -408,12 +418,7 @@ impl Tensor {
         if self.device().is_gpu() {
             let mut bytes = vec![0u8; self.bytes()];
             self.download(&mut bytes)?;
-            let words = bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
-            return Ok(match self.dtype {
-                DType::F32 => words.map(f32::from_le_bytes).collect(),
-                DType::I32 => words.map(|b| i32::from_le_bytes(b) as f32).collect(),
-                DType::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            });
+            return Ok(self.dtype.decode(&bytes));
         }
         Ok(match self.dtype {
             DType::F32 => self.f32s()?.to_vec(),
