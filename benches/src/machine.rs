@@ -1,19 +1,13 @@
 //! The machine and the source that a measured row belongs to.
 
 use graft_engine::error::{Error, Result};
+pub use graft_engine::io::system::processor;
 use serde_json::Value;
 use std::fs::{OpenOptions, create_dir_all};
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
-
-/// Name of the processor as the system states it.
-pub fn processor() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    model.map_or_else(|| std::env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
-}
 
 /// `name` as a folder: lower case letters and digits, words joined by single dashes.
 pub fn slug(name: &str) -> String {

@@ -1,6 +1,7 @@
 //! The command line: the only room that prints and exits.
 
 mod ablate;
+mod bench;
 mod classifier;
 mod convert;
 mod doctor;
@@ -102,6 +103,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Operators: list them, run one, check all against the oracle.
     Op(op::Args),
+    /// Measure operators, whole models and training steps; compare measurements; make a page of them.
+    Bench(bench::Args),
     /// The battery of checks and times for a GPU, most valuable first; resumes by itself.
     Gpu(gpu::Args),
     /// What this machine offers, and what is missing.
@@ -157,6 +160,7 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Convert(args) => convert::run(&args, cli.json),
         Command::Inspect(args) => inspect::run(&args, cli.json),
         Command::Op(args) => op::run(&args, cli.json),
+        Command::Bench(args) => bench::run(&args, cli.json),
         Command::Gpu(args) => gpu::run(&args, cli.json),
         Command::Doctor => doctor::run(cli.json),
         Command::Verify(args) => verify::run(&args, cli.json),

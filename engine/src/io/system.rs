@@ -12,6 +12,13 @@ pub fn resident() -> Option<usize> {
     Some(line.trim().trim_end_matches(" kB").parse::<usize>().ok()? << 10)
 }
 
+/// Name of the processor, as the system states it; the architecture where it does not.
+pub fn processor() -> String {
+    let info = files::read_text(Path::new("/proc/cpuinfo")).unwrap_or_default();
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    model.map_or_else(|| std::env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
+}
+
 /// Bytes that may still be written to the disk of an existing folder; nothing where the system does not tell.
 ///
 /// # Errors

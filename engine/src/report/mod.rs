@@ -1,9 +1,10 @@
 //! Reports for people: one self-contained HTML file each, without scripts and without anything fetched from outside.
 //!
 //! [`html`] guarantees balanced, escaped markup; [`chart`] draws into it as SVG; [`graft_run`] is the report of a
-//! grafting run, [`science`] that of a study; [`heat`] draws a table of numbers as a picture. Everything is a function of
+//! grafting run, [`science`] that of a study, [`mod@bench`] that of measurements; [`heat`] draws a table of numbers as a picture. Everything is a function of
 //! the data given, so the same run gives the same bytes.
 
+pub mod bench;
 pub mod chart;
 pub mod format;
 pub mod graft_run;

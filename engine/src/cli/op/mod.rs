@@ -1,10 +1,9 @@
 //! `graft op list|run|check|bench|tune|replay`: the operators by themselves.
 
-mod bench;
 mod replay;
 mod tune;
 
-use super::{out, table::Table};
+use super::{bench, out, table::Table};
 use crate::backend::{self, DeviceKind};
 use crate::error::{Error, Result};
 use crate::nn::operators::REGISTRY;
@@ -13,7 +12,6 @@ use crate::ops::contracts;
 use crate::tensor::DType;
 use graft_kernels::OpInfo;
 use graft_kernels::emu::Build;
-use graft_kernels::ways;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -103,33 +101,8 @@ enum OpCommand {
         #[arg(long, value_name = "FILE")]
         write: Option<PathBuf>,
     },
-    /// Measure both passes at the shapes of real models.
-    Bench {
-        /// Only operators whose name contains this.
-        #[arg(default_value = "")]
-        filter: String,
-        /// cpu or cuda; emu counts what the small cases move.
-        #[arg(long, default_value = "cpu")]
-        backend: String,
-        /// Working type of a GPU: f32 or bf16.
-        #[arg(long, default_value = "bf16")]
-        element: String,
-        /// Only cases whose name contains this.
-        #[arg(long, default_value = "")]
-        case: String,
-        /// forward or backward; both where it is not given.
-        #[arg(long, default_value = "")]
-        pass: String,
-        /// Only this way of running it on a GPU.
-        #[arg(long)]
-        way: Option<String>,
-        /// Measurements of each.
-        #[arg(long, default_value_t = 20)]
-        samples: usize,
-        /// Largest case, in GFLOP of a forward call.
-        #[arg(long, default_value_t = 20.0)]
-        gflop: f64,
-    },
+    /// Measure both passes at the shapes of real models: `graft bench op`.
+    Bench(bench::OpArgs),
 }
 
 /// Runs the command.
@@ -181,21 +154,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             let device = backend::open_as(backend, backend::element(element)?)?;
             tune::run(&device, &tune::Choice { filter, case, samples: *samples }, write.as_deref(), json)
         }
-        OpCommand::Bench { filter, backend, element, case, pass, way, samples, gflop } => {
-            let choice = bench::Choice { filter, case, pass, gflop: *gflop, samples: *samples };
-            let element = backend::element(element)?;
-            let measure = || match backend.as_str() {
-                "emu" => bench::count(element, &choice, json),
-                name => bench::run(&backend::open_as(name, element)?, &choice, json),
-            };
-            match contracts::OPS.iter().flat_map(|op| op.ways).find(|w| Some(w.name) == way.as_deref()) {
-                Some(info) => ways::force(info.name, measure).0,
-                None if way.is_none() => measure(),
-                None => Err(Error::usage("--way", "no operator has such a way")
-                    .is(way.as_deref().unwrap_or_default())
-                    .fix("docs/ops.md lists the ways of each operator")),
-            }
-        }
+        OpCommand::Bench(args) => bench::run_op(args, json),
     }
 }
 

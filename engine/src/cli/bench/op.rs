@@ -1,10 +1,12 @@
-//! `graft op bench`: the passes of an operator at the shapes of real models, by the device's own clock; on the emulator
+//! `graft bench op`, which is `graft op bench`: the passes of an operator at the shapes of real models, by the device's own clock; on the emulator
 //! what they move.
 
+use super::{Subject, show};
 use crate::backend::{Device, emu};
 use crate::cli::{out, table::Table};
 use crate::error::{Error, Result};
 use crate::ops::check::{CaseRow, time_cases};
+use crate::report::bench::Row;
 use crate::tensor::DType;
 use graft_kernels::Tier;
 use serde_json::{Value, json};
@@ -43,69 +45,29 @@ impl Choice<'_> {
 /// Time after which a case on the host takes no further sample.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Measures on `device`; a line of JSON a row, or a table.
-pub fn run(device: &Device, choice: &Choice<'_>, json: bool) -> Result<()> {
+/// Measures on `device`: a row of every pass.
+///
+/// # Errors
+/// No case that fits, and those of the device.
+pub fn measure(device: &Device, choice: &Choice<'_>, json: bool) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let chosen = |row: &CaseRow| choice.takes(device, row);
     time_cases(device, Tier::Real, &chosen, &mut |row, pass, call| {
         if choice.pass.is_empty() || choice.pass == pass {
             let times = device.time(choice.samples, PATIENCE, call)?;
-            let found = record(device, row, pass, times);
-            if json {
-                out::line(found.to_string())?;
+            let subject = Subject { bench: "op", case: format!("{}/{}", row.info.name, row.name), work: pass.into() };
+            let mut found = subject.row(device, device.element(), times);
+            if pass == "forward" {
+                // The contract counts a forward call, with every tensor in f32.
+                found.flops = Some(row.flops as f64);
+                found.bytes = Some((row.bytes * device.element().size() / 4) as f64);
             }
+            show(&found, json)?;
             rows.push(found);
         }
         Ok(())
     })?;
-    if rows.is_empty() {
-        return Err(choice.nothing_fits());
-    }
-    if json { Ok(()) } else { out::line(table(&rows).to_string().trim_end()) }
-}
-
-/// One row: median, fastest, and what they mean in bytes and operations of the contract.
-fn record(device: &Device, row: &CaseRow, pass: &str, mut times: Vec<f64>) -> Value {
-    times.sort_by(f64::total_cmp);
-    let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
-    let median = at(0.5);
-    // The contract counts a forward call with every tensor in f32.
-    let bytes = row.bytes * device.element().size() / 4;
-    let forward = pass == "forward";
-    json!({
-        "op": row.info.name,
-        "case": row.name,
-        "pass": pass,
-        "backend": device.kind().to_string(),
-        "element": device.element().to_string(),
-        "device": device.describe(),
-        "ms": median,
-        "ms_min": at(0.0),
-        "ms_p90": at(0.9),
-        "samples": times.len(),
-        "gb_per_s": forward.then(|| bytes as f64 / median / 1e6),
-        "tflop_per_s": forward.then(|| row.flops as f64 / median / 1e9),
-    })
-}
-
-fn table(rows: &[Value]) -> Table {
-    let mut table = Table::new(&["operator", "case", "pass", "median ms", "fastest", "p90", "GB/s", "TFLOP/s"]);
-    let number =
-        |row: &Value, key: &str, digits: usize| row[key].as_f64().map_or("-".into(), |v| format!("{v:.digits$}"));
-    for row in rows {
-        let word = |key: &str| row[key].as_str().unwrap_or_default().to_string();
-        table.row([
-            word("op"),
-            word("case"),
-            word("pass"),
-            number(row, "ms", 4),
-            number(row, "ms_min", 4),
-            number(row, "ms_p90", 4),
-            number(row, "gb_per_s", 1),
-            number(row, "tflop_per_s", 3),
-        ]);
-    }
-    table
+    if rows.is_empty() { Err(choice.nothing_fits()) } else { Ok(rows) }
 }
 
 /// What the emulator counts of the tiny cases: it has no speed, but it sees every access through the wrappers of

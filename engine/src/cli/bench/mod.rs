@@ -1,0 +1,279 @@
+//! `graft bench op|model|train|e2e|compare|report`: measurements as rows, one JSON object each.
+//!
+//! Every run begins with the ceilings of its device, a large copy and a large product, so that rows can be read as
+//! shares of what the device can do. Times are those of calls after a warm-up; on a GPU by the device's own clock and
+//! without the host's launches.
+
+pub mod model;
+pub mod op;
+
+use crate::autograd::{Graph, Precision, Var};
+use crate::backend::{self, Device, cpu};
+use crate::cli::out;
+use crate::cli::table::Table;
+use crate::error::{Error, Result};
+use crate::io::jsonl::JsonLog;
+use crate::io::{atomic, system};
+use crate::ops::{contracts, contracts::gemm};
+use crate::report::bench::{self, CEILING, COPY, Ceilings, PRODUCT, Row, compare};
+use crate::report::format::significant;
+use crate::tensor::{DType, Tensor};
+use graft_kernels::ways;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Time after which a ceiling takes no further sample.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Arguments.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: BenchCommand,
+}
+
+#[derive(clap::Subcommand)]
+enum BenchCommand {
+    /// Operators at the shapes of real models, both passes.
+    Op(OpArgs),
+    /// Forward passes of whole models with random weights.
+    Model(model::Args),
+    /// Training steps of whole models with random weights: forward, backward, AdamW.
+    Train(model::Args),
+    /// Images from noise by models with random weights: all steps of a sampler.
+    E2e(model::Args),
+    /// What became faster or slower from one file of rows to another; fails where something became slower.
+    Compare {
+        /// Rows from before.
+        before: PathBuf,
+        /// Rows from after.
+        after: PathBuf,
+    },
+    /// A page of rows: a table, a roofline, and how cost grows.
+    Report {
+        /// Files of rows.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// The page.
+        #[arg(long, default_value = "bench.html")]
+        out: PathBuf,
+    },
+}
+
+/// Where rows go besides the terminal.
+#[derive(clap::Args)]
+pub struct Keep {
+    /// Add the rows to this file.
+    #[arg(long, value_name = "FILE")]
+    rows: Option<PathBuf>,
+    /// Print what became faster or slower since these rows; fails where something became slower.
+    #[arg(long, value_name = "FILE")]
+    compare: Option<PathBuf>,
+}
+
+/// Arguments of `op`.
+#[derive(clap::Args)]
+pub struct OpArgs {
+    /// Only operators whose name contains this.
+    #[arg(default_value = "")]
+    filter: String,
+    /// cpu or cuda; emu counts what the small cases move.
+    #[arg(long, default_value = "cpu")]
+    backend: String,
+    /// Working type of a GPU: f32 or bf16.
+    #[arg(long, default_value = "bf16")]
+    element: String,
+    /// Only cases whose name contains this.
+    #[arg(long, default_value = "")]
+    case: String,
+    /// forward or backward; both where it is not given.
+    #[arg(long, default_value = "")]
+    pass: String,
+    /// Only this way of running it on a GPU.
+    #[arg(long)]
+    way: Option<String>,
+    /// Measurements of each.
+    #[arg(long, default_value_t = 20)]
+    samples: usize,
+    /// Largest case, in GFLOP of a forward call.
+    #[arg(long, default_value_t = 20.0)]
+    gflop: f64,
+    #[command(flatten)]
+    keep: Keep,
+}
+
+/// Runs the command.
+pub fn run(args: &Args, json: bool) -> Result<()> {
+    match &args.command {
+        BenchCommand::Op(args) => run_op(args, json),
+        BenchCommand::Model(args) => model::run(args, model::Work::Forward, json),
+        BenchCommand::Train(args) => model::run(args, model::Work::TrainingStep, json),
+        BenchCommand::E2e(args) => model::run(args, model::Work::Sampling, json),
+        BenchCommand::Compare { before, after } => changes(&bench::read(before)?, &bench::read(after)?),
+        BenchCommand::Report { files, out: path } => {
+            let mut rows = Vec::new();
+            for file in files {
+                rows.extend(bench::read(file)?);
+            }
+            atomic::write_bytes(path, bench::page("Measurements", &rows).as_bytes())?;
+            out::line(format!("{} rows in {}", rows.len(), path.display()))
+        }
+    }
+}
+
+/// `graft bench op` and `graft op bench`.
+pub fn run_op(args: &OpArgs, json: bool) -> Result<()> {
+    let OpArgs { filter, backend, element, case, pass, way, samples, gflop, keep } = args;
+    let choice = op::Choice { filter, case, pass, gflop: *gflop, samples: *samples };
+    let element = backend::element(element)?;
+    let measure = || {
+        if backend == "emu" {
+            return op::count(element, &choice, json);
+        }
+        let device = backend::open_as(backend, element)?;
+        let mut rows = ceilings(&device, json)?;
+        rows.extend(op::measure(&device, &choice, json)?);
+        finish(rows, keep, json)
+    };
+    match contracts::OPS.iter().flat_map(|op| op.ways).find(|w| Some(w.name) == way.as_deref()) {
+        Some(info) => ways::force(info.name, measure).0,
+        None if way.is_none() => measure(),
+        None => Err(Error::usage("--way", "no operator has such a way")
+            .is(way.as_deref().unwrap_or_default())
+            .fix("docs/ops.md lists the ways of each operator")),
+    }
+}
+
+/// What a row measures.
+struct Subject {
+    bench: &'static str,
+    case: String,
+    work: String,
+}
+
+impl Subject {
+    /// The row of the times of calls, in milliseconds.
+    fn row(self, device: &Device, element: DType, mut times: Vec<f64>) -> Row {
+        times.sort_by(f64::total_cmp);
+        let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
+        Row {
+            bench: self.bench.into(),
+            case: self.case,
+            work: self.work,
+            axes: BTreeMap::new(),
+            backend: device.kind().to_string(),
+            element: element.to_string(),
+            device: if device.is_host() { system::processor() } else { device.describe() },
+            threads: device.is_host().then(cpu::threads),
+            ms: at(0.5),
+            ms_min: at(0.0),
+            ms_p90: at(0.9),
+            samples: times.len(),
+            flops: None,
+            bytes: None,
+            peak_bytes: None,
+            version: env!("CARGO_PKG_VERSION").into(),
+        }
+    }
+}
+
+/// A large copy and a large product on `device`.
+fn ceilings(device: &Device, json: bool) -> Result<Vec<Row>> {
+    // Larger than any cache; a side at which products reach their rate.
+    const FLOATS: usize = 64 << 20;
+    const SIDE: usize = 2048;
+    let element = device.element();
+    let from = Tensor::zeros(device, &[FLOATS])?;
+    let times = device.time(7, PATIENCE, &mut || from.copy().map(drop))?;
+    let copy = Subject { bench: CEILING, case: COPY.into(), work: "read and write".into() };
+    let mut copy = copy.row(device, DType::F32, times);
+    copy.bytes = Some(2.0 * 4.0 * FLOATS as f64);
+    let values = vec![0.5; SIDE * SIDE];
+    let x = Var::constant(Tensor::from_f32_as(device, &[1, SIDE, SIDE], &values, element)?);
+    let w = Var::constant(Tensor::from_f32_as(device, &[SIDE, SIDE], &values, element)?);
+    let g = Graph::inference(Precision::F32);
+    let params = gemm::Params { act: 0, gate_row: 0, bf16: false };
+    let times = device.time(7, PATIENCE, &mut || g.gemm(&x, &w, None, None, None, None, params).map(drop))?;
+    let product = Subject { bench: CEILING, case: PRODUCT.into(), work: format!("{SIDE} cubed") };
+    let mut product = product.row(device, element, times);
+    product.flops = Some(2.0 * (SIDE as f64).powi(3));
+    let rows = vec![copy, product];
+    rows.iter().try_for_each(|row| show(row, json))?;
+    Ok(rows)
+}
+
+/// A row as it is measured; a table follows at the end where nobody asked for JSON.
+fn show(row: &Row, json: bool) -> Result<()> {
+    if json { out::line(serde_json::to_string(row).unwrap_or_default()) } else { Ok(()) }
+}
+
+/// The table, the file of rows and the comparison that were asked for.
+fn finish(rows: Vec<Row>, keep: &Keep, json: bool) -> Result<()> {
+    if !json {
+        out::line(table(&rows).to_string().trim_end())?;
+    }
+    if let Some(path) = &keep.rows {
+        store(path, &rows)?;
+    }
+    keep.compare.as_ref().map_or(Ok(()), |before| changes(&bench::read(before)?, &rows))
+}
+
+fn store(path: &Path, rows: &[Row]) -> Result<()> {
+    let mut log = JsonLog::resume(path, u64::MAX)?;
+    rows.iter().try_for_each(|row| log.append(row))
+}
+
+fn table(rows: &[Row]) -> Table {
+    let heads =
+        ["what", "work", "varied", "median ms", "fastest", "p90", "GB/s", "TFLOP/s", "of the ceiling", "peak MiB"];
+    let mut table = Table::new(&heads);
+    for row in rows {
+        let number = |value: Option<f64>| value.map_or("-".to_string(), significant);
+        let share = Ceilings::of(rows, row).share(row).filter(|_| row.bench != CEILING);
+        table.row([
+            row.case.clone(),
+            row.work.clone(),
+            row.axes_in_words().trim_start_matches(", ").to_string(),
+            format!("{:.4}", row.ms),
+            format!("{:.4}", row.ms_min),
+            format!("{:.4}", row.ms_p90),
+            number(row.gbs()),
+            number(row.tflops()),
+            share.map_or("-".into(), |(share, of)| format!("{:.0} % of {of}", 100.0 * share)),
+            row.peak_bytes.map_or("-".into(), |bytes| (bytes >> 20).to_string()),
+        ]);
+    }
+    table
+}
+
+/// Prints what changed; an error where something became slower.
+fn changes(before: &[Row], after: &[Row]) -> Result<()> {
+    let found = compare(before, after);
+    if found.is_empty() {
+        return Err(Error::failure("bench compare", "no measurement stands in both files")
+            .fix("compare rows of the same device, threads and arguments"));
+    }
+    let mut table = Table::new(&["what", "before, ms", "after, ms", "times as fast", ""]);
+    for c in &found {
+        let word = if c.slower {
+            "SLOWER"
+        } else if c.faster {
+            "faster"
+        } else {
+            "within the noise"
+        };
+        table.row([
+            c.subject.clone(),
+            format!("{:.4}", c.before),
+            format!("{:.4}", c.after),
+            format!("{:.2}", c.ratio()),
+            word.to_string(),
+        ]);
+    }
+    out::line(table.to_string().trim_end())?;
+    match found.iter().filter(|c| c.slower).count() {
+        0 => Ok(()),
+        n => Err(Error::failure("bench compare", format!("{n} of {} measurements became slower", found.len()))),
+    }
+}

@@ -1,0 +1,179 @@
+//! Measured rows: what one is, how two files of them compare, and the page that shows them.
+
+mod compare;
+mod page;
+
+pub use compare::{Change, compare};
+pub use page::page;
+
+use crate::error::{Error, Result};
+use crate::io::jsonl;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Kind of a row that measures what the device can do at best; other rows are shares of it.
+pub const CEILING: &str = "ceiling";
+/// The ceiling of bytes: a large copy.
+pub const COPY: &str = "copy";
+/// The ceiling of arithmetic: a large product.
+pub const PRODUCT: &str = "product";
+
+/// One measurement.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// `op`, `model`, `train`, `e2e` or [`CEILING`].
+    pub bench: String,
+    /// Operator and case, or model.
+    pub case: String,
+    /// `forward`, `backward`, `training step`, `20 steps`, …
+    pub work: String,
+    /// What was varied, by name: batch, tokens, percent of layers grafted.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub axes: BTreeMap<String, f64>,
+    /// Backend: `cpu` or `cuda`.
+    pub backend: String,
+    /// Working type.
+    pub element: String,
+    /// Name of the device.
+    pub device: String,
+    /// Threads of operators; none on a GPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// Median milliseconds of one call.
+    pub ms: f64,
+    /// Fastest call.
+    pub ms_min: f64,
+    /// Nine of ten calls are at least as fast.
+    pub ms_p90: f64,
+    /// Calls measured.
+    pub samples: usize,
+    /// Floating-point operations of one call.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flops: Option<f64>,
+    /// Bytes that one call must move at the least.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<f64>,
+    /// Most bytes of tensors at one time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<u64>,
+    /// Version of the program.
+    pub version: String,
+}
+
+impl Row {
+    /// TFLOP/s, where operations are counted.
+    pub fn tflops(&self) -> Option<f64> {
+        self.flops.map(|flops| flops / self.ms / 1e9)
+    }
+
+    /// GB/s of the bytes that must be moved.
+    pub fn gbs(&self) -> Option<f64> {
+        self.bytes.map(|bytes| bytes / self.ms / 1e6)
+    }
+
+    /// Everything that two rows must share to be measurements of the same thing.
+    pub fn subject(&self) -> String {
+        let Row { bench, case, work, backend, element, device, .. } = self;
+        let threads = self.threads.map_or(String::new(), |n| format!(", {n} threads"));
+        format!("{bench} {case} {work}{} on {backend} {element} ({device}{threads})", self.axes_in_words())
+    }
+
+    /// `, batch 2, tokens 256`.
+    pub fn axes_in_words(&self) -> String {
+        self.axes.iter().map(|(name, value)| format!(", {name} {value}")).collect()
+    }
+}
+
+/// Ceilings among rows, for shares: bytes/ms of the fastest copy and FLOPs/ms of the fastest product of a device and
+/// working type.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Ceilings {
+    /// Bytes per millisecond.
+    pub copy: Option<f64>,
+    /// Operations per millisecond.
+    pub product: Option<f64>,
+}
+
+impl Ceilings {
+    /// Those that hold for `row`.
+    pub fn of(rows: &[Row], row: &Row) -> Ceilings {
+        let same = |r: &&Row| r.bench == CEILING && r.device == row.device && r.threads == row.threads;
+        let most = |values: &mut dyn Iterator<Item = f64>| values.max_by(f64::total_cmp);
+        let copies = rows.iter().filter(same).filter(|r| r.case == COPY);
+        let products = rows.iter().filter(same).filter(|r| r.case == PRODUCT && r.element == row.element);
+        Ceilings {
+            copy: most(&mut copies.filter_map(|r| Some(r.bytes? / r.ms))),
+            product: most(&mut products.filter_map(|r| Some(r.flops? / r.ms))),
+        }
+    }
+
+    /// The larger share of the two ceilings that a row reaches, and which: its bound. None where nothing is known.
+    pub fn share(&self, row: &Row) -> Option<(f64, &'static str)> {
+        let of_copy = row.bytes.zip(self.copy).map(|(bytes, ceiling)| (bytes / row.ms / ceiling, COPY));
+        let of_product = row.flops.zip(self.product).map(|(flops, ceiling)| (flops / row.ms / ceiling, PRODUCT));
+        of_copy.into_iter().chain(of_product).max_by(|a, b| a.0.total_cmp(&b.0))
+    }
+}
+
+/// Reads a file of rows, a JSON object a line; lines of other kinds are left out.
+///
+/// # Errors
+/// A file that cannot be read, a damaged line, or one without a row.
+pub fn read(path: &Path) -> Result<Vec<Row>> {
+    let rows: Vec<Row> = jsonl::read(path)?.into_iter().filter_map(|v| serde_json::from_value(v).ok()).collect();
+    if rows.is_empty() {
+        return Err(Error::failure(path.display().to_string(), "holds no measured row")
+            .must("lines that graft bench has written"));
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn row(bench: &str, case: &str, ms: f64) -> Row {
+        Row {
+            bench: bench.into(),
+            case: case.into(),
+            work: "forward".into(),
+            axes: BTreeMap::from([("batch".to_string(), 2.0)]),
+            backend: "cpu".into(),
+            element: "f32".into(),
+            device: "X".into(),
+            threads: Some(2),
+            ms,
+            ms_min: 0.95 * ms,
+            ms_p90: 1.05 * ms,
+            samples: 5,
+            flops: Some(4e9),
+            bytes: Some(2e6),
+            peak_bytes: None,
+            version: "0".into(),
+        }
+    }
+
+    #[test]
+    fn a_share_names_the_ceiling_that_is_nearer() {
+        let mut copy = row(CEILING, COPY, 1.0);
+        (copy.flops, copy.bytes) = (None, Some(10e6));
+        let mut product = row(CEILING, PRODUCT, 1.0);
+        (product.flops, product.bytes) = (Some(8e9), None);
+        let measured = row("op", "gemm", 1.0);
+        let rows = [copy, product, measured.clone()];
+        let (share, name) = Ceilings::of(&rows, &measured).share(&measured).unwrap();
+        assert!((share - 0.5).abs() < 1e-12 && name == PRODUCT, "{share} {name}");
+        let mut other = measured;
+        other.device = "Y".into();
+        assert_eq!(Ceilings::of(&rows, &other).share(&other), None);
+    }
+
+    #[test]
+    fn rows_are_read_back_and_say_what_they_measure() {
+        let text = serde_json::to_string(&row("model", "DiT-S/2", 3.0)).unwrap();
+        let back: Row = serde_json::from_str(&text).unwrap();
+        assert_eq!(back.subject(), "model DiT-S/2 forward, batch 2 on cpu f32 (X, 2 threads)");
+        assert!(!text.contains("peak_bytes"));
+    }
+}
