@@ -16,6 +16,7 @@ pub const COMMON: &[File] = &[
     ("gated_window.cuh", include_str!("common/gated_window.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
+    ("mma_tile.cuh", include_str!("common/mma_tile.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),
     ("rows.cuh", include_str!("common/rows.cuh")),
@@ -107,7 +108,12 @@ pub fn operator(op: &str) -> &'static [File] {
             ("gated_conv_2d.cu", include_str!("gated_conv_2d/gated_conv_2d.cu")),
         ],
         "gemm" => &[
+            ("epilogue.cuh", include_str!("gemm/epilogue.cuh")),
             ("gemm.cu", include_str!("gemm/gemm.cu")),
+            ("gemm_mma.cu", include_str!("gemm/gemm_mma.cu")),
+            ("gemm_sm90.cu", include_str!("gemm/gemm_sm90.cu")),
+            ("mma.cuh", include_str!("gemm/mma.cuh")),
+            ("warpgroups.cuh", include_str!("gemm/warpgroups.cuh")),
         ],
         "group_norm_silu" => &[
             ("group_norm_silu.cu", include_str!("group_norm_silu/group_norm_silu.cu")),

@@ -12,9 +12,8 @@
 // Where the tiles are fewer than the card's places, the depth is split by shape into parts (blockIdx.y): plain sums go
 // to `partials` and a second kernel adds them in order and finishes: the bits follow from the shape alone.
 //
-// Bound: 2·R·K·F operations, 312 TFLOP/s on an A100, 624 by mma.sync on Hopper. A step of 128×128×32 is 512 MMAs of a
-// warp (m16n8k16: 16 clocks on a quarter of the multiprocessor): 2048 clocks; its ldmatrix reads 64 KB, 512 clocks; its
-// copies 16 KB from L2, 256 clocks at 64 bytes.
+// Bound: 2·R·K·F operations, 312 TFLOP/s on an A100. A step of 128×128×32 is 256 MMAs of a warp, 8 clocks each on a
+// quarter of the multiprocessor: 512 clocks; ldmatrix reads 32 KB, 256 clocks, and the copies write 16 KB, 128 clocks.
 //
 // Requires: K and F multiples of 8 (rows begin at 16 bytes). Does not handle: sine.
 #include "mma.cuh"
@@ -26,6 +25,7 @@ template <class Product, class Out>
 PTX_FN void multiply(const Operand& a, const Operand& b, int depth, int part, const Out& out) {
     SMEM_DYNAMIC(smem, 128);
     smem_guard(smem, Product::kBytes);
+    wait_for_previous();
     Product::run(smem, a, b, depth, part, out);
 }
 
