@@ -26,6 +26,7 @@ pub const OPS: &[OpInfo] = &[
     gated_conv::INFO,
     gated_conv_2d::INFO,
     gemm::INFO,
+    gemm_fp8::INFO,
     group_norm_silu::INFO,
     kv_compress::INFO,
     linear_attention::INFO,
@@ -2101,6 +2102,108 @@ pub mod gemm {
         if !absent("gate") { rows.push(check::directional("gate", case.name, &gate, &dgate, |moved| check::dot(&forward(&x, &w, &bias, &pos, moved).0, &cotangent))); }
         rows
     }
+}
+
+/// Linear layer whose operands are rounded to 8-bit floats (e4m3), each row with a scale of its own.
+pub mod gemm_fp8 {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// 0 none, 1 GELU (tanh approximation), 2 SiLU.
+        pub act: usize,
+        /// Row of `gate` that multiplies; unused without a gate.
+        pub gate_row: usize,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, K]` float: Input rows.
+        pub x: &'a [T],
+        /// `[F, K]` float (f32 or bf16 on the CPU): Weight, one row per output feature.
+        pub w: Weight<'a, T>,
+        /// `[F]` float: Added to every row.
+        pub bias: Option<&'a [T]>,
+        /// `[B, C, F]` float: Table of C modulation vectors per sample.
+        pub gate: Option<&'a [T]>,
+        /// `[B, N, F]` float: Residual stream that the result is added to.
+        pub residual: Option<&'a [T]>,
+        /// `[B, N, F]` float: Result.
+        pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: Option<In<T>>,
+        pub gate: Option<In<T>>,
+        pub residual: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} K={} F={} C={}", self.b, self.n, self.k, self.f, self.c)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// TMA and wgmma on e4m3; tiles of 128×192 in turn.
+        Wgmma128x192,
+        /// f32 in shared memory; any shape.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "gemm_fp8";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma on e4m3; tiles of 128×192 in turn." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape." }),
+        ];
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        2*b*n*k*f
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        4*(b*n*k + f*k + b*n*f)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 N=1 K=1 F=1 C=0", dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0 }, absent: &["bias", "gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 K=37 F=67 C=2", dims: Dims { b: 3, n: 5, k: 37, f: 67, c: 2 }, params: Params { act: 0, gate_row: 1 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "rows_padded", tier: Tier::Tiny, shape: "B=2 N=33 K=75 F=104 C=0", dims: Dims { b: 2, n: 33, k: 75, f: 104, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "steps_of_depth", tier: Tier::Tiny, shape: "B=2 N=20 K=712 F=264 C=3", dims: Dims { b: 2, n: 20, k: 712, f: 264, c: 3 }, params: Params { act: 0, gate_row: 1 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "tiles_in_turn", tier: Tier::Tiny, shape: "B=2 N=130 K=136 F=392 C=0", dims: Dims { b: 2, n: 130, k: 136, f: 392, c: 0 }, params: Params { act: 2, gate_row: 0 }, absent: &["bias", "gate"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_256_fc1", tier: Tier::Real, shape: "B=2 N=256 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 256, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc1", tier: Tier::Real, shape: "B=2 N=16384 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc2", tier: Tier::Real, shape: "B=2 N=16384 K=4608 F=1152 C=6", dims: Dims { b: 2, n: 16384, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5 }, absent: &[], bf16: &["w"], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "gemm_fp8", summary: "Linear layer whose operands are rounded to 8-bit floats (e4m3), each row with a scale of its own.", backward: false, cases: &["one", "odd", "rows_padded", "steps_of_depth", "tiles_in_turn", "dit_xl_256_fc1", "pixart_2k_fc1", "pixart_2k_fc2"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma on e4m3; tiles of 128×192 in turn." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape." }] };
+
 }
 
 /// Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.

@@ -114,6 +114,10 @@ pub const KERNELS: &[&Kernel] = &[
     &gemm::GEMM_WGMMA_128X192_W,
     &gemm::GEMM_WGMMA_128X128_X,
     &gemm::GEMM_WGMMA_128X128_W,
+    &gemm_fp8::GEMM_FP8_ROUND,
+    &gemm_fp8::GEMM_FP8_FORWARD,
+    &gemm_fp8::GEMM_FP8_ROUND_SM90,
+    &gemm_fp8::GEMM_FP8_WGMMA_128X192,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS_ANY,
     &group_norm_silu::GROUP_NORM_SILU_STATISTICS,
@@ -3946,6 +3950,153 @@ pub mod gemm {
                 int(queue, &GEMM_WGMMA_128X128_W, "parts", self.parts)?,
             ];
             queue.launch(&Launch { kernel: &GEMM_WGMMA_128X128_W, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `gemm_fp8`.
+pub mod gemm_fp8 {
+    use super::*;
+
+    pub const GEMM_FP8_ROUND: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8.cu", name: "gemm_fp8_round", arch: 80 };
+
+    /// Arguments of [`GEMM_FP8_ROUND`].
+    pub struct GemmFp8Round<T> {
+        pub x: In<T>,
+        pub to: Out<u8>,
+        pub scales: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub stride: usize,
+    }
+
+    impl<T: Element> GemmFp8Round<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.to.address()),
+                Arg::Address(self.scales.address()),
+                int(queue, &GEMM_FP8_ROUND, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_ROUND, "k", self.k)?,
+                int(queue, &GEMM_FP8_ROUND, "stride", self.stride)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_ROUND, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_FP8_FORWARD: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8.cu", name: "gemm_fp8_forward", arch: 80 };
+
+    /// Arguments of [`GEMM_FP8_FORWARD`].
+    pub struct GemmFp8Forward<T> {
+        pub x: In<u8>,
+        pub w: In<u8>,
+        pub x_scales: In<f32>,
+        pub w_scales: In<f32>,
+        pub bias: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub stride: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> GemmFp8Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.x_scales.address()),
+                Arg::Address(self.w_scales.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GEMM_FP8_FORWARD, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_FORWARD, "n", self.n)?,
+                int(queue, &GEMM_FP8_FORWARD, "k", self.k)?,
+                int(queue, &GEMM_FP8_FORWARD, "stride", self.stride)?,
+                int(queue, &GEMM_FP8_FORWARD, "f", self.f)?,
+                int(queue, &GEMM_FP8_FORWARD, "c", self.c)?,
+                int(queue, &GEMM_FP8_FORWARD, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_FP8_FORWARD, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_FP8_ROUND_SM90: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8_sm90.cu", name: "gemm_fp8_round_sm90", arch: 90 };
+
+    /// Arguments of [`GEMM_FP8_ROUND_SM90`].
+    pub struct GemmFp8RoundSm90<T> {
+        pub x: In<T>,
+        pub to: Out<u8>,
+        pub scales: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub stride: usize,
+    }
+
+    impl<T: Element> GemmFp8RoundSm90<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.to.address()),
+                Arg::Address(self.scales.address()),
+                int(queue, &GEMM_FP8_ROUND_SM90, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_ROUND_SM90, "k", self.k)?,
+                int(queue, &GEMM_FP8_ROUND_SM90, "stride", self.stride)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_ROUND_SM90, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_FP8_WGMMA_128X192: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8_sm90.cu", name: "gemm_fp8_wgmma_128x192", arch: 90 };
+
+    /// Arguments of [`GEMM_FP8_WGMMA_128X192`].
+    pub struct GemmFp8Wgmma128x192<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub x_scales: In<f32>,
+        pub w_scales: In<f32>,
+        pub bias: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> GemmFp8Wgmma128x192<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.x_scales.address()),
+                Arg::Address(self.w_scales.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GEMM_FP8_WGMMA_128X192, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "n", self.n)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "k", self.k)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "f", self.f)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "c", self.c)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_WGMMA_128X192, element: T::TYPE, shape, args: &args })
         }
     }
 }

@@ -8,7 +8,7 @@
 // of 32 of the depth lie in a ring of 4 stages in shared memory, filled by cp.async three steps ahead, swizzled so that
 // neither the copies nor ldmatrix meet a bank twice; operands whose depth is not contiguous are transposed by ldmatrix,
 // so the three products are one loop. Blocks are numbered so that those which run together share rows of both operands
-// in L2. Sums go through the ring's memory to 16-byte accesses of y, pre, residual and positions (epilogue.cuh).
+// in L2. Sums go through the ring's memory to 16-byte accesses of y, pre, residual and positions (common/linear.cuh).
 // Where the tiles are fewer than the card's places, the depth is split by shape into parts (blockIdx.y): plain sums go
 // to `partials` and a second kernel adds them in order and finishes: the bits follow from the shape alone.
 //
@@ -19,8 +19,9 @@
 #include "mma.cuh"
 #include "../common/elementwise.cuh"
 
-using namespace gemm;
+using namespace linear;
 
+// The loop of a block, mma_m16n8k16<bf16> of fragments in mma.cuh.
 template <class Product, class Out>
 PTX_FN void multiply(const Operand& a, const Operand& b, int depth, int part, const Out& out) {
     SMEM_DYNAMIC(smem, 128);

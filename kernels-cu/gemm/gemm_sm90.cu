@@ -15,9 +15,9 @@
 // the widths of DiT-XL/2 and PixArt (1152, 2304, 3456, 4608) and leaves 1 to 3 % of the last wave empty at 32,768 rows.
 //
 // Requires: K and F multiples of 8 (strides of tensor maps are multiples of 16 bytes). Does not handle: sine.
-#include "warpgroups.cuh"
+#include "../common/linear_sm90.cuh"
 
-using namespace gemm;
+using namespace linear;
 
 template <class Product, class Out>
 PTX_FN void multiply(const TensorMap* a, const TensorMap* b, const Task& task, const Out& out) {
@@ -27,7 +27,7 @@ PTX_FN void multiply(const TensorMap* a, const TensorMap* b, const Task& task, c
     Product::run(smem, bars, a, b, task, out);
 }
 
-// Columns, stages, columns of a slab, whole tiles in turn.
+// Columns, stages, columns of a slab, whole tiles in turn; their loops are wgmma_ss<bf16, columns, …>.
 template <bool kAcrossA, bool kAcrossB> using Wide = Warpgroups<256, 4, 32, false, kAcrossA, kAcrossB>;
 using Pair = Warpgroups<192, 4, 64, true, false, false, 2>;
 template <bool kAcrossA, bool kAcrossB> using Middle = Warpgroups<192, 4, 64, true, kAcrossA, kAcrossB>;

@@ -1,8 +1,8 @@
 // The main loop of products by mma.sync: a ring of tiles filled by cp.async, fragments by ldmatrix, 4 warps.
 #pragma once
-#include "epilogue.cuh"
+#include "../common/linear.cuh"
 
-namespace gemm {
+namespace linear {
 
 constexpr int kMmaThreads = 128, kMmaDepth = 32, kMmaStages = 4;
 
@@ -121,4 +121,4 @@ template <int M, int N, bool kAcrossA, bool kAcrossB> struct Mma {
     }
 };
 
-}  // namespace gemm
+}  // namespace linear

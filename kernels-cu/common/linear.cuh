@@ -1,10 +1,10 @@
 // What the tensor-core kernels of the linear layer share: which tile is whose, and what becomes of its sums.
 #pragma once
-#include "../common/ptx.cuh"
-#include "../common/activation.cuh"
-#include "../common/mma_tile.cuh"
+#include "ptx.cuh"
+#include "activation.cuh"
+#include "mma_tile.cuh"
 
-namespace gemm {
+namespace linear {
 
 using namespace ptx;
 
@@ -104,4 +104,4 @@ template <int kSlab, class Out> PTX_FN void store_slab(uint32_t slab, int row, i
     }
 }
 
-}  // namespace gemm
+}  // namespace linear

@@ -1,18 +1,16 @@
 // The main loop of products on Hopper: one warpgroup loads by TMA, two multiply by wgmma, blocks stay for all tiles.
 #pragma once
-#include "epilogue.cuh"
+#include "linear.cuh"
 
-namespace gemm {
+namespace linear {
 
-constexpr int kWgmmaThreads = 384, kWgmmaDepth = 64, kWgmmaRows = 128;
+constexpr int kWgmmaRows = 128;
 // Bytes of a box of 64 rows of 128 bytes, and of 8 such rows, which the swizzle repeats after.
 constexpr uint32_t kBox = 8192, kAtom = 1024;
 
 // Which results of which part of the depth: work is numbered tile by tile, parts of the depth outermost.
 struct Piece {
     int row, column, part, first, end;
-
-    PTX_FN int steps() const { return (end - first + kWgmmaDepth - 1) / kWgmmaDepth; }
 };
 
 // What a launch computes: [rows, columns] results over the depth, in parts of it.
@@ -35,13 +33,15 @@ template <int kStages> struct Place {
 };
 
 // Tiles of 128×kWide. kTurns: the two multiplying warpgroups take whole tiles in turn, so that one's epilogue runs under
-// the other's products; else they share each tile, 64 rows each. Operands as in mma.cuh: [rows, depth] or, across,
+// the other's products; else they share each tile, 64 rows each. Operands as in gemm/mma.cuh: [rows, depth] or, across,
 // [depth, rows]. kSlab: columns of the epilogue's pieces. kCluster: 2 where blocks work in pairs on two tiles, one below
-// the other: each loads half of their common columns for both.
-template <int kWide, int kStages, int kSlab, bool kTurns, bool kAcrossA, bool kAcrossB, int kCluster = 1>
+// the other: each loads half of their common columns for both. E: bf16, or e4m3, which lies along the depth alone.
+template <int kWide, int kStages, int kSlab, bool kTurns, bool kAcrossA, bool kAcrossB, int kCluster = 1, class E = bf16>
 struct Warpgroups {
+    // Elements of a row of 128 bytes.
+    static constexpr int kDepth = 128 / int(sizeof(E));
     static constexpr int kBlocks = kTurns ? 2 : 1, kPieces = kWide / kSlab;
-    static constexpr int kTileA = 2 * kWgmmaRows * kWgmmaDepth, kTileB = 2 * kWide * kWgmmaDepth;
+    static constexpr int kTileA = 128 * kWgmmaRows, kTileB = 128 * kWide;
     static constexpr int kStage = kTileA + kTileB, kBytes = kStages * kStage + 8 * Slab<kSlab>::kBytes;
     static_assert(kBytes <= 226 << 10, "shared memory of a block, less the kibibyte that the barriers take");
 
@@ -111,7 +111,7 @@ struct Warpgroups {
         Place<kStages> place;
         for (int index = blockIdx.x / kCluster, all = work(task); index < all; index += gridDim.x / kCluster) {
             const Piece p = piece(task, index);
-            for (int k = p.first; k < p.end; k += kWgmmaDepth, place.next()) {
+            for (int k = p.first; k < p.end; k += kDepth, place.next()) {
                 const uint32_t to = base + uint32_t(place.stage * kStage), bar = full + 8 * place.stage;
                 if constexpr (kCluster == 1)
                     mbarrier_wait(empty + 8 * place.stage, place.parity ^ 1);
@@ -141,7 +141,7 @@ struct Warpgroups {
         start_next();
     }
 
-    // A tile of 64 rows or kWide columns at `at`, from depth 16·step of it on. Along the depth a step is 32 bytes of
+    // A tile of 64 rows or kWide columns at `at`, from a quarter of its depth on. Along the depth a step is 32 bytes of
     // every row; across it, 16 rows.
     template <bool kAcross> static PTX_FN uint64_t operand(uint32_t at, int step) {
         return kAcross ? wgmma_desc(at + step * 2 * kAtom, kBox, kAtom, 128) : wgmma_desc(at + step * 32, 16, kAtom, 128);
@@ -160,7 +160,7 @@ struct Warpgroups {
         for (int index = blockIdx.x / kCluster, all = work(task); index < all;
              index += gridDim.x / kCluster, turn ^= 1) {
             const Piece p = piece(task, index);
-            const int steps = p.steps();
+            const int steps = (p.end - p.first + kDepth - 1) / kDepth;
             if (kTurns && turn != me) {
                 place.advance(steps);
                 continue;
@@ -172,10 +172,10 @@ struct Warpgroups {
                 mbarrier_wait(full + 8 * place.stage, place.parity);
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < kWgmmaDepth / 16; k++) {
+                for (int k = 0; k < 4; k++) {
 #pragma unroll
                     for (int i = 0; i < kBlocks; i++)
-                        wgmma_ss<bf16, kWide, kAcrossA, kAcrossB>(
+                        wgmma_ss<E, kWide, kAcrossA, kAcrossB>(
                             acc[i], operand<kAcrossA>(from + (kTurns ? i : me) * kBox, k),
                             operand<kAcrossB>(from + kTileA, k), k ? 1 : step != 0);
                 }
@@ -211,4 +211,4 @@ struct Warpgroups {
     }
 };
 
-}  // namespace gemm
+}  // namespace linear
