@@ -20,6 +20,7 @@ pub const COMMON: &[File] = &[
     ("memory.cuh", include_str!("common/memory.cuh")),
     ("mma_tile.cuh", include_str!("common/mma_tile.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
+    ("patches.cuh", include_str!("common/patches.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),
     ("rows.cuh", include_str!("common/rows.cuh")),
     ("softmax_attention.cuh", include_str!("common/softmax_attention.cuh")),
