@@ -58,7 +58,7 @@ fn round<T: Element, Q: Queue>(
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
     let Dims { b, n, k, f, c } = a.dims;
     let (rows, act, gate_row) = (b * n, a.params.act, a.params.gate_row);
-    let takes = |way| way == ForwardWay::CudaCores || f % 8 == 0;
+    let takes = |way| way == ForwardWay::CudaCores || f.is_multiple_of(8);
     let way = ways::choose(queue, T::TYPE, &a.dims, takes);
     let native = way != ForwardWay::CudaCores;
     let x = round(queue, a.x, [rows, k], native)?;

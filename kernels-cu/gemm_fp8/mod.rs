@@ -109,7 +109,8 @@ mod tests {
     fn error_against_the_exact_product_is_bounded() {
         let [n, k, f] = [24, 512, 40];
         let x: Vec<f32> = draw_f64("fp8", "x", n * k, Fill::Normal).into_iter().map(|v| v as f32).collect();
-        let w: Vec<f32> = draw_f64("fp8", "w", f * k, Fill::Uniform(-0.25, 0.25)).into_iter().map(|v| v as f32).collect();
+        let w: Vec<f32> =
+            draw_f64("fp8", "w", f * k, Fill::Uniform(-0.25, 0.25)).into_iter().map(|v| v as f32).collect();
         let got = run(cpu::forward, &x, &w, [n, k, f]);
         let (mut error, mut size) = (0.0, 0.0);
         for (i, got) in got.iter().enumerate() {

@@ -7,13 +7,12 @@ use crate::launch::{Element, In, OrNull, Out, Queue, Shape, TensorMap};
 use crate::launchers::gemm::{
     GemmBackwardAdd, GemmFinish, GemmMma128x64, GemmMma128x64W, GemmMma128x64X, GemmMma128x128, GemmMma128x128W,
     GemmMma128x128X, GemmWgmma128x128, GemmWgmma128x128W, GemmWgmma128x128X, GemmWgmma128x192, GemmWgmma128x192W,
-    GemmWgmma128x192X, GemmWgmma128x256,
-    GemmWgmma256x192,
+    GemmWgmma128x192X, GemmWgmma128x256, GemmWgmma256x192,
 };
 
 /// Whether a way takes a shape: rows of both operands begin at 16 bytes. Sine stays with the CUDA cores.
 pub(super) fn fits(dims: &Dims, params: &Params) -> bool {
-    dims.k % 8 == 0 && dims.f % 8 == 0 && params.act != 3
+    dims.k.is_multiple_of(8) && dims.f.is_multiple_of(8) && params.act != 3
 }
 
 /// Tiles of 128×`columns` by mma.sync, planned for an A100.
@@ -119,27 +118,8 @@ pub(super) fn forward<T: Element, Q: Queue>(queue: &mut Q, a: &GpuForward<T>, wa
             let halves = tiles.tile[0] / 128;
             let (x, w) = (map(a.x, rows, k, 128), map(a.w, f, k, tiles.tile[1] / halves));
             let shape = resident(queue, tiles, rows, f, parts);
-            $kernel {
-                x,
-                w,
-                bias,
-                pos,
-                gate,
-                residual,
-                y,
-                pre,
-                partials,
-                rows,
-                n,
-                k,
-                f,
-                c,
-                gate_row,
-                act,
-                part,
-                parts,
-            }
-            .launch(queue, shape)
+            $kernel { x, w, bias, pos, gate, residual, y, pre, partials, rows, n, k, f, c, gate_row, act, part, parts }
+                .launch(queue, shape)
         }};
     }
     match way {
@@ -204,9 +184,7 @@ pub(super) fn backward_x<T: Element, Q: Queue>(
         BackwardWay::Wgmma128x128 => {
             GemmWgmma128x128X { du: maps.0, w: maps.1, dx, partials, rows, k, f, part, parts }.launch(queue, stays)
         }
-        BackwardWay::Mma128x128 => {
-            GemmMma128x128X { du, w, dx, partials, rows, k, f, part }.launch(queue, loops)
-        }
+        BackwardWay::Mma128x128 => GemmMma128x128X { du, w, dx, partials, rows, k, f, part }.launch(queue, loops),
         BackwardWay::Mma128x64 | BackwardWay::CudaCores => {
             GemmMma128x64X { du, w, dx, partials, rows, k, f, part }.launch(queue, loops)
         }
@@ -236,9 +214,7 @@ pub(super) fn backward_w<T: Element, Q: Queue>(
         BackwardWay::Wgmma128x128 => {
             GemmWgmma128x128W { du: maps.0, x: maps.1, dw, partials, rows, k, f, part, parts }.launch(queue, stays)
         }
-        BackwardWay::Mma128x128 => {
-            GemmMma128x128W { du, x, dw, partials, rows, k, f, part }.launch(queue, loops)
-        }
+        BackwardWay::Mma128x128 => GemmMma128x128W { du, x, dw, partials, rows, k, f, part }.launch(queue, loops),
         BackwardWay::Mma128x64 | BackwardWay::CudaCores => {
             GemmMma128x64W { du, x, dw, partials, rows, k, f, part }.launch(queue, loops)
         }
