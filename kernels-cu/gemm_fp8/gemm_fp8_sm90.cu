@@ -27,14 +27,12 @@ struct Scaled {
     Epilogue then;
     const float *x_scales, *w_scales;
 
-    PTX_FN void operator()(float (&v)[8], int row, int column, int part) const {
+    PTX_FN void operator()(float (&v)[8], int row, int column, int) const {
         if (row >= then.rows || column >= then.f) return;
-        float scales[8];
-        load8_kept(scales, w_scales + column);
         const float own = x_scales[row];
 #pragma unroll
-        for (int e = 0; e < 8; e++) v[e] *= own * scales[e];
-        then(v, row, column, part);
+        for (int e = 0; e < 8; e++) v[e] *= own * w_scales[column + e];
+        then.finish(v, row, column);
     }
 };
 
@@ -42,8 +40,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     gemm_fp8_wgmma_128x192(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
                            const float* x_scales, const float* w_scales, const T* bias, const T* gate,
                            const T* residual, T* y, int rows, int n, int k, int f, int c, int gate_row, int act) {
-    // Its loop is wgmma_ss<e4m3, 192>.
-    using Product = Warpgroups<192, 4, 64, true, false, false, 1, e4m3>;
+    // Its loop is wgmma_ss<e4m3, 192>. The f32 version is never launched; its epilogue would not fit the registers.
+    constexpr int kWide = same<T, float> ? 128 : 192;
+    using Product = Warpgroups<kWide, 4, 64, true, false, false, 1, e4m3>;
     SMEM_DYNAMIC(smem, 1024);
     SMEM_ARRAY(uint64_t, bars, 8);
     smem_guard(smem, Product::kBytes);

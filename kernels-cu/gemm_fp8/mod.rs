@@ -15,7 +15,7 @@ pub fn e4m3(v: f32) -> f32 {
     }
     // Spacing of the numbers: three bits below the leading one, 2⁻⁹ below 2⁻⁶.
     let unit = if size < 0.015_625 { 0.001_953_125 } else { f32::from_bits((size.to_bits() >> 23 << 23) - (3 << 23)) };
-    (size / unit).round_ties_even().mul_add(unit, 0.0).copysign(v)
+    ((size / unit).round_ties_even() * unit).copysign(v)
 }
 
 /// The scale of a row: its largest magnitude becomes [`LARGEST`]; 1 for a row of zeros.
