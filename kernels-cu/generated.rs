@@ -26,6 +26,7 @@ pub const OPS: &[OpInfo] = &[
     gated_conv::INFO,
     gated_conv_2d::INFO,
     gemm::INFO,
+    gemm_fp8::INFO,
     group_norm_silu::INFO,
     kv_compress::INFO,
     linear_attention::INFO,
@@ -1956,6 +1957,70 @@ pub mod gemm {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} K={} F={} C={}", self.b, self.n, self.k, self.f, self.c)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// TMA and wgmma; tiles of 128×192, which the two multiplying warpgroups take in turn.
+        Wgmma128x192,
+        /// As wgmma_128x192 in clusters of two blocks, which load the common columns once.
+        Wgmma256x192,
+        /// TMA and wgmma; tiles of 128×256, which the two multiplying warpgroups share.
+        Wgmma128x256,
+        /// TMA and wgmma; tiles of 128×128 in turn, five stages: narrow results.
+        Wgmma128x128,
+        /// mma.sync and cp.async; tiles of 128×128.
+        Mma128x128,
+        /// mma.sync and cp.async; tiles of 128×64: narrow or few results.
+        Mma128x64,
+        /// f32 in shared memory; any shape and activation.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "gemm";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×192, which the two multiplying warpgroups take in turn." }),
+            (ForwardWay::Wgmma256x192, WayInfo { name: "wgmma_256x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x192 in clusters of two blocks, which load the common columns once." }),
+            (ForwardWay::Wgmma128x256, WayInfo { name: "wgmma_128x256", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×256, which the two multiplying warpgroups share." }),
+            (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×128 in turn, five stages: narrow results." }),
+            (ForwardWay::Mma128x128, WayInfo { name: "mma_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×128." }),
+            (ForwardWay::Mma128x64, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×64: narrow or few results." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// TMA and wgmma for both products; tiles of 128×192 in turn.
+        Wgmma128x192,
+        /// TMA and wgmma for both products; tiles of 128×128 in turn.
+        Wgmma128x128,
+        /// mma.sync and cp.async for both products; tiles of 128×128.
+        Mma128x128,
+        /// mma.sync and cp.async for both products; tiles of 128×64.
+        Mma128x64,
+        /// f32 in shared memory; any shape and activation.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "gemm";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×192 in turn." }),
+            (BackwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×128 in turn." }),
+            (BackwardWay::Mma128x128, WayInfo { name: "mma_128x128", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×128." }),
+            (BackwardWay::Mma128x64, WayInfo { name: "mma_128x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×64." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, k, f, .. } = dims;
@@ -1987,6 +2052,11 @@ pub mod gemm {
         Case { name: "bf16_vectors", tier: Tier::Tiny, shape: "B=4 N=1 K=131 F=70 C=0", dims: Dims { b: 4, n: 1, k: 131, f: 70, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
         Case { name: "bf16_one", tier: Tier::Tiny, shape: "B=1 N=1 K=1 F=1 C=0", dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
         Case { name: "split_rows", tier: Tier::Tiny, shape: "B=2 N=301 K=9 F=10 C=2", dims: Dims { b: 2, n: 301, k: 9, f: 10, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "steps_of_depth", tier: Tier::Tiny, shape: "B=2 N=20 K=328 F=264 C=3", dims: Dims { b: 2, n: 20, k: 328, f: 264, c: 3 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "tiles_in_turn", tier: Tier::Tiny, shape: "B=2 N=130 K=72 F=520 C=0", dims: Dims { b: 2, n: 130, k: 72, f: 520, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "tiles_of_both_weights", tier: Tier::Tiny, shape: "B=1 N=72 K=520 F=392 C=0", dims: Dims { b: 1, n: 72, k: 520, f: 392, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
+        Case { name: "parts_of_depth", tier: Tier::Tiny, shape: "B=2 N=9 K=1544 F=72 C=2", dims: Dims { b: 2, n: 9, k: 1544, f: 72, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "parts_of_rows", tier: Tier::Tiny, shape: "B=3 N=197 K=24 F=40 C=0", dims: Dims { b: 3, n: 197, k: 24, f: 40, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate"], bf16: &[], gradcheck: false },
         Case { name: "fashion_qkv", tier: Tier::Real, shape: "B=128 N=49 K=128 F=384 C=0", dims: Dims { b: 128, n: 49, k: 128, f: 384, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
         Case { name: "fashion_fc1", tier: Tier::Real, shape: "B=128 N=49 K=128 F=512 C=0", dims: Dims { b: 128, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
         Case { name: "fashion_fc2", tier: Tier::Real, shape: "B=128 N=49 K=512 F=128 C=6", dims: Dims { b: 128, n: 49, k: 512, f: 128, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
@@ -1997,7 +2067,7 @@ pub mod gemm {
         Case { name: "pixart_2k_fc1", tier: Tier::Real, shape: "B=2 N=16384 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "steps_of_depth", "tiles_in_turn", "tiles_of_both_weights", "parts_of_depth", "parts_of_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×192, which the two multiplying warpgroups take in turn." }, WayInfo { name: "wgmma_256x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x192 in clusters of two blocks, which load the common columns once." }, WayInfo { name: "wgmma_128x256", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×256, which the two multiplying warpgroups share." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×128 in turn, five stages: narrow results." }, WayInfo { name: "mma_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×64: narrow or few results." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }, WayInfo { name: "wgmma_128x192", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×192 in turn." }, WayInfo { name: "wgmma_128x128", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×128 in turn." }, WayInfo { name: "mma_128x128", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×128." }, WayInfo { name: "mma_128x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×64." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2032,6 +2102,108 @@ pub mod gemm {
         if !absent("gate") { rows.push(check::directional("gate", case.name, &gate, &dgate, |moved| check::dot(&forward(&x, &w, &bias, &pos, moved).0, &cotangent))); }
         rows
     }
+}
+
+/// Linear layer whose operands are rounded to 8-bit floats (e4m3), each row with a scale of its own.
+pub mod gemm_fp8 {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// 0 none, 1 GELU (tanh approximation), 2 SiLU.
+        pub act: usize,
+        /// Row of `gate` that multiplies; unused without a gate.
+        pub gate_row: usize,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, K]` float: Input rows.
+        pub x: &'a [T],
+        /// `[F, K]` float (f32 or bf16 on the CPU): Weight, one row per output feature.
+        pub w: Weight<'a, T>,
+        /// `[F]` float: Added to every row.
+        pub bias: Option<&'a [T]>,
+        /// `[B, C, F]` float: Table of C modulation vectors per sample.
+        pub gate: Option<&'a [T]>,
+        /// `[B, N, F]` float: Residual stream that the result is added to.
+        pub residual: Option<&'a [T]>,
+        /// `[B, N, F]` float: Result.
+        pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: Option<In<T>>,
+        pub gate: Option<In<T>>,
+        pub residual: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} K={} F={} C={}", self.b, self.n, self.k, self.f, self.c)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// TMA and wgmma on e4m3; tiles of 128×192 in turn.
+        Wgmma128x192,
+        /// f32 in shared memory; any shape.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "gemm_fp8";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma on e4m3; tiles of 128×192 in turn." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape." }),
+        ];
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        2*b*n*k*f
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        4*(b*n*k + f*k + b*n*f)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 N=1 K=1 F=1 C=0", dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0 }, absent: &["bias", "gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 K=37 F=67 C=2", dims: Dims { b: 3, n: 5, k: 37, f: 67, c: 2 }, params: Params { act: 0, gate_row: 1 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "rows_padded", tier: Tier::Tiny, shape: "B=2 N=33 K=75 F=104 C=0", dims: Dims { b: 2, n: 33, k: 75, f: 104, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "steps_of_depth", tier: Tier::Tiny, shape: "B=2 N=20 K=712 F=264 C=3", dims: Dims { b: 2, n: 20, k: 712, f: 264, c: 3 }, params: Params { act: 0, gate_row: 1 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "tiles_in_turn", tier: Tier::Tiny, shape: "B=2 N=130 K=136 F=392 C=0", dims: Dims { b: 2, n: 130, k: 136, f: 392, c: 0 }, params: Params { act: 2, gate_row: 0 }, absent: &["bias", "gate"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_256_fc1", tier: Tier::Real, shape: "B=2 N=256 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 256, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc1", tier: Tier::Real, shape: "B=2 N=16384 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc2", tier: Tier::Real, shape: "B=2 N=16384 K=4608 F=1152 C=6", dims: Dims { b: 2, n: 16384, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5 }, absent: &[], bf16: &["w"], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "gemm_fp8", summary: "Linear layer whose operands are rounded to 8-bit floats (e4m3), each row with a scale of its own.", backward: false, cases: &["one", "odd", "rows_padded", "steps_of_depth", "tiles_in_turn", "dit_xl_256_fc1", "pixart_2k_fc1", "pixart_2k_fc2"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma on e4m3; tiles of 128×192 in turn." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape." }] };
+
 }
 
 /// Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.

@@ -98,6 +98,26 @@ pub const KERNELS: &[&Kernel] = &[
     &gemm::GEMM_BACKWARD_COLUMNS,
     &gemm::GEMM_BACKWARD_GATE,
     &gemm::GEMM_BACKWARD_POS,
+    &gemm::GEMM_MMA_128X128,
+    &gemm::GEMM_MMA_128X64,
+    &gemm::GEMM_FINISH,
+    &gemm::GEMM_MMA_128X128_X,
+    &gemm::GEMM_MMA_128X64_X,
+    &gemm::GEMM_MMA_128X128_W,
+    &gemm::GEMM_MMA_128X64_W,
+    &gemm::GEMM_BACKWARD_U8,
+    &gemm::GEMM_WGMMA_128X256,
+    &gemm::GEMM_WGMMA_128X192,
+    &gemm::GEMM_WGMMA_256X192,
+    &gemm::GEMM_WGMMA_128X128,
+    &gemm::GEMM_WGMMA_128X192_X,
+    &gemm::GEMM_WGMMA_128X192_W,
+    &gemm::GEMM_WGMMA_128X128_X,
+    &gemm::GEMM_WGMMA_128X128_W,
+    &gemm_fp8::GEMM_FP8_ROUND,
+    &gemm_fp8::GEMM_FP8_FORWARD,
+    &gemm_fp8::GEMM_FP8_ROUND_SM90,
+    &gemm_fp8::GEMM_FP8_WGMMA_128X192,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS_ANY,
     &group_norm_silu::GROUP_NORM_SILU_STATISTICS,
@@ -3310,6 +3330,773 @@ pub mod gemm {
                 int(queue, &GEMM_BACKWARD_POS, "act", self.act)?,
             ];
             queue.launch(&Launch { kernel: &GEMM_BACKWARD_POS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_MMA_128X128: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x128", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X128`].
+    pub struct GemmMma128x128<T> {
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X128, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X128, "n", self.n)?,
+                int(queue, &GEMM_MMA_128X128, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X128, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X128, "c", self.c)?,
+                int(queue, &GEMM_MMA_128X128, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_MMA_128X128, "act", self.act)?,
+                int(queue, &GEMM_MMA_128X128, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_MMA_128X64: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x64", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X64`].
+    pub struct GemmMma128x64<T> {
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X64, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X64, "n", self.n)?,
+                int(queue, &GEMM_MMA_128X64, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X64, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X64, "c", self.c)?,
+                int(queue, &GEMM_MMA_128X64, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_MMA_128X64, "act", self.act)?,
+                int(queue, &GEMM_MMA_128X64, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_FINISH: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_finish", arch: 80 };
+
+    /// Arguments of [`GEMM_FINISH`].
+    pub struct GemmFinish<T> {
+        pub partials: In<f32>,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmFinish<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                int(queue, &GEMM_FINISH, "rows", self.rows)?,
+                int(queue, &GEMM_FINISH, "n", self.n)?,
+                int(queue, &GEMM_FINISH, "f", self.f)?,
+                int(queue, &GEMM_FINISH, "c", self.c)?,
+                int(queue, &GEMM_FINISH, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_FINISH, "act", self.act)?,
+                int(queue, &GEMM_FINISH, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FINISH, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_MMA_128X128_X: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x128_x", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X128_X`].
+    pub struct GemmMma128x128X<T> {
+        pub du: In<T>,
+        pub w: In<T>,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x128X<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X128_X, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X128_X, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X128_X, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X128_X, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X128_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_MMA_128X64_X: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x64_x", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X64_X`].
+    pub struct GemmMma128x64X<T> {
+        pub du: In<T>,
+        pub w: In<T>,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x64X<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X64_X, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X64_X, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X64_X, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X64_X, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X64_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_MMA_128X128_W: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x128_w", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X128_W`].
+    pub struct GemmMma128x128W<T> {
+        pub du: In<T>,
+        pub x: In<T>,
+        pub dw: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x128W<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.dw.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X128_W, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X128_W, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X128_W, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X128_W, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X128_W, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_MMA_128X64_W: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x64_w", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X64_W`].
+    pub struct GemmMma128x64W<T> {
+        pub du: In<T>,
+        pub x: In<T>,
+        pub dw: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x64W<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.dw.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X64_W, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X64_W, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X64_W, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X64_W, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X64_W, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_U8: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_backward_u8", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_U8`].
+    pub struct GemmBackwardU8<T> {
+        pub dy: In<T>,
+        pub pre: In<T>,
+        pub gate: In<T>,
+        pub du: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> GemmBackwardU8<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &GEMM_BACKWARD_U8, "rows", self.rows)?,
+                int(queue, &GEMM_BACKWARD_U8, "n", self.n)?,
+                int(queue, &GEMM_BACKWARD_U8, "f", self.f)?,
+                int(queue, &GEMM_BACKWARD_U8, "c", self.c)?,
+                int(queue, &GEMM_BACKWARD_U8, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_BACKWARD_U8, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_U8, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X256: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x256", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X256`].
+    pub struct GemmWgmma128x256<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x256<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X256, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X256, "n", self.n)?,
+                int(queue, &GEMM_WGMMA_128X256, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X256, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X256, "c", self.c)?,
+                int(queue, &GEMM_WGMMA_128X256, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_WGMMA_128X256, "act", self.act)?,
+                int(queue, &GEMM_WGMMA_128X256, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X256, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X256, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X192: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x192", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X192`].
+    pub struct GemmWgmma128x192<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x192<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X192, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X192, "n", self.n)?,
+                int(queue, &GEMM_WGMMA_128X192, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X192, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X192, "c", self.c)?,
+                int(queue, &GEMM_WGMMA_128X192, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_WGMMA_128X192, "act", self.act)?,
+                int(queue, &GEMM_WGMMA_128X192, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X192, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X192, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_256X192: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_256x192", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_256X192`].
+    pub struct GemmWgmma256x192<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma256x192<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_256X192, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_256X192, "n", self.n)?,
+                int(queue, &GEMM_WGMMA_256X192, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_256X192, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_256X192, "c", self.c)?,
+                int(queue, &GEMM_WGMMA_256X192, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_WGMMA_256X192, "act", self.act)?,
+                int(queue, &GEMM_WGMMA_256X192, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_256X192, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_256X192, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X128: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x128", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X128`].
+    pub struct GemmWgmma128x128<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X128, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X128, "n", self.n)?,
+                int(queue, &GEMM_WGMMA_128X128, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X128, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X128, "c", self.c)?,
+                int(queue, &GEMM_WGMMA_128X128, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_WGMMA_128X128, "act", self.act)?,
+                int(queue, &GEMM_WGMMA_128X128, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X128, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X192_X: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x192_x", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X192_X`].
+    pub struct GemmWgmma128x192X<T> {
+        pub du: TensorMap,
+        pub w: TensorMap,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x192X<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.du),
+                Arg::Map(self.w),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X192_X, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X192_X, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X192_X, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X192_X, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X192_X, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X192_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X192_W: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x192_w", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X192_W`].
+    pub struct GemmWgmma128x192W<T> {
+        pub du: TensorMap,
+        pub x: TensorMap,
+        pub dw: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x192W<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.du),
+                Arg::Map(self.x),
+                Arg::Address(self.dw.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X192_W, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X192_W, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X192_W, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X192_W, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X192_W, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X192_W, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X128_X: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x128_x", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X128_X`].
+    pub struct GemmWgmma128x128X<T> {
+        pub du: TensorMap,
+        pub w: TensorMap,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x128X<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.du),
+                Arg::Map(self.w),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X128_X, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X128_X, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X128_X, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X128_X, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X128_X, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X128_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X128_W: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x128_w", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X128_W`].
+    pub struct GemmWgmma128x128W<T> {
+        pub du: TensorMap,
+        pub x: TensorMap,
+        pub dw: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x128W<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.du),
+                Arg::Map(self.x),
+                Arg::Address(self.dw.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X128_W, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X128_W, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X128_W, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X128_W, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X128_W, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X128_W, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `gemm_fp8`.
+pub mod gemm_fp8 {
+    use super::*;
+
+    pub const GEMM_FP8_ROUND: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8.cu", name: "gemm_fp8_round", arch: 80 };
+
+    /// Arguments of [`GEMM_FP8_ROUND`].
+    pub struct GemmFp8Round<T> {
+        pub x: In<T>,
+        pub to: Out<u8>,
+        pub scales: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub stride: usize,
+    }
+
+    impl<T: Element> GemmFp8Round<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.to.address()),
+                Arg::Address(self.scales.address()),
+                int(queue, &GEMM_FP8_ROUND, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_ROUND, "k", self.k)?,
+                int(queue, &GEMM_FP8_ROUND, "stride", self.stride)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_ROUND, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_FP8_FORWARD: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8.cu", name: "gemm_fp8_forward", arch: 80 };
+
+    /// Arguments of [`GEMM_FP8_FORWARD`].
+    pub struct GemmFp8Forward<T> {
+        pub x: In<u8>,
+        pub w: In<u8>,
+        pub x_scales: In<f32>,
+        pub w_scales: In<f32>,
+        pub bias: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub stride: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> GemmFp8Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.x_scales.address()),
+                Arg::Address(self.w_scales.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GEMM_FP8_FORWARD, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_FORWARD, "n", self.n)?,
+                int(queue, &GEMM_FP8_FORWARD, "k", self.k)?,
+                int(queue, &GEMM_FP8_FORWARD, "stride", self.stride)?,
+                int(queue, &GEMM_FP8_FORWARD, "f", self.f)?,
+                int(queue, &GEMM_FP8_FORWARD, "c", self.c)?,
+                int(queue, &GEMM_FP8_FORWARD, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_FP8_FORWARD, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_FP8_ROUND_SM90: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8_sm90.cu", name: "gemm_fp8_round_sm90", arch: 90 };
+
+    /// Arguments of [`GEMM_FP8_ROUND_SM90`].
+    pub struct GemmFp8RoundSm90<T> {
+        pub x: In<T>,
+        pub to: Out<u8>,
+        pub scales: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub stride: usize,
+    }
+
+    impl<T: Element> GemmFp8RoundSm90<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.to.address()),
+                Arg::Address(self.scales.address()),
+                int(queue, &GEMM_FP8_ROUND_SM90, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_ROUND_SM90, "k", self.k)?,
+                int(queue, &GEMM_FP8_ROUND_SM90, "stride", self.stride)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_ROUND_SM90, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_FP8_WGMMA_128X192: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8_sm90.cu", name: "gemm_fp8_wgmma_128x192", arch: 90 };
+
+    /// Arguments of [`GEMM_FP8_WGMMA_128X192`].
+    pub struct GemmFp8Wgmma128x192<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub x_scales: In<f32>,
+        pub w_scales: In<f32>,
+        pub bias: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> GemmFp8Wgmma128x192<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.x_scales.address()),
+                Arg::Address(self.w_scales.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GEMM_FP8_WGMMA_128X192, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "n", self.n)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "k", self.k)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "f", self.f)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "c", self.c)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_WGMMA_128X192, element: T::TYPE, shape, args: &args })
         }
     }
 }

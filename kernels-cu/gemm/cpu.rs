@@ -1,6 +1,6 @@
 //! CPU path: the product with its epilogue; backward the two products and the sums over rows.
 
-mod epilogue;
+pub(crate) mod epilogue;
 
 use super::product::{Matrix, Output, Product, Values, run};
 use crate::Weight;

@@ -1,11 +1,15 @@
 //! Which kernel takes which shape.
 
-use crate::generated::gemm::{Dims, GpuBackward, GpuForward};
+mod split;
+mod tensor;
+
+use crate::generated::gemm::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
 use crate::launch::{Element, In, OrNull, Out, Queue, Shape};
 use crate::launchers::gemm::{
-    GemmBackwardAdd, GemmBackwardColumns, GemmBackwardGate, GemmBackwardPos, GemmBackwardU, GemmBackwardW,
-    GemmBackwardX, GemmForward,
+    GemmBackwardAdd, GemmBackwardColumns, GemmBackwardGate, GemmBackwardPos, GemmBackwardU, GemmBackwardU8,
+    GemmBackwardW, GemmBackwardX, GemmForward,
 };
+use crate::ways;
 
 /// Rows and columns of a block's results.
 const TILE: [usize; 2] = [128, 64];
@@ -31,6 +35,11 @@ fn elementwise(items: usize) -> Shape {
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
     let Dims { b, n, k, f, c } = a.dims;
+    let takes = |way| way == ForwardWay::CudaCores || tensor::fits(&a.dims, &a.params);
+    let way = ways::choose(queue, T::TYPE, &a.dims, takes);
+    if way != ForwardWay::CudaCores {
+        return tensor::forward(queue, &a, way);
+    }
     GemmForward {
         x: a.x,
         w: a.w,
@@ -59,19 +68,34 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
 pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Result<(), Q::Error> {
     let Dims { b, n, k, f, c } = a.dims;
     let (rows, gate_row, act, round) = (b * n, a.params.gate_row, a.params.act, usize::from(a.params.bf16));
+    let takes = |way| way == BackwardWay::CudaCores || tensor::fits(&a.dims, &a.params);
+    let way = ways::choose(queue, T::TYPE, &a.dims, takes);
     let (dy, pre, gate) = (a.dy, a.pre.or_null(), a.gate.or_null());
     let du = if (act != 0 || a.gate.is_some()) && (a.dx.is_some() || a.dw.is_some()) {
         let du = queue.scratch::<T>(rows * f)?;
-        GemmBackwardU { dy, pre, gate, du, rows, n, f, c, gate_row, act }.launch(queue, elementwise(rows * f))?;
+        if way == BackwardWay::CudaCores {
+            GemmBackwardU { dy, pre, gate, du, rows, n, f, c, gate_row, act }.launch(queue, elementwise(rows * f))?;
+        } else {
+            GemmBackwardU8 { dy, pre, gate, du, rows, n, f, c, gate_row, act }
+                .launch(queue, elementwise(rows * f / 8))?;
+        }
         du.read()
     } else {
         dy
     };
     if let Some(dx) = a.dx {
-        GemmBackwardX { du, w: a.w, dx, rows, k, f, round }.launch(queue, Shape::new(tiles(rows, k), 128))?;
+        if way == BackwardWay::CudaCores {
+            GemmBackwardX { du, w: a.w, dx, rows, k, f, round }.launch(queue, Shape::new(tiles(rows, k), 128))?;
+        } else {
+            tensor::backward_x(queue, [du, a.w], dx, [rows, k, f], way)?;
+        }
     }
     if let Some(dw) = a.dw {
-        weight(queue, [du, a.x], dw, [rows, k, f], round)?;
+        if way == BackwardWay::CudaCores {
+            weight(queue, [du, a.x], dw, [rows, k, f], round)?;
+        } else {
+            tensor::backward_w(queue, [du, a.x], dw, [rows, k, f], way)?;
+        }
     }
     if let Some(dbias) = a.dbias {
         let parts = parts(f.div_ceil(32), rows);

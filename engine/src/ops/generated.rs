@@ -35,6 +35,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("gated_conv", gated_conv_conform),
     ("gated_conv_2d", gated_conv_2d_conform),
     ("gemm", gemm_conform),
+    ("gemm_fp8", gemm_fp8_conform),
     ("group_norm_silu", group_norm_silu_conform),
     ("kv_compress", kv_compress_conform),
     ("linear_attention", linear_attention_conform),
@@ -2429,6 +2430,93 @@ fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
             if let Some(t) = &grads.bias { io.result("dbias", t)?; }
             if let Some(t) = &grads.pos { io.result("dpos", t)?; }
             if let Some(t) = &grads.gate { io.result("dgate", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Linear layer whose operands are rounded to 8-bit floats (e4m3), each row with a scale of its own.
+///
+/// ```text
+/// sx[r] = max_k |x[r,k]| / 448, sw[f] = max_k |w[f,k]| / 448; 1 for a row of zeros
+/// u[r,f] = sx[r] * sw[f] * sum_k e4m3(x[r,k] / sx[r]) * e4m3(w[f,k] / sw[f]) + bias[f], r = (b, n)
+/// y[b,n,f] = residual[b,n,f] + gate[b,gate_row,f] * act(u[b,n,f])
+/// ```
+/// - `x` `[B, N, K]` float: Input rows.
+/// - `w` `[F, K]` float (f32 or bf16 on the CPU): Weight, one row per output feature.
+/// - `bias` `[F]` float, optional: Added to every row.
+/// - `gate` `[B, C, F]` float, optional: Table of C modulation vectors per sample.
+/// - `residual` `[B, N, F]` float, optional: Residual stream that the result is added to.
+/// - returns `y` `[B, N, F]` float: Result.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn gemm_fp8(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, gate: Option<&Tensor>, residual: Option<&Tensor>, params: kernels::generated::gemm_fp8::Params) -> Result<Tensor> {
+    use kernels::generated::gemm_fp8::{Dims, Forward};
+    let mut check = DimCheck::new("gemm_fp8", &["B", "N", "K", "F", "C"]);
+    check.bind("x", x, &["B", "N", "K"])?;
+    check.bind("w", w, &["F", "K"])?;
+    if let Some(t) = bias { check.bind("bias", t, &["F"])?; }
+    if let Some(t) = gate { check.bind("gate", t, &["B", "C", "F"])?; }
+    if let Some(t) = residual { check.bind("residual", t, &["B", "N", "F"])?; }
+    check.match_exprs("x", x, &["B", "N", "K"])?;
+    check.match_exprs("w", w, &["F", "K"])?;
+    if let Some(t) = bias { check.match_exprs("bias", t, &["F"])?; }
+    if let Some(t) = gate { check.match_exprs("gate", t, &["B", "C", "F"])?; }
+    if let Some(t) = residual { check.match_exprs("residual", t, &["B", "N", "F"])?; }
+    check.float("x", x)?;
+    check.weight("w", w)?;
+    if let Some(t) = bias { check.float("bias", t)?; }
+    if let Some(t) = gate { check.float("gate", t)?; }
+    if let Some(t) = residual { check.float("residual", t)?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, k: check.dim("K")?, f: check.dim("F")?, c: check.dim("C")? };
+    let Dims { c, .. } = dims;
+    require("gemm_fp8", params.act <= 2, "act <= 2", "0 (none), 1 (GELU) or 2 (SiLU)", || format!("{dims:?}, {params:?}"))?;
+    require("gemm_fp8", !gate.is_some() || params.gate_row < c, "!has(gate) || gate_row < C", "a row of the gate table", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("w", Some(w)), ("bias", bias), ("gate", gate), ("residual", residual)])?;
+    let element = check.element(&device, kernels::generated::gemm_fp8::INFO.elements)?;
+    let Dims { b, n, f, .. } = dims;
+    let mut y = device.empty_of(&[b, n, f], element)?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gemm_fp8::GpuForward { dims, params, x: x.input()?, w: w.input()?, bias: match bias { Some(t) => Some(t.input()?), None => None }, gate: match gate { Some(t) => Some(t.input()?), None => None }, residual: match residual { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gemm_fp8::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gemm_fp8::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gemm_fp8", other)),
+        }
+        return Ok(y);
+    }
+    let args = Forward { dims, params, x: x.f32s()?, w: w.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, gate: match gate { Some(t) => Some(t.f32s()?), None => None }, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gemm_fp8::cpu::forward(args),
+        DeviceKind::Oracle => kernels::gemm_fp8::reference::forward(args),
+        other => return Err(no_path("gemm_fp8", other)),
+    }
+    Ok(y)
+}
+
+fn gemm_fp8_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::gemm_fp8::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, k, f, c, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, n, k], Fill::Normal)?;
+            let w = io.stored(io.draw(case.name, "w", &[f, k], Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"w"))?;
+            let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[f], Fill::Normal)?) };
+            let gate = if absent("gate") { None } else { Some(io.draw(case.name, "gate", &[b, c, f], Fill::Normal)?) };
+            let residual = if absent("residual") { None } else { Some(io.draw(case.name, "residual", &[b, n, f], Fill::Normal)?) };
+            let out = io.call("forward", || gemm_fp8(&x, &w, bias.as_ref(), gate.as_ref(), residual.as_ref(), params))?;
+            io.result("y", &out)?;
             Ok(())
         })?;
     }
