@@ -125,7 +125,7 @@ fn child(task: &str) -> ExitCode {
     let checked = subjects(backend, None, seed.parse().unwrap_or(0), false).and_then(|found| {
         let mut failed = 0;
         for subject in found {
-            for row in &conformance(&subject, &format!("={op}"))? {
+            for row in &conformance(&subject, &format!("={op}"), None)? {
                 if let Verdict::Fail(why) = &row.verdict {
                     println!("{} on {}: {}", row.case, row.backend, why.lines().next().unwrap_or_default());
                     failed += 1;
