@@ -16,6 +16,8 @@ pub const COMMON: &[File] = &[
     ("gated_window.cuh", include_str!("common/gated_window.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
+    ("mma_attention.cuh", include_str!("common/mma_attention.cuh")),
+    ("mma_attention_backward.cuh", include_str!("common/mma_attention_backward.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),
     ("rows.cuh", include_str!("common/rows.cuh")),
@@ -67,6 +69,7 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "attention" => &[
             ("attention.cu", include_str!("attention/attention.cu")),
+            ("attention_mma.cu", include_str!("attention/attention_mma.cu")),
         ],
         "axpy" => &[
             ("axpy.cu", include_str!("axpy/axpy.cu")),

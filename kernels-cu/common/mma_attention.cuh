@@ -85,14 +85,15 @@ template <int kE> PTX_FN void negate(RowFragment<kE>& f) {
 // Starts the copy of vectors first .. first + kKeys into rows of a stage; zeros from `end` and from column e on.
 template <class Tile, class E> PTX_FN void fetch_rows(uint32_t to, Vectors<const E> from, int first, int end, int e) {
     constexpr int kChunks = Tile::kColumns, kAll = Tile::kKeys * kChunks;
-#pragma unroll
-    for (int start = 0; start < kAll; start += Tile::kThreads) {
-        const int at = start + int(threadIdx.x);
-        if (kAll % Tile::kThreads != 0 && at >= kAll) break;
-        const int row = at / kChunks, column = at % kChunks * 8;
-        const bool there = first + row < end && column < e;
-        cp_async(to + (row * Tile::kPitch + column) * 2, from.at + (there ? (first + row) * from.stride + column : 0),
-                 there ? 16 : 0);
+    int row = int(threadIdx.x) / kChunks, chunk = int(threadIdx.x) % kChunks;
+    // Not unrolled: addresses that wait for the next stage would cost the registers of a product.
+#pragma unroll 1
+    for (int at = threadIdx.x; at < kAll; at += Tile::kThreads) {
+        const bool there = first + row < end && 8 * chunk < e;
+        cp_async(to + (row * Tile::kPitch + 8 * chunk) * 2,
+                 from.at + (there ? (first + row) * from.stride + 8 * chunk : 0), there ? 16 : 0);
+        row += Tile::kThreads / kChunks, chunk += Tile::kThreads % kChunks;
+        if (chunk >= kChunks) chunk -= kChunks, row++;
     }
 }
 
@@ -202,31 +203,29 @@ template <class Keys> PTX_FN Cover cover_of(const Keys& keys, int query, int que
 }
 
 // 16·kM rows of accumulators times their factors to vectors row0 .. of `to`; rows from `zero` on are zeros, rows from
-// `end` on are left. Through the warp's rows of shared memory at `stage`, so that a lane writes 16 bytes.
+// `end` on are left. Through eight rows of shared memory at `stage` that are the warp's own, so that a lane writes 16
+// bytes.
 template <class Tile, class E>
 PTX_FN void put_blocks(const float (&acc)[Tile::kM][Tile::kColumns][4], const float (&factor)[Tile::kM][2],
                        uint32_t stage, Vectors<E> to, int row0, int zero, int end, int e) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int m = 0; m < Tile::kM; m++) {
+    for (int i = 0; i < 2 * Tile::kM; i++) {
+        const int m = i / 2, r = i % 2, first = row0 + 8 * i;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int row = 16 * m + 8 * r + g;
-            const bool there = row0 + row < zero;
-#pragma unroll
-            for (int j = 0; j < Tile::kColumns; j++) {
-                const float lo = acc[m][j][2 * r] * factor[m][r], hi = acc[m][j][2 * r + 1] * factor[m][r];
-                st_shared_u32(stage + (row * Tile::kPitch + 8 * j + 2 * t) * 2, there ? pack<E>(lo, hi) : 0);
-            }
+        for (int j = 0; j < Tile::kColumns; j++) {
+            const float lo = acc[m][j][2 * r] * factor[m][r], hi = acc[m][j][2 * r + 1] * factor[m][r];
+            st_shared_u32(stage + (g * Tile::kPitch + 8 * j + 2 * t) * 2, first + g < zero ? pack<E>(lo, hi) : 0);
         }
+        __syncwarp();
+        for (int at = lane; at < 8 * Tile::kColumns; at += 32) {
+            const int row = at / Tile::kColumns, column = at % Tile::kColumns * 8;
+            if (first + row < end && column < e)
+                st_global_v4(to.at + (first + row) * to.stride + column,
+                             ld_shared_v4(stage + (row * Tile::kPitch + column) * 2));
+        }
+        __syncwarp();
     }
-    __syncwarp();
-    for (int at = lane; at < Tile::kWarpRows * Tile::kColumns; at += 32) {
-        const int row = at / Tile::kColumns, column = at % Tile::kColumns * 8;
-        if (row0 + row < end && column < e)
-            st_global_v4(to.at + (row0 + row) * to.stride + column, ld_shared_v4(stage + (row * Tile::kPitch + column) * 2));
-    }
-    __syncwarp();
 }
 
 // ---- the forward pass of a warp ----
@@ -254,12 +253,14 @@ PTX_FN void begin(Softmax<Tile>& w, Vectors<const E> q, int row0, int row_end, i
 }
 
 // Scores of keys from `key` on against the warp's queries from row0 on, their weights, and the weighted values. kMasked:
-// some pairs do not count; keys from key_end on do not.
-template <bool kMasked, class Tile, class E, class Keys, class Source>
+// some pairs do not count; keys from key_end on do not. kOnly: there are no other keys.
+template <bool kMasked, bool kOnly, class Tile, class E, class Keys, class Source>
 PTX_FN void forward_step(Softmax<Tile>& w, const Keys& keys, const Source& k, const Source& v, int row0, int row_end,
                          int key, int key_end) {
     constexpr int kGroups = Tile::kKeys / 16;
     constexpr bool kBias = requires { keys.bias(keys.query(0), keys.key(0)); };
+    // A whole row has no registers for branches; what it masks is there, and finite.
+    constexpr bool kSkip = kMasked && Tile::kKeys < 256;
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     // Scores with a bias are scaled at once.
     const float unit = kBias ? 1.0f : w.c;
@@ -268,7 +269,7 @@ PTX_FN void forward_step(Softmax<Tile>& w, const Keys& keys, const Source& k, co
 #pragma unroll
     for (int i = 0; i < kGroups; i++) {
         clear_blocks(s[i]);
-        if (kMasked && cover_of(keys, row0, row_end, key + 16 * i, min(key + 16 * i + 16, key_end)) == Cover::None) {
+        if (kSkip && cover_of(keys, row0, row_end, key + 16 * i, min(key + 16 * i + 16, key_end)) == Cover::None) {
             live &= ~(1u << i);
 #pragma unroll
             for (int m = 0; m < Tile::kM; m++) {
@@ -287,7 +288,7 @@ PTX_FN void forward_step(Softmax<Tile>& w, const Keys& keys, const Source& k, co
                 const auto query = keys.query(row0 + 16 * m + 8 * r + g);
 #pragma unroll
                 for (int i = 0; i < kGroups; i++) {
-                    if (kMasked && !(live >> i & 1)) continue;
+                    if (kSkip && !(live >> i & 1)) continue;
 #pragma unroll
                     for (int x = 0; x < 4; x++) {
                         const int j = key + 16 * i + x / 2 * 8 + 2 * t + x % 2;
@@ -324,29 +325,35 @@ PTX_FN void forward_step(Softmax<Tile>& w, const Keys& keys, const Source& k, co
                     sum += score;
                 }
             }
+            if constexpr (kOnly) {
+                w.sum[m][r] = sum;
+                continue;
+            }
             w.sum[m][r] = fmaf(w.sum[m][r], fall, sum);
 #pragma unroll
             for (int j = 0; j < Tile::kColumns; j++) w.acc[m][j][2 * r] *= fall, w.acc[m][j][2 * r + 1] *= fall;
         }
     }
+    // Here and not before, so that a whole row of scores has the registers.
+    if constexpr (kOnly) clear_blocks(w.acc);
 #pragma unroll
     for (int i = 0; i < kGroups; i++) {
-        if (kMasked && !(live >> i & 1)) continue;
+        if (kSkip && !(live >> i & 1)) continue;
         multiply_columns<Tile, E>(w.acc, s[i], v, 16 * i);
     }
 }
 
 // The step of a warp, by what its queries see of the keys.
-template <class Tile, class E, class Keys, class Source>
+template <bool kOnly, class Tile, class E, class Keys, class Source>
 PTX_FN void forward_tile(Softmax<Tile>& w, const Keys& keys, const Source& k, const Source& v, int row0, int row_end,
                          int key, int key_end) {
     const int end = min(key + Tile::kKeys, key_end);
     const Cover cover = cover_of(keys, row0, row_end, key, end);
     if (cover == Cover::None) return;
     if (cover == Cover::All && end == key + Tile::kKeys)
-        forward_step<false, Tile, E>(w, keys, k, v, row0, row_end, key, end);
+        forward_step<false, kOnly, Tile, E>(w, keys, k, v, row0, row_end, key, end);
     else
-        forward_step<true, Tile, E>(w, keys, k, v, row0, row_end, key, end);
+        forward_step<true, kOnly, Tile, E>(w, keys, k, v, row0, row_end, key, end);
 }
 
 // y and lse of the warp's queries. No key: y = 0, lse = -inf.
@@ -366,22 +373,20 @@ PTX_FN void finish(Softmax<Tile>& w, uint32_t stage, Vectors<E> y, float* lse, i
     put_blocks<Tile>(w.acc, factor, stage, y, row0, row_end, row_end, e);
 }
 
-// The regions of a block: keys and values of two stages, kBytes each. When all is done, the rows of a warp are staged in
-// one of them.
+// Regions of shared memory, kBytes each: as a rule keys and values of two stages. When all is done, results go through
+// the first.
 template <class Tile> PTX_FN uint32_t stage_of(int i) {
     constexpr int kStride = region_stride(Tile::kBytes);
     SMEM_DYNAMIC(smem, 128);
     return smem_u32(smem) + i * kStride;
 }
-template <class Tile> PTX_FN uint32_t own_rows(int warp) {
-    constexpr int kWarpsOfRegion = Tile::kKeys / Tile::kWarpRows;
-    static_assert(kWarpsOfRegion > 0, "the rows of a warp fit a stage");
-    return stage_of<Tile>(warp / kWarpsOfRegion) + warp % kWarpsOfRegion * (Tile::kWarpRows * Tile::kPitch * 2);
+template <class Tile> PTX_FN uint32_t own_rows(int region) {
+    static_assert(8 * Tile::kWarps <= Tile::kKeys, "eight rows of a region for each warp");
+    return stage_of<Tile>(region) + threadIdx.x / 32 * (8 * Tile::kPitch * 2);
 }
-template <class Tile, int kRegions> PTX_FN void guard_stages() {
+template <class Tile> PTX_FN void guard_stages(int regions) {
     SMEM_DYNAMIC(smem, 128);
-#pragma unroll
-    for (int i = 0; i < kRegions; i++) smem_guard(smem, i * region_stride(Tile::kBytes) + Tile::kBytes);
+    for (int i = 0; i < regions; i++) smem_guard(smem, i * region_stride(Tile::kBytes) + Tile::kBytes);
 }
 
 // y of queries row0 .. row0 + kRows; lse [n]. Shared memory: four regions of kBytes.
@@ -389,7 +394,7 @@ template <class Tile, class E, class Keys>
 PTX_FN void mma_forward(const Keys& keys, Vectors<const E> q, Vectors<const E> k, Vectors<const E> v, Vectors<E> y,
                         float* lse, int n, int row0, int e, float scale) {
     if constexpr (sizeof(E) == 2) {
-        guard_stages<Tile, 4>();
+        guard_stages<Tile>(4);
         const int row_end = min(n, row0 + Tile::kRows), warp = threadIdx.x / 32;
         const int my_row = row0 + warp * Tile::kWarpRows, my_end = min(row_end, my_row + Tile::kWarpRows);
         const Span span = keys.keys(row0, row_end);
@@ -412,11 +417,99 @@ PTX_FN void mma_forward(const Keys& keys, Vectors<const E> q, Vectors<const E> k
             }
             cp_async_commit();
             const Stage<Tile> ks{stage_of<Tile>(stage)}, vs{stage_of<Tile>(stage + 1)};
-            forward_tile<Tile, E>(w, keys, ks, vs, my_row, my_end, key, span.end);
+            forward_tile<false, Tile, E>(w, keys, ks, vs, my_row, my_end, key, span.end);
         }
         cp_async_wait<0>();
         __syncthreads();
-        finish<Tile>(w, own_rows<Tile>(warp), y, lse, my_row, my_end, e);
+        finish<Tile>(w, own_rows<Tile>(0), y, lse, my_row, my_end, e);
+    }
+}
+
+// The same with all keys in shared memory, for queries `first` .. `last`: a warp takes kWarpRows of them at a time and
+// meets no other until the end. kOnly: one stage holds them. Shared memory: regions of keys and values in turns for all m
+// keys, and one of eight rows a warp.
+template <bool kOnly, class Tile, class E, class Keys>
+PTX_FN void mma_forward_resident(const Keys& keys, Vectors<const E> q, Vectors<const E> k, Vectors<const E> v,
+                                 Vectors<E> y, float* lse, int n, int m, int first, int last, int e, float scale) {
+    if constexpr (sizeof(E) == 2) {
+        const int tiles = (m + Tile::kKeys - 1) / Tile::kKeys;
+        guard_stages<Tile>(2 * tiles);
+        SMEM_DYNAMIC(smem, 128);
+        smem_guard(smem, 2 * tiles * region_stride(Tile::kBytes) + Tile::kWarps * 8 * Tile::kPitch * 2);
+        for (int key = 0, region = 0; key < keys.limit; key += Tile::kKeys, region += 2) {
+            fetch_rows<Tile>(stage_of<Tile>(region), k, key, keys.limit, e);
+            fetch_rows<Tile>(stage_of<Tile>(region + 1), v, key, keys.limit, e);
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        last = min(n, last);
+        for (int row = first + int(threadIdx.x) / 32 * Tile::kWarpRows; row < last; row += Tile::kRows) {
+            const int row_end = min(last, row + Tile::kWarpRows);
+            Softmax<Tile> w;
+            begin<Tile>(w, q, row, row_end, e, scale);
+            for (int key = 0, region = 0; key < keys.limit; key += Tile::kKeys, region += 2) {
+                const Stage<Tile> ks{stage_of<Tile>(region)}, vs{stage_of<Tile>(region + 1)};
+                forward_tile<kOnly, Tile, E>(w, keys, ks, vs, row, row_end, key, keys.limit);
+            }
+            finish<Tile>(w, own_rows<Tile>(2 * tiles), y, lse, row, row_end, e);
+        }
+    }
+}
+
+// Starts the copy of vectors first .. end_row to their places in a ring of kSize rows, a vector j in row j % kSize; zeros
+// from `end` on.
+template <class Tile, int kSize, class E>
+PTX_FN void fetch_ring(uint32_t to, Vectors<const E> from, int first, int end_row, int end, int e) {
+    constexpr int kChunks = Tile::kColumns;
+#pragma unroll 1
+    for (int at = threadIdx.x; at < (end_row - first) * kChunks; at += Tile::kThreads) {
+        const int row = first + at / kChunks, column = at % kChunks * 8;
+        const bool there = row < end && column < e;
+        cp_async(to + (row % kSize * Tile::kPitch + column) * 2, from.at + (there ? row * from.stride + column : 0),
+                 there ? 16 : 0);
+    }
+}
+
+// Windows of `w` keys to each side that are narrow enough for a warp: its 16 queries meet at most kKeys keys, in one step
+// with one softmax. The block walks over queries first .. last, kRows at a time; a ring of kSize keys holds what they
+// meet and the next kRows. Shared memory: keys, values, eight rows a warp.
+template <class Tile, int kSize, class E, class Keys>
+PTX_FN void mma_forward_ring(const Keys& keys, Vectors<const E> q, Vectors<const E> k, Vectors<const E> v, Vectors<E> y,
+                             float* lse, int first, int last, int w, int e, float scale) {
+    if constexpr (sizeof(E) == 2) {
+        constexpr int kBytes = kSize * Tile::kPitch * 2, kStride = region_stride(kBytes);
+        static_assert(Tile::kM == 1 && kSize >= Tile::kRows - 16 + Tile::kKeys + Tile::kRows, "keys of two steps");
+        SMEM_DYNAMIC(smem, 128);
+        smem_guard(smem, kBytes), smem_guard(smem, kStride + kBytes);
+        smem_guard(smem, 2 * kStride + Tile::kWarps * 8 * Tile::kPitch * 2);
+        const uint32_t ks = smem_u32(smem), vs = ks + kStride;
+        const uint32_t own = vs + kStride + threadIdx.x / 32 * (8 * Tile::kPitch * 2);
+        const int warp_row = threadIdx.x / 32 * 16;
+        // Keys of a step, in runs of 16 from the first that its first query sees.
+        const int need = (16 + 2 * w + 15) / 16 * 16;
+        int there = first + Tile::kRows - 16 - w + need;
+        const auto fetch = [&](int from, int to) {
+            fetch_ring<Tile, kSize>(ks, k, from, to, keys.limit, e);
+            fetch_ring<Tile, kSize>(vs, v, from, to, keys.limit, e);
+            cp_async_commit();
+        };
+        fetch(max(0, first - w), there);
+        for (int row0 = first; row0 < last; row0 += Tile::kRows) {
+            const int row = row0 + warp_row, row_end = min(last, row + 16);
+            Softmax<Tile> state;
+            begin<Tile>(state, q, row, row_end, e, scale);
+            cp_async_wait<0>();
+            __syncthreads();
+            if (row0 + Tile::kRows < last) fetch(there, there + Tile::kRows);
+            there += Tile::kRows;
+            if (row >= row_end) continue;
+            const Span span = keys.keys(row, row_end);
+            const Ring<Tile, kSize> kr{ks, span.first % kSize}, vr{vs, span.first % kSize};
+            forward_step<true, true, Tile, E>(state, keys, kr, vr, row, row_end, span.first, span.end);
+            finish<Tile>(state, own, y, lse, row, row_end, e);
+        }
+        cp_async_wait<0>();
     }
 }
 
