@@ -19,7 +19,7 @@ using namespace ptx;
 
 template <int kE> using Tall = MmaTile<kE, kE <= 72 ? 4 : 8, kE <= 72 ? 2 : 1, 64>;
 template <int kE> using Small = MmaTile<kE, 4, 1, 64>;
-template <int kE> using Whole = MmaTile<kE, 4, 1, 256>;
+template <int kE> using Whole = MmaTile<kE, 4, 1, 128>;
 
 extern "C" __global__ void __launch_bounds__(128, 2)
     attention_forward_128x64_e64(const T* qkv, T* y, float* lse, int n, int h, int e, float scale) {
@@ -81,10 +81,11 @@ extern "C" __global__ void __launch_bounds__(128, 2)
 }
 KERNEL_EXPORT(attention_forward_64x64_e128);
 
-// Up to 256 tokens: all keys and values of a head in shared memory, a query's whole row of scores in registers.
+// Up to 256 tokens: all keys and values of a head in shared memory, scores in two steps of 128 (all 256 of a row, and the
+// sums, are some registers more than there are).
 template <int kE> PTX_FN void whole(const T* qkv, T* y, float* lse, int n, int h, int e, float scale) {
     const Place at = {int(blockIdx.x) / h, int(blockIdx.x) % h, 0};
-    mma_forward_resident<true, Whole<kE>>(AllKeys{n, n}, head_part(qkv, at, 0, 3, n, h, e),
+    mma_forward_resident<false, 256, Whole<kE>>(AllKeys{n, n}, head_part(qkv, at, 0, 3, n, h, e),
                                           head_part(qkv, at, 1, 3, n, h, e), head_part(qkv, at, 2, 3, n, h, e),
                                           head_part(y, at, 0, 1, n, h, e), lse + size_t(blockIdx.x) * n, n, n, 0, n, e,
                                           scale);

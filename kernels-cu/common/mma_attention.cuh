@@ -426,33 +426,39 @@ PTX_FN void mma_forward(const Keys& keys, Vectors<const E> q, Vectors<const E> k
 }
 
 // The same with all keys in shared memory, for queries `first` .. `last`: a warp takes kWarpRows of them at a time and
-// meets no other until the end. kOnly: one stage holds them. Shared memory: regions of keys and values in turns for all m
-// keys, and one of eight rows a warp.
-template <bool kOnly, class Tile, class E, class Keys>
+// meets no other until the end. kOnly: one step takes all keys. Shared memory: regions of kStage keys and values in turns
+// for all m keys, and one of eight rows a warp.
+template <bool kOnly, int kStage, class Tile, class E, class Keys>
 PTX_FN void mma_forward_resident(const Keys& keys, Vectors<const E> q, Vectors<const E> k, Vectors<const E> v,
                                  Vectors<E> y, float* lse, int n, int m, int first, int last, int e, float scale) {
     if constexpr (sizeof(E) == 2) {
-        const int tiles = (m + Tile::kKeys - 1) / Tile::kKeys;
-        guard_stages<Tile>(2 * tiles);
+        using Region = MmaTile<Tile::kE, Tile::kWarps, Tile::kM, kStage>;
+        static_assert(kStage % Tile::kKeys == 0, "whole steps in a region");
+        const int regions = (m + kStage - 1) / kStage * 2, own = regions * region_stride(Region::kBytes);
+        constexpr int kOwn = 8 * Tile::kPitch * 2;
+        guard_stages<Region>(regions);
         SMEM_DYNAMIC(smem, 128);
-        smem_guard(smem, 2 * tiles * region_stride(Tile::kBytes) + Tile::kWarps * 8 * Tile::kPitch * 2);
-        for (int key = 0, region = 0; key < keys.limit; key += Tile::kKeys, region += 2) {
-            fetch_rows<Tile>(stage_of<Tile>(region), k, key, keys.limit, e);
-            fetch_rows<Tile>(stage_of<Tile>(region + 1), v, key, keys.limit, e);
+        smem_guard(smem, own + Tile::kWarps * kOwn);
+        for (int key = 0, region = 0; key < keys.limit; key += kStage, region += 2) {
+            fetch_rows<Region>(stage_of<Region>(region), k, key, keys.limit, e);
+            fetch_rows<Region>(stage_of<Region>(region + 1), v, key, keys.limit, e);
         }
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
         last = min(n, last);
+#pragma unroll 1
         for (int row = first + int(threadIdx.x) / 32 * Tile::kWarpRows; row < last; row += Tile::kRows) {
             const int row_end = min(last, row + Tile::kWarpRows);
             Softmax<Tile> w;
             begin<Tile>(w, q, row, row_end, e, scale);
-            for (int key = 0, region = 0; key < keys.limit; key += Tile::kKeys, region += 2) {
-                const Stage<Tile> ks{stage_of<Tile>(region)}, vs{stage_of<Tile>(region + 1)};
+#pragma unroll 1
+            for (int key = 0; key < keys.limit; key += Tile::kKeys) {
+                const uint32_t at = stage_of<Region>(key / kStage * 2) + key % kStage * (Tile::kPitch * 2);
+                const Stage<Tile> ks{at}, vs{at + region_stride(Region::kBytes)};
                 forward_tile<kOnly, Tile, E>(w, keys, ks, vs, row, row_end, key, keys.limit);
             }
-            finish<Tile>(w, own_rows<Tile>(2 * tiles), y, lse, row, row_end, e);
+            finish<Tile>(w, smem_u32(smem) + own + threadIdx.x / 32 * kOwn, y, lse, row, row_end, e);
         }
     }
 }

@@ -146,8 +146,28 @@ PTX_FN void mma_dq(const Keys& keys, Vectors<const E> q, Vectors<const E> k, Vec
 
 // ---- dk and dv ----
 
+// The widest heads leave no registers for their keys and values: those are read from shared memory for each product.
+template <class Tile> constexpr bool kSharedRows = Tile::kE > 96;
+
+// d[0][b] += 16 rows of shared memory · rows row + 8b .. of the stage, two blocks of eight. `left`: the lane's address.
+template <class Tile, class E, class Source>
+PTX_FN void multiply_shared(float (&d)[1][2][4], uint32_t left, const Source& source, int row) {
+    static_assert(!Tile::kRest, "steps of 16 columns");
+    // Not all at once: loads that run ahead would cost the registers of the sums.
+#pragma unroll 2
+    for (int s = 0; s < Tile::kSteps; s++) {
+        uint32_t a[4], r[4];
+        ldmatrix_x4(a, left + 32 * s);
+        ldmatrix_x4(r, source.rows(row, 16 * s));
+        mma_m16n8k16<E>(d[0][0], a, r[0], r[1]);
+        mma_m16n8k16<E>(d[0][1], a, r[2], r[3]);
+    }
+}
+
 template <class Tile> struct KeySlopes {
     RowFragment<Tile::kE> k[1], v[1];
+    // The lane's addresses of keys and values in shared memory, where they are there.
+    uint32_t k_at, v_at;
     float dk[1][Tile::kColumns][4], dv[1][Tile::kColumns][4];
     float c;
 };
@@ -156,8 +176,10 @@ template <class Tile, class E>
 PTX_FN void begin(KeySlopes<Tile>& w, Vectors<const E> k, Vectors<const E> v, int row0, int row_end, int e, float scale) {
     static_assert(Tile::kM == 1, "two sums of 16 rows a warp");
     w.c = scale * kLog2E;
-    load_fragment(w.k[0], k, row0, row_end, e);
-    load_fragment(w.v[0], v, row0, row_end, e);
+    if constexpr (!kSharedRows<Tile>) {
+        load_fragment(w.k[0], k, row0, row_end, e);
+        load_fragment(w.v[0], v, row0, row_end, e);
+    }
     clear_blocks(w.dk), clear_blocks(w.dv);
 }
 
@@ -174,8 +196,13 @@ PTX_FN void dkdv_step(KeySlopes<Tile>& w, const Keys& keys, const Source& q, con
         REG(float, s, [1][2][4]);
         REG(float, dp, [1][2][4]);
         clear_blocks(s), clear_blocks(dp);
-        multiply_rows<Tile, E>(s, w.k, q, 16 * i);
-        multiply_rows<Tile, E>(dp, w.v, dy, 16 * i);
+        if constexpr (kSharedRows<Tile>) {
+            multiply_shared<Tile, E>(s, w.k_at, q, 16 * i);
+            multiply_shared<Tile, E>(dp, w.v_at, dy, 16 * i);
+        } else {
+            multiply_rows<Tile, E>(s, w.k, q, 16 * i);
+            multiply_rows<Tile, E>(dp, w.v, dy, 16 * i);
+        }
 #pragma unroll
         for (int b = 0; b < 2; b++) {
             const uint32_t at = statistics + (16 * i + 8 * b + 2 * t) * 4;
@@ -233,7 +260,10 @@ PTX_FN void mma_dkdv(const Keys& keys, Vectors<const E> q, Vectors<const E> k, V
                      float scale) {
     if constexpr (sizeof(E) == 2) {
         SMEM_ARRAY(float4, statistics, Tile::kKeys);
+        SMEM_ARRAY(float4, key_rows, kSharedRows<Tile> ? Tile::kBytes / 16 : 1);
+        SMEM_ARRAY(float4, value_rows, kSharedRows<Tile> ? Tile::kBytes / 16 : 1);
         guard_stages<Tile>(4);
+        static_assert(Tile::kRows == Tile::kKeys, "keys of a block fit where a stage does");
         const int row_end = min(keys.limit, row0 + Tile::kRows), warp = threadIdx.x / 32;
         const int my_row = row0 + warp * Tile::kWarpRows, my_end = min(row_end, my_row + Tile::kWarpRows);
         const uint32_t stats = smem_u32(statistics);
@@ -247,8 +277,14 @@ PTX_FN void mma_dkdv(const Keys& keys, Vectors<const E> q, Vectors<const E> k, V
             }
             cp_async_commit();
         };
-        fetch(0, span.first);
         KeySlopes<Tile> w;
+        if constexpr (kSharedRows<Tile>) {
+            fetch_rows<Tile>(smem_u32(key_rows), k, row0, row_end, e);
+            fetch_rows<Tile>(smem_u32(value_rows), v, row0, row_end, e);
+            w.k_at = Stage<Tile>{smem_u32(key_rows)}.columns(warp * 16, 0);
+            w.v_at = Stage<Tile>{smem_u32(value_rows)}.columns(warp * 16, 0);
+        }
+        fetch(0, span.first);
         begin<Tile>(w, k, v, my_row, my_end, e, scale);
         int stage = 0;
         for (int query = span.first; query < span.end; query += Tile::kKeys, stage ^= 2) {

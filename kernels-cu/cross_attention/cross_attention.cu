@@ -4,9 +4,10 @@
 // q, dq: [B, N, R, H, E], kv, dkv: [B, M, 2, H, E], y, dy: [B, N, H, E], all T; counts: [B] int, may be null; lse, delta:
 // [B, H, N] f32; sums in f32. Gradients as in `attention.cu`; the launcher clears dq where R > 1.
 //
-// Version 1, CUDA cores, the first rung: `common/softmax_attention.cuh` says who owns what. A sample's keys end at its
+// `common/softmax_attention.cuh` (CUDA cores) and `common/mma_attention.cuh` (tensor cores) say who owns what. A
+// sample's keys end at its
 // count: later ones are neither read nor visited, and get zeros as their gradients. dk and dv of a sample with few keys
-// come from few blocks that go through all N queries: splitting the queries is the rung after tensor cores.
+// come from few blocks that go through all N queries: splitting the queries is the next rung.
 //
 // Bound: arithmetic, 4·B·H·N·M·E operations forward and 14 backward; see `attention.cu`.
 //
@@ -121,7 +122,7 @@ PTX_FN void resident_forward(const T* q, const T* kv, const int* counts, T* y, f
     const Vectors<T> to = head_part(y, at, 0, 1, n, h, e);
     float* sums = lse + (size_t(at.sample) * h + at.head) * n;
     if (count < 0) return refuse_rows(to, at.row0, end, e), refuse_sums(sums, at.row0, end);
-    mma_forward_resident<false, MmaTile<kE, 8, kE <= 72 ? 2 : 1, 64>>(
+    mma_forward_resident<false, 64, MmaTile<kE, 8, kE <= 72 ? 2 : 1, 32>>(
         AllKeys{count, n}, head_part(q, at, 0, r, n, h, e), head_part(kv, at, 0, 2, m, h, e),
         head_part(kv, at, 1, 2, m, h, e), to, sums, n, m, at.row0, end, e, scale);
 }

@@ -5,7 +5,7 @@
 // qkv, dqkv: [B, Gh, Gw, 3, H, E], y, dy: [B, Gh, Gw, H, E], all T; lse, delta: [B, H, Gh, Gw] f32; sums in f32.
 // Gradients as in `attention.cu`.
 //
-// Version 1, CUDA cores, the first rung: `common/softmax_attention.cuh` says who owns what. Tokens go in raster order; a
+// `common/softmax_attention.cuh` (CUDA cores) and `common/mma_attention.cuh` (tensor cores) say who owns what. Tokens go in raster order; a
 // tile of 64 queries meets all tokens of the grid rows that any of its neighbourhoods touches, in tiles of 32; pairs
 // outside of a neighbourhood get no weight. Backward, a tile of keys meets the rows whose queries may reach it.
 //

@@ -6,7 +6,7 @@
 // qkv, dqkv: [B, N, 3, H, E], y, dy: [B, N, H, E], bias, dbias: [2N - 1, H], all T; counts: [B] int, may be null; lse,
 // delta: [B, H, N] f32; sums in f32.
 //
-// Version 1, CUDA cores, the first rung: `common/softmax_attention.cuh` says who owns what; this adds the bias of a pair.
+// `common/softmax_attention.cuh` (CUDA cores) and `common/mma_attention.cuh` (tensor cores) say who owns what; this adds the bias of a pair.
 // dbias: a block goes through the keys of its 64 queries as for dq and computes ds again. In a tile of 64×32 pairs thread
 // t < 95 adds the pairs of distance t - 63; from a tile to the next, sums move 32 threads down, so each distance stays in
 // a register until its last tile has passed and then becomes one partial sum in memory. A second kernel adds those of all
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(128, 4)
 }
 KERNEL_EXPORT(relative_attention_backward_q_64x64_e32);
 
-extern "C" __global__ void __launch_bounds__(128, 4)
+extern "C" __global__ void __launch_bounds__(128, 3)
     relative_attention_backward_kv_64x64_e32(const T* dy, const T* qkv, const T* bias, const int* counts, const float* lse, const float* delta, T* dqkv,
         int n, int h, int e, float scale) {
     mma_packed_dkdv<MmaSmall<32>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<32>>(n, h)), dy, qkv, lse, delta, dqkv, n, h, e, scale);
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(128, 3)
 }
 KERNEL_EXPORT(relative_attention_backward_q_64x64_e64);
 
-extern "C" __global__ void __launch_bounds__(128, 3)
+extern "C" __global__ void __launch_bounds__(128, 2)
     relative_attention_backward_kv_64x64_e64(const T* dy, const T* qkv, const T* bias, const int* counts, const float* lse, const float* delta, T* dqkv,
         int n, int h, int e, float scale) {
     mma_packed_dkdv<MmaSmall<64>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<64>>(n, h)), dy, qkv, lse, delta, dqkv, n, h, e, scale);

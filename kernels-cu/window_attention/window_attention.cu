@@ -4,7 +4,7 @@
 // qkv, dqkv: [B, N, 3, H, E], y, dy: [B, N, H, E], all T; lse, delta: [B, H, N] f32; sums in f32. Gradients as in
 // `attention.cu`.
 //
-// Version 1, CUDA cores, the first rung: `common/softmax_attention.cuh` says who owns what. A tile of 64 queries meets
+// `common/softmax_attention.cuh` (CUDA cores) and `common/mma_attention.cuh` (tensor cores) say who owns what. A tile of 64 queries meets
 // the keys from its first less W to its last plus W, in tiles of 32; pairs beyond W get no weight. Backward the same from
 // the keys' side, because the window is symmetric.
 //
