@@ -19,6 +19,7 @@ pub const COMMON: &[File] = &[
     ("mma_attention.cuh", include_str!("common/mma_attention.cuh")),
     ("mma_attention_backward.cuh", include_str!("common/mma_attention_backward.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
+    ("patches.cuh", include_str!("common/patches.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),
     ("rows.cuh", include_str!("common/rows.cuh")),
     ("softmax_attention.cuh", include_str!("common/softmax_attention.cuh")),
