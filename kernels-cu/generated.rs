@@ -354,6 +354,52 @@ pub mod attention {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} H={} E={}", self.b, self.n, self.h, self.e)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// mma.sync, up to 256 tokens: keys and values of a head in shared memory, a row of scores in registers.
+        MmaWhole,
+        /// mma.sync, blocks of 128 queries, keys in stages of 64.
+        Mma128x64,
+        /// mma.sync, blocks of 64 queries, keys in stages of 64.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "attention";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::MmaWhole, WayInfo { name: "mma_whole", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: keys and values of a head in shared memory, a row of scores in registers." }),
+            (ForwardWay::Mma128x64, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }),
+            (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// mma.sync, two deterministic kernels with blocks of 64 tokens.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "attention";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, h, e, .. } = dims;
@@ -375,12 +421,22 @@ pub mod attention {
         Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=523 H=1 E=9", dims: Dims { b: 1, n: 523, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 N=300 H=2 E=8", dims: Dims { b: 1, n: 300, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "wide_head", tier: Tier::Tiny, shape: "B=2 N=35 H=1 E=201", dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores_64", tier: Tier::Tiny, shape: "B=1 N=129 H=2 E=64", dims: Dims { b: 1, n: 129, h: 2, e: 64 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores_72", tier: Tier::Tiny, shape: "B=2 N=200 H=2 E=72", dims: Dims { b: 2, n: 200, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores_80", tier: Tier::Tiny, shape: "B=1 N=131 H=1 E=80", dims: Dims { b: 1, n: 131, h: 1, e: 80 }, params: Params { scale: 0.1118034 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores_96", tier: Tier::Tiny, shape: "B=1 N=67 H=2 E=96", dims: Dims { b: 1, n: 67, h: 2, e: 96 }, params: Params { scale: 0.10206207 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores_128", tier: Tier::Tiny, shape: "B=1 N=97 H=2 E=128", dims: Dims { b: 1, n: 97, h: 2, e: 128 }, params: Params { scale: 0.088388346 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_row", tier: Tier::Tiny, shape: "B=1 N=256 H=2 E=72", dims: Dims { b: 1, n: 256, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "narrow_columns", tier: Tier::Tiny, shape: "B=1 N=70 H=3 E=40", dims: Dims { b: 1, n: 70, h: 3, e: 40 }, params: Params { scale: 0.15811388 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "large_scores", tier: Tier::Tiny, shape: "B=1 N=66 H=1 E=72", dims: Dims { b: 1, n: 66, h: 1, e: 72 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "negative_scale", tier: Tier::Tiny, shape: "B=1 N=80 H=1 E=72", dims: Dims { b: 1, n: 80, h: 1, e: 72 }, params: Params { scale: -0.25 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "equal_scores", tier: Tier::Tiny, shape: "B=1 N=70 H=1 E=72", dims: Dims { b: 1, n: 70, h: 1, e: 72 }, params: Params { scale: 0.0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32", dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "tensor_cores_64", "tensor_cores_72", "tensor_cores_80", "tensor_cores_96", "tensor_cores_128", "whole_row", "narrow_columns", "large_scores", "negative_scale", "equal_scores", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_whole", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: keys and values of a head in shared memory, a row of scores in registers." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -885,6 +941,49 @@ pub mod cross_attention {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} M={} R={} H={} E={}", self.b, self.n, self.m, self.r, self.h, self.e)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// mma.sync, all keys of a head in shared memory for up to 1024 queries a block.
+        MmaResident,
+        /// mma.sync, blocks of 64 queries, keys in stages of 64.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "cross_attention";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::MmaResident, WayInfo { name: "mma_resident", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, all keys of a head in shared memory for up to 1024 queries a block." }),
+            (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// mma.sync, two deterministic kernels with blocks of 64 tokens.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "cross_attention";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, m, h, e, .. } = dims;
@@ -910,12 +1009,16 @@ pub mod cross_attention {
         Case { name: "blocks_counted", tier: Tier::Tiny, shape: "B=2 N=67 M=600 R=1 H=1 E=8", dims: Dims { b: 2, n: 67, m: 600, r: 1, h: 1, e: 8 }, params: Params { scale: 0.35355338 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 N=150 M=140 R=1 H=2 E=8", dims: Dims { b: 1, n: 150, m: 140, r: 1, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "wide_head", tier: Tier::Tiny, shape: "B=2 N=70 M=35 R=1 H=2 E=137", dims: Dims { b: 2, n: 70, m: 35, r: 1, h: 2, e: 137 }, params: Params { scale: 0.08 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores", tier: Tier::Tiny, shape: "B=2 N=290 M=130 R=1 H=2 E=72", dims: Dims { b: 2, n: 290, m: 130, r: 1, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_64", tier: Tier::Tiny, shape: "B=5 N=33 M=65 R=2 H=1 E=64", dims: Dims { b: 5, n: 33, m: 65, r: 2, h: 1, e: 64 }, params: Params { scale: -0.125 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "widest_head", tier: Tier::Tiny, shape: "B=2 N=67 M=70 R=1 H=1 E=128", dims: Dims { b: 2, n: 67, m: 70, r: 1, h: 1, e: 128 }, params: Params { scale: 0.08838835 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "too_many_keys", tier: Tier::Tiny, shape: "B=1 N=17 M=1030 R=1 H=1 E=64", dims: Dims { b: 1, n: 17, m: 1030, r: 1, h: 1, e: 64 }, params: Params { scale: 0.125 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "compressed_dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 M=64 R=3 H=16 E=72", dims: Dims { b: 2, n: 256, m: 64, r: 3, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "pixart_512", tier: Tier::Real, shape: "B=2 N=1024 M=300 R=1 H=16 E=72", dims: Dims { b: 2, n: 1024, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k_text", tier: Tier::Real, shape: "B=1 N=16384 M=300 R=1 H=16 E=72", dims: Dims { b: 1, n: 16384, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "wide_head", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "wide_head", "tensor_cores", "head_64", "widest_head", "too_many_keys", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_resident", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, all keys of a head in shared memory for up to 1024 queries a block." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3431,6 +3534,46 @@ pub mod neighborhood_attention {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} Gh={} Gw={} H={} E={} K={}", self.b, self.gh, self.gw, self.h, self.e, self.k)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// mma.sync, blocks of 64 queries, keys in stages of 64.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "neighborhood_attention";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// mma.sync, two deterministic kernels with blocks of 64 tokens.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "neighborhood_attention";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, gh, gw, h, e, k, .. } = dims;
@@ -3454,12 +3597,15 @@ pub mod neighborhood_attention {
         Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 Gh=8 Gw=9 H=2 E=72 K=5", dims: Dims { b: 1, gh: 8, gw: 9, h: 2, e: 72, k: 5 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 Gh=31 Gw=17 H=1 E=9 K=7", dims: Dims { b: 1, gh: 31, gw: 17, h: 1, e: 9, k: 7 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 Gh=12 Gw=11 H=2 E=8 K=7", dims: Dims { b: 1, gh: 12, gw: 11, h: 2, e: 8, k: 7 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores", tier: Tier::Tiny, shape: "B=1 Gh=5 Gw=40 H=2 E=72 K=5", dims: Dims { b: 1, gh: 5, gw: 40, h: 2, e: 72, k: 5 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "widest_head", tier: Tier::Tiny, shape: "B=1 Gh=9 Gw=11 H=1 E=128 K=3", dims: Dims { b: 1, gh: 9, gw: 11, h: 1, e: 128, k: 3 }, params: Params { scale: 0.08838835 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_64", tier: Tier::Tiny, shape: "B=2 Gh=4 Gw=21 H=1 E=64 K=3", dims: Dims { b: 2, gh: 4, gw: 21, h: 1, e: 64, k: 3 }, params: Params { scale: -0.125 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 Gh=7 Gw=7 H=4 E=32 K=5", dims: Dims { b: 128, gh: 7, gw: 7, h: 4, e: 32, k: 5 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 Gh=16 Gw=16 H=16 E=72 K=7", dims: Dims { b: 2, gh: 16, gw: 16, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 Gh=128 Gw=128 H=16 E=72 K=7", dims: Dims { b: 1, gh: 128, gw: 128, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "tensor_cores", "widest_head", "head_64", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3883,6 +4029,46 @@ pub mod relative_attention {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} H={} E={}", self.b, self.n, self.h, self.e)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// mma.sync, blocks of 64 queries, keys in stages of 64.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "relative_attention";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// mma.sync, two deterministic kernels with blocks of 64 tokens.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "relative_attention";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, h, e, .. } = dims;
@@ -3904,11 +4090,14 @@ pub mod relative_attention {
         Case { name: "sharp", tier: Tier::Tiny, shape: "B=2 N=70 H=1 E=8", dims: Dims { b: 2, n: 70, h: 1, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "samples", tier: Tier::Tiny, shape: "B=40 N=39 H=1 E=3", dims: Dims { b: 40, n: 39, h: 1, e: 3 }, params: Params { scale: 0.6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "wide_head", tier: Tier::Tiny, shape: "B=2 N=35 H=1 E=201", dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "head_64", tier: Tier::Tiny, shape: "B=2 N=130 H=2 E=64", dims: Dims { b: 2, n: 130, h: 2, e: 64 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=77 H=2 E=72", dims: Dims { b: 1, n: 77, h: 2, e: 72 }, params: Params { scale: -0.2 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "widest_head", tier: Tier::Tiny, shape: "B=3 N=35 H=1 E=128", dims: Dims { b: 3, n: 35, h: 1, e: 128 }, params: Params { scale: 0.2 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "t5_xxl_300", tier: Tier::Real, shape: "B=1 N=300 H=64 E=64", dims: Dims { b: 1, n: 300, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "t5_xxl_32", tier: Tier::Real, shape: "B=1 N=32 H=64 E=64", dims: Dims { b: 1, n: 32, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "samples", "wide_head", "t5_xxl_300", "t5_xxl_32"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "samples", "wide_head", "head_64", "head_72", "widest_head", "t5_xxl_300", "t5_xxl_32"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4558,6 +4747,49 @@ pub mod window_attention {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} H={} E={} W={}", self.b, self.n, self.h, self.e, self.w)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// mma.sync, at most 65 keys a query, a row of scores in one step, keys in a ring.
+        MmaRing,
+        /// mma.sync, blocks of 64 queries, keys in stages of 64.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "window_attention";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::MmaRing, WayInfo { name: "mma_ring", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, at most 65 keys a query, a row of scores in one step, keys in a ring." }),
+            (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// mma.sync, two deterministic kernels with blocks of 64 tokens.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "window_attention";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, h, e, w, .. } = dims;
@@ -4581,12 +4813,16 @@ pub mod window_attention {
         Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=65 H=2 E=72 W=4", dims: Dims { b: 1, n: 65, h: 2, e: 72, w: 4 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=523 H=1 E=9 W=13", dims: Dims { b: 1, n: 523, h: 1, e: 9, w: 13 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 N=300 H=2 E=8 W=8", dims: Dims { b: 1, n: 300, h: 2, e: 8, w: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores", tier: Tier::Tiny, shape: "B=1 N=150 H=2 E=72 W=32", dims: Dims { b: 1, n: 150, h: 2, e: 72, w: 32 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "ring_wraps", tier: Tier::Tiny, shape: "B=1 N=301 H=1 E=64 W=8", dims: Dims { b: 1, n: 301, h: 1, e: 64, w: 8 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wider_than_a_ring", tier: Tier::Tiny, shape: "B=1 N=140 H=1 E=32 W=40", dims: Dims { b: 1, n: 140, h: 1, e: 32, w: 40 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "widest_head", tier: Tier::Tiny, shape: "B=1 N=70 H=1 E=128 W=9", dims: Dims { b: 1, n: 70, h: 1, e: 128, w: 9 }, params: Params { scale: -0.08838835 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32 W=4", dims: Dims { b: 128, n: 49, h: 4, e: 32, w: 4 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72 W=4", dims: Dims { b: 2, n: 256, h: 16, e: 72, w: 4 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72 W=32", dims: Dims { b: 1, n: 16384, h: 16, e: 72, w: 32 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "tensor_cores", "ring_wraps", "wider_than_a_ring", "widest_head", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_ring", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, at most 65 keys a query, a row of scores in one step, keys in a ring." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

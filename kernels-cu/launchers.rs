@@ -16,6 +16,28 @@ pub const KERNELS: &[&Kernel] = &[
     &attention::ATTENTION_BACKWARD_DELTA,
     &attention::ATTENTION_BACKWARD_Q,
     &attention::ATTENTION_BACKWARD_KV,
+    &attention::ATTENTION_FORWARD_128X64_E64,
+    &attention::ATTENTION_FORWARD_128X64_E72,
+    &attention::ATTENTION_FORWARD_128X64_E80,
+    &attention::ATTENTION_FORWARD_128X64_E96,
+    &attention::ATTENTION_FORWARD_128X64_E128,
+    &attention::ATTENTION_FORWARD_64X64_E32,
+    &attention::ATTENTION_FORWARD_64X64_E64,
+    &attention::ATTENTION_FORWARD_64X64_E72,
+    &attention::ATTENTION_FORWARD_64X64_E96,
+    &attention::ATTENTION_FORWARD_64X64_E128,
+    &attention::ATTENTION_FORWARD_WHOLE_E64,
+    &attention::ATTENTION_FORWARD_WHOLE_E72,
+    &attention::ATTENTION_BACKWARD_Q_64X64_E32,
+    &attention::ATTENTION_BACKWARD_KV_64X64_E32,
+    &attention::ATTENTION_BACKWARD_Q_64X64_E64,
+    &attention::ATTENTION_BACKWARD_KV_64X64_E64,
+    &attention::ATTENTION_BACKWARD_Q_64X64_E72,
+    &attention::ATTENTION_BACKWARD_KV_64X64_E72,
+    &attention::ATTENTION_BACKWARD_Q_64X64_E96,
+    &attention::ATTENTION_BACKWARD_KV_64X64_E96,
+    &attention::ATTENTION_BACKWARD_Q_64X64_E128,
+    &attention::ATTENTION_BACKWARD_KV_64X64_E128,
     &axpy::AXPY_FORWARD,
     &branch_deltas::BRANCH_DELTAS_FORWARD,
     &branch_deltas::BRANCH_DELTAS_FORWARD_ANY,
@@ -36,6 +58,21 @@ pub const KERNELS: &[&Kernel] = &[
     &cross_attention::CROSS_ATTENTION_BACKWARD_DELTA,
     &cross_attention::CROSS_ATTENTION_BACKWARD_Q,
     &cross_attention::CROSS_ATTENTION_BACKWARD_KV,
+    &cross_attention::CROSS_ATTENTION_FORWARD_RESIDENT_E64,
+    &cross_attention::CROSS_ATTENTION_FORWARD_RESIDENT_E72,
+    &cross_attention::CROSS_ATTENTION_FORWARD_RESIDENT_E128,
+    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E32,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E32,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E32,
+    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E64,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E64,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E64,
+    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E72,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E72,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E72,
+    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E128,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E128,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E128,
     &cross_entropy::CROSS_ENTROPY_ROWS,
     &cross_entropy::CROSS_ENTROPY_FINISH,
     &cross_entropy::CROSS_ENTROPY_BACKWARD,
@@ -180,6 +217,18 @@ pub const KERNELS: &[&Kernel] = &[
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128,
     &patchify::PATCHIFY_FORWARD,
     &patchify::PATCHIFY_BACKWARD,
     &philox::PHILOX_FORWARD,
@@ -195,6 +244,18 @@ pub const KERNELS: &[&Kernel] = &[
     &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV,
     &relative_attention::RELATIVE_ATTENTION_BACKWARD_DISTANCES,
     &relative_attention::RELATIVE_ATTENTION_BACKWARD_BIAS,
+    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E32,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32,
+    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E64,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64,
+    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E72,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72,
+    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E128,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128,
     &rms_norm::RMS_NORM_FORWARD,
     &rms_norm::RMS_NORM_FORWARD_WIDE,
     &rms_norm::RMS_NORM_FORWARD_ANY,
@@ -218,6 +279,24 @@ pub const KERNELS: &[&Kernel] = &[
     &window_attention::WINDOW_ATTENTION_BACKWARD_DELTA,
     &window_attention::WINDOW_ATTENTION_BACKWARD_Q,
     &window_attention::WINDOW_ATTENTION_BACKWARD_KV,
+    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E32,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E32,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E32,
+    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E64,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E64,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E64,
+    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E72,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E72,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E72,
+    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E128,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E128,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E128,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING32_E32,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING32_E64,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING32_E72,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING80_E32,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING80_E64,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING80_E72,
 ];
 
 /// Kernels that show what single instructions do.
@@ -497,6 +576,672 @@ pub mod attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128X64_E64`].
+    pub struct AttentionForward128x64E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward128x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128X64_E64, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E64, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e72", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128X64_E72`].
+    pub struct AttentionForward128x64E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward128x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128X64_E72, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E72, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128X64_E80: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e80", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128X64_E80`].
+    pub struct AttentionForward128x64E80<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward128x64E80<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128X64_E80, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E80, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E80, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E80, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e96", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128X64_E96`].
+    pub struct AttentionForward128x64E96<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward128x64E96<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128X64_E96, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E96, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E96, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E96, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e128", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128X64_E128`].
+    pub struct AttentionForward128x64E128<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward128x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128X64_E128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e32", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64X64_E32`].
+    pub struct AttentionForward64x64E32<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64X64_E64`].
+    pub struct AttentionForward64x64E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e72", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64X64_E72`].
+    pub struct AttentionForward64x64E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e96", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64X64_E96`].
+    pub struct AttentionForward64x64E96<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward64x64E96<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64X64_E96, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E96, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E96, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E96, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e128", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64X64_E128`].
+    pub struct AttentionForward64x64E128<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_WHOLE_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_whole_e64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_WHOLE_E64`].
+    pub struct AttentionForwardWholeE64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForwardWholeE64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_WHOLE_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_whole_e72", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_WHOLE_E72`].
+    pub struct AttentionForwardWholeE72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForwardWholeE72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e32", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E32`].
+    pub struct AttentionBackwardQ64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardQ64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e32", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E32`].
+    pub struct AttentionBackwardKv64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardKv64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E64`].
+    pub struct AttentionBackwardQ64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardQ64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E64`].
+    pub struct AttentionBackwardKv64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardKv64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e72", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E72`].
+    pub struct AttentionBackwardQ64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardQ64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e72", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E72`].
+    pub struct AttentionBackwardKv64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardKv64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e96", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E96`].
+    pub struct AttentionBackwardQ64x64E96<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardQ64x64E96<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E96, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E96, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E96, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E96, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e96", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E96`].
+    pub struct AttentionBackwardKv64x64E96<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardKv64x64E96<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E96, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E96, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E96, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E96, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e128", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E128`].
+    pub struct AttentionBackwardQ64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardQ64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e128", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E128`].
+    pub struct AttentionBackwardKv64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardKv64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -1188,6 +1933,586 @@ pub mod cross_attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_RESIDENT_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_resident_e64", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_RESIDENT_E64`].
+    pub struct CrossAttentionForwardResidentE64<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForwardResidentE64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_RESIDENT_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_resident_e72", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_RESIDENT_E72`].
+    pub struct CrossAttentionForwardResidentE72<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForwardResidentE72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_RESIDENT_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_resident_e128", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_RESIDENT_E128`].
+    pub struct CrossAttentionForwardResidentE128<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForwardResidentE128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e32", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E32`].
+    pub struct CrossAttentionForward64x64E32<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForward64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e32", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E32`].
+    pub struct CrossAttentionBackwardQ64x64E32<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dq: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardQ64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dq.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e32", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E32`].
+    pub struct CrossAttentionBackwardKv64x64E32<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dkv: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardKv64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dkv.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e64", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E64`].
+    pub struct CrossAttentionForward64x64E64<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForward64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e64", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E64`].
+    pub struct CrossAttentionBackwardQ64x64E64<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dq: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardQ64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dq.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e64", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E64`].
+    pub struct CrossAttentionBackwardKv64x64E64<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dkv: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardKv64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dkv.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e72", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E72`].
+    pub struct CrossAttentionForward64x64E72<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForward64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e72", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E72`].
+    pub struct CrossAttentionBackwardQ64x64E72<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dq: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardQ64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dq.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e72", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E72`].
+    pub struct CrossAttentionBackwardKv64x64E72<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dkv: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardKv64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dkv.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e128", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E128`].
+    pub struct CrossAttentionForward64x64E128<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForward64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e128", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E128`].
+    pub struct CrossAttentionBackwardQ64x64E128<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dq: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardQ64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dq.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e128", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E128`].
+    pub struct CrossAttentionBackwardKv64x64E128<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dkv: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardKv64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dkv.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -6220,6 +7545,430 @@ pub mod neighborhood_attention {
             queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
         }
     }
+
+    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e32", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32`].
+    pub struct NeighborhoodAttentionForward64x64E32<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionForward64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e32", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32`].
+    pub struct NeighborhoodAttentionBackwardQ64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e32", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32`].
+    pub struct NeighborhoodAttentionBackwardKv64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e64", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64`].
+    pub struct NeighborhoodAttentionForward64x64E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionForward64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e64", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64`].
+    pub struct NeighborhoodAttentionBackwardQ64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e64", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64`].
+    pub struct NeighborhoodAttentionBackwardKv64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e72", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72`].
+    pub struct NeighborhoodAttentionForward64x64E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionForward64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e72", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72`].
+    pub struct NeighborhoodAttentionBackwardQ64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e72", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72`].
+    pub struct NeighborhoodAttentionBackwardKv64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e128", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128`].
+    pub struct NeighborhoodAttentionForward64x64E128<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionForward64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e128", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128`].
+    pub struct NeighborhoodAttentionBackwardQ64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e128", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128`].
+    pub struct NeighborhoodAttentionBackwardKv64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
 }
 
 /// Kernels of `patchify`.
@@ -6712,6 +8461,430 @@ pub mod relative_attention {
                 int(queue, &RELATIVE_ATTENTION_BACKWARD_BIAS, "slots", self.slots)?,
             ];
             queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_BIAS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e32", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E32`].
+    pub struct RelativeAttentionForward64x64E32<T> {
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionForward64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e32", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32`].
+    pub struct RelativeAttentionBackwardQ64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardQ64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e32", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32`].
+    pub struct RelativeAttentionBackwardKv64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardKv64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e64", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E64`].
+    pub struct RelativeAttentionForward64x64E64<T> {
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionForward64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e64", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64`].
+    pub struct RelativeAttentionBackwardQ64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardQ64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e64", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64`].
+    pub struct RelativeAttentionBackwardKv64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardKv64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e72", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E72`].
+    pub struct RelativeAttentionForward64x64E72<T> {
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionForward64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e72", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72`].
+    pub struct RelativeAttentionBackwardQ64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardQ64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e72", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72`].
+    pub struct RelativeAttentionBackwardKv64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardKv64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e128", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E128`].
+    pub struct RelativeAttentionForward64x64E128<T> {
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionForward64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e128", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128`].
+    pub struct RelativeAttentionBackwardQ64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardQ64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e128", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128`].
+    pub struct RelativeAttentionBackwardKv64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardKv64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -7479,6 +9652,586 @@ pub mod window_attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e32", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E32`].
+    pub struct WindowAttentionForward64x64E32<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForward64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e32", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E32`].
+    pub struct WindowAttentionBackwardQ64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardQ64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e32", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E32`].
+    pub struct WindowAttentionBackwardKv64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardKv64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e64", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E64`].
+    pub struct WindowAttentionForward64x64E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForward64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e64", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E64`].
+    pub struct WindowAttentionBackwardQ64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardQ64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e64", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E64`].
+    pub struct WindowAttentionBackwardKv64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardKv64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e72", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E72`].
+    pub struct WindowAttentionForward64x64E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForward64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e72", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E72`].
+    pub struct WindowAttentionBackwardQ64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardQ64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e72", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E72`].
+    pub struct WindowAttentionBackwardKv64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardKv64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e128", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E128`].
+    pub struct WindowAttentionForward64x64E128<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForward64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e128", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E128`].
+    pub struct WindowAttentionBackwardQ64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardQ64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e128", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E128`].
+    pub struct WindowAttentionBackwardKv64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardKv64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING32_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring32_e32", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING32_E32`].
+    pub struct WindowAttentionForwardRing32E32<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing32E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING32_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring32_e64", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING32_E64`].
+    pub struct WindowAttentionForwardRing32E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing32E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING32_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring32_e72", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING32_E72`].
+    pub struct WindowAttentionForwardRing32E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing32E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING80_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring80_e32", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING80_E32`].
+    pub struct WindowAttentionForwardRing80E32<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing80E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING80_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring80_e64", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING80_E64`].
+    pub struct WindowAttentionForwardRing80E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing80E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING80_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring80_e72", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING80_E72`].
+    pub struct WindowAttentionForwardRing80E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing80E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E72, element: T::TYPE, shape, args: &args })
         }
     }
 }

@@ -14,11 +14,10 @@ pub const COMMON: &[File] = &[
     ("cluster.cuh", include_str!("common/cluster.cuh")),
     ("elementwise.cuh", include_str!("common/elementwise.cuh")),
     ("gated_window.cuh", include_str!("common/gated_window.cuh")),
-    ("linear.cuh", include_str!("common/linear.cuh")),
-    ("linear_sm90.cuh", include_str!("common/linear_sm90.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
-    ("mma_tile.cuh", include_str!("common/mma_tile.cuh")),
+    ("mma_attention.cuh", include_str!("common/mma_attention.cuh")),
+    ("mma_attention_backward.cuh", include_str!("common/mma_attention_backward.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
     ("patches.cuh", include_str!("common/patches.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),
@@ -58,7 +57,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "gemm_fp8", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "patchify", "philox", "probes", "qk_norm", "relative_attention", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "patchify", "philox", "probes", "qk_norm", "relative_attention", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -71,6 +70,7 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "attention" => &[
             ("attention.cu", include_str!("attention/attention.cu")),
+            ("attention_mma.cu", include_str!("attention/attention_mma.cu")),
         ],
         "axpy" => &[
             ("axpy.cu", include_str!("axpy/axpy.cu")),
@@ -112,14 +112,6 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "gemm" => &[
             ("gemm.cu", include_str!("gemm/gemm.cu")),
-            ("gemm_mma.cu", include_str!("gemm/gemm_mma.cu")),
-            ("gemm_sm90.cu", include_str!("gemm/gemm_sm90.cu")),
-            ("mma.cuh", include_str!("gemm/mma.cuh")),
-        ],
-        "gemm_fp8" => &[
-            ("gemm_fp8.cu", include_str!("gemm_fp8/gemm_fp8.cu")),
-            ("gemm_fp8_sm90.cu", include_str!("gemm_fp8/gemm_fp8_sm90.cu")),
-            ("round.cuh", include_str!("gemm_fp8/round.cuh")),
         ],
         "group_norm_silu" => &[
             ("group_norm_silu.cu", include_str!("group_norm_silu/group_norm_silu.cu")),

@@ -4,7 +4,7 @@
 //
 // qkv, dqkv: [B, N, 3, H, E], y, dy: [B, N, H, E], all T; lse, delta: [B, H, N] f32; sums in f32.
 //
-// Version 1, CUDA cores, the first rung (tensor cores are the next): `common/softmax_attention.cuh` says who owns what.
+// CUDA cores, for f32 and widths that `attention_mma.cu` does not take: `common/softmax_attention.cuh` says who owns what.
 // Forward: online softmax. Backward: delta, then dq by tiles of queries and dk, dv by tiles of keys, so that every sum
 // has one owner and one order (seven products instead of five).
 //

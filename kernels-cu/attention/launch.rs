@@ -1,13 +1,26 @@
 //! Which kernel takes which shape; and the shapes of the attention family.
 
-use crate::generated::attention::{Dims, GpuBackward, GpuForward};
+use super::mma::{by_tiles, by_width, fits, own_rows, stage_bytes};
+use crate::generated::attention::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
 use crate::launch::{Element, Queue, Shape};
-use crate::launchers::attention::{AttentionBackwardDelta, AttentionBackwardKv, AttentionBackwardQ, AttentionForward};
+use crate::launchers::attention::{
+    AttentionBackwardDelta, AttentionBackwardKv, AttentionBackwardKv64x64E32, AttentionBackwardKv64x64E64,
+    AttentionBackwardKv64x64E72, AttentionBackwardKv64x64E96, AttentionBackwardKv64x64E128, AttentionBackwardQ,
+    AttentionBackwardQ64x64E32, AttentionBackwardQ64x64E64, AttentionBackwardQ64x64E72, AttentionBackwardQ64x64E96,
+    AttentionBackwardQ64x64E128, AttentionForward, AttentionForward64x64E32, AttentionForward64x64E64,
+    AttentionForward64x64E72, AttentionForward64x64E96, AttentionForward64x64E128, AttentionForward128x64E64,
+    AttentionForward128x64E72, AttentionForward128x64E80, AttentionForward128x64E96, AttentionForward128x64E128,
+    AttentionForwardWholeE64, AttentionForwardWholeE72,
+};
+use crate::ways::choose;
 
 /// Tokens that a block owns.
 const ROWS: usize = 64;
 /// Columns of a head that a block owns: forward and for dq, and for dk with dv.
 const COLUMNS: [usize; 2] = [128, 96];
+
+/// Tokens of a head that a block holds as a whole.
+const WHOLE: usize = 256;
 
 /// The launch of the forward pass and of dq: `tokens` queries of `heads` heads in all samples.
 pub(crate) fn by_queries(tokens: usize, heads: usize, e: usize) -> Shape {
@@ -29,9 +42,39 @@ pub(crate) fn by_rows(rows: usize) -> Shape {
 /// # Errors
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
-    let Dims { b, n, h, e } = a.dims;
-    AttentionForward { qkv: a.qkv, y: a.y, lse: a.lse, n, h, e, scale: a.params.scale }
-        .launch(queue, by_queries(n, b * h, e))
+    let (Dims { b, n, h, e }, scale) = (a.dims, a.params.scale);
+    let (qkv, y, lse) = (a.qkv, a.y, a.lse);
+    let way = choose(queue, T::TYPE, &a.dims, |way: ForwardWay| match way {
+        ForwardWay::MmaWhole => fits(e) && e > 32 && e <= 72 && n > 128 && n <= WHOLE,
+        // A block of 128 queries wants as many.
+        ForwardWay::Mma128x64 => fits(e) && e > 32 && n > 64,
+        ForwardWay::Mma64x64 => fits(e),
+        ForwardWay::CudaCores => true,
+    });
+    match way {
+        ForwardWay::MmaWhole => {
+            let shape = |width| {
+                let keys = stage_bytes(WHOLE, width);
+                Shape::new(b * h, 128).shared(&[keys, keys, own_rows(4, width)])
+            };
+            by_width!(e, queue, [64 => AttentionForwardWholeE64; 72 => AttentionForwardWholeE72],
+                { qkv, y, lse, n, h, e, scale }, shape)
+        }
+        ForwardWay::Mma128x64 => {
+            let shape = |width| by_tiles(n, b * h, 128, if width <= 72 { 128 } else { 256 }, width);
+            by_width!(e, queue, [64 => AttentionForward128x64E64, 72 => AttentionForward128x64E72,
+                80 => AttentionForward128x64E80, 96 => AttentionForward128x64E96; 128 => AttentionForward128x64E128],
+                { qkv, y, lse, n, h, e, scale }, shape)
+        }
+        ForwardWay::Mma64x64 => {
+            by_width!(e, queue, [32 => AttentionForward64x64E32, 64 => AttentionForward64x64E64,
+                72 => AttentionForward64x64E72, 96 => AttentionForward64x64E96; 128 => AttentionForward64x64E128],
+                { qkv, y, lse, n, h, e, scale }, |width| by_tiles(n, b * h, 64, 128, width))
+        }
+        ForwardWay::CudaCores => {
+            AttentionForward { qkv, y, lse, n, h, e, scale }.launch(queue, by_queries(n, b * h, e))
+        }
+    }
 }
 
 /// Launches the backward pass.
@@ -42,9 +85,24 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
     let Some(dqkv) = a.dqkv else { return Ok(()) };
     let (Dims { b, n, h, e }, scale) = (a.dims, a.params.scale);
     let rows = b * n * h;
-    let (dy, qkv, lse, delta) = (a.dy, a.qkv, a.lse, queue.scratch::<f32>(rows)?);
-    AttentionBackwardDelta { y: a.y, dy, delta, rows: rows as u64, n, h, e }.launch(queue, by_rows(rows))?;
-    let delta = delta.read();
-    AttentionBackwardQ { dy, qkv, lse, delta, dqkv, n, h, e, scale }.launch(queue, by_queries(n, b * h, e))?;
-    AttentionBackwardKv { dy, qkv, lse, delta, dqkv, n, h, e, scale }.launch(queue, by_keys(n, b * h, e))
+    let (y, dy, qkv, lse, delta) = (a.y, a.dy, a.qkv, a.lse, queue.scratch::<f32>(rows)?);
+    let way = choose(queue, T::TYPE, &a.dims, |way: BackwardWay| way == BackwardWay::CudaCores || fits(e));
+    match way {
+        BackwardWay::Mma64x64 => {
+            let shape = |width| by_tiles(n, b * h, 64, 128, width);
+            by_width!(e, queue, [32 => AttentionBackwardQ64x64E32, 64 => AttentionBackwardQ64x64E64,
+                72 => AttentionBackwardQ64x64E72, 96 => AttentionBackwardQ64x64E96; 128 => AttentionBackwardQ64x64E128],
+                { dy, qkv, y, lse, delta, dqkv, n, h, e, scale }, shape)?;
+            let delta = delta.read();
+            by_width!(e, queue, [32 => AttentionBackwardKv64x64E32, 64 => AttentionBackwardKv64x64E64,
+                72 => AttentionBackwardKv64x64E72, 96 => AttentionBackwardKv64x64E96; 128 => AttentionBackwardKv64x64E128],
+                { dy, qkv, lse, delta, dqkv, n, h, e, scale }, shape)
+        }
+        BackwardWay::CudaCores => {
+            AttentionBackwardDelta { y, dy, delta, rows: rows as u64, n, h, e }.launch(queue, by_rows(rows))?;
+            let delta = delta.read();
+            AttentionBackwardQ { dy, qkv, lse, delta, dqkv, n, h, e, scale }.launch(queue, by_queries(n, b * h, e))?;
+            AttentionBackwardKv { dy, qkv, lse, delta, dqkv, n, h, e, scale }.launch(queue, by_keys(n, b * h, e))
+        }
+    }
 }

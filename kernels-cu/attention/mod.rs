@@ -5,6 +5,7 @@ pub(crate) mod dense;
 pub mod launch;
 pub(crate) mod layout;
 pub(crate) mod local;
+pub(crate) mod mma;
 pub(crate) mod oracle;
 pub(crate) mod tiles;
 

@@ -4,16 +4,17 @@
 // q, dq: [B, N, R, H, E], kv, dkv: [B, M, 2, H, E], y, dy: [B, N, H, E], all T; counts: [B] int, may be null; lse, delta:
 // [B, H, N] f32; sums in f32. Gradients as in `attention.cu`; the launcher clears dq where R > 1.
 //
-// Version 1, CUDA cores, the first rung: `common/softmax_attention.cuh` says who owns what. A sample's keys end at its
+// `common/softmax_attention.cuh` (CUDA cores) and `common/mma_attention.cuh` (tensor cores) say who owns what. A
+// sample's keys end at its
 // count: later ones are neither read nor visited, and get zeros as their gradients. dk and dv of a sample with few keys
-// come from few blocks that go through all N queries: splitting the queries is the rung after tensor cores.
+// come from few blocks that go through all N queries: splitting the queries is the next rung.
 //
 // Bound: arithmetic, 4·B·H·N·M·E operations forward and 14 backward; see `attention.cu`.
 //
 // Requires: nothing beyond the contract. A count outside [0, M] is not read as one: y, lse and the gradients of its
 // sample become NaN. Does not handle: masks with holes, strides.
 #include "../common/ptx.cuh"
-#include "../common/softmax_attention.cuh"
+#include "../common/mma_attention_backward.cuh"
 
 using namespace ptx;
 
@@ -84,3 +85,179 @@ extern "C" __global__ void __launch_bounds__(128, 2)
                     delta + row, n, m, at.row0, first, e, scale);
 }
 KERNEL_EXPORT(cross_attention_backward_kv);
+
+// ---- tensor cores, 16-bit elements: heads of up to the width in the name ----
+
+// NaN for vectors first .. end of the tokens.
+__device__ __forceinline__ void refuse_rows(Vectors<T> to, int first, int end, int e) {
+    for (int i = threadIdx.x; i < (end - first) * e; i += blockDim.x)
+        to.at[(first + i / e) * to.stride + i % e] = from_float<T>(__int_as_float(0x7fc00000));
+}
+__device__ __forceinline__ void refuse_sums(float* lse, int first, int end) {
+    for (int i = first + int(threadIdx.x); i < end; i += blockDim.x) lse[i] = __int_as_float(0x7fc00000);
+}
+
+template <int kE> using MmaSmall = MmaTile<kE, 4, 1, 64>;
+
+template <int kE>
+PTX_FN void tiled_forward(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m, int r, int h, int e,
+                          float scale) {
+    const Place at = place_of_tile<MmaSmall<kE>>(n, h);
+    const int count = keys_of(counts, at.sample, m), end = min(n, at.row0 + MmaSmall<kE>::kRows);
+    const Vectors<T> to = head_part(y, at, 0, 1, n, h, e);
+    float* sums = lse + (size_t(at.sample) * h + at.head) * n;
+    if (count < 0) return refuse_rows(to, at.row0, end, e), refuse_sums(sums, at.row0, end);
+    mma_forward<MmaSmall<kE>>(AllKeys{count, n}, head_part(q, at, 0, r, n, h, e), head_part(kv, at, 0, 2, m, h, e),
+                              head_part(kv, at, 1, 2, m, h, e), to, sums, n, at.row0, e, scale);
+}
+
+// All keys of a head in shared memory for kSegment queries: 32 a warp up to 72 columns, 16 for wider heads.
+constexpr int kSegment = 1024;
+template <int kE>
+PTX_FN void resident_forward(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m, int r, int h,
+                             int e, float scale) {
+    const int segments = (n + kSegment - 1) / kSegment, block = int(blockIdx.x) / h;
+    const Place at = {block / segments, int(blockIdx.x) % h, block % segments * kSegment};
+    const int count = keys_of(counts, at.sample, m), end = min(n, at.row0 + kSegment);
+    const Vectors<T> to = head_part(y, at, 0, 1, n, h, e);
+    float* sums = lse + (size_t(at.sample) * h + at.head) * n;
+    if (count < 0) return refuse_rows(to, at.row0, end, e), refuse_sums(sums, at.row0, end);
+    mma_forward_resident<false, 64, MmaTile<kE, 8, kE <= 72 ? 2 : 1, 32>>(
+        AllKeys{count, n}, head_part(q, at, 0, r, n, h, e), head_part(kv, at, 0, 2, m, h, e),
+        head_part(kv, at, 1, 2, m, h, e), to, sums, n, m, at.row0, end, e, scale);
+}
+
+template <int kE>
+PTX_FN void tiled_dq(const T* dy, const T* q, const T* kv, const int* counts, const T* y, const float* lse, float* delta,
+                     T* dq, int n, int m, int r, int h, int e, float scale) {
+    const Place at = place_of_tile<MmaSmall<kE>>(n, h);
+    const int count = keys_of(counts, at.sample, m), end = min(n, at.row0 + MmaSmall<kE>::kRows);
+    const Vectors<T> to = head_part(dq, at, 0, r, n, h, e);
+    const size_t row = (size_t(at.sample) * h + at.head) * n;
+    if (count < 0) return refuse_rows(to, at.row0, end, e);
+    mma_dq<MmaSmall<kE>>(AllKeys{count, n}, head_part(q, at, 0, r, n, h, e), head_part(kv, at, 0, 2, m, h, e),
+                         head_part(kv, at, 1, 2, m, h, e), head_part(y, at, 0, 1, n, h, e),
+                         head_part(dy, at, 0, 1, n, h, e), to, lse + row, delta + row, n, at.row0, e, scale);
+}
+
+template <int kE>
+PTX_FN void tiled_dkdv(const T* dy, const T* q, const T* kv, const int* counts, const float* lse, const float* delta,
+                       T* dkv, int n, int m, int r, int h, int e, float scale) {
+    const Place at = place_of_tile<MmaSmall<kE>>(m, h);
+    const int count = keys_of(counts, at.sample, m), end = min(m, at.row0 + MmaSmall<kE>::kRows);
+    const Vectors<T> to_k = head_part(dkv, at, 0, 2, m, h, e), to_v = head_part(dkv, at, 1, 2, m, h, e);
+    const size_t row = (size_t(at.sample) * h + at.head) * n;
+    if (count < 0) return refuse_rows(to_k, at.row0, end, e), refuse_rows(to_v, at.row0, end, e);
+    mma_dkdv<MmaSmall<kE>>(AllKeys{count, n}, head_part(q, at, 0, r, n, h, e), head_part(kv, at, 0, 2, m, h, e),
+                           head_part(kv, at, 1, 2, m, h, e), head_part(dy, at, 0, 1, n, h, e), to_k, to_v, lse + row,
+                           delta + row, m, at.row0, e, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+    cross_attention_forward_resident_e64(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m,
+                                         int r, int h, int e, float scale) {
+    resident_forward<64>(q, kv, counts, y, lse, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_forward_resident_e64);
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+    cross_attention_forward_resident_e72(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m,
+                                         int r, int h, int e, float scale) {
+    resident_forward<72>(q, kv, counts, y, lse, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_forward_resident_e72);
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+    cross_attention_forward_resident_e128(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m,
+                                         int r, int h, int e, float scale) {
+    resident_forward<128>(q, kv, counts, y, lse, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_forward_resident_e128);
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    cross_attention_forward_64x64_e32(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m, int r,
+                                      int h, int e, float scale) {
+    tiled_forward<32>(q, kv, counts, y, lse, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_forward_64x64_e32);
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    cross_attention_backward_q_64x64_e32(const T* dy, const T* q, const T* kv, const int* counts, const T* y,
+                                         const float* lse, float* delta, T* dq, int n, int m, int r, int h, int e,
+                                         float scale) {
+    tiled_dq<32>(dy, q, kv, counts, y, lse, delta, dq, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_backward_q_64x64_e32);
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    cross_attention_backward_kv_64x64_e32(const T* dy, const T* q, const T* kv, const int* counts, const float* lse,
+                                          const float* delta, T* dkv, int n, int m, int r, int h, int e, float scale) {
+    tiled_dkdv<32>(dy, q, kv, counts, lse, delta, dkv, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_backward_kv_64x64_e32);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    cross_attention_forward_64x64_e64(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m, int r,
+                                      int h, int e, float scale) {
+    tiled_forward<64>(q, kv, counts, y, lse, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_forward_64x64_e64);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    cross_attention_backward_q_64x64_e64(const T* dy, const T* q, const T* kv, const int* counts, const T* y,
+                                         const float* lse, float* delta, T* dq, int n, int m, int r, int h, int e,
+                                         float scale) {
+    tiled_dq<64>(dy, q, kv, counts, y, lse, delta, dq, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_backward_q_64x64_e64);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    cross_attention_backward_kv_64x64_e64(const T* dy, const T* q, const T* kv, const int* counts, const float* lse,
+                                          const float* delta, T* dkv, int n, int m, int r, int h, int e, float scale) {
+    tiled_dkdv<64>(dy, q, kv, counts, lse, delta, dkv, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_backward_kv_64x64_e64);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    cross_attention_forward_64x64_e72(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m, int r,
+                                      int h, int e, float scale) {
+    tiled_forward<72>(q, kv, counts, y, lse, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_forward_64x64_e72);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    cross_attention_backward_q_64x64_e72(const T* dy, const T* q, const T* kv, const int* counts, const T* y,
+                                         const float* lse, float* delta, T* dq, int n, int m, int r, int h, int e,
+                                         float scale) {
+    tiled_dq<72>(dy, q, kv, counts, y, lse, delta, dq, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_backward_q_64x64_e72);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    cross_attention_backward_kv_64x64_e72(const T* dy, const T* q, const T* kv, const int* counts, const float* lse,
+                                          const float* delta, T* dkv, int n, int m, int r, int h, int e, float scale) {
+    tiled_dkdv<72>(dy, q, kv, counts, lse, delta, dkv, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_backward_kv_64x64_e72);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    cross_attention_forward_64x64_e128(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m, int r,
+                                      int h, int e, float scale) {
+    tiled_forward<128>(q, kv, counts, y, lse, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_forward_64x64_e128);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    cross_attention_backward_q_64x64_e128(const T* dy, const T* q, const T* kv, const int* counts, const T* y,
+                                         const float* lse, float* delta, T* dq, int n, int m, int r, int h, int e,
+                                         float scale) {
+    tiled_dq<128>(dy, q, kv, counts, y, lse, delta, dq, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_backward_q_64x64_e128);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    cross_attention_backward_kv_64x64_e128(const T* dy, const T* q, const T* kv, const int* counts, const float* lse,
+                                          const float* delta, T* dkv, int n, int m, int r, int h, int e, float scale) {
+    tiled_dkdv<128>(dy, q, kv, counts, lse, delta, dkv, n, m, r, h, e, scale);
+}
+KERNEL_EXPORT(cross_attention_backward_kv_64x64_e128);

@@ -6,7 +6,7 @@
 // qkv, dqkv: [B, N, 3, H, E], y, dy: [B, N, H, E], bias, dbias: [2N - 1, H], all T; counts: [B] int, may be null; lse,
 // delta: [B, H, N] f32; sums in f32.
 //
-// Version 1, CUDA cores, the first rung: `common/softmax_attention.cuh` says who owns what; this adds the bias of a pair.
+// `common/softmax_attention.cuh` (CUDA cores) and `common/mma_attention.cuh` (tensor cores) say who owns what; this adds the bias of a pair.
 // dbias: a block goes through the keys of its 64 queries as for dq and computes ds again. In a tile of 64×32 pairs thread
 // t < 95 adds the pairs of distance t - 63; from a tile to the next, sums move 32 threads down, so each distance stays in
 // a register until its last tile has passed and then becomes one partial sum in memory. A second kernel adds those of all
@@ -18,7 +18,7 @@
 // Requires: nothing beyond the contract: any N and E. A count below 1 is 1, one above N is N, as the contract says.
 // Does not handle: masks with holes, strides.
 #include "../common/ptx.cuh"
-#include "../common/softmax_attention.cuh"
+#include "../common/mma_attention_backward.cuh"
 
 using namespace ptx;
 
@@ -35,15 +35,14 @@ struct Distances {
     __device__ __forceinline__ float bias(int i, int j) const { return to_float(same[int64_t(j - i) * h]); }
 };
 
-__device__ __forceinline__ Distances distances(const T* bias, const int* counts, int n, int h) {
-    const Place at = place_of_block(n, h);
+__device__ __forceinline__ Distances distances(const T* bias, const int* counts, int n, int h, const Place& at) {
     return {counts ? min(max(counts[at.sample], 1), n) : n, n, h, bias + size_t(n - 1) * h + at.head};
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     relative_attention_forward(const T* qkv, const T* bias, const int* counts, T* y, float* lse, int n, int h, int e,
                                float scale) {
-    packed_forward(distances(bias, counts, n, h), qkv, y, lse, n, h, e, scale);
+    packed_forward(distances(bias, counts, n, h, place_of_block(n, h)), qkv, y, lse, n, h, e, scale);
 }
 KERNEL_EXPORT(relative_attention_forward);
 
@@ -56,14 +55,14 @@ KERNEL_EXPORT(relative_attention_backward_delta);
 extern "C" __global__ void __launch_bounds__(128)
     relative_attention_backward_q(const T* dy, const T* qkv, const T* bias, const int* counts, const float* lse,
                                   const float* delta, T* dqkv, int n, int h, int e, float scale) {
-    packed_dq(distances(bias, counts, n, h), dy, qkv, lse, delta, dqkv, n, h, e, scale);
+    packed_dq(distances(bias, counts, n, h, place_of_block(n, h)), dy, qkv, lse, delta, dqkv, n, h, e, scale);
 }
 KERNEL_EXPORT(relative_attention_backward_q);
 
 extern "C" __global__ void __launch_bounds__(128, 2)
     relative_attention_backward_kv(const T* dy, const T* qkv, const T* bias, const int* counts, const float* lse,
                                    const float* delta, T* dqkv, int n, int h, int e, float scale) {
-    packed_dkdv(distances(bias, counts, n, h), dy, qkv, lse, delta, dqkv, n, h, e, scale);
+    packed_dkdv(distances(bias, counts, n, h, place_of_block(n, h)), dy, qkv, lse, delta, dqkv, n, h, e, scale);
 }
 KERNEL_EXPORT(relative_attention_backward_kv);
 
@@ -78,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(128, 3)
     SMEM_ARRAY(float, carried, 128);
     float *a = reinterpret_cast<float*>(a_tile), *b = reinterpret_cast<float*>(b_tile);
     float* slopes = reinterpret_cast<float*>(slope_tile);
-    const Distances keys = distances(bias, counts, n, h);
+    const Distances keys = distances(bias, counts, n, h, place_of_block(n, h));
     const Place at = place_of_block(n, h);
     const Vectors<const T> q = head_part(qkv, at, 0, 3, n, h, e), k = head_part(qkv, at, 1, 3, n, h, e);
     const Vectors<const T> v = head_part(qkv, at, 2, 3, n, h, e), slope = head_part(dy, at, 0, 1, n, h, e);
@@ -125,3 +124,87 @@ extern "C" __global__ void __launch_bounds__(128)
     dbias[size_t(at) * h + head] = from_float<T>(sum);
 }
 KERNEL_EXPORT(relative_attention_backward_bias);
+
+// ---- tensor cores, 16-bit elements: heads of up to the width in the name ----
+
+template <int kE> using MmaSmall = MmaTile<kE, 4, 1, 64>;
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    relative_attention_forward_64x64_e32(const T* qkv, const T* bias, const int* counts, T* y, float* lse, int n, int h, int e, float scale) {
+    mma_packed_forward<MmaSmall<32>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<32>>(n, h)), qkv, y, lse, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_forward_64x64_e32);
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    relative_attention_backward_q_64x64_e32(const T* dy, const T* qkv, const T* bias, const int* counts, const T* y, const float* lse, float* delta,
+        T* dqkv, int n, int h, int e, float scale) {
+    mma_packed_dq<MmaSmall<32>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<32>>(n, h)), dy, qkv, y, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_backward_q_64x64_e32);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    relative_attention_backward_kv_64x64_e32(const T* dy, const T* qkv, const T* bias, const int* counts, const float* lse, const float* delta, T* dqkv,
+        int n, int h, int e, float scale) {
+    mma_packed_dkdv<MmaSmall<32>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<32>>(n, h)), dy, qkv, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_backward_kv_64x64_e32);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    relative_attention_forward_64x64_e64(const T* qkv, const T* bias, const int* counts, T* y, float* lse, int n, int h, int e, float scale) {
+    mma_packed_forward<MmaSmall<64>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<64>>(n, h)), qkv, y, lse, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_forward_64x64_e64);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    relative_attention_backward_q_64x64_e64(const T* dy, const T* qkv, const T* bias, const int* counts, const T* y, const float* lse, float* delta,
+        T* dqkv, int n, int h, int e, float scale) {
+    mma_packed_dq<MmaSmall<64>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<64>>(n, h)), dy, qkv, y, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_backward_q_64x64_e64);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    relative_attention_backward_kv_64x64_e64(const T* dy, const T* qkv, const T* bias, const int* counts, const float* lse, const float* delta, T* dqkv,
+        int n, int h, int e, float scale) {
+    mma_packed_dkdv<MmaSmall<64>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<64>>(n, h)), dy, qkv, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_backward_kv_64x64_e64);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    relative_attention_forward_64x64_e72(const T* qkv, const T* bias, const int* counts, T* y, float* lse, int n, int h, int e, float scale) {
+    mma_packed_forward<MmaSmall<72>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<72>>(n, h)), qkv, y, lse, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_forward_64x64_e72);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    relative_attention_backward_q_64x64_e72(const T* dy, const T* qkv, const T* bias, const int* counts, const T* y, const float* lse, float* delta,
+        T* dqkv, int n, int h, int e, float scale) {
+    mma_packed_dq<MmaSmall<72>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<72>>(n, h)), dy, qkv, y, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_backward_q_64x64_e72);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    relative_attention_backward_kv_64x64_e72(const T* dy, const T* qkv, const T* bias, const int* counts, const float* lse, const float* delta, T* dqkv,
+        int n, int h, int e, float scale) {
+    mma_packed_dkdv<MmaSmall<72>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<72>>(n, h)), dy, qkv, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_backward_kv_64x64_e72);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    relative_attention_forward_64x64_e128(const T* qkv, const T* bias, const int* counts, T* y, float* lse, int n, int h, int e, float scale) {
+    mma_packed_forward<MmaSmall<128>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<128>>(n, h)), qkv, y, lse, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_forward_64x64_e128);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    relative_attention_backward_q_64x64_e128(const T* dy, const T* qkv, const T* bias, const int* counts, const T* y, const float* lse, float* delta,
+        T* dqkv, int n, int h, int e, float scale) {
+    mma_packed_dq<MmaSmall<128>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<128>>(n, h)), dy, qkv, y, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_backward_q_64x64_e128);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    relative_attention_backward_kv_64x64_e128(const T* dy, const T* qkv, const T* bias, const int* counts, const float* lse, const float* delta, T* dqkv,
+        int n, int h, int e, float scale) {
+    mma_packed_dkdv<MmaSmall<128>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<128>>(n, h)), dy, qkv, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(relative_attention_backward_kv_64x64_e128);

@@ -1,22 +1,60 @@
 //! Which kernel takes which shape.
 
 use crate::attention::launch::{by_keys, by_queries, by_rows};
-use crate::generated::window_attention::{Dims, GpuBackward, GpuForward};
-use crate::launch::{Element, Queue};
+use crate::attention::mma::{by_tiles, by_width, fits, own_rows, stage_bytes};
+use crate::generated::window_attention::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
+use crate::launch::{Element, Queue, Shape};
 use crate::launchers::window_attention::{
-    WindowAttentionBackwardDelta, WindowAttentionBackwardKv, WindowAttentionBackwardQ, WindowAttentionForward,
+    WindowAttentionBackwardDelta, WindowAttentionBackwardKv, WindowAttentionBackwardKv64x64E32,
+    WindowAttentionBackwardKv64x64E64, WindowAttentionBackwardKv64x64E72, WindowAttentionBackwardKv64x64E128,
+    WindowAttentionBackwardQ, WindowAttentionBackwardQ64x64E32, WindowAttentionBackwardQ64x64E64,
+    WindowAttentionBackwardQ64x64E72, WindowAttentionBackwardQ64x64E128, WindowAttentionForward,
+    WindowAttentionForward64x64E32, WindowAttentionForward64x64E64, WindowAttentionForward64x64E72,
+    WindowAttentionForward64x64E128, WindowAttentionForwardRing32E32, WindowAttentionForwardRing32E64,
+    WindowAttentionForwardRing32E72, WindowAttentionForwardRing80E32, WindowAttentionForwardRing80E64,
+    WindowAttentionForwardRing80E72,
 };
+use crate::ways::choose;
+
+/// Queries that a block of the ring walks over.
+const SEGMENT: usize = 1024;
 
 /// Launches the forward pass.
 ///
 /// # Errors
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
-    let Dims { b, n, h, e, w } = a.dims;
+    let (Dims { b, n, h, e, w }, scale) = (a.dims, a.params.scale);
+    let (qkv, y, lse) = (a.qkv, a.y, a.lse);
     // Farther than N is as far as N.
     let w = w.min(n);
-    WindowAttentionForward { qkv: a.qkv, y: a.y, lse: a.lse, n, w, h, e, scale: a.params.scale }
-        .launch(queue, by_queries(n, b * h, e))
+    let way = choose(queue, T::TYPE, &a.dims, |way: ForwardWay| match way {
+        ForwardWay::MmaRing => fits(e) && e <= 72 && w <= 32,
+        ForwardWay::Mma64x64 => fits(e),
+        ForwardWay::CudaCores => true,
+    });
+    // Keys of a ring, and eight rows for each warp's results.
+    let ring = |rows, width| {
+        let keys = stage_bytes(rows, width);
+        Shape::new(n.div_ceil(SEGMENT) * b * h, 128).shared(&[keys, keys, own_rows(4, width)])
+    };
+    match way {
+        ForwardWay::MmaRing if w <= 8 => {
+            by_width!(e, queue, [32 => WindowAttentionForwardRing32E32, 64 => WindowAttentionForwardRing32E64; 72 => WindowAttentionForwardRing32E72],
+                { qkv, y, lse, n, w, h, e, scale }, |width| ring(144, width))
+        }
+        ForwardWay::MmaRing => {
+            by_width!(e, queue, [32 => WindowAttentionForwardRing80E32, 64 => WindowAttentionForwardRing80E64; 72 => WindowAttentionForwardRing80E72],
+                { qkv, y, lse, n, w, h, e, scale }, |width| ring(192, width))
+        }
+        ForwardWay::Mma64x64 => {
+            by_width!(e, queue, [32 => WindowAttentionForward64x64E32, 64 => WindowAttentionForward64x64E64, 72 => WindowAttentionForward64x64E72; 128 => WindowAttentionForward64x64E128],
+                { qkv, y, lse, n, w, h, e, scale }, |width| by_tiles(n, b * h, 64, 128, width))
+        }
+        ForwardWay::CudaCores => {
+            WindowAttentionForward { qkv, y, lse, n, w, h, e, scale }.launch(queue, by_queries(n, b * h, e))
+        }
+    }
 }
 
 /// Launches the backward pass.
@@ -29,9 +67,24 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
     // Farther than N is as far as N.
     let w = w.min(n);
     let rows = b * n * h;
-    let (dy, qkv, lse, delta) = (a.dy, a.qkv, a.lse, queue.scratch::<f32>(rows)?);
-    WindowAttentionBackwardDelta { y: a.y, dy, delta, rows: rows as u64, n, h, e }.launch(queue, by_rows(rows))?;
-    let delta = delta.read();
-    WindowAttentionBackwardQ { dy, qkv, lse, delta, dqkv, n, w, h, e, scale }.launch(queue, by_queries(n, b * h, e))?;
-    WindowAttentionBackwardKv { dy, qkv, lse, delta, dqkv, n, w, h, e, scale }.launch(queue, by_keys(n, b * h, e))
+    let (y, dy, qkv, lse, delta) = (a.y, a.dy, a.qkv, a.lse, queue.scratch::<f32>(rows)?);
+    let way = choose(queue, T::TYPE, &a.dims, |way: BackwardWay| way == BackwardWay::CudaCores || fits(e));
+    match way {
+        BackwardWay::Mma64x64 => {
+            let shape = |width| by_tiles(n, b * h, 64, 128, width);
+            by_width!(e, queue, [32 => WindowAttentionBackwardQ64x64E32, 64 => WindowAttentionBackwardQ64x64E64, 72 => WindowAttentionBackwardQ64x64E72; 128 => WindowAttentionBackwardQ64x64E128],
+                { dy, qkv, y, lse, delta, dqkv, n, w, h, e, scale }, shape)?;
+            let delta = delta.read();
+            by_width!(e, queue, [32 => WindowAttentionBackwardKv64x64E32, 64 => WindowAttentionBackwardKv64x64E64, 72 => WindowAttentionBackwardKv64x64E72; 128 => WindowAttentionBackwardKv64x64E128],
+                { dy, qkv, lse, delta, dqkv, n, w, h, e, scale }, shape)
+        }
+        BackwardWay::CudaCores => {
+            WindowAttentionBackwardDelta { y, dy, delta, rows: rows as u64, n, h, e }.launch(queue, by_rows(rows))?;
+            let delta = delta.read();
+            WindowAttentionBackwardQ { dy, qkv, lse, delta, dqkv, n, w, h, e, scale }
+                .launch(queue, by_queries(n, b * h, e))?;
+            WindowAttentionBackwardKv { dy, qkv, lse, delta, dqkv, n, w, h, e, scale }
+                .launch(queue, by_keys(n, b * h, e))
+        }
+    }
 }

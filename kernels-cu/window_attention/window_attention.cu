@@ -4,7 +4,7 @@
 // qkv, dqkv: [B, N, 3, H, E], y, dy: [B, N, H, E], all T; lse, delta: [B, H, N] f32; sums in f32. Gradients as in
 // `attention.cu`.
 //
-// Version 1, CUDA cores, the first rung: `common/softmax_attention.cuh` says who owns what. A tile of 64 queries meets
+// `common/softmax_attention.cuh` (CUDA cores) and `common/mma_attention.cuh` (tensor cores) say who owns what. A tile of 64 queries meets
 // the keys from its first less W to its last plus W, in tiles of 32; pairs beyond W get no weight. Backward the same from
 // the keys' side, because the window is symmetric.
 //
@@ -14,7 +14,7 @@
 // Requires: nothing beyond the contract: any N, E and W. A value that is not a number reaches the queries whose tile
 // meets it. Does not handle: windows that wrap, strides.
 #include "../common/ptx.cuh"
-#include "../common/softmax_attention.cuh"
+#include "../common/mma_attention_backward.cuh"
 
 using namespace ptx;
 
@@ -26,6 +26,10 @@ struct Window {
     __device__ __forceinline__ int query(int i) const { return i; }
     __device__ __forceinline__ int key(int j) const { return j; }
     __device__ __forceinline__ bool sees(int i, int j) const { return i - j <= w && j - i <= w; }
+    __device__ __forceinline__ Cover cover(int i, int i_end, int j, int j_end) const {
+        if (i - (j_end - 1) > w || j - (i_end - 1) > w) return Cover::None;
+        return i_end - 1 - j <= w && j_end - 1 - i <= w ? Cover::All : Cover::Some;
+    }
 };
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -53,3 +57,136 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     packed_dkdv(Window{n, w}, dy, qkv, lse, delta, dqkv, n, h, e, scale);
 }
 KERNEL_EXPORT(window_attention_backward_kv);
+
+// ---- tensor cores, 16-bit elements: heads of up to the width in the name ----
+
+template <int kE> using MmaSmall = MmaTile<kE, 4, 1, 64>;
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    window_attention_forward_64x64_e32(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    mma_packed_forward<MmaSmall<32>>(Window{n, w}, qkv, y, lse, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_forward_64x64_e32);
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    window_attention_backward_q_64x64_e32(const T* dy, const T* qkv, const T* y, const float* lse, float* delta,
+        T* dqkv, int n, int w, int h, int e, float scale) {
+    mma_packed_dq<MmaSmall<32>>(Window{n, w}, dy, qkv, y, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_backward_q_64x64_e32);
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    window_attention_backward_kv_64x64_e32(const T* dy, const T* qkv, const float* lse, const float* delta, T* dqkv,
+        int n, int w, int h, int e, float scale) {
+    mma_packed_dkdv<MmaSmall<32>>(Window{n, w}, dy, qkv, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_backward_kv_64x64_e32);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    window_attention_forward_64x64_e64(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    mma_packed_forward<MmaSmall<64>>(Window{n, w}, qkv, y, lse, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_forward_64x64_e64);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    window_attention_backward_q_64x64_e64(const T* dy, const T* qkv, const T* y, const float* lse, float* delta,
+        T* dqkv, int n, int w, int h, int e, float scale) {
+    mma_packed_dq<MmaSmall<64>>(Window{n, w}, dy, qkv, y, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_backward_q_64x64_e64);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    window_attention_backward_kv_64x64_e64(const T* dy, const T* qkv, const float* lse, const float* delta, T* dqkv,
+        int n, int w, int h, int e, float scale) {
+    mma_packed_dkdv<MmaSmall<64>>(Window{n, w}, dy, qkv, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_backward_kv_64x64_e64);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    window_attention_forward_64x64_e72(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    mma_packed_forward<MmaSmall<72>>(Window{n, w}, qkv, y, lse, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_forward_64x64_e72);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    window_attention_backward_q_64x64_e72(const T* dy, const T* qkv, const T* y, const float* lse, float* delta,
+        T* dqkv, int n, int w, int h, int e, float scale) {
+    mma_packed_dq<MmaSmall<72>>(Window{n, w}, dy, qkv, y, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_backward_q_64x64_e72);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    window_attention_backward_kv_64x64_e72(const T* dy, const T* qkv, const float* lse, const float* delta, T* dqkv,
+        int n, int w, int h, int e, float scale) {
+    mma_packed_dkdv<MmaSmall<72>>(Window{n, w}, dy, qkv, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_backward_kv_64x64_e72);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    window_attention_forward_64x64_e128(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    mma_packed_forward<MmaSmall<128>>(Window{n, w}, qkv, y, lse, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_forward_64x64_e128);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    window_attention_backward_q_64x64_e128(const T* dy, const T* qkv, const T* y, const float* lse, float* delta,
+        T* dqkv, int n, int w, int h, int e, float scale) {
+    mma_packed_dq<MmaSmall<128>>(Window{n, w}, dy, qkv, y, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_backward_q_64x64_e128);
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    window_attention_backward_kv_64x64_e128(const T* dy, const T* qkv, const float* lse, const float* delta, T* dqkv,
+        int n, int w, int h, int e, float scale) {
+    mma_packed_dkdv<MmaSmall<128>>(Window{n, w}, dy, qkv, lse, delta, dqkv, n, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_backward_kv_64x64_e128);
+
+// Windows of up to 8 or 32 tokens to each side: a warp's 16 queries meet at most 32 or 80 keys. A block walks over
+// kSegment queries of a head.
+constexpr int kSegment = 1024;
+template <int kE, int kKeys, int kSize>
+PTX_FN void ring(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    const int segments = (n + kSegment - 1) / kSegment, block = int(blockIdx.x) / h;
+    const Place at = {block / segments, int(blockIdx.x) % h, block % segments * kSegment};
+    mma_forward_ring<MmaTile<kE, 4, 1, kKeys>, kSize>(
+        Window{n, w}, head_part(qkv, at, 0, 3, n, h, e), head_part(qkv, at, 1, 3, n, h, e),
+        head_part(qkv, at, 2, 3, n, h, e), head_part(y, at, 0, 1, n, h, e),
+        lse + (size_t(at.sample) * h + at.head) * n, at.row0, min(n, at.row0 + kSegment), w, e, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    window_attention_forward_ring32_e32(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    ring<32, 32, 144>(qkv, y, lse, n, w, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_forward_ring32_e32);
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    window_attention_forward_ring32_e64(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    ring<64, 32, 144>(qkv, y, lse, n, w, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_forward_ring32_e64);
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    window_attention_forward_ring32_e72(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    ring<72, 32, 144>(qkv, y, lse, n, w, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_forward_ring32_e72);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    window_attention_forward_ring80_e32(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    ring<32, 80, 192>(qkv, y, lse, n, w, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_forward_ring80_e32);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    window_attention_forward_ring80_e64(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    ring<64, 80, 192>(qkv, y, lse, n, w, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_forward_ring80_e64);
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    window_attention_forward_ring80_e72(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
+    ring<72, 80, 192>(qkv, y, lse, n, w, h, e, scale);
+}
+KERNEL_EXPORT(window_attention_forward_ring80_e72);
