@@ -353,6 +353,64 @@ pub mod attention {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} H={} E={}", self.b, self.n, self.h, self.e)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72.
+        Wgmma128x192,
+        /// The same in clusters of two blocks, which load every tile of keys and values once for both.
+        Wgmma128x192Cluster2,
+        /// The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory.
+        Wgmma128x192Wide,
+        /// The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first.
+        Wgmma128x192Exact,
+        /// The same with three warpgroups of sums, 192 queries by 112 keys.
+        Wgmma192x112,
+        /// The same with 128 queries by 128 keys; heads of 64, 72 and 128.
+        Wgmma128x128,
+        /// CUDA cores, any shape.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "attention";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72." }),
+            (ForwardWay::Wgmma128x192Cluster2, WayInfo { name: "wgmma_128x192_cluster2", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same in clusters of two blocks, which load every tile of keys and values once for both." }),
+            (ForwardWay::Wgmma128x192Wide, WayInfo { name: "wgmma_128x192_wide", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory." }),
+            (ForwardWay::Wgmma128x192Exact, WayInfo { name: "wgmma_128x192_exact", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first." }),
+            (ForwardWay::Wgmma192x112, WayInfo { name: "wgmma_192x112", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with three warpgroups of sums, 192 queries by 112 keys." }),
+            (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, any shape." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72.
+        Wgmma128x64,
+        /// The same with 80 queries at a time; heads of 72.
+        Wgmma128x80,
+        /// CUDA cores, any shape.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "attention";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Wgmma128x64, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }),
+            (BackwardWay::Wgmma128x80, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, any shape." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, h, e, .. } = dims;
@@ -374,12 +432,17 @@ pub mod attention {
         Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=523 H=1 E=9", dims: Dims { b: 1, n: 523, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 N=300 H=2 E=8", dims: Dims { b: 1, n: 300, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "wide_head", tier: Tier::Tiny, shape: "B=2 N=35 H=1 E=201", dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tiles_72", tier: Tier::Tiny, shape: "B=1 N=400 H=1 E=72", dims: Dims { b: 1, n: 400, h: 1, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "heads_72", tier: Tier::Tiny, shape: "B=2 N=200 H=3 E=72", dims: Dims { b: 2, n: 200, h: 3, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tail_72", tier: Tier::Tiny, shape: "B=1 N=260 H=2 E=72", dims: Dims { b: 1, n: 260, h: 2, e: 72 }, params: Params { scale: 0.3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "heads_64", tier: Tier::Tiny, shape: "B=1 N=140 H=2 E=64", dims: Dims { b: 1, n: 140, h: 2, e: 64 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "heads_128", tier: Tier::Tiny, shape: "B=1 N=140 H=1 E=128", dims: Dims { b: 1, n: 140, h: 1, e: 128 }, params: Params { scale: 0.0883883 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32", dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "tiles_72", "heads_72", "tail_72", "heads_64", "heads_128", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72." }, WayInfo { name: "wgmma_128x192_cluster2", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same in clusters of two blocks, which load every tile of keys and values once for both." }, WayInfo { name: "wgmma_128x192_wide", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory." }, WayInfo { name: "wgmma_128x192_exact", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first." }, WayInfo { name: "wgmma_192x112", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with three warpgroups of sums, 192 queries by 112 keys." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, any shape." }, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, any shape." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

@@ -16,6 +16,19 @@ pub const KERNELS: &[&Kernel] = &[
     &attention::ATTENTION_BACKWARD_DELTA,
     &attention::ATTENTION_BACKWARD_Q,
     &attention::ATTENTION_BACKWARD_KV,
+    &attention::ATTENTION_BACKWARD_Q_72,
+    &attention::ATTENTION_BACKWARD_Q_64,
+    &attention::ATTENTION_BACKWARD_KV_72,
+    &attention::ATTENTION_BACKWARD_KV_72_WIDE,
+    &attention::ATTENTION_BACKWARD_KV_64,
+    &attention::ATTENTION_FORWARD_72_128X192,
+    &attention::ATTENTION_FORWARD_72_128X192_EXACT,
+    &attention::ATTENTION_FORWARD_72_128X192_WIDE,
+    &attention::ATTENTION_FORWARD_72_128X192_CLUSTER2,
+    &attention::ATTENTION_FORWARD_72_192X112,
+    &attention::ATTENTION_FORWARD_72_128X128,
+    &attention::ATTENTION_FORWARD_64_128X128,
+    &attention::ATTENTION_FORWARD_128_128X128,
     &axpy::AXPY_FORWARD,
     &branch_deltas::BRANCH_DELTAS_FORWARD,
     &branch_deltas::BRANCH_DELTAS_FORWARD_ANY,
@@ -477,6 +490,480 @@ pub mod attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_72: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_q_72", arch: 90 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_72`].
+    pub struct AttentionBackwardQ72 {
+        pub own: TensorMap,
+        pub own_dy: TensorMap,
+        pub keys: TensorMap,
+        pub gradient: TensorMap,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionBackwardQ72 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.own),
+                Arg::Map(self.own_dy),
+                Arg::Map(self.keys),
+                Arg::Map(self.gradient),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_72, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_72, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_72, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_72, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_q_64", arch: 90 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64`].
+    pub struct AttentionBackwardQ64 {
+        pub own: TensorMap,
+        pub own_dy: TensorMap,
+        pub keys: TensorMap,
+        pub gradient: TensorMap,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionBackwardQ64 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.own),
+                Arg::Map(self.own_dy),
+                Arg::Map(self.keys),
+                Arg::Map(self.gradient),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_72: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_72", arch: 90 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_72`].
+    pub struct AttentionBackwardKv72 {
+        pub own: TensorMap,
+        pub queries: TensorMap,
+        pub dy: TensorMap,
+        pub gradient: TensorMap,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionBackwardKv72 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.own),
+                Arg::Map(self.queries),
+                Arg::Map(self.dy),
+                Arg::Map(self.gradient),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_72, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_72, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_72_WIDE: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_72_wide", arch: 90 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_72_WIDE`].
+    pub struct AttentionBackwardKv72Wide {
+        pub own: TensorMap,
+        pub queries: TensorMap,
+        pub dy: TensorMap,
+        pub gradient: TensorMap,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionBackwardKv72Wide {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.own),
+                Arg::Map(self.queries),
+                Arg::Map(self.dy),
+                Arg::Map(self.gradient),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_72_WIDE, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_64", arch: 90 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64`].
+    pub struct AttentionBackwardKv64 {
+        pub own: TensorMap,
+        pub queries: TensorMap,
+        pub dy: TensorMap,
+        pub gradient: TensorMap,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionBackwardKv64 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.own),
+                Arg::Map(self.queries),
+                Arg::Map(self.dy),
+                Arg::Map(self.gradient),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192`].
+    pub struct AttentionForward72128x192 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192_EXACT: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_exact", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192_EXACT`].
+    pub struct AttentionForward72128x192Exact {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192Exact {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_EXACT, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192_WIDE: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_wide", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192_WIDE`].
+    pub struct AttentionForward72128x192Wide {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192Wide {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_WIDE, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192_CLUSTER2: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_cluster2", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192_CLUSTER2`].
+    pub struct AttentionForward72128x192Cluster2 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192Cluster2 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_CLUSTER2, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_192X112: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_192x112", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_192X112`].
+    pub struct AttentionForward72192x112 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72192x112 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_192X112, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X112, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X128`].
+    pub struct AttentionForward72128x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X128, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_64_128x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64_128X128`].
+    pub struct AttentionForward64128x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward64128x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64_128X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64_128X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64_128X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64_128X128, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_128_128x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128_128X128`].
+    pub struct AttentionForward128128x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward128128x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128_128X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128_128X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128_128X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128_128X128, element: element, shape, args: &args })
         }
     }
 }

@@ -67,6 +67,9 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "attention" => &[
             ("attention.cu", include_str!("attention/attention.cu")),
+            ("attention_backward_sm90.cu", include_str!("attention/attention_backward_sm90.cu")),
+            ("attention_sm90.cu", include_str!("attention/attention_sm90.cu")),
+            ("attention_sm90.cuh", include_str!("attention/attention_sm90.cuh")),
         ],
         "axpy" => &[
             ("axpy.cu", include_str!("axpy/axpy.cu")),

@@ -1,8 +1,10 @@
 //! Which kernel takes which shape; and the shapes of the attention family.
 
-use crate::generated::attention::{Dims, GpuBackward, GpuForward};
+use super::hopper;
+use crate::generated::attention::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
 use crate::launch::{Element, Queue, Shape};
 use crate::launchers::attention::{AttentionBackwardDelta, AttentionBackwardKv, AttentionBackwardQ, AttentionForward};
+use crate::ways::choose;
 
 /// Tokens that a block owns.
 const ROWS: usize = 64;
@@ -29,6 +31,12 @@ pub(crate) fn by_rows(rows: usize) -> Shape {
 /// # Errors
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
+    let way = choose(queue, T::TYPE, &a.dims, |way| {
+        way == ForwardWay::CudaCores || hopper::takes_forward(way, &a.dims, a.params.scale)
+    });
+    if way != ForwardWay::CudaCores {
+        return hopper::forward(queue, &a, way);
+    }
     let Dims { b, n, h, e } = a.dims;
     AttentionForward { qkv: a.qkv, y: a.y, lse: a.lse, n, h, e, scale: a.params.scale }
         .launch(queue, by_queries(n, b * h, e))
@@ -40,6 +48,12 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
 /// Those of the queue.
 pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Result<(), Q::Error> {
     let Some(dqkv) = a.dqkv else { return Ok(()) };
+    let way = choose(queue, T::TYPE, &a.dims, |way| {
+        way == BackwardWay::CudaCores || hopper::takes_backward(way, &a.dims, a.params.scale)
+    });
+    if way != BackwardWay::CudaCores {
+        return hopper::backward(queue, &a, dqkv, way);
+    }
     let (Dims { b, n, h, e }, scale) = (a.dims, a.params.scale);
     let rows = b * n * h;
     let (dy, qkv, lse, delta) = (a.dy, a.qkv, a.lse, queue.scratch::<f32>(rows)?);
