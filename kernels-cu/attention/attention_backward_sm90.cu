@@ -9,8 +9,8 @@
 // `attention_backward_q_*`: a block owns 128 queries, 64 for each of two warpgroups, and goes through the keys.
 // `attention_backward_kv_*`: a block owns 128 keys and goes through the queries; scores are taken transposed, so that
 // p and ds are where the left operand of the sums for dv and dk must be, in registers. Both: one producer thread, TMA
-// into a ring of stages; the second warp of the producer brings lse and delta of a stage, as +inf and 0 past the last
-// query, where p is then 0. All tiles are boxes of 16 columns: what is K-major for scores is MN-major for sums.
+// into a ring of stages; for keys, the second warp of the producer brings lse and delta of a stage's queries, as +inf
+// and 0 past the last, where p is then 0. All tiles are boxes of 16 columns: K-major for scores, MN-major for sums.
 //
 // Bound: tensor cores, seven products of 2·B·H·N²·E operations where one kernel with dq added by atomics has five, and
 // two exponentials a score; README.md has the model.
@@ -168,13 +168,15 @@ PTX_FN void sum_queries(const P& s, const TensorMap* gradient, int group, const 
             wgmma_wait<1>();
             wgmma_hold(p);
             if (j) release_stage(before);
-            // Keys past the last weigh nothing.
-            int last = n - j * kKeys - int(threadIdx.x % 4) * 2;
+            if (j == tiles - 1) {
+                // Keys past the last weigh nothing: theirs are zero, but the exponential of nothing may be infinite.
+                int last = n - j * kKeys - int(threadIdx.x % 4) * 2;
 #pragma unroll
-            for (int i = 0; i < kKeys / 2; i++) {
-                float x = ex2(fmaf(p[i], scale2, -base[i / 2 % 2]));
-                p[i] = i / 4 * 8 + i % 2 < last ? x : 0.0f;
+                for (int i = 0; i < kKeys / 2; i++)
+                    if (i / 4 * 8 + i % 2 >= last) p[i] = -INFINITY;
             }
+#pragma unroll
+            for (int i = 0; i < kKeys / 2; i++) p[i] = ex2(fmaf(p[i], scale2, -base[i / 2 % 2]));
             wgmma_wait_after<0>(s.floats + 4 * (threadIdx.x - 128), p[0] + p[kKeys / 2 - 1]);
             wgmma_hold(ds);
 #pragma unroll
@@ -212,6 +214,10 @@ PTX_FN void sum_keys(const P& s, const TensorMap* gradient, int group, int n, in
     REG(float, dv, [kColumns / 2]);
     REG(uint32_t, for_v, [kQueries / 16][4]);
     REG(uint32_t, for_k, [kQueries / 16][4]);
+    // The values that the block owns come from registers where there are enough: shared memory is nearly as busy as the
+    // tensor cores.
+    constexpr bool kHeld = kQueries <= 64;
+    REG(uint32_t, v, [P::H::kBoxes][4]);
     Ring ring;
     uint32_t own = 0;
     for (int unit = int(blockIdx.x); unit < units; unit += int(gridDim.x), own ^= 1) {
@@ -219,6 +225,7 @@ PTX_FN void sum_keys(const P& s, const TensorMap* gradient, int group, int n, in
 #pragma unroll
         for (int i = 0; i < kColumns / 2; i++) dk[i] = dv[i] = 0.0f;
         mbarrier_wait(s.own_full(), own);
+        if constexpr (kHeld) load_narrow<P::kWidth>(v, s.own(group, 1));
         uint32_t before = 0;
         for (int i = 0; i < tiles; i++) {
             uint32_t q = s.loaded(ring.stage, 0), dy = s.loaded(ring.stage, 1);
@@ -227,7 +234,10 @@ PTX_FN void sum_keys(const P& s, const TensorMap* gradient, int group, int n, in
             wgmma_fence();
             score_narrow<P::kWidth, kQueries>(p, s.own(group, 0), q);
             wgmma_commit();
-            score_narrow<P::kWidth, kQueries>(ds, s.own(group, 1), dy);
+            if constexpr (kHeld)
+                score_narrow<P::kWidth, kQueries>(ds, v, dy);
+            else
+                score_narrow<P::kWidth, kQueries>(ds, s.own(group, 1), dy);
             wgmma_commit();
             wgmma_wait<1>();
             wgmma_hold(p);
@@ -313,47 +323,47 @@ PTX_FN void backward(const Maps& m, const TensorMap* gradient, const float* lse,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_backward_q_72(const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap own_dy,
-                            const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap gradient,
-                            const float* lse, const float* delta, int n, int h, int samples, float scale) {
-    backward<Plan<72, 128, 2, false>, false>(Maps{{&own, &own_dy}, {&keys, &keys}, {0, -1}, {1, 2}}, &gradient, lse,
-                                            delta, n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_q_72(
+    const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap own_dy,
+    const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap gradient, const float* lse,
+    const float* delta, int n, int h, int samples, float scale) {
+    const Maps maps{{&own, &own_dy}, {&keys, &keys}, {0, -1}, {1, 2}};
+    backward<Plan<72, 128, 2, false>, false>(maps, &gradient, lse, delta, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_backward_q_72);
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_backward_q_64(const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap own_dy,
-                            const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap gradient,
-                            const float* lse, const float* delta, int n, int h, int samples, float scale) {
-    backward<Plan<64, 128, 2, false>, false>(Maps{{&own, &own_dy}, {&keys, &keys}, {0, -1}, {1, 2}}, &gradient, lse,
-                                            delta, n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_q_64(
+    const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap own_dy,
+    const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap gradient, const float* lse,
+    const float* delta, int n, int h, int samples, float scale) {
+    const Maps maps{{&own, &own_dy}, {&keys, &keys}, {0, -1}, {1, 2}};
+    backward<Plan<64, 128, 2, false>, false>(maps, &gradient, lse, delta, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_backward_q_64);
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_backward_kv_72(const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap queries,
-                             const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap gradient,
-                             const float* lse, const float* delta, int n, int h, int samples, float scale) {
-    backward<Plan<72, 64, 3, true>, true>(Maps{{&own, &own}, {&queries, &dy}, {1, 2}, {0, -1}}, &gradient, lse, delta,
-                                         n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_kv_72(
+    const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap queries,
+    const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap gradient, const float* lse,
+    const float* delta, int n, int h, int samples, float scale) {
+    const Maps maps{{&own, &own}, {&queries, &dy}, {1, 2}, {0, -1}};
+    backward<Plan<72, 64, 3, true>, true>(maps, &gradient, lse, delta, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_backward_kv_72);
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_backward_kv_72_wide(const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap queries,
-                                  const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap gradient,
-                                  const float* lse, const float* delta, int n, int h, int samples, float scale) {
-    backward<Plan<72, 80, 3, true>, true>(Maps{{&own, &own}, {&queries, &dy}, {1, 2}, {0, -1}}, &gradient, lse, delta,
-                                         n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_kv_72_wide(
+    const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap queries,
+    const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap gradient, const float* lse,
+    const float* delta, int n, int h, int samples, float scale) {
+    const Maps maps{{&own, &own}, {&queries, &dy}, {1, 2}, {0, -1}};
+    backward<Plan<72, 80, 3, true>, true>(maps, &gradient, lse, delta, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_backward_kv_72_wide);
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_backward_kv_64(const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap queries,
-                             const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap gradient,
-                             const float* lse, const float* delta, int n, int h, int samples, float scale) {
-    backward<Plan<64, 64, 3, true>, true>(Maps{{&own, &own}, {&queries, &dy}, {1, 2}, {0, -1}}, &gradient, lse, delta,
-                                         n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_kv_64(
+    const __grid_constant__ TensorMap own, const __grid_constant__ TensorMap queries,
+    const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap gradient, const float* lse,
+    const float* delta, int n, int h, int samples, float scale) {
+    const Maps maps{{&own, &own}, {&queries, &dy}, {1, 2}, {0, -1}};
+    backward<Plan<64, 64, 3, true>, true>(maps, &gradient, lse, delta, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_backward_kv_64);

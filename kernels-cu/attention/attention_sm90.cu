@@ -66,9 +66,11 @@ template <class P> PTX_FN Where place(int index, int n, int h, int rank) {
     return {(index % of_head * P::kCluster + rank) * P::kRows, head % h, head / h};
 }
 
-// Rows [token, token + kLoaded) of a tile of kRows rows at `to`, in boxes of kBoxBytes a row.
+// Loads the rows of a box of tile `tile` that are block `rank`'s to load, for all blocks of the cluster. Rows of the box
+// are kBoxBytes long; the box of all of them lies at `to`.
 template <class P, int kBoxBytes>
-PTX_FN void load_box(uint32_t to, const TensorMap* map, int column, int tile, int part, Where at, int rank, uint32_t full) {
+PTX_FN void load_box(uint32_t to, const TensorMap* map, int column, int tile, int part, Where at, int rank,
+                     uint32_t full) {
     const int c[5] = {column, tile * P::kKeys + rank * P::kLoaded, part, at.head, at.sample};
     uint32_t mine = to + uint32_t(rank * P::kLoaded * kBoxBytes);
     if constexpr (P::kCluster == 1)
@@ -100,7 +102,8 @@ template <class P> PTX_FN void produce(const P& s, const Maps& m, int n, int h, 
     for (int unit = int(blockIdx.x) / P::kCluster; unit < units; unit += int(gridDim.x) / P::kCluster) {
         Where at = place<P>(unit, n, h, s.rank);
         for (int j = tiles - 1; j >= 0; j--) {
-            uint32_t k = s.k(ring.stage), v = s.v(ring.stage), k_full = s.k_full(ring.stage), v_full = s.v_full(ring.stage);
+            uint32_t k = s.k(ring.stage), v = s.v(ring.stage);
+            uint32_t k_full = s.k_full(ring.stage), v_full = s.v_full(ring.stage);
             mbarrier_wait_cluster(s.k_empty(ring.stage), ring.parity ^ 1);
             mbarrier_arrive_expect_tx(k_full, P::kKBytes);
 #pragma unroll
@@ -288,74 +291,82 @@ template <class P> PTX_FN void attend(const Maps& m, float* lse, int n, int h, i
     if constexpr (P::kCluster > 1) cluster_sync();
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_forward_72_128x192(const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
-                                 const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
-                                 const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
-                                 const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
-    attend<Plan<72, 2, 192, 2, 32, 80, 1>>(Maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest}, lse, n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_72_128x192(
+    const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
+    const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
+    const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
+    const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
+    const Maps maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest};
+    attend<Plan<72, 2, 192, 2, 32, 80, 1>>(maps, lse, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_forward_72_128x192);
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_forward_72_128x192_exact(const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
-                                       const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
-                                       const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
-                                       const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
-    attend<Plan<72, 2, 192, 2, 32, 72, 1>>(Maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest}, lse, n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_72_128x192_exact(
+    const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
+    const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
+    const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
+    const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
+    const Maps maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest};
+    attend<Plan<72, 2, 192, 2, 32, 72, 1>>(maps, lse, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_forward_72_128x192_exact);
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_forward_72_128x192_wide(const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
-                                      const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
-                                      const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
-                                      const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
-    attend<Plan<72, 2, 192, 2, 128, 80, 1>>(Maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest}, lse, n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_72_128x192_wide(
+    const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
+    const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
+    const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
+    const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
+    const Maps maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest};
+    attend<Plan<72, 2, 192, 2, 128, 80, 1>>(maps, lse, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_forward_72_128x192_wide);
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_forward_72_128x192_cluster2(const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
-                                          const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
-                                          const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
-                                          const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
-    attend<Plan<72, 2, 192, 2, 32, 80, 2>>(Maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest}, lse, n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_72_128x192_cluster2(
+    const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
+    const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
+    const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
+    const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
+    const Maps maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest};
+    attend<Plan<72, 2, 192, 2, 32, 80, 2>>(maps, lse, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_forward_72_128x192_cluster2);
 
-extern "C" __global__ void __launch_bounds__(512, 1)
-    attention_forward_72_192x112(const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
-                                 const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
-                                 const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
-                                 const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
-    attend<Plan<72, 3, 112, 3, 32, 80, 1>>(Maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest}, lse, n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(512, 1) attention_forward_72_192x112(
+    const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
+    const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
+    const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
+    const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
+    const Maps maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest};
+    attend<Plan<72, 3, 112, 3, 32, 80, 1>>(maps, lse, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_forward_72_192x112);
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_forward_72_128x128(const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
-                                 const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
-                                 const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
-                                 const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
-    attend<Plan<72, 2, 128, 3, 32, 80, 1>>(Maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest}, lse, n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_72_128x128(
+    const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
+    const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
+    const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
+    const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
+    const Maps maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest};
+    attend<Plan<72, 2, 128, 3, 32, 80, 1>>(maps, lse, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_forward_72_128x128);
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_forward_64_128x128(const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
-                                 const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
-                                 const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
-                                 const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
-    attend<Plan<64, 2, 128, 3, 128, 64, 1>>(Maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest}, lse, n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_64_128x128(
+    const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
+    const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
+    const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
+    const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
+    const Maps maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest};
+    attend<Plan<64, 2, 128, 3, 128, 64, 1>>(maps, lse, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_forward_64_128x128);
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_forward_128_128x128(const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
-                                  const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
-                                  const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
-                                  const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
-    attend<Plan<128, 2, 128, 2, 128, 128, 1>>(Maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest}, lse, n, h, samples, scale);
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_128_128x128(
+    const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
+    const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
+    const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
+    const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
+    const Maps maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest};
+    attend<Plan<128, 2, 128, 2, 128, 128, 1>>(maps, lse, n, h, samples, scale);
 }
 KERNEL_EXPORT(attention_forward_128_128x128);

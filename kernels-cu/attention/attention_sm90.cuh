@@ -50,6 +50,22 @@ template <int kWidth, int kRows> PTX_FN void score_narrow(float (&d)[kRows / 2],
                               k != 0);
 }
 
+// The same where the 64 rows are in registers (load_narrow).
+template <int kWidth, int kRows>
+PTX_FN void score_narrow(float (&d)[kRows / 2], const uint32_t (&a)[Narrow<kWidth>::kBoxes][4], uint32_t b) {
+#pragma unroll
+    for (int k = 0; k < Narrow<kWidth>::kBoxes; k++)
+        wgmma_rs<bf16, kRows>(d, a[k], wgmma_desc(b + k * kRows * 32, 16, 256, 32), k != 0);
+}
+
+// A narrow tile of 64 rows as the left operand in registers.
+template <int kWidth> PTX_FN void load_narrow(uint32_t (&a)[Narrow<kWidth>::kBoxes][4], uint32_t tile) {
+    uint32_t lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    uint32_t at = tile + row * 32 + ((lane / 16) ^ (row / 4 % 2)) * 16;
+#pragma unroll
+    for (int k = 0; k < Narrow<kWidth>::kBoxes; k++) ldmatrix_x4(a[k], at + k * 64 * 32);
+}
+
 // d += weights·b over kRows tokens: b lies in boxes of kSwizzle / 2 columns, kColumns of which are summed.
 template <int kRows, int kColumns, int kSwizzle>
 PTX_FN void weigh(float (&d)[kColumns / 2], const uint32_t (&weights)[kRows / 16][4], uint32_t b) {
@@ -68,9 +84,10 @@ template <int kColumns> PTX_FN void pack_weights(uint32_t (&to)[kColumns / 16][4
         for (int i = 0; i < 4; i++) to[k][i] = pack<bf16>(d[8 * k + 2 * i], d[8 * k + 2 * i + 1]);
 }
 
-// Arrays of the named barriers: 0 is __syncthreads, then a turn for each warpgroup of sums, then one for its own use.
+// Named barriers: 0 is __syncthreads, then a turn for each warpgroup of sums, then one for its own use.
 constexpr int kTurn = 1, kOwn = 4;
 
+// Where a thread is in a ring of stages: a full barrier is waited for with `parity`, an empty one with the other.
 struct Ring {
     int stage = 0;
     uint32_t parity = 0;
@@ -97,7 +114,8 @@ PTX_FN float quad_max(float v PTX_AT) {
 
 // Rows g and g + 8 of a warpgroup's sums times `factor`, as bf16, to a tile of 64 rows at `to` in 64-column boxes and a
 // last one of 16 columns (kWide of the first), swizzled as the map of the store expects.
-template <int kWide, int kColumns> PTX_FN void put_tile(uint32_t to, const float (&d)[kColumns / 2], const float (&factor)[2]) {
+template <int kWide, int kColumns>
+PTX_FN void put_tile(uint32_t to, const float (&d)[kColumns / 2], const float (&factor)[2]) {
     int lane = int(threadIdx.x % 32), g = lane / 4, t = lane % 4, row = int(threadIdx.x % 128 / 32) * 16 + g;
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j++)

@@ -38,9 +38,7 @@ fn tile(way: ForwardWay, e: usize) -> Option<Tile> {
         (ForwardWay::Wgmma128x192Cluster2, 72) => Some(Tile { cluster: 2, ..of_72 }),
         (ForwardWay::Wgmma192x112, 72) => Some(Tile { groups: 3, keys: 112, stages: 3, ..of_72 }),
         (ForwardWay::Wgmma128x128, 72) => Some(Tile { keys: 128, stages: 3, ..of_72 }),
-        (ForwardWay::Wgmma128x128, 64) => {
-            Some(Tile { keys: 128, stages: 3, value_box: WIDE, values: 64, ..of_72 })
-        }
+        (ForwardWay::Wgmma128x128, 64) => Some(Tile { keys: 128, stages: 3, value_box: WIDE, values: 64, ..of_72 }),
         (ForwardWay::Wgmma128x128, 128) => Some(Tile { keys: 128, value_box: WIDE, values: 128, ..of_72 }),
         _ => None,
     }
