@@ -309,6 +309,7 @@ PTX_FN void backward(const Maps& m, const TensorMap* gradient, const float* lse,
         fence_mbarrier_init();
     }
     __syncthreads();
+    wait_for_previous();
     if (group == 0) {
         setmaxnreg_dec<40>();
         int warp = int(threadIdx.x / 32);

@@ -280,6 +280,7 @@ template <class P> PTX_FN void attend(const Maps& m, float* lse, int n, int h, i
         __syncthreads();
     else
         cluster_sync();
+    wait_for_previous();
     if (group == 0) {
         setmaxnreg_dec<P::kProducer>();
         if (threadIdx.x < 32 && elect_one()) produce(s, m, n, h, units);
@@ -288,7 +289,10 @@ template <class P> PTX_FN void attend(const Maps& m, float* lse, int n, int h, i
         consume(s, m, group - 1, lse, n, h, units, scale);
     }
     // A block may not go while another still loads into its memory or arrives at its barriers.
-    if constexpr (P::kCluster > 1) cluster_sync();
+    if constexpr (P::kCluster > 1) {
+        __syncwarp();
+        cluster_sync();
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_72_128x192(
