@@ -16,28 +16,19 @@ pub const KERNELS: &[&Kernel] = &[
     &attention::ATTENTION_BACKWARD_DELTA,
     &attention::ATTENTION_BACKWARD_Q,
     &attention::ATTENTION_BACKWARD_KV,
-    &attention::ATTENTION_FORWARD_128X64_E64,
-    &attention::ATTENTION_FORWARD_128X64_E72,
-    &attention::ATTENTION_FORWARD_128X64_E80,
-    &attention::ATTENTION_FORWARD_128X64_E96,
-    &attention::ATTENTION_FORWARD_128X64_E128,
-    &attention::ATTENTION_FORWARD_64X64_E32,
-    &attention::ATTENTION_FORWARD_64X64_E64,
-    &attention::ATTENTION_FORWARD_64X64_E72,
-    &attention::ATTENTION_FORWARD_64X64_E96,
-    &attention::ATTENTION_FORWARD_64X64_E128,
-    &attention::ATTENTION_FORWARD_WHOLE_E64,
-    &attention::ATTENTION_FORWARD_WHOLE_E72,
-    &attention::ATTENTION_BACKWARD_Q_64X64_E32,
-    &attention::ATTENTION_BACKWARD_KV_64X64_E32,
-    &attention::ATTENTION_BACKWARD_Q_64X64_E64,
-    &attention::ATTENTION_BACKWARD_KV_64X64_E64,
-    &attention::ATTENTION_BACKWARD_Q_64X64_E72,
-    &attention::ATTENTION_BACKWARD_KV_64X64_E72,
-    &attention::ATTENTION_BACKWARD_Q_64X64_E96,
-    &attention::ATTENTION_BACKWARD_KV_64X64_E96,
-    &attention::ATTENTION_BACKWARD_Q_64X64_E128,
-    &attention::ATTENTION_BACKWARD_KV_64X64_E128,
+    &attention::ATTENTION_BACKWARD_Q_72,
+    &attention::ATTENTION_BACKWARD_Q_64,
+    &attention::ATTENTION_BACKWARD_KV_72,
+    &attention::ATTENTION_BACKWARD_KV_72_WIDE,
+    &attention::ATTENTION_BACKWARD_KV_64,
+    &attention::ATTENTION_FORWARD_72_128X192,
+    &attention::ATTENTION_FORWARD_72_128X192_EXACT,
+    &attention::ATTENTION_FORWARD_72_128X192_WIDE,
+    &attention::ATTENTION_FORWARD_72_128X192_CLUSTER2,
+    &attention::ATTENTION_FORWARD_72_192X112,
+    &attention::ATTENTION_FORWARD_72_128X128,
+    &attention::ATTENTION_FORWARD_64_128X128,
+    &attention::ATTENTION_FORWARD_128_128X128,
     &axpy::AXPY_FORWARD,
     &branch_deltas::BRANCH_DELTAS_FORWARD,
     &branch_deltas::BRANCH_DELTAS_FORWARD_ANY,
@@ -58,21 +49,6 @@ pub const KERNELS: &[&Kernel] = &[
     &cross_attention::CROSS_ATTENTION_BACKWARD_DELTA,
     &cross_attention::CROSS_ATTENTION_BACKWARD_Q,
     &cross_attention::CROSS_ATTENTION_BACKWARD_KV,
-    &cross_attention::CROSS_ATTENTION_FORWARD_RESIDENT_E64,
-    &cross_attention::CROSS_ATTENTION_FORWARD_RESIDENT_E72,
-    &cross_attention::CROSS_ATTENTION_FORWARD_RESIDENT_E128,
-    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E32,
-    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E32,
-    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E32,
-    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E64,
-    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E64,
-    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E64,
-    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E72,
-    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E72,
-    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E72,
-    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E128,
-    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E128,
-    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E128,
     &cross_entropy::CROSS_ENTROPY_ROWS,
     &cross_entropy::CROSS_ENTROPY_FINISH,
     &cross_entropy::CROSS_ENTROPY_BACKWARD,
@@ -135,26 +111,6 @@ pub const KERNELS: &[&Kernel] = &[
     &gemm::GEMM_BACKWARD_COLUMNS,
     &gemm::GEMM_BACKWARD_GATE,
     &gemm::GEMM_BACKWARD_POS,
-    &gemm::GEMM_MMA_128X128,
-    &gemm::GEMM_MMA_128X64,
-    &gemm::GEMM_FINISH,
-    &gemm::GEMM_MMA_128X128_X,
-    &gemm::GEMM_MMA_128X64_X,
-    &gemm::GEMM_MMA_128X128_W,
-    &gemm::GEMM_MMA_128X64_W,
-    &gemm::GEMM_BACKWARD_U8,
-    &gemm::GEMM_WGMMA_128X256,
-    &gemm::GEMM_WGMMA_128X192,
-    &gemm::GEMM_WGMMA_256X192,
-    &gemm::GEMM_WGMMA_128X128,
-    &gemm::GEMM_WGMMA_128X192_X,
-    &gemm::GEMM_WGMMA_128X192_W,
-    &gemm::GEMM_WGMMA_128X128_X,
-    &gemm::GEMM_WGMMA_128X128_W,
-    &gemm_fp8::GEMM_FP8_ROUND,
-    &gemm_fp8::GEMM_FP8_FORWARD,
-    &gemm_fp8::GEMM_FP8_ROUND_SM90,
-    &gemm_fp8::GEMM_FP8_WGMMA_128X192,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS_ANY,
     &group_norm_silu::GROUP_NORM_SILU_STATISTICS,
@@ -217,18 +173,6 @@ pub const KERNELS: &[&Kernel] = &[
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128,
-    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128,
     &patchify::PATCHIFY_FORWARD,
     &patchify::PATCHIFY_BACKWARD,
     &philox::PHILOX_FORWARD,
@@ -244,18 +188,6 @@ pub const KERNELS: &[&Kernel] = &[
     &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV,
     &relative_attention::RELATIVE_ATTENTION_BACKWARD_DISTANCES,
     &relative_attention::RELATIVE_ATTENTION_BACKWARD_BIAS,
-    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E32,
-    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32,
-    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32,
-    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E64,
-    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64,
-    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64,
-    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E72,
-    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72,
-    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72,
-    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E128,
-    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128,
-    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128,
     &rms_norm::RMS_NORM_FORWARD,
     &rms_norm::RMS_NORM_FORWARD_WIDE,
     &rms_norm::RMS_NORM_FORWARD_ANY,
@@ -279,24 +211,6 @@ pub const KERNELS: &[&Kernel] = &[
     &window_attention::WINDOW_ATTENTION_BACKWARD_DELTA,
     &window_attention::WINDOW_ATTENTION_BACKWARD_Q,
     &window_attention::WINDOW_ATTENTION_BACKWARD_KV,
-    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E32,
-    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E32,
-    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E32,
-    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E64,
-    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E64,
-    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E64,
-    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E72,
-    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E72,
-    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E72,
-    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E128,
-    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E128,
-    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E128,
-    &window_attention::WINDOW_ATTENTION_FORWARD_RING32_E32,
-    &window_attention::WINDOW_ATTENTION_FORWARD_RING32_E64,
-    &window_attention::WINDOW_ATTENTION_FORWARD_RING32_E72,
-    &window_attention::WINDOW_ATTENTION_FORWARD_RING80_E32,
-    &window_attention::WINDOW_ATTENTION_FORWARD_RING80_E64,
-    &window_attention::WINDOW_ATTENTION_FORWARD_RING80_E72,
 ];
 
 /// Kernels that show what single instructions do.
@@ -579,669 +493,477 @@ pub mod attention {
         }
     }
 
-    pub const ATTENTION_FORWARD_128X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e64", arch: 80 };
+    pub const ATTENTION_BACKWARD_Q_72: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_q_72", arch: 90 };
 
-    /// Arguments of [`ATTENTION_FORWARD_128X64_E64`].
-    pub struct AttentionForward128x64E64<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForward128x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_128X64_E64, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_128X64_E64, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_128X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_128X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e72", arch: 80 };
-
-    /// Arguments of [`ATTENTION_FORWARD_128X64_E72`].
-    pub struct AttentionForward128x64E72<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForward128x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_128X64_E72, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_128X64_E72, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_128X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_128X64_E80: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e80", arch: 80 };
-
-    /// Arguments of [`ATTENTION_FORWARD_128X64_E80`].
-    pub struct AttentionForward128x64E80<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForward128x64E80<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_128X64_E80, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_128X64_E80, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_128X64_E80, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E80, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_128X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e96", arch: 80 };
-
-    /// Arguments of [`ATTENTION_FORWARD_128X64_E96`].
-    pub struct AttentionForward128x64E96<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForward128x64E96<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_128X64_E96, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_128X64_E96, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_128X64_E96, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E96, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_128X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e128", arch: 80 };
-
-    /// Arguments of [`ATTENTION_FORWARD_128X64_E128`].
-    pub struct AttentionForward128x64E128<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForward128x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_128X64_E128, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_128X64_E128, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_128X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e32", arch: 80 };
-
-    /// Arguments of [`ATTENTION_FORWARD_64X64_E32`].
-    pub struct AttentionForward64x64E32<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForward64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e64", arch: 80 };
-
-    /// Arguments of [`ATTENTION_FORWARD_64X64_E64`].
-    pub struct AttentionForward64x64E64<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForward64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e72", arch: 80 };
-
-    /// Arguments of [`ATTENTION_FORWARD_64X64_E72`].
-    pub struct AttentionForward64x64E72<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForward64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_64X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e96", arch: 80 };
-
-    /// Arguments of [`ATTENTION_FORWARD_64X64_E96`].
-    pub struct AttentionForward64x64E96<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForward64x64E96<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_64X64_E96, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_64X64_E96, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_64X64_E96, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E96, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e128", arch: 80 };
-
-    /// Arguments of [`ATTENTION_FORWARD_64X64_E128`].
-    pub struct AttentionForward64x64E128<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForward64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_WHOLE_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_whole_e64", arch: 80 };
-
-    /// Arguments of [`ATTENTION_FORWARD_WHOLE_E64`].
-    pub struct AttentionForwardWholeE64<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForwardWholeE64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_WHOLE_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_whole_e72", arch: 80 };
-
-    /// Arguments of [`ATTENTION_FORWARD_WHOLE_E72`].
-    pub struct AttentionForwardWholeE72<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionForwardWholeE72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e32", arch: 80 };
-
-    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E32`].
-    pub struct AttentionBackwardQ64x64E32<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionBackwardQ64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e32", arch: 80 };
-
-    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E32`].
-    pub struct AttentionBackwardKv64x64E32<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
+    /// Arguments of [`ATTENTION_BACKWARD_Q_72`].
+    pub struct AttentionBackwardQ72 {
+        pub own: TensorMap,
+        pub own_dy: TensorMap,
+        pub keys: TensorMap,
+        pub gradient: TensorMap,
         pub lse: In<f32>,
         pub delta: In<f32>,
-        pub dqkv: Out<T>,
         pub n: usize,
         pub h: usize,
-        pub e: usize,
+        pub samples: usize,
         pub scale: f32,
     }
 
-    impl<T: Element> AttentionBackwardKv64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+    impl AttentionBackwardQ72 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
             let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
+                Arg::Map(self.own),
+                Arg::Map(self.own_dy),
+                Arg::Map(self.keys),
+                Arg::Map(self.gradient),
                 Arg::Address(self.lse.address()),
                 Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
+                int(queue, &ATTENTION_BACKWARD_Q_72, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_72, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_72, "samples", self.samples)?,
                 Arg::F32(self.scale),
             ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_72, element: element, shape, args: &args })
         }
     }
 
-    pub const ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e64", arch: 80 };
+    pub const ATTENTION_BACKWARD_Q_64: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_q_64", arch: 90 };
 
-    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E64`].
-    pub struct AttentionBackwardQ64x64E64<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionBackwardQ64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e64", arch: 80 };
-
-    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E64`].
-    pub struct AttentionBackwardKv64x64E64<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64`].
+    pub struct AttentionBackwardQ64 {
+        pub own: TensorMap,
+        pub own_dy: TensorMap,
+        pub keys: TensorMap,
+        pub gradient: TensorMap,
         pub lse: In<f32>,
         pub delta: In<f32>,
-        pub dqkv: Out<T>,
         pub n: usize,
         pub h: usize,
-        pub e: usize,
+        pub samples: usize,
         pub scale: f32,
     }
 
-    impl<T: Element> AttentionBackwardKv64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+    impl AttentionBackwardQ64 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
             let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
+                Arg::Map(self.own),
+                Arg::Map(self.own_dy),
+                Arg::Map(self.keys),
+                Arg::Map(self.gradient),
                 Arg::Address(self.lse.address()),
                 Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64, "samples", self.samples)?,
                 Arg::F32(self.scale),
             ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64, element: element, shape, args: &args })
         }
     }
 
-    pub const ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e72", arch: 80 };
+    pub const ATTENTION_BACKWARD_KV_72: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_72", arch: 90 };
 
-    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E72`].
-    pub struct AttentionBackwardQ64x64E72<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionBackwardQ64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e72", arch: 80 };
-
-    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E72`].
-    pub struct AttentionBackwardKv64x64E72<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
+    /// Arguments of [`ATTENTION_BACKWARD_KV_72`].
+    pub struct AttentionBackwardKv72 {
+        pub own: TensorMap,
+        pub queries: TensorMap,
+        pub dy: TensorMap,
+        pub gradient: TensorMap,
         pub lse: In<f32>,
         pub delta: In<f32>,
-        pub dqkv: Out<T>,
         pub n: usize,
         pub h: usize,
-        pub e: usize,
+        pub samples: usize,
         pub scale: f32,
     }
 
-    impl<T: Element> AttentionBackwardKv64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+    impl AttentionBackwardKv72 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
             let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
+                Arg::Map(self.own),
+                Arg::Map(self.queries),
+                Arg::Map(self.dy),
+                Arg::Map(self.gradient),
                 Arg::Address(self.lse.address()),
                 Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72, "samples", self.samples)?,
                 Arg::F32(self.scale),
             ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_72, element: element, shape, args: &args })
         }
     }
 
-    pub const ATTENTION_BACKWARD_Q_64X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e96", arch: 80 };
+    pub const ATTENTION_BACKWARD_KV_72_WIDE: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_72_wide", arch: 90 };
 
-    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E96`].
-    pub struct AttentionBackwardQ64x64E96<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionBackwardQ64x64E96<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E96, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E96, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E96, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E96, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_BACKWARD_KV_64X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e96", arch: 80 };
-
-    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E96`].
-    pub struct AttentionBackwardKv64x64E96<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
+    /// Arguments of [`ATTENTION_BACKWARD_KV_72_WIDE`].
+    pub struct AttentionBackwardKv72Wide {
+        pub own: TensorMap,
+        pub queries: TensorMap,
+        pub dy: TensorMap,
+        pub gradient: TensorMap,
         pub lse: In<f32>,
         pub delta: In<f32>,
-        pub dqkv: Out<T>,
         pub n: usize,
         pub h: usize,
-        pub e: usize,
+        pub samples: usize,
         pub scale: f32,
     }
 
-    impl<T: Element> AttentionBackwardKv64x64E96<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+    impl AttentionBackwardKv72Wide {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
             let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
+                Arg::Map(self.own),
+                Arg::Map(self.queries),
+                Arg::Map(self.dy),
+                Arg::Map(self.gradient),
                 Arg::Address(self.lse.address()),
                 Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E96, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E96, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E96, "e", self.e)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "samples", self.samples)?,
                 Arg::F32(self.scale),
             ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E96, element: T::TYPE, shape, args: &args })
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_72_WIDE, element: element, shape, args: &args })
         }
     }
 
-    pub const ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e128", arch: 80 };
+    pub const ATTENTION_BACKWARD_KV_64: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_64", arch: 90 };
 
-    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E128`].
-    pub struct AttentionBackwardQ64x64E128<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> AttentionBackwardQ64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e128", arch: 80 };
-
-    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E128`].
-    pub struct AttentionBackwardKv64x64E128<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64`].
+    pub struct AttentionBackwardKv64 {
+        pub own: TensorMap,
+        pub queries: TensorMap,
+        pub dy: TensorMap,
+        pub gradient: TensorMap,
         pub lse: In<f32>,
         pub delta: In<f32>,
-        pub dqkv: Out<T>,
         pub n: usize,
         pub h: usize,
-        pub e: usize,
+        pub samples: usize,
         pub scale: f32,
     }
 
-    impl<T: Element> AttentionBackwardKv64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+    impl AttentionBackwardKv64 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
             let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
+                Arg::Map(self.own),
+                Arg::Map(self.queries),
+                Arg::Map(self.dy),
+                Arg::Map(self.gradient),
                 Arg::Address(self.lse.address()),
                 Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64, "samples", self.samples)?,
                 Arg::F32(self.scale),
             ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192`].
+    pub struct AttentionForward72128x192 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192_EXACT: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_exact", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192_EXACT`].
+    pub struct AttentionForward72128x192Exact {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192Exact {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_EXACT, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192_WIDE: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_wide", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192_WIDE`].
+    pub struct AttentionForward72128x192Wide {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192Wide {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_WIDE, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192_CLUSTER2: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_cluster2", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192_CLUSTER2`].
+    pub struct AttentionForward72128x192Cluster2 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192Cluster2 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_CLUSTER2, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_192X112: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_192x112", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_192X112`].
+    pub struct AttentionForward72192x112 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72192x112 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_192X112, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X112, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X128`].
+    pub struct AttentionForward72128x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X128, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_64_128x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64_128X128`].
+    pub struct AttentionForward64128x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward64128x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64_128X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64_128X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64_128X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64_128X128, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_128_128x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128_128X128`].
+    pub struct AttentionForward128128x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward128128x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128_128X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128_128X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128_128X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128_128X128, element: element, shape, args: &args })
         }
     }
 }
@@ -1933,586 +1655,6 @@ pub mod cross_attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_FORWARD_RESIDENT_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_resident_e64", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_FORWARD_RESIDENT_E64`].
-    pub struct CrossAttentionForwardResidentE64<T> {
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionForwardResidentE64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_FORWARD_RESIDENT_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_resident_e72", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_FORWARD_RESIDENT_E72`].
-    pub struct CrossAttentionForwardResidentE72<T> {
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionForwardResidentE72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_FORWARD_RESIDENT_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_resident_e128", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_FORWARD_RESIDENT_E128`].
-    pub struct CrossAttentionForwardResidentE128<T> {
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionForwardResidentE128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e32", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E32`].
-    pub struct CrossAttentionForward64x64E32<T> {
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionForward64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e32", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E32`].
-    pub struct CrossAttentionBackwardQ64x64E32<T> {
-        pub dy: In<T>,
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dq: Out<T>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionBackwardQ64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dq.address()),
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e32", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E32`].
-    pub struct CrossAttentionBackwardKv64x64E32<T> {
-        pub dy: In<T>,
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dkv: Out<T>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionBackwardKv64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dkv.address()),
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e64", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E64`].
-    pub struct CrossAttentionForward64x64E64<T> {
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionForward64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e64", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E64`].
-    pub struct CrossAttentionBackwardQ64x64E64<T> {
-        pub dy: In<T>,
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dq: Out<T>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionBackwardQ64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dq.address()),
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e64", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E64`].
-    pub struct CrossAttentionBackwardKv64x64E64<T> {
-        pub dy: In<T>,
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dkv: Out<T>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionBackwardKv64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dkv.address()),
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e72", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E72`].
-    pub struct CrossAttentionForward64x64E72<T> {
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionForward64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e72", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E72`].
-    pub struct CrossAttentionBackwardQ64x64E72<T> {
-        pub dy: In<T>,
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dq: Out<T>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionBackwardQ64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dq.address()),
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e72", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E72`].
-    pub struct CrossAttentionBackwardKv64x64E72<T> {
-        pub dy: In<T>,
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dkv: Out<T>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionBackwardKv64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dkv.address()),
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e128", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E128`].
-    pub struct CrossAttentionForward64x64E128<T> {
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionForward64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e128", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E128`].
-    pub struct CrossAttentionBackwardQ64x64E128<T> {
-        pub dy: In<T>,
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dq: Out<T>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionBackwardQ64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dq.address()),
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e128", arch: 80 };
-
-    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E128`].
-    pub struct CrossAttentionBackwardKv64x64E128<T> {
-        pub dy: In<T>,
-        pub q: In<T>,
-        pub kv: In<T>,
-        pub counts: In<i32>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dkv: Out<T>,
-        pub n: usize,
-        pub m: usize,
-        pub r: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> CrossAttentionBackwardKv64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.q.address()),
-                Arg::Address(self.kv.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dkv.address()),
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "m", self.m)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "r", self.r)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
-                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -4657,773 +3799,6 @@ pub mod gemm {
             queue.launch(&Launch { kernel: &GEMM_BACKWARD_POS, element: T::TYPE, shape, args: &args })
         }
     }
-
-    pub const GEMM_MMA_128X128: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x128", arch: 80 };
-
-    /// Arguments of [`GEMM_MMA_128X128`].
-    pub struct GemmMma128x128<T> {
-        pub x: In<T>,
-        pub w: In<T>,
-        pub bias: In<T>,
-        pub pos: In<T>,
-        pub gate: In<T>,
-        pub residual: In<T>,
-        pub y: Out<T>,
-        pub pre: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub n: usize,
-        pub k: usize,
-        pub f: usize,
-        pub c: usize,
-        pub gate_row: usize,
-        pub act: usize,
-        pub part: usize,
-    }
-
-    impl<T: Element> GemmMma128x128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.x.address()),
-                Arg::Address(self.w.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.pos.address()),
-                Arg::Address(self.gate.address()),
-                Arg::Address(self.residual.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.pre.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_MMA_128X128, "rows", self.rows)?,
-                int(queue, &GEMM_MMA_128X128, "n", self.n)?,
-                int(queue, &GEMM_MMA_128X128, "k", self.k)?,
-                int(queue, &GEMM_MMA_128X128, "f", self.f)?,
-                int(queue, &GEMM_MMA_128X128, "c", self.c)?,
-                int(queue, &GEMM_MMA_128X128, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_MMA_128X128, "act", self.act)?,
-                int(queue, &GEMM_MMA_128X128, "part", self.part)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_MMA_128X128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_MMA_128X64: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x64", arch: 80 };
-
-    /// Arguments of [`GEMM_MMA_128X64`].
-    pub struct GemmMma128x64<T> {
-        pub x: In<T>,
-        pub w: In<T>,
-        pub bias: In<T>,
-        pub pos: In<T>,
-        pub gate: In<T>,
-        pub residual: In<T>,
-        pub y: Out<T>,
-        pub pre: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub n: usize,
-        pub k: usize,
-        pub f: usize,
-        pub c: usize,
-        pub gate_row: usize,
-        pub act: usize,
-        pub part: usize,
-    }
-
-    impl<T: Element> GemmMma128x64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.x.address()),
-                Arg::Address(self.w.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.pos.address()),
-                Arg::Address(self.gate.address()),
-                Arg::Address(self.residual.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.pre.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_MMA_128X64, "rows", self.rows)?,
-                int(queue, &GEMM_MMA_128X64, "n", self.n)?,
-                int(queue, &GEMM_MMA_128X64, "k", self.k)?,
-                int(queue, &GEMM_MMA_128X64, "f", self.f)?,
-                int(queue, &GEMM_MMA_128X64, "c", self.c)?,
-                int(queue, &GEMM_MMA_128X64, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_MMA_128X64, "act", self.act)?,
-                int(queue, &GEMM_MMA_128X64, "part", self.part)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_MMA_128X64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_FINISH: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_finish", arch: 80 };
-
-    /// Arguments of [`GEMM_FINISH`].
-    pub struct GemmFinish<T> {
-        pub partials: In<f32>,
-        pub bias: In<T>,
-        pub pos: In<T>,
-        pub gate: In<T>,
-        pub residual: In<T>,
-        pub y: Out<T>,
-        pub pre: Out<T>,
-        pub rows: usize,
-        pub n: usize,
-        pub f: usize,
-        pub c: usize,
-        pub gate_row: usize,
-        pub act: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> GemmFinish<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.partials.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.pos.address()),
-                Arg::Address(self.gate.address()),
-                Arg::Address(self.residual.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.pre.address()),
-                int(queue, &GEMM_FINISH, "rows", self.rows)?,
-                int(queue, &GEMM_FINISH, "n", self.n)?,
-                int(queue, &GEMM_FINISH, "f", self.f)?,
-                int(queue, &GEMM_FINISH, "c", self.c)?,
-                int(queue, &GEMM_FINISH, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_FINISH, "act", self.act)?,
-                int(queue, &GEMM_FINISH, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_FINISH, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_MMA_128X128_X: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x128_x", arch: 80 };
-
-    /// Arguments of [`GEMM_MMA_128X128_X`].
-    pub struct GemmMma128x128X<T> {
-        pub du: In<T>,
-        pub w: In<T>,
-        pub dx: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub k: usize,
-        pub f: usize,
-        pub part: usize,
-    }
-
-    impl<T: Element> GemmMma128x128X<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.du.address()),
-                Arg::Address(self.w.address()),
-                Arg::Address(self.dx.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_MMA_128X128_X, "rows", self.rows)?,
-                int(queue, &GEMM_MMA_128X128_X, "k", self.k)?,
-                int(queue, &GEMM_MMA_128X128_X, "f", self.f)?,
-                int(queue, &GEMM_MMA_128X128_X, "part", self.part)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_MMA_128X128_X, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_MMA_128X64_X: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x64_x", arch: 80 };
-
-    /// Arguments of [`GEMM_MMA_128X64_X`].
-    pub struct GemmMma128x64X<T> {
-        pub du: In<T>,
-        pub w: In<T>,
-        pub dx: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub k: usize,
-        pub f: usize,
-        pub part: usize,
-    }
-
-    impl<T: Element> GemmMma128x64X<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.du.address()),
-                Arg::Address(self.w.address()),
-                Arg::Address(self.dx.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_MMA_128X64_X, "rows", self.rows)?,
-                int(queue, &GEMM_MMA_128X64_X, "k", self.k)?,
-                int(queue, &GEMM_MMA_128X64_X, "f", self.f)?,
-                int(queue, &GEMM_MMA_128X64_X, "part", self.part)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_MMA_128X64_X, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_MMA_128X128_W: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x128_w", arch: 80 };
-
-    /// Arguments of [`GEMM_MMA_128X128_W`].
-    pub struct GemmMma128x128W<T> {
-        pub du: In<T>,
-        pub x: In<T>,
-        pub dw: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub k: usize,
-        pub f: usize,
-        pub part: usize,
-    }
-
-    impl<T: Element> GemmMma128x128W<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.du.address()),
-                Arg::Address(self.x.address()),
-                Arg::Address(self.dw.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_MMA_128X128_W, "rows", self.rows)?,
-                int(queue, &GEMM_MMA_128X128_W, "k", self.k)?,
-                int(queue, &GEMM_MMA_128X128_W, "f", self.f)?,
-                int(queue, &GEMM_MMA_128X128_W, "part", self.part)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_MMA_128X128_W, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_MMA_128X64_W: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x64_w", arch: 80 };
-
-    /// Arguments of [`GEMM_MMA_128X64_W`].
-    pub struct GemmMma128x64W<T> {
-        pub du: In<T>,
-        pub x: In<T>,
-        pub dw: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub k: usize,
-        pub f: usize,
-        pub part: usize,
-    }
-
-    impl<T: Element> GemmMma128x64W<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.du.address()),
-                Arg::Address(self.x.address()),
-                Arg::Address(self.dw.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_MMA_128X64_W, "rows", self.rows)?,
-                int(queue, &GEMM_MMA_128X64_W, "k", self.k)?,
-                int(queue, &GEMM_MMA_128X64_W, "f", self.f)?,
-                int(queue, &GEMM_MMA_128X64_W, "part", self.part)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_MMA_128X64_W, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_BACKWARD_U8: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_backward_u8", arch: 80 };
-
-    /// Arguments of [`GEMM_BACKWARD_U8`].
-    pub struct GemmBackwardU8<T> {
-        pub dy: In<T>,
-        pub pre: In<T>,
-        pub gate: In<T>,
-        pub du: Out<T>,
-        pub rows: usize,
-        pub n: usize,
-        pub f: usize,
-        pub c: usize,
-        pub gate_row: usize,
-        pub act: usize,
-    }
-
-    impl<T: Element> GemmBackwardU8<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.pre.address()),
-                Arg::Address(self.gate.address()),
-                Arg::Address(self.du.address()),
-                int(queue, &GEMM_BACKWARD_U8, "rows", self.rows)?,
-                int(queue, &GEMM_BACKWARD_U8, "n", self.n)?,
-                int(queue, &GEMM_BACKWARD_U8, "f", self.f)?,
-                int(queue, &GEMM_BACKWARD_U8, "c", self.c)?,
-                int(queue, &GEMM_BACKWARD_U8, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_BACKWARD_U8, "act", self.act)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_BACKWARD_U8, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_WGMMA_128X256: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x256", arch: 90 };
-
-    /// Arguments of [`GEMM_WGMMA_128X256`].
-    pub struct GemmWgmma128x256<T> {
-        pub x: TensorMap,
-        pub w: TensorMap,
-        pub bias: In<T>,
-        pub pos: In<T>,
-        pub gate: In<T>,
-        pub residual: In<T>,
-        pub y: Out<T>,
-        pub pre: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub n: usize,
-        pub k: usize,
-        pub f: usize,
-        pub c: usize,
-        pub gate_row: usize,
-        pub act: usize,
-        pub part: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> GemmWgmma128x256<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.x),
-                Arg::Map(self.w),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.pos.address()),
-                Arg::Address(self.gate.address()),
-                Arg::Address(self.residual.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.pre.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_WGMMA_128X256, "rows", self.rows)?,
-                int(queue, &GEMM_WGMMA_128X256, "n", self.n)?,
-                int(queue, &GEMM_WGMMA_128X256, "k", self.k)?,
-                int(queue, &GEMM_WGMMA_128X256, "f", self.f)?,
-                int(queue, &GEMM_WGMMA_128X256, "c", self.c)?,
-                int(queue, &GEMM_WGMMA_128X256, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_WGMMA_128X256, "act", self.act)?,
-                int(queue, &GEMM_WGMMA_128X256, "part", self.part)?,
-                int(queue, &GEMM_WGMMA_128X256, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X256, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_WGMMA_128X192: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x192", arch: 90 };
-
-    /// Arguments of [`GEMM_WGMMA_128X192`].
-    pub struct GemmWgmma128x192<T> {
-        pub x: TensorMap,
-        pub w: TensorMap,
-        pub bias: In<T>,
-        pub pos: In<T>,
-        pub gate: In<T>,
-        pub residual: In<T>,
-        pub y: Out<T>,
-        pub pre: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub n: usize,
-        pub k: usize,
-        pub f: usize,
-        pub c: usize,
-        pub gate_row: usize,
-        pub act: usize,
-        pub part: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> GemmWgmma128x192<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.x),
-                Arg::Map(self.w),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.pos.address()),
-                Arg::Address(self.gate.address()),
-                Arg::Address(self.residual.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.pre.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_WGMMA_128X192, "rows", self.rows)?,
-                int(queue, &GEMM_WGMMA_128X192, "n", self.n)?,
-                int(queue, &GEMM_WGMMA_128X192, "k", self.k)?,
-                int(queue, &GEMM_WGMMA_128X192, "f", self.f)?,
-                int(queue, &GEMM_WGMMA_128X192, "c", self.c)?,
-                int(queue, &GEMM_WGMMA_128X192, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_WGMMA_128X192, "act", self.act)?,
-                int(queue, &GEMM_WGMMA_128X192, "part", self.part)?,
-                int(queue, &GEMM_WGMMA_128X192, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X192, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_WGMMA_256X192: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_256x192", arch: 90 };
-
-    /// Arguments of [`GEMM_WGMMA_256X192`].
-    pub struct GemmWgmma256x192<T> {
-        pub x: TensorMap,
-        pub w: TensorMap,
-        pub bias: In<T>,
-        pub pos: In<T>,
-        pub gate: In<T>,
-        pub residual: In<T>,
-        pub y: Out<T>,
-        pub pre: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub n: usize,
-        pub k: usize,
-        pub f: usize,
-        pub c: usize,
-        pub gate_row: usize,
-        pub act: usize,
-        pub part: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> GemmWgmma256x192<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.x),
-                Arg::Map(self.w),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.pos.address()),
-                Arg::Address(self.gate.address()),
-                Arg::Address(self.residual.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.pre.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_WGMMA_256X192, "rows", self.rows)?,
-                int(queue, &GEMM_WGMMA_256X192, "n", self.n)?,
-                int(queue, &GEMM_WGMMA_256X192, "k", self.k)?,
-                int(queue, &GEMM_WGMMA_256X192, "f", self.f)?,
-                int(queue, &GEMM_WGMMA_256X192, "c", self.c)?,
-                int(queue, &GEMM_WGMMA_256X192, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_WGMMA_256X192, "act", self.act)?,
-                int(queue, &GEMM_WGMMA_256X192, "part", self.part)?,
-                int(queue, &GEMM_WGMMA_256X192, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_WGMMA_256X192, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_WGMMA_128X128: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x128", arch: 90 };
-
-    /// Arguments of [`GEMM_WGMMA_128X128`].
-    pub struct GemmWgmma128x128<T> {
-        pub x: TensorMap,
-        pub w: TensorMap,
-        pub bias: In<T>,
-        pub pos: In<T>,
-        pub gate: In<T>,
-        pub residual: In<T>,
-        pub y: Out<T>,
-        pub pre: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub n: usize,
-        pub k: usize,
-        pub f: usize,
-        pub c: usize,
-        pub gate_row: usize,
-        pub act: usize,
-        pub part: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> GemmWgmma128x128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.x),
-                Arg::Map(self.w),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.pos.address()),
-                Arg::Address(self.gate.address()),
-                Arg::Address(self.residual.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.pre.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_WGMMA_128X128, "rows", self.rows)?,
-                int(queue, &GEMM_WGMMA_128X128, "n", self.n)?,
-                int(queue, &GEMM_WGMMA_128X128, "k", self.k)?,
-                int(queue, &GEMM_WGMMA_128X128, "f", self.f)?,
-                int(queue, &GEMM_WGMMA_128X128, "c", self.c)?,
-                int(queue, &GEMM_WGMMA_128X128, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_WGMMA_128X128, "act", self.act)?,
-                int(queue, &GEMM_WGMMA_128X128, "part", self.part)?,
-                int(queue, &GEMM_WGMMA_128X128, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_WGMMA_128X192_X: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x192_x", arch: 90 };
-
-    /// Arguments of [`GEMM_WGMMA_128X192_X`].
-    pub struct GemmWgmma128x192X<T> {
-        pub du: TensorMap,
-        pub w: TensorMap,
-        pub dx: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub k: usize,
-        pub f: usize,
-        pub part: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> GemmWgmma128x192X<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.du),
-                Arg::Map(self.w),
-                Arg::Address(self.dx.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_WGMMA_128X192_X, "rows", self.rows)?,
-                int(queue, &GEMM_WGMMA_128X192_X, "k", self.k)?,
-                int(queue, &GEMM_WGMMA_128X192_X, "f", self.f)?,
-                int(queue, &GEMM_WGMMA_128X192_X, "part", self.part)?,
-                int(queue, &GEMM_WGMMA_128X192_X, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X192_X, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_WGMMA_128X192_W: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x192_w", arch: 90 };
-
-    /// Arguments of [`GEMM_WGMMA_128X192_W`].
-    pub struct GemmWgmma128x192W<T> {
-        pub du: TensorMap,
-        pub x: TensorMap,
-        pub dw: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub k: usize,
-        pub f: usize,
-        pub part: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> GemmWgmma128x192W<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.du),
-                Arg::Map(self.x),
-                Arg::Address(self.dw.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_WGMMA_128X192_W, "rows", self.rows)?,
-                int(queue, &GEMM_WGMMA_128X192_W, "k", self.k)?,
-                int(queue, &GEMM_WGMMA_128X192_W, "f", self.f)?,
-                int(queue, &GEMM_WGMMA_128X192_W, "part", self.part)?,
-                int(queue, &GEMM_WGMMA_128X192_W, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X192_W, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_WGMMA_128X128_X: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x128_x", arch: 90 };
-
-    /// Arguments of [`GEMM_WGMMA_128X128_X`].
-    pub struct GemmWgmma128x128X<T> {
-        pub du: TensorMap,
-        pub w: TensorMap,
-        pub dx: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub k: usize,
-        pub f: usize,
-        pub part: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> GemmWgmma128x128X<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.du),
-                Arg::Map(self.w),
-                Arg::Address(self.dx.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_WGMMA_128X128_X, "rows", self.rows)?,
-                int(queue, &GEMM_WGMMA_128X128_X, "k", self.k)?,
-                int(queue, &GEMM_WGMMA_128X128_X, "f", self.f)?,
-                int(queue, &GEMM_WGMMA_128X128_X, "part", self.part)?,
-                int(queue, &GEMM_WGMMA_128X128_X, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X128_X, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_WGMMA_128X128_W: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x128_w", arch: 90 };
-
-    /// Arguments of [`GEMM_WGMMA_128X128_W`].
-    pub struct GemmWgmma128x128W<T> {
-        pub du: TensorMap,
-        pub x: TensorMap,
-        pub dw: Out<T>,
-        pub partials: Out<f32>,
-        pub rows: usize,
-        pub k: usize,
-        pub f: usize,
-        pub part: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> GemmWgmma128x128W<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.du),
-                Arg::Map(self.x),
-                Arg::Address(self.dw.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &GEMM_WGMMA_128X128_W, "rows", self.rows)?,
-                int(queue, &GEMM_WGMMA_128X128_W, "k", self.k)?,
-                int(queue, &GEMM_WGMMA_128X128_W, "f", self.f)?,
-                int(queue, &GEMM_WGMMA_128X128_W, "part", self.part)?,
-                int(queue, &GEMM_WGMMA_128X128_W, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X128_W, element: T::TYPE, shape, args: &args })
-        }
-    }
-}
-
-/// Kernels of `gemm_fp8`.
-pub mod gemm_fp8 {
-    use super::*;
-
-    pub const GEMM_FP8_ROUND: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8.cu", name: "gemm_fp8_round", arch: 80 };
-
-    /// Arguments of [`GEMM_FP8_ROUND`].
-    pub struct GemmFp8Round<T> {
-        pub x: In<T>,
-        pub to: Out<u8>,
-        pub scales: Out<f32>,
-        pub rows: usize,
-        pub k: usize,
-        pub stride: usize,
-    }
-
-    impl<T: Element> GemmFp8Round<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.x.address()),
-                Arg::Address(self.to.address()),
-                Arg::Address(self.scales.address()),
-                int(queue, &GEMM_FP8_ROUND, "rows", self.rows)?,
-                int(queue, &GEMM_FP8_ROUND, "k", self.k)?,
-                int(queue, &GEMM_FP8_ROUND, "stride", self.stride)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_FP8_ROUND, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_FP8_FORWARD: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8.cu", name: "gemm_fp8_forward", arch: 80 };
-
-    /// Arguments of [`GEMM_FP8_FORWARD`].
-    pub struct GemmFp8Forward<T> {
-        pub x: In<u8>,
-        pub w: In<u8>,
-        pub x_scales: In<f32>,
-        pub w_scales: In<f32>,
-        pub bias: In<T>,
-        pub gate: In<T>,
-        pub residual: In<T>,
-        pub y: Out<T>,
-        pub rows: usize,
-        pub n: usize,
-        pub k: usize,
-        pub stride: usize,
-        pub f: usize,
-        pub c: usize,
-        pub gate_row: usize,
-        pub act: usize,
-    }
-
-    impl<T: Element> GemmFp8Forward<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.x.address()),
-                Arg::Address(self.w.address()),
-                Arg::Address(self.x_scales.address()),
-                Arg::Address(self.w_scales.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.gate.address()),
-                Arg::Address(self.residual.address()),
-                Arg::Address(self.y.address()),
-                int(queue, &GEMM_FP8_FORWARD, "rows", self.rows)?,
-                int(queue, &GEMM_FP8_FORWARD, "n", self.n)?,
-                int(queue, &GEMM_FP8_FORWARD, "k", self.k)?,
-                int(queue, &GEMM_FP8_FORWARD, "stride", self.stride)?,
-                int(queue, &GEMM_FP8_FORWARD, "f", self.f)?,
-                int(queue, &GEMM_FP8_FORWARD, "c", self.c)?,
-                int(queue, &GEMM_FP8_FORWARD, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_FP8_FORWARD, "act", self.act)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_FP8_FORWARD, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_FP8_ROUND_SM90: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8_sm90.cu", name: "gemm_fp8_round_sm90", arch: 90 };
-
-    /// Arguments of [`GEMM_FP8_ROUND_SM90`].
-    pub struct GemmFp8RoundSm90<T> {
-        pub x: In<T>,
-        pub to: Out<u8>,
-        pub scales: Out<f32>,
-        pub rows: usize,
-        pub k: usize,
-        pub stride: usize,
-    }
-
-    impl<T: Element> GemmFp8RoundSm90<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.x.address()),
-                Arg::Address(self.to.address()),
-                Arg::Address(self.scales.address()),
-                int(queue, &GEMM_FP8_ROUND_SM90, "rows", self.rows)?,
-                int(queue, &GEMM_FP8_ROUND_SM90, "k", self.k)?,
-                int(queue, &GEMM_FP8_ROUND_SM90, "stride", self.stride)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_FP8_ROUND_SM90, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const GEMM_FP8_WGMMA_128X192: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8_sm90.cu", name: "gemm_fp8_wgmma_128x192", arch: 90 };
-
-    /// Arguments of [`GEMM_FP8_WGMMA_128X192`].
-    pub struct GemmFp8Wgmma128x192<T> {
-        pub x: TensorMap,
-        pub w: TensorMap,
-        pub x_scales: In<f32>,
-        pub w_scales: In<f32>,
-        pub bias: In<T>,
-        pub gate: In<T>,
-        pub residual: In<T>,
-        pub y: Out<T>,
-        pub rows: usize,
-        pub n: usize,
-        pub k: usize,
-        pub f: usize,
-        pub c: usize,
-        pub gate_row: usize,
-        pub act: usize,
-    }
-
-    impl<T: Element> GemmFp8Wgmma128x192<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.x),
-                Arg::Map(self.w),
-                Arg::Address(self.x_scales.address()),
-                Arg::Address(self.w_scales.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.gate.address()),
-                Arg::Address(self.residual.address()),
-                Arg::Address(self.y.address()),
-                int(queue, &GEMM_FP8_WGMMA_128X192, "rows", self.rows)?,
-                int(queue, &GEMM_FP8_WGMMA_128X192, "n", self.n)?,
-                int(queue, &GEMM_FP8_WGMMA_128X192, "k", self.k)?,
-                int(queue, &GEMM_FP8_WGMMA_128X192, "f", self.f)?,
-                int(queue, &GEMM_FP8_WGMMA_128X192, "c", self.c)?,
-                int(queue, &GEMM_FP8_WGMMA_128X192, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_FP8_WGMMA_128X192, "act", self.act)?,
-            ];
-            queue.launch(&Launch { kernel: &GEMM_FP8_WGMMA_128X192, element: T::TYPE, shape, args: &args })
-        }
-    }
 }
 
 /// Kernels of `group_norm_silu`.
@@ -7545,430 +5920,6 @@ pub mod neighborhood_attention {
             queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
         }
     }
-
-    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e32", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32`].
-    pub struct NeighborhoodAttentionForward64x64E32<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionForward64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e32", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32`].
-    pub struct NeighborhoodAttentionBackwardQ64x64E32<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e32", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32`].
-    pub struct NeighborhoodAttentionBackwardKv64x64E32<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e64", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64`].
-    pub struct NeighborhoodAttentionForward64x64E64<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionForward64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e64", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64`].
-    pub struct NeighborhoodAttentionBackwardQ64x64E64<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e64", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64`].
-    pub struct NeighborhoodAttentionBackwardKv64x64E64<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e72", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72`].
-    pub struct NeighborhoodAttentionForward64x64E72<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionForward64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e72", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72`].
-    pub struct NeighborhoodAttentionBackwardQ64x64E72<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e72", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72`].
-    pub struct NeighborhoodAttentionBackwardKv64x64E72<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e128", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128`].
-    pub struct NeighborhoodAttentionForward64x64E128<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionForward64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e128", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128`].
-    pub struct NeighborhoodAttentionBackwardQ64x64E128<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e128", arch: 80 };
-
-    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128`].
-    pub struct NeighborhoodAttentionBackwardKv64x64E128<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub gh: usize,
-        pub gw: usize,
-        pub k: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "gh", self.gh)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "gw", self.gw)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "k", self.k)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
-                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
 }
 
 /// Kernels of `patchify`.
@@ -8461,430 +6412,6 @@ pub mod relative_attention {
                 int(queue, &RELATIVE_ATTENTION_BACKWARD_BIAS, "slots", self.slots)?,
             ];
             queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_BIAS, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e32", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E32`].
-    pub struct RelativeAttentionForward64x64E32<T> {
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionForward64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e32", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32`].
-    pub struct RelativeAttentionBackwardQ64x64E32<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionBackwardQ64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e32", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32`].
-    pub struct RelativeAttentionBackwardKv64x64E32<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionBackwardKv64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e64", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E64`].
-    pub struct RelativeAttentionForward64x64E64<T> {
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionForward64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e64", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64`].
-    pub struct RelativeAttentionBackwardQ64x64E64<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionBackwardQ64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e64", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64`].
-    pub struct RelativeAttentionBackwardKv64x64E64<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionBackwardKv64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e72", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E72`].
-    pub struct RelativeAttentionForward64x64E72<T> {
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionForward64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e72", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72`].
-    pub struct RelativeAttentionBackwardQ64x64E72<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionBackwardQ64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e72", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72`].
-    pub struct RelativeAttentionBackwardKv64x64E72<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionBackwardKv64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e128", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E128`].
-    pub struct RelativeAttentionForward64x64E128<T> {
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionForward64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e128", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128`].
-    pub struct RelativeAttentionBackwardQ64x64E128<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionBackwardQ64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e128", arch: 80 };
-
-    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128`].
-    pub struct RelativeAttentionBackwardKv64x64E128<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub bias: In<T>,
-        pub counts: In<i32>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> RelativeAttentionBackwardKv64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.bias.address()),
-                Arg::Address(self.counts.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
-                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -9652,586 +7179,6 @@ pub mod window_attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e32", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E32`].
-    pub struct WindowAttentionForward64x64E32<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionForward64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e32", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E32`].
-    pub struct WindowAttentionBackwardQ64x64E32<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionBackwardQ64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e32", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E32`].
-    pub struct WindowAttentionBackwardKv64x64E32<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionBackwardKv64x64E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e64", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E64`].
-    pub struct WindowAttentionForward64x64E64<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionForward64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e64", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E64`].
-    pub struct WindowAttentionBackwardQ64x64E64<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionBackwardQ64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e64", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E64`].
-    pub struct WindowAttentionBackwardKv64x64E64<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionBackwardKv64x64E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e72", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E72`].
-    pub struct WindowAttentionForward64x64E72<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionForward64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e72", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E72`].
-    pub struct WindowAttentionBackwardQ64x64E72<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionBackwardQ64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e72", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E72`].
-    pub struct WindowAttentionBackwardKv64x64E72<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionBackwardKv64x64E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e128", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E128`].
-    pub struct WindowAttentionForward64x64E128<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionForward64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e128", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E128`].
-    pub struct WindowAttentionBackwardQ64x64E128<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub lse: In<f32>,
-        pub delta: Out<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionBackwardQ64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e128", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E128`].
-    pub struct WindowAttentionBackwardKv64x64E128<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionBackwardKv64x64E128<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_FORWARD_RING32_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring32_e32", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING32_E32`].
-    pub struct WindowAttentionForwardRing32E32<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionForwardRing32E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_FORWARD_RING32_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring32_e64", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING32_E64`].
-    pub struct WindowAttentionForwardRing32E64<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionForwardRing32E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_FORWARD_RING32_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring32_e72", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING32_E72`].
-    pub struct WindowAttentionForwardRing32E72<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionForwardRing32E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_FORWARD_RING80_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring80_e32", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING80_E32`].
-    pub struct WindowAttentionForwardRing80E32<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionForwardRing80E32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_FORWARD_RING80_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring80_e64", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING80_E64`].
-    pub struct WindowAttentionForwardRing80E64<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionForwardRing80E64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const WINDOW_ATTENTION_FORWARD_RING80_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring80_e72", arch: 80 };
-
-    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING80_E72`].
-    pub struct WindowAttentionForwardRing80E72<T> {
-        pub qkv: In<T>,
-        pub y: Out<T>,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub e: usize,
-        pub scale: f32,
-    }
-
-    impl<T: Element> WindowAttentionForwardRing80E72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.lse.address()),
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "n", self.n)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "w", self.w)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "h", self.h)?,
-                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "e", self.e)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E72, element: T::TYPE, shape, args: &args })
         }
     }
 }

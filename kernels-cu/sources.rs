@@ -16,8 +16,6 @@ pub const COMMON: &[File] = &[
     ("gated_window.cuh", include_str!("common/gated_window.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
-    ("mma_attention.cuh", include_str!("common/mma_attention.cuh")),
-    ("mma_attention_backward.cuh", include_str!("common/mma_attention_backward.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
     ("patches.cuh", include_str!("common/patches.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),
@@ -70,7 +68,9 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "attention" => &[
             ("attention.cu", include_str!("attention/attention.cu")),
-            ("attention_mma.cu", include_str!("attention/attention_mma.cu")),
+            ("attention_backward_sm90.cu", include_str!("attention/attention_backward_sm90.cu")),
+            ("attention_sm90.cu", include_str!("attention/attention_sm90.cu")),
+            ("attention_sm90.cuh", include_str!("attention/attention_sm90.cuh")),
         ],
         "axpy" => &[
             ("axpy.cu", include_str!("axpy/axpy.cu")),

@@ -4,7 +4,7 @@
 //! table of resources after a change that is meant.
 
 use graft_tools::codegen::workspace_root;
-use graft_tools::nvcc::{Function, Nvcc, TABLE, functions, gate, read_table, render_table};
+use graft_tools::nvcc::{Function, MainLoop, Nvcc, TABLE, functions, gate, read_table, render_table};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
@@ -43,9 +43,59 @@ fn check(nvcc: &Nvcc, root: &Path) -> Result<Vec<String>, String> {
             changed.join("\n")
         ));
     }
+    findings.extend(scores(nvcc)?);
     match &nvcc.cutlass {
         Some(headers) => findings.extend(pairs(nvcc, headers)?),
         None => println!("compile gate: SKIP pairs with CUTLASS, whose headers are not installed"),
+    }
+    Ok(findings)
+}
+
+/// A kernel whose main loop has a score: its source and name, scores of a thread in a turn of the loop, and how many of
+/// their exponentials must stand before the last wait for products, so that they run beside these.
+const SCORES: [(&str, &str, usize, usize); 3] = [
+    ("kernels-cu/attention/attention_sm90.cu", "attention_forward_72_128x192", 96, 96),
+    ("kernels-cu/attention/attention_sm90.cu", "attention_forward_72_192x112", 56, 56),
+    ("kernels-cu/attention/attention_sm90.cu", "attention_forward_72_128x128", 64, 64),
+];
+
+/// Most operations of a kind per score: one exponential, one maximum, one sum, one scaled difference, half a conversion
+/// of two, and a few for each row.
+const MOST: [(&str, f64); 8] = [
+    ("MUFU.EX2", 1.05),
+    ("FMNMX", 1.1),
+    ("FFMA", 1.1),
+    ("FADD", 1.02),
+    ("F2FP", 0.5),
+    ("R2UR", 0.0),
+    ("LDL", 0.0),
+    ("STL", 0.0),
+];
+
+/// Attention's main loops execute what they must and no more.
+fn scores(nvcc: &Nvcc) -> Result<Vec<String>, String> {
+    let mut findings = Vec::new();
+    let mut compiled: BTreeMap<&str, String> = BTreeMap::new();
+    for (source, kernel, scores, before) in SCORES {
+        if !compiled.contains_key(source) {
+            compiled.insert(source, nvcc.compile(source, "90a", &["-DELEMENT_BF16".to_string()])?.sass);
+        }
+        let Some(main) = MainLoop::find(&compiled[source], kernel) else {
+            findings.push(format!("{kernel}: no loop with wgmma"));
+            continue;
+        };
+        let counts = main.per_score(scores);
+        println!("compile gate: {kernel}: {} operations a turn, per score {counts:.3?}", main.operations.len());
+        for (operation, most) in MOST {
+            let is = counts[operation];
+            if is > most {
+                findings.push(format!("{kernel}: {is:.3} {operation} a score; at most {most}"));
+            }
+        }
+        let is = main.before_last_wait("MUFU.EX2");
+        if is < before {
+            findings.push(format!("{kernel}: {is} exponentials before the last wait; {before} must be"));
+        }
     }
     Ok(findings)
 }

@@ -1,5 +1,6 @@
 //! Which kernel takes which shape; and the shapes of the attention family.
 
+use super::hopper;
 use super::mma::{by_tiles, by_width, fits, own_rows, stage_bytes};
 use crate::generated::attention::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
 use crate::launch::{Element, Queue, Shape};
@@ -50,6 +51,7 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
         ForwardWay::Mma128x64 => fits(e) && e > 32 && n > 64,
         ForwardWay::Mma64x64 => fits(e),
         ForwardWay::CudaCores => true,
+        way => hopper::takes_forward(way, &a.dims, scale),
     });
     match way {
         ForwardWay::MmaWhole => {
@@ -74,6 +76,7 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
         ForwardWay::CudaCores => {
             AttentionForward { qkv, y, lse, n, h, e, scale }.launch(queue, by_queries(n, b * h, e))
         }
+        way => hopper::forward(queue, &a, way),
     }
 }
 
@@ -84,11 +87,15 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
 pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Result<(), Q::Error> {
     let Some(dqkv) = a.dqkv else { return Ok(()) };
     let (Dims { b, n, h, e }, scale) = (a.dims, a.params.scale);
-    let rows = b * n * h;
-    let (y, dy, qkv, lse, delta) = (a.y, a.dy, a.qkv, a.lse, queue.scratch::<f32>(rows)?);
-    let way = choose(queue, T::TYPE, &a.dims, |way: BackwardWay| way == BackwardWay::CudaCores || fits(e));
+    let way = choose(queue, T::TYPE, &a.dims, |way: BackwardWay| match way {
+        BackwardWay::Mma64x64 => fits(e),
+        BackwardWay::CudaCores => true,
+        way => hopper::takes_backward(way, &a.dims, scale),
+    });
+    let (rows, y, dy, qkv, lse) = (b * n * h, a.y, a.dy, a.qkv, a.lse);
     match way {
         BackwardWay::Mma64x64 => {
+            let delta = queue.scratch::<f32>(rows)?;
             let shape = |width| by_tiles(n, b * h, 64, 128, width);
             by_width!(e, queue, [32 => AttentionBackwardQ64x64E32, 64 => AttentionBackwardQ64x64E64,
                 72 => AttentionBackwardQ64x64E72, 96 => AttentionBackwardQ64x64E96; 128 => AttentionBackwardQ64x64E128],
@@ -99,10 +106,12 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
                 { dy, qkv, lse, delta, dqkv, n, h, e, scale }, shape)
         }
         BackwardWay::CudaCores => {
+            let delta = queue.scratch::<f32>(rows)?;
             AttentionBackwardDelta { y, dy, delta, rows: rows as u64, n, h, e }.launch(queue, by_rows(rows))?;
             let delta = delta.read();
             AttentionBackwardQ { dy, qkv, lse, delta, dqkv, n, h, e, scale }.launch(queue, by_queries(n, b * h, e))?;
             AttentionBackwardKv { dy, qkv, lse, delta, dqkv, n, h, e, scale }.launch(queue, by_keys(n, b * h, e))
         }
+        way => hopper::backward(queue, &a, dqkv, way),
     }
 }

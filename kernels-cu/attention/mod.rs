@@ -2,6 +2,7 @@
 
 pub mod cpu;
 pub(crate) mod dense;
+mod hopper;
 pub mod launch;
 pub(crate) mod layout;
 pub(crate) mod local;

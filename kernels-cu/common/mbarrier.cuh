@@ -33,6 +33,12 @@ PTX_FN void mbarrier_arrive_cluster(uint32_t bar PTX_AT) {
     PTX_DO(asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory"),
            emu::mbarrier_arrive(bar, 1, 0, at));
 }
+// The same without making this thread's writes visible, which costs a fence: for memory that it only read, as a stage
+// whose tiles wgmma has taken.
+PTX_FN void mbarrier_arrive_cluster_relaxed(uint32_t bar PTX_AT) {
+    PTX_DO(asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory"),
+           emu::mbarrier_arrive(bar, 1, 0, at));
+}
 // Arrives when this thread's cp.async of so far have landed; the arrival counts towards the barrier's count.
 PTX_FN void cp_async_mbarrier_arrive(uint32_t bar PTX_AT) {
     PTX_DO(asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory"),

@@ -33,6 +33,20 @@ PTX_FN void wgmma_commit(PTX_AT_ONLY) {
 template <int Pending> PTX_FN void wgmma_wait(PTX_AT_ONLY) {
     PTX_DO(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory"), emu::wgmma_wait(Pending, at));
 }
+// After a wait: to the compiler, which does not know that wgmma is asynchronous, the registers are written here. Without
+// it a use of them may move up across the wait.
+template <int N> PTX_FN void wgmma_hold(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) PTX_DO(asm volatile("" : "+f"(d[i])::"memory"), (void)d[i]);
+}
+
+// The wait, not before `value` is computed, which is stored at `mark`, four bytes of this thread's own: arithmetic moves
+// freely across a wait, and what was meant to run beside wgmma would come after it; a store to shared memory stays.
+template <int Pending> PTX_FN void wgmma_wait_after(uint32_t mark, float value PTX_AT) {
+    PTX_DO(asm volatile("st.shared.f32 [%0], %1; wgmma.wait_group.sync.aligned %2;" ::"r"(mark), "f"(value), "n"(Pending)
+                        : "memory"),
+           emu::st_shared(mark, value, at), emu::wgmma_wait(Pending, at));
+}
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 

@@ -6,10 +6,12 @@
 mod compile;
 mod resources;
 mod sass;
+mod score;
 
 pub use compile::{Compiled, Nvcc};
 pub use resources::{Resources, TABLE, read_table, render_table};
 pub use sass::{Function, functions};
+pub use score::MainLoop;
 
 use crate::parallel::in_parallel;
 
