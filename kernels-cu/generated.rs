@@ -2458,12 +2458,18 @@ pub mod linear_attention {
         Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 1037, h: 2, e: 9 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "wide_eps", tier: Tier::Tiny, dims: Dims { b: 1, n: 20, h: 2, e: 6 }, params: Params { map: 1, eps: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_32_tail", tier: Tier::Tiny, dims: Dims { b: 2, n: 131, h: 3, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_64_parts", tier: Tier::Tiny, dims: Dims { b: 1, n: 389, h: 2, e: 64 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_64_relu", tier: Tier::Tiny, dims: Dims { b: 2, n: 63, h: 1, e: 64 }, params: Params { map: 1, eps: 0.001 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72_parts", tier: Tier::Tiny, dims: Dims { b: 1, n: 321, h: 2, e: 72 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72_one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, h: 1, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72_tiles", tier: Tier::Tiny, dims: Dims { b: 1, n: 701, h: 1, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "head_32_tail", "head_64_parts", "head_64_relu", "head_72_parts", "head_72_one_token", "head_72_tiles", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3149,12 +3155,15 @@ pub mod mamba2 {
         Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, w: 1, h: 1, e: 1, k: 1 }, params: Params { dt_offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "published_widths", tier: Tier::Tiny, dims: Dims { b: 1, n: 96, w: 21, h: 9, e: 16, k: 64 }, params: Params { dt_offset: 12, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
         Case { name: "wide_heads", tier: Tier::Tiny, dims: Dims { b: 1, n: 49, w: 2, h: 2, e: 70, k: 130 }, params: Params { dt_offset: 0, reverse: true }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "segments", tier: Tier::Tiny, dims: Dims { b: 1, n: 330, w: 12, h: 2, e: 16, k: 64 }, params: Params { dt_offset: 10, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "segments_reversed", tier: Tier::Tiny, dims: Dims { b: 2, n: 263, w: 9, h: 9, e: 16, k: 64 }, params: Params { dt_offset: 0, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token_published_widths", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, w: 3, h: 3, e: 16, k: 64 }, params: Params { dt_offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, w: 656, h: 16, e: 16, k: 64 }, params: Params { dt_offset: 640, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "segments", "segments_reversed", "one_token_published_widths", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

@@ -13,6 +13,7 @@ pub const COMMON: &[File] = &[
     ("base.cuh", include_str!("common/base.cuh")),
     ("cluster.cuh", include_str!("common/cluster.cuh")),
     ("elementwise.cuh", include_str!("common/elementwise.cuh")),
+    ("fragments.cuh", include_str!("common/fragments.cuh")),
     ("gated_window.cuh", include_str!("common/gated_window.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
@@ -116,7 +117,9 @@ pub fn operator(op: &str) -> &'static [File] {
             ("kv_compress.cu", include_str!("kv_compress/kv_compress.cu")),
         ],
         "linear_attention" => &[
+            ("features.cuh", include_str!("linear_attention/features.cuh")),
             ("linear_attention.cu", include_str!("linear_attention/linear_attention.cu")),
+            ("linear_attention_mma.cu", include_str!("linear_attention/linear_attention_mma.cu")),
         ],
         "ln_modulate" => &[
             ("ln_modulate.cu", include_str!("ln_modulate/ln_modulate.cu")),
@@ -132,7 +135,9 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "mamba2" => &[
             ("mamba2.cu", include_str!("mamba2/mamba2.cu")),
+            ("mamba2_mma.cu", include_str!("mamba2/mamba2_mma.cu")),
             ("scan.cuh", include_str!("mamba2/scan.cuh")),
+            ("walk.cuh", include_str!("mamba2/walk.cuh")),
         ],
         "neighborhood_attention" => &[
             ("neighborhood_attention.cu", include_str!("neighborhood_attention/neighborhood_attention.cu")),

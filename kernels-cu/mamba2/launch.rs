@@ -1,14 +1,14 @@
 //! Which kernel takes which shape.
 
 use crate::generated::mamba2::{Dims, GpuBackward, GpuForward, Params};
-use crate::launch::{Element, In, OrNull, Out, Queue, Shape};
-use crate::launchers::mamba2::{
-    Mamba2BackwardBc, Mamba2BackwardHeads, Mamba2BackwardStates, Mamba2BackwardSteps, Mamba2BackwardX, Mamba2Forward,
-    Mamba2Scan, Mamba2States, Mamba2Steps,
-};
+use crate::launch::{Element, ElementType, In, OrNull, Out, Queue, Shape};
+use crate::launchers::mamba2::*;
 
 /// Times of a chunk.
 const CHUNK: usize = 64;
+/// Blocks that segments of the tensor-core kernels aim at: two for each multiprocessor of an H100, whatever the device,
+/// because the order of the sums follows from it.
+const BLOCKS: usize = 264;
 
 /// What both passes begin with.
 struct Scanned {
@@ -60,11 +60,83 @@ fn scanned<T: Element, Q: Queue>(
     Ok(Scanned { chunks, dt, states: states.read(), decays })
 }
 
+/// Whether the tensor cores have kernels for the call.
+fn on_tensor_cores(element: ElementType, Dims { e, k, .. }: Dims) -> bool {
+    element == ElementType::Bf16 && e == 16 && k == 64
+}
+
+/// What a walk of the tensor-core kernels goes over: values, and the tensors and parameters that its decays come from.
+struct Walk<T> {
+    dims: Dims,
+    params: Params,
+    values: In<T>,
+    xbc: In<T>,
+    p: In<T>,
+    dt_bias: In<T>,
+    a_log: In<T>,
+    /// Aimed at by the blocks of a launch.
+    blocks: usize,
+}
+
+/// Walks over the times, forward or `back`: from `values` to `y`.
+fn walk<T: Element, Q: Queue>(
+    queue: &mut Q,
+    a: &Walk<T>,
+    back: usize,
+    (skip, residual, y): (In<T>, In<T>, Out<T>),
+) -> Result<(), Q::Error> {
+    let Walk { dims: Dims { b, n, w, h, e, k }, params, values, xbc, p, dt_bias, a_log, .. } = *a;
+    let (dt_offset, reverse) = (params.dt_offset, usize::from(params.reverse));
+    let groups = h.div_ceil(8);
+    // At least four stages a segment.
+    let segments = (a.blocks / (b * groups).max(1)).clamp(1, n.div_ceil(4 * CHUNK).max(1));
+    let shape = |tensors: usize| {
+        let (stage, sizes, sums) = (CHUNK * (272 + 144 * tensors), 4 * 8 * CHUNK, 4 * 8 * 4 * 17);
+        let pairs = (tensors == 2).then_some(4 * 4 * 16 * 18);
+        let regions: Vec<usize> = [Some(2 * stage), Some(sizes), Some(sums), pairs].into_iter().flatten().collect();
+        Shape::new(b * segments * groups, 256).shared(&regions)
+    };
+    let mut states = In::at(0);
+    if segments > 1 {
+        let (sums, decays) = (queue.scratch::<f32>(b * h * segments * e * k)?, queue.scratch::<f32>(b * h * segments)?);
+        Mamba2MmaStates { values, xbc, p, dt_bias, a_log, states: sums, decays, n, w, h, dt_offset, reverse, back, segments }
+            .launch(queue, shape(1))?;
+        let count = b * h * e * k;
+        Mamba2Scan { states: sums, decays: decays.read(), count: count as u64, chunks: segments, each: e * k, back: 0 }
+            .launch(queue, Shape::new(count.div_ceil(128).clamp(1, 1 << 14), 128), T::TYPE)?;
+        states = sums.read();
+    }
+    Mamba2MmaWalk {
+        values,
+        xbc,
+        p,
+        dt_bias,
+        a_log,
+        skip,
+        residual,
+        states,
+        y,
+        n,
+        w,
+        h,
+        dt_offset,
+        reverse,
+        back,
+        segments,
+    }
+    .launch(queue, shape(2))
+}
+
 /// Launches the forward pass.
 ///
 /// # Errors
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
+    if on_tensor_cores(T::TYPE, a.dims) {
+        let GpuForward { dims, params, xbc, p, dt_bias, a_log, skip, .. } = a;
+        let over = Walk { dims, params, values: xbc, xbc, p, dt_bias, a_log, blocks: BLOCKS };
+        return walk(queue, &over, 0, (skip, a.residual.or_null(), a.y));
+    }
     let Scanned { dt, states, .. } = scanned(queue, a.dims, a.params, [a.xbc, a.p, a.dt_bias, a.a_log])?;
     let (Dims { n, h, e, k, .. }, reverse) = (a.dims, usize::from(a.params.reverse));
     let (xbc, a_log, skip, residual, y) = (a.xbc, a.a_log, a.skip, a.residual.or_null(), a.y);
@@ -85,8 +157,14 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
     scan::<T, Q>(queue, a.dims, dstates, decays, 1)?;
     let dstates = dstates.read();
     if let Some(dxbc) = a.dxbc {
-        Mamba2BackwardX { dy, xbc, a_log, skip: a.skip, dt, dstates, dxbc, n, h, e, k, reverse }
-            .launch(queue, by_chunk(a.dims, e))?;
+        if on_tensor_cores(T::TYPE, a.dims) {
+            let over =
+                Walk { dims: a.dims, params: a.params, values: dy, xbc, p, dt_bias, a_log, blocks: BLOCKS };
+            walk(queue, &over, 1, (a.skip, In::at(0), dxbc))?;
+        } else {
+            Mamba2BackwardX { dy, xbc, a_log, skip: a.skip, dt, dstates, dxbc, n, h, e, k, reverse }
+                .launch(queue, by_chunk(a.dims, e))?;
+        }
         Mamba2BackwardBc { dy, xbc, a_log, dt, states, dstates, dxbc, n, h, e, k, reverse }
             .launch(queue, Shape::new(b * chunks, 128).y(k.div_ceil(32)))?;
     }
