@@ -1,9 +1,10 @@
 //! Which kernel takes which shape.
 
 use crate::attention::launch::by_rows;
-use crate::generated::linear_attention::{Dims, GpuBackward, GpuForward};
-use crate::launch::{Element, ElementType, Out, Queue, Shape};
+use crate::generated::linear_attention::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
+use crate::launch::{Element, Out, Queue, Shape};
 use crate::launchers::linear_attention::*;
+use crate::ways::choose;
 
 /// Blocks that a split of the tokens aims at: two for each multiprocessor of an H100, whatever the device, because the
 /// order of the sums follows from it.
@@ -49,9 +50,9 @@ macro_rules! by_width {
     };
 }
 
-/// Whether the tensor cores have kernels for the call.
-fn on_tensor_cores(element: ElementType, Dims { e, .. }: Dims) -> bool {
-    element == ElementType::Bf16 && [32, 64, 72].contains(&e)
+/// Whether the tensor cores have kernels for heads of this width.
+fn on_tensor_cores(Dims { e, .. }: Dims) -> bool {
+    [32, 64, 72].contains(&e)
 }
 
 /// Parts that blocks of the tensor-core kernels divide a head's tokens into, of three tiles or more.
@@ -122,8 +123,10 @@ fn backward_mma<T: Element, Q: Queue>(
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
     let (Dims { b, n, h, e }, map, qkv) = (a.dims, a.params.map, a.qkv);
-    if on_tensor_cores(T::TYPE, a.dims) {
-        return forward_mma(queue, &a, BLOCKS);
+    match choose(queue, T::TYPE, &a.dims, |way: ForwardWay| way == ForwardWay::Tiles || on_tensor_cores(a.dims)) {
+        ForwardWay::Mma264 => return forward_mma(queue, &a, BLOCKS),
+        ForwardWay::Mma528 => return forward_mma(queue, &a, 2 * BLOCKS),
+        ForwardWay::Tiles => {}
     }
     let (parts, shape) = by_parts(a.dims);
     let partials = queue.scratch::<f32>(b * h * parts * e * (e + 1))?;
@@ -142,8 +145,10 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
 /// Those of the queue.
 pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Result<(), Q::Error> {
     let Some(dqkv) = a.dqkv else { return Ok(()) };
-    if on_tensor_cores(T::TYPE, a.dims) {
-        return backward_mma(queue, &a, dqkv, BLOCKS);
+    match choose(queue, T::TYPE, &a.dims, |way: BackwardWay| way == BackwardWay::Tiles || on_tensor_cores(a.dims)) {
+        BackwardWay::Mma264 => return backward_mma(queue, &a, dqkv, BLOCKS),
+        BackwardWay::Mma528 => return backward_mma(queue, &a, dqkv, 2 * BLOCKS),
+        BackwardWay::Tiles => {}
     }
     let (Dims { b, n, h, e }, map) = (a.dims, a.params.map);
     let (dy, qkv, norm, rows) = (a.dy, a.qkv, a.norm, b * n * h);

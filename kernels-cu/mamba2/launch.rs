@@ -1,8 +1,9 @@
 //! Which kernel takes which shape.
 
-use crate::generated::mamba2::{Dims, GpuBackward, GpuForward, Params};
-use crate::launch::{Element, ElementType, In, OrNull, Out, Queue, Shape};
+use crate::generated::mamba2::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward, Params};
+use crate::launch::{Element, In, OrNull, Out, Queue, Shape};
 use crate::launchers::mamba2::*;
+use crate::ways::choose;
 
 /// Times of a chunk.
 const CHUNK: usize = 64;
@@ -60,9 +61,9 @@ fn scanned<T: Element, Q: Queue>(
     Ok(Scanned { chunks, dt, states: states.read(), decays })
 }
 
-/// Whether the tensor cores have kernels for the call.
-fn on_tensor_cores(element: ElementType, Dims { e, k, .. }: Dims) -> bool {
-    element == ElementType::Bf16 && e == 16 && k == 64
+/// Whether the tensor cores have kernels for heads and states of these widths.
+fn on_tensor_cores(Dims { e, k, .. }: Dims) -> bool {
+    e == 16 && k == 64
 }
 
 /// What a walk of the tensor-core kernels goes over: values, and the tensors and parameters that its decays come from.
@@ -132,9 +133,11 @@ fn walk<T: Element, Q: Queue>(
 /// # Errors
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
-    if on_tensor_cores(T::TYPE, a.dims) {
+    let way = choose(queue, T::TYPE, &a.dims, |way: ForwardWay| way == ForwardWay::Tiles || on_tensor_cores(a.dims));
+    if way != ForwardWay::Tiles {
         let GpuForward { dims, params, xbc, p, dt_bias, a_log, skip, .. } = a;
-        let over = Walk { dims, params, values: xbc, xbc, p, dt_bias, a_log, blocks: BLOCKS };
+        let blocks = if way == ForwardWay::Mma264 { BLOCKS } else { 2 * BLOCKS };
+        let over = Walk { dims, params, values: xbc, xbc, p, dt_bias, a_log, blocks };
         return walk(queue, &over, 0, (skip, a.residual.or_null(), a.y));
     }
     let Scanned { dt, states, .. } = scanned(queue, a.dims, a.params, [a.xbc, a.p, a.dt_bias, a.a_log])?;
@@ -157,9 +160,10 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
     scan::<T, Q>(queue, a.dims, dstates, decays, 1)?;
     let dstates = dstates.read();
     if let Some(dxbc) = a.dxbc {
-        if on_tensor_cores(T::TYPE, a.dims) {
-            let over =
-                Walk { dims: a.dims, params: a.params, values: dy, xbc, p, dt_bias, a_log, blocks: BLOCKS };
+        let way = choose(queue, T::TYPE, &a.dims, |way: BackwardWay| way == BackwardWay::Tiles || on_tensor_cores(a.dims));
+        if way != BackwardWay::Tiles {
+            let blocks = if way == BackwardWay::Mma264 { BLOCKS } else { 2 * BLOCKS };
+            let over = Walk { dims: a.dims, params: a.params, values: dy, xbc, p, dt_bias, a_log, blocks };
             walk(queue, &over, 1, (a.skip, In::at(0), dxbc))?;
         } else {
             Mamba2BackwardX { dy, xbc, a_log, skip: a.skip, dt, dstates, dxbc, n, h, e, k, reverse }
