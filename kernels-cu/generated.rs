@@ -2773,6 +2773,52 @@ pub mod long_conv {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} C={} K={} L={}", self.b, self.n, self.c, self.k, self.l)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// Transforms in shared memory over all times up to 16,384, by blocks above.
+        Transform16k,
+        /// Transforms in shared memory over blocks of 1,024 times.
+        Transform1k,
+        /// Multiply-adds in the time domain.
+        Direct,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "long_conv";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Transform16k, WayInfo { name: "transform_16k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }),
+            (ForwardWay::Transform1k, WayInfo { name: "transform_1k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }),
+            (ForwardWay::Direct, WayInfo { name: "direct", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// Transforms in shared memory over all times up to 16,384, by blocks above.
+        Transform16k,
+        /// Transforms in shared memory over blocks of 1,024 times.
+        Transform1k,
+        /// Multiply-adds in the time domain.
+        Direct,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "long_conv";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Transform16k, WayInfo { name: "transform_16k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }),
+            (BackwardWay::Transform1k, WayInfo { name: "transform_1k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }),
+            (BackwardWay::Direct, WayInfo { name: "direct", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, c, k, l, .. } = dims;
@@ -2798,6 +2844,10 @@ pub mod long_conv {
         Case { name: "by_transform_causal", tier: Tier::Tiny, shape: "B=2 N=1030 C=3 K=4 L=1030", dims: Dims { b: 2, n: 1030, c: 3, k: 4, l: 1030 }, params: Params { lead: 3, centre: 0, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "by_transform_centred", tier: Tier::Tiny, shape: "B=1 N=700 C=5 K=3 L=1399", dims: Dims { b: 1, n: 700, c: 5, k: 3, l: 1399 }, params: Params { lead: 1, centre: 699, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "by_transform_short_filter", tier: Tier::Tiny, shape: "B=1 N=2100 C=2 K=1 L=900", dims: Dims { b: 1, n: 2100, c: 2, k: 1, l: 900 }, params: Params { lead: 0, centre: 200, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "ring_of_64", tier: Tier::Tiny, shape: "B=2 N=64 C=3 K=3 L=64", dims: Dims { b: 2, n: 64, c: 3, k: 3, l: 64 }, params: Params { lead: 1, centre: 0, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "ring_of_128_centred", tier: Tier::Tiny, shape: "B=3 N=100 C=2 K=0 L=199", dims: Dims { b: 3, n: 100, c: 2, k: 0, l: 199 }, params: Params { lead: 0, centre: 99, reversed: 1 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "ring_filter_past_the_sequence", tier: Tier::Tiny, shape: "B=1 N=70 C=35 K=2 L=300", dims: Dims { b: 1, n: 70, c: 35, k: 2, l: 300 }, params: Params { lead: 1, centre: 120, reversed: 16 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "rings_of_all_lags", tier: Tier::Tiny, shape: "B=1 N=2050 C=2 K=2 L=4100", dims: Dims { b: 1, n: 2050, c: 2, k: 2, l: 4100 }, params: Params { lead: 1, centre: 2049, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 C=128 K=4 L=49", dims: Dims { b: 128, n: 49, c: 128, k: 4, l: 49 }, params: Params { lead: 3, centre: 0, reversed: 64 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 C=1152 K=4 L=256", dims: Dims { b: 2, n: 256, c: 1152, k: 4, l: 256 }, params: Params { lead: 3, centre: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256_centred", tier: Tier::Real, shape: "B=2 N=256 C=1152 K=4 L=511", dims: Dims { b: 2, n: 256, c: 1152, k: 4, l: 511 }, params: Params { lead: 1, centre: 255, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
@@ -2805,7 +2855,7 @@ pub mod long_conv {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 C=1152 K=4 L=16384", dims: Dims { b: 2, n: 16384, c: 1152, k: 4, l: 16384 }, params: Params { lead: 3, centre: 0, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "long_conv", summary: "The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.", backward: true, cases: &["causal", "centred", "bidirectional", "no_short_filters", "filter_shorter_than_the_sequence", "filter_longer_than_the_sequence", "one_token", "many_samples", "by_transform_causal", "by_transform_centred", "by_transform_short_filter", "fashion_b128", "dit_xl_256", "dit_xl_256_centred", "dit_xl_512", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 2e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "long_conv", summary: "The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.", backward: true, cases: &["causal", "centred", "bidirectional", "no_short_filters", "filter_shorter_than_the_sequence", "filter_longer_than_the_sequence", "one_token", "many_samples", "by_transform_causal", "by_transform_centred", "by_transform_short_filter", "ring_of_64", "ring_of_128_centred", "ring_filter_past_the_sequence", "rings_of_all_lags", "fashion_b128", "dit_xl_256", "dit_xl_256_centred", "dit_xl_512", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 2e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "transform_16k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }, WayInfo { name: "transform_1k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }, WayInfo { name: "direct", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }, WayInfo { name: "transform_16k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }, WayInfo { name: "transform_1k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }, WayInfo { name: "direct", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

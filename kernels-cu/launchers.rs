@@ -153,6 +153,12 @@ pub const KERNELS: &[&Kernel] = &[
     &long_conv::LONG_CONV_BACKWARD_FILTER,
     &long_conv::LONG_CONV_BACKWARD_SHORT,
     &long_conv::LONG_CONV_BACKWARD_ADD,
+    &long_conv::LONG_CONV_ROOTS,
+    &long_conv::LONG_CONV_ROWS,
+    &long_conv::LONG_CONV_RESULTS,
+    &long_conv::LONG_CONV_BACKWARD_RESULTS,
+    &long_conv::LONG_CONV_TRANSFORM,
+    &long_conv::LONG_CONV_TRANSFORM_BACKWARD,
     &loss_diffusion::LOSS_DIFFUSION_PARTIAL,
     &loss_diffusion::LOSS_DIFFUSION_FINISH,
     &loss_diffusion::LOSS_DIFFUSION_BACKWARD,
@@ -5191,6 +5197,216 @@ pub mod long_conv {
                 int(queue, &LONG_CONV_BACKWARD_ADD, "parts", self.parts)?,
             ];
             queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_ADD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_ROOTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_roots", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_ROOTS`].
+    pub struct LongConvRoots {
+        pub table: Out<f32>,
+        pub bits: usize,
+    }
+
+    impl LongConvRoots {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.table.address()),
+                int(queue, &LONG_CONV_ROOTS, "bits", self.bits)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_ROOTS, element: element, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_ROWS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_rows", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_ROWS`].
+    pub struct LongConvRows<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub dy: In<T>,
+        pub u: Out<f32>,
+        pub dm: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvRows<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.u.address()),
+                Arg::Address(self.dm.address()),
+                int(queue, &LONG_CONV_ROWS, "n", self.n)?,
+                int(queue, &LONG_CONV_ROWS, "c", self.c)?,
+                int(queue, &LONG_CONV_ROWS, "k", self.k)?,
+                int(queue, &LONG_CONV_ROWS, "lead", self.lead)?,
+                int(queue, &LONG_CONV_ROWS, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_ROWS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_RESULTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_results", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_RESULTS`].
+    pub struct LongConvResults<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub m: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvResults<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.m.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &LONG_CONV_RESULTS, "n", self.n)?,
+                int(queue, &LONG_CONV_RESULTS, "c", self.c)?,
+                int(queue, &LONG_CONV_RESULTS, "k", self.k)?,
+                int(queue, &LONG_CONV_RESULTS, "lead", self.lead)?,
+                int(queue, &LONG_CONV_RESULTS, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_RESULTS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_BACKWARD_RESULTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_backward_results", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_BACKWARD_RESULTS`].
+    pub struct LongConvBackwardResults<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub m: In<f32>,
+        pub du: In<f32>,
+        pub d: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvBackwardResults<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.m.address()),
+                Arg::Address(self.du.address()),
+                Arg::Address(self.d.address()),
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "n", self.n)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "c", self.c)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "k", self.k)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "lead", self.lead)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_RESULTS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_TRANSFORM: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_transform", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_TRANSFORM`].
+    pub struct LongConvTransform<T> {
+        pub filter: In<T>,
+        pub skip: In<T>,
+        pub table: In<f32>,
+        pub spectra: Out<f32>,
+        pub u: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub l: usize,
+        pub centre: usize,
+        pub bits: usize,
+        pub slots: usize,
+    }
+
+    impl<T: Element> LongConvTransform<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.filter.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.table.address()),
+                Arg::Address(self.spectra.address()),
+                Arg::Address(self.u.address()),
+                int(queue, &LONG_CONV_TRANSFORM, "b", self.b)?,
+                int(queue, &LONG_CONV_TRANSFORM, "n", self.n)?,
+                int(queue, &LONG_CONV_TRANSFORM, "c", self.c)?,
+                int(queue, &LONG_CONV_TRANSFORM, "l", self.l)?,
+                int(queue, &LONG_CONV_TRANSFORM, "centre", self.centre)?,
+                int(queue, &LONG_CONV_TRANSFORM, "bits", self.bits)?,
+                int(queue, &LONG_CONV_TRANSFORM, "slots", self.slots)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_TRANSFORM, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_TRANSFORM_BACKWARD: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_transform_backward", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_TRANSFORM_BACKWARD`].
+    pub struct LongConvTransformBackward<T> {
+        pub filter: In<T>,
+        pub skip: In<T>,
+        pub table: In<f32>,
+        pub spectra: Out<f32>,
+        pub u: Out<f32>,
+        pub dm: Out<f32>,
+        pub taps: Out<f32>,
+        pub dfilter: Out<T>,
+        pub dskip: Out<T>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub l: usize,
+        pub centre: usize,
+        pub bits: usize,
+        pub slots: usize,
+    }
+
+    impl<T: Element> LongConvTransformBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.filter.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.table.address()),
+                Arg::Address(self.spectra.address()),
+                Arg::Address(self.u.address()),
+                Arg::Address(self.dm.address()),
+                Arg::Address(self.taps.address()),
+                Arg::Address(self.dfilter.address()),
+                Arg::Address(self.dskip.address()),
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "b", self.b)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "n", self.n)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "c", self.c)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "l", self.l)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "centre", self.centre)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "bits", self.bits)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "slots", self.slots)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_TRANSFORM_BACKWARD, element: T::TYPE, shape, args: &args })
         }
     }
 }

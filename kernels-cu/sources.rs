@@ -127,6 +127,9 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "long_conv" => &[
             ("long_conv.cu", include_str!("long_conv/long_conv.cu")),
+            ("long_conv_transform.cu", include_str!("long_conv/long_conv_transform.cu")),
+            ("ring.cuh", include_str!("long_conv/ring.cuh")),
+            ("short.cuh", include_str!("long_conv/short.cuh")),
         ],
         "loss_diffusion" => &[
             ("loss_diffusion.cu", include_str!("loss_diffusion/loss_diffusion.cu")),

@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             }
         }
         // Rows of the result: as long as those of y forward, as those of xbc backward.
-        const int64_t stride = back ? int64_t(h) * 16 + 128 : int64_t(h) * 16;
+        const int stride = back ? h * 16 + 128 : h * 16;
         walk.start(steps);
         for (int stage = 0; stage < walk.stages; stage++) {
             walk.next(stage, steps);

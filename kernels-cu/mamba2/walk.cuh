@@ -37,8 +37,8 @@ struct Walk {
     static constexpr int kValueBytes = kTimes * kValuePitch, kRowBytes = kTimes * kRowPitch;
 
     int n, h, reverse, back, sample, segment, group, first, end, stages, reading;
-    const bf16 *from, *written, *read;
-    int64_t stride, row_stride;
+    const bf16 *from, *rows;
+    int stride, row_stride;
     uint32_t tiles;
     float *dts, *sums, *products;
     float raw[2], rate;
@@ -51,10 +51,8 @@ struct Walk {
         group = int(blockIdx.x) % groups, segment = block % segments, sample = block / segments;
         const int all = (n + kTimes - 1) / kTimes, each = (all + segments - 1) / segments * kTimes;
         first = min(n, segment * each), end = min(n, first + each), stages = (end - first + kTimes - 1) / kTimes;
-        row_stride = int64_t(h) * 16 + 128, stride = back ? int64_t(h) * 16 : row_stride;
-        from = values + group * kHeads * 16;
-        const bf16 *of_b = xbc + int64_t(h) * 16, *of_c = of_b + 64;
-        written = back ? of_c : of_b, read = back ? of_b : of_c;
+        row_stride = h * 16 + 128, stride = back ? h * 16 : row_stride;
+        from = values + group * kHeads * 16, rows = xbc + h * 16;
         Regions regions = {smem, {}};
         tiles = smem_u32(regions.take(kStages * stage_bytes()));
         dts = reinterpret_cast<float*>(regions.take(kHeads * kTimes * 4));
@@ -83,7 +81,7 @@ struct Walk {
 
     // Units of 16 bytes of a row of a stage; those beyond the last head or time are zeros.
     template <int kUnits>
-    __device__ __forceinline__ void copy(uint32_t to, const bf16* rows, int64_t rows_stride, int stage, int units) const {
+    __device__ __forceinline__ void copy(uint32_t to, const bf16* rows, int rows_stride, int stage, int units) const {
         constexpr int kPitch = odd_pitch(kUnits * 8);
         for (int i = threadIdx.x; i < kTimes * kUnits; i += 256) {
             const int row = i / kUnits, unit = i % kUnits, at = time(stage, row);
@@ -94,8 +92,9 @@ struct Walk {
     __device__ __forceinline__ void fetch(int stage, const StepSizes& steps) {
         if (stage < stages) {
             copy<2 * kHeads>(buffer(stage), from, stride, stage, 2 * (h - group * kHeads));
-            copy<8>(buffer(stage) + kValueBytes, written, row_stride, stage, 8);
-            if (reading) copy<8>(buffer(stage) + kValueBytes + kRowBytes, read, row_stride, stage, 8);
+            // B is written and C read, or the other way round.
+            copy<8>(buffer(stage) + kValueBytes, rows + (back ? 64 : 0), row_stride, stage, 8);
+            if (reading) copy<8>(buffer(stage) + kValueBytes + kRowBytes, rows + (back ? 0 : 64), row_stride, stage, 8);
             // A thread takes two heads of a time.
             const int at = time(stage, int(threadIdx.x) / 4), head = group * kHeads + int(threadIdx.x) % 4 * 2;
 #pragma unroll
@@ -149,7 +148,7 @@ struct Walk {
         for (int i = 0; i < 8; i++) to[i / 2 % 2 * 8 * kPairPitch + i / 4 * 8 + i % 2] = acc[i / 4][i % 4];
     }
     // The results in the place of the values, to rows `to_stride` apart.
-    __device__ __forceinline__ void store(int stage, bf16* to, int64_t to_stride) const {
+    __device__ __forceinline__ void store(int stage, bf16* to, int to_stride) const {
         constexpr int kUnits = 2 * kHeads;
         for (int i = threadIdx.x; i < kTimes * kUnits; i += 256) {
             const int row = i / kUnits, unit = i % kUnits, at = time(stage, row);
