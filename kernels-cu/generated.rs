@@ -3262,10 +3262,8 @@ pub mod mamba2 {
     /// Ways to run the backward pass on a GPU.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub enum BackwardWay {
-        /// The gradients of x as forward, the others on CUDA cores; segments of the times for some 264 blocks.
-        Mma264,
-        /// The gradients of x as forward, the others on CUDA cores; segments of the times for some 528 blocks.
-        Mma528,
+        /// mma.sync on heads of 16 columns and a state of 64, eight heads of a chunk of 64 a block.
+        Mma,
         /// CUDA cores, chunks of 64.
         Tiles,
     }
@@ -3273,8 +3271,7 @@ pub mod mamba2 {
     impl Way for BackwardWay {
         const OP: &'static str = "mamba2";
         const ALL: &'static [(BackwardWay, WayInfo)] = &[
-            (BackwardWay::Mma264, WayInfo { name: "mma_264", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "The gradients of x as forward, the others on CUDA cores; segments of the times for some 264 blocks." }),
-            (BackwardWay::Mma528, WayInfo { name: "mma_528", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "The gradients of x as forward, the others on CUDA cores; segments of the times for some 528 blocks." }),
+            (BackwardWay::Mma, WayInfo { name: "mma", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64, eight heads of a chunk of 64 a block." }),
             (BackwardWay::Tiles, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }),
         ];
     }
@@ -3306,7 +3303,7 @@ pub mod mamba2 {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 W=4880 H=144 E=16 K=64", dims: Dims { b: 2, n: 16384, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "segments", "segments_reversed", "one_token_published_widths", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 264 blocks." }, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 528 blocks." }, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }, WayInfo { name: "mma_264", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "The gradients of x as forward, the others on CUDA cores; segments of the times for some 264 blocks." }, WayInfo { name: "mma_528", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "The gradients of x as forward, the others on CUDA cores; segments of the times for some 528 blocks." }, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }] };
+    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "segments", "segments_reversed", "one_token_published_widths", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 264 blocks." }, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 528 blocks." }, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }, WayInfo { name: "mma", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64, eight heads of a chunk of 64 a block." }, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

@@ -176,6 +176,8 @@ pub const KERNELS: &[&Kernel] = &[
     &mamba2::MAMBA2_BACKWARD_BC,
     &mamba2::MAMBA2_MMA_STATES,
     &mamba2::MAMBA2_MMA_WALK,
+    &mamba2::MAMBA2_MMA_BACKWARD,
+    &mamba2::MAMBA2_MMA_SHARES,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q,
@@ -5957,7 +5959,6 @@ pub mod mamba2 {
 
     /// Arguments of [`MAMBA2_MMA_WALK`].
     pub struct Mamba2MmaWalk<T> {
-        pub values: In<T>,
         pub xbc: In<T>,
         pub p: In<T>,
         pub dt_bias: In<T>,
@@ -5971,14 +5972,12 @@ pub mod mamba2 {
         pub h: usize,
         pub dt_offset: usize,
         pub reverse: usize,
-        pub back: usize,
         pub segments: usize,
     }
 
     impl<T: Element> Mamba2MmaWalk<T> {
         pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
             let args = [
-                Arg::Address(self.values.address()),
                 Arg::Address(self.xbc.address()),
                 Arg::Address(self.p.address()),
                 Arg::Address(self.dt_bias.address()),
@@ -5992,10 +5991,85 @@ pub mod mamba2 {
                 int(queue, &MAMBA2_MMA_WALK, "h", self.h)?,
                 int(queue, &MAMBA2_MMA_WALK, "dt_offset", self.dt_offset)?,
                 int(queue, &MAMBA2_MMA_WALK, "reverse", self.reverse)?,
-                int(queue, &MAMBA2_MMA_WALK, "back", self.back)?,
                 int(queue, &MAMBA2_MMA_WALK, "segments", self.segments)?,
             ];
             queue.launch(&Launch { kernel: &MAMBA2_MMA_WALK, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_MMA_BACKWARD: Kernel = Kernel { op: "mamba2", source: "mamba2_mma_backward.cu", name: "mamba2_mma_backward", arch: 80 };
+
+    /// Arguments of [`MAMBA2_MMA_BACKWARD`].
+    pub struct Mamba2MmaBackward<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub states: In<f32>,
+        pub dstates: In<f32>,
+        pub dxbc: Out<T>,
+        pub dp: Out<T>,
+        pub shares: Out<f32>,
+        pub partials: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+        pub chunks: usize,
+    }
+
+    impl<T: Element> Mamba2MmaBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dxbc.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.shares.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &MAMBA2_MMA_BACKWARD, "b", self.b)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "n", self.n)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "w", self.w)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "h", self.h)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "reverse", self.reverse)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "chunks", self.chunks)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_MMA_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_MMA_SHARES: Kernel = Kernel { op: "mamba2", source: "mamba2_mma_backward.cu", name: "mamba2_mma_shares", arch: 80 };
+
+    /// Arguments of [`MAMBA2_MMA_SHARES`].
+    pub struct Mamba2MmaShares<T> {
+        pub shares: In<f32>,
+        pub dxbc: Out<T>,
+        pub rows: u64,
+        pub h: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> Mamba2MmaShares<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.shares.address()),
+                Arg::Address(self.dxbc.address()),
+                Arg::U64(self.rows),
+                int(queue, &MAMBA2_MMA_SHARES, "h", self.h)?,
+                int(queue, &MAMBA2_MMA_SHARES, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_MMA_SHARES, element: T::TYPE, shape, args: &args })
         }
     }
 }

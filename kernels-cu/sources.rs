@@ -140,6 +140,7 @@ pub fn operator(op: &str) -> &'static [File] {
         "mamba2" => &[
             ("mamba2.cu", include_str!("mamba2/mamba2.cu")),
             ("mamba2_mma.cu", include_str!("mamba2/mamba2_mma.cu")),
+            ("mamba2_mma_backward.cu", include_str!("mamba2/mamba2_mma_backward.cu")),
             ("scan.cuh", include_str!("mamba2/scan.cuh")),
             ("walk.cuh", include_str!("mamba2/walk.cuh")),
         ],

@@ -62,10 +62,12 @@ fn forward_transformed<T: Element, Q: Queue>(queue: &mut Q, a: &GpuForward<T>, l
     let (p, short_weight, short_bias) = (a.p, a.short_weight.or_null(), a.short_bias.or_null());
     let rings = Rings::new(a.dims, centre, limit);
     let (u, (dy, dm)) = (queue.scratch::<f32>(b * n * c)?, (In::at(0), Out::at(0)));
-    LongConvRows { p, short_weight, short_bias, dy, u, dm, n, c, k, lead, reversed }.launch(queue, by_squares(a.dims))?;
+    LongConvRows { p, short_weight, short_bias, dy, u, dm, n, c, k, lead, reversed }
+        .launch(queue, by_squares(a.dims))?;
     let [table, spectra] = rings.memory::<T, Q>(queue, rings.slots[0])?;
     let (filter, skip, table, bits, slots) = (a.filter, a.skip, table.read(), rings.bits, rings.slots[0]);
-    LongConvTransform { filter, skip, table, spectra, u, b, n, c, l, centre, bits, slots }.launch(queue, rings.shape)?;
+    LongConvTransform { filter, skip, table, spectra, u, b, n, c, l, centre, bits, slots }
+        .launch(queue, rings.shape)?;
     LongConvResults { p, short_weight, short_bias, m: u.read(), y: a.y, n, c, k, lead, reversed }
         .launch(queue, by_squares(a.dims))
 }
@@ -80,7 +82,8 @@ fn backward_transformed<T: Element, Q: Queue>(
     let (dy, p, short_weight, short_bias) = (a.dy, a.p, a.short_weight.or_null(), a.short_bias.or_null());
     let rings = Rings::new(a.dims, centre, limit);
     let (u, dm) = (queue.scratch::<f32>(b * n * c)?, queue.scratch::<f32>(b * n * c)?);
-    LongConvRows { p, short_weight, short_bias, dy, u, dm, n, c, k, lead, reversed }.launch(queue, by_squares(a.dims))?;
+    LongConvRows { p, short_weight, short_bias, dy, u, dm, n, c, k, lead, reversed }
+        .launch(queue, by_squares(a.dims))?;
     let [table, spectra] = rings.memory::<T, Q>(queue, rings.slots[1])?;
     let taps = queue.scratch::<f32>(l * rings.blocks)?;
     let (filter, skip, table, bits, slots) = (a.filter, a.skip, table.read(), rings.bits, rings.slots[1]);
