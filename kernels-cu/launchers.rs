@@ -140,6 +140,18 @@ pub const KERNELS: &[&Kernel] = &[
     &linear_attention::LINEAR_ATTENTION_BACKWARD_Q,
     &linear_attention::LINEAR_ATTENTION_BACKWARD_K,
     &linear_attention::LINEAR_ATTENTION_BACKWARD_V,
+    &linear_attention::LINEAR_ATTENTION_MMA_STATE_32,
+    &linear_attention::LINEAR_ATTENTION_MMA_STATE_64,
+    &linear_attention::LINEAR_ATTENTION_MMA_STATE_72,
+    &linear_attention::LINEAR_ATTENTION_MMA_FORWARD_32,
+    &linear_attention::LINEAR_ATTENTION_MMA_FORWARD_64,
+    &linear_attention::LINEAR_ATTENTION_MMA_FORWARD_72,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_Q_32,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_Q_64,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_Q_72,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_KV_32,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_KV_64,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_KV_72,
     &ln_modulate::LN_MODULATE_FORWARD,
     &ln_modulate::LN_MODULATE_FORWARD_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD,
@@ -154,6 +166,12 @@ pub const KERNELS: &[&Kernel] = &[
     &long_conv::LONG_CONV_BACKWARD_FILTER,
     &long_conv::LONG_CONV_BACKWARD_SHORT,
     &long_conv::LONG_CONV_BACKWARD_ADD,
+    &long_conv::LONG_CONV_ROOTS,
+    &long_conv::LONG_CONV_ROWS,
+    &long_conv::LONG_CONV_RESULTS,
+    &long_conv::LONG_CONV_BACKWARD_RESULTS,
+    &long_conv::LONG_CONV_TRANSFORM,
+    &long_conv::LONG_CONV_TRANSFORM_BACKWARD,
     &loss_diffusion::LOSS_DIFFUSION_PARTIAL,
     &loss_diffusion::LOSS_DIFFUSION_FINISH,
     &loss_diffusion::LOSS_DIFFUSION_BACKWARD,
@@ -169,6 +187,10 @@ pub const KERNELS: &[&Kernel] = &[
     &mamba2::MAMBA2_BACKWARD_STEPS,
     &mamba2::MAMBA2_BACKWARD_HEADS,
     &mamba2::MAMBA2_BACKWARD_BC,
+    &mamba2::MAMBA2_MMA_STATES,
+    &mamba2::MAMBA2_MMA_WALK,
+    &mamba2::MAMBA2_MMA_BACKWARD,
+    &mamba2::MAMBA2_MMA_SHARES,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q,
@@ -4790,6 +4812,390 @@ pub mod linear_attention {
             queue.launch(&Launch { kernel: &LINEAR_ATTENTION_BACKWARD_V, element: T::TYPE, shape, args: &args })
         }
     }
+
+    pub const LINEAR_ATTENTION_MMA_STATE_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_state_32", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_STATE_32`].
+    pub struct LinearAttentionMmaState32<T> {
+        pub qkv: In<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaState32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_STATE_32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_STATE_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_state_64", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_STATE_64`].
+    pub struct LinearAttentionMmaState64<T> {
+        pub qkv: In<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaState64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_STATE_64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_STATE_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_state_72", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_STATE_72`].
+    pub struct LinearAttentionMmaState72<T> {
+        pub qkv: In<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaState72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_STATE_72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_FORWARD_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_forward_32", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_FORWARD_32`].
+    pub struct LinearAttentionMmaForward32<T> {
+        pub qkv: In<T>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub y: Out<T>,
+        pub norm: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub eps: f32,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaForward32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "map", self.map)?,
+                Arg::F32(self.eps),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_FORWARD_32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_FORWARD_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_forward_64", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_FORWARD_64`].
+    pub struct LinearAttentionMmaForward64<T> {
+        pub qkv: In<T>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub y: Out<T>,
+        pub norm: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub eps: f32,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaForward64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "map", self.map)?,
+                Arg::F32(self.eps),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_FORWARD_64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_FORWARD_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_forward_72", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_FORWARD_72`].
+    pub struct LinearAttentionMmaForward72<T> {
+        pub qkv: In<T>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub y: Out<T>,
+        pub norm: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub eps: f32,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaForward72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "map", self.map)?,
+                Arg::F32(self.eps),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_FORWARD_72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_Q_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_q_32", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_Q_32`].
+    pub struct LinearAttentionMmaBackwardQ32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub norm: In<f32>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub dqkv: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardQ32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.dqkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_Q_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_q_64", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_Q_64`].
+    pub struct LinearAttentionMmaBackwardQ64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub norm: In<f32>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub dqkv: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardQ64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.dqkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_Q_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_q_72", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_Q_72`].
+    pub struct LinearAttentionMmaBackwardQ72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub norm: In<f32>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub dqkv: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardQ72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.dqkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_KV_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_kv_32", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_KV_32`].
+    pub struct LinearAttentionMmaBackwardKv32<T> {
+        pub qkv: In<T>,
+        pub dstate: In<f32>,
+        pub dtotal: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardKv32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.dstate.address()),
+                Arg::Address(self.dtotal.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_KV_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_kv_64", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_KV_64`].
+    pub struct LinearAttentionMmaBackwardKv64<T> {
+        pub qkv: In<T>,
+        pub dstate: In<f32>,
+        pub dtotal: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardKv64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.dstate.address()),
+                Arg::Address(self.dtotal.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_KV_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_kv_72", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_KV_72`].
+    pub struct LinearAttentionMmaBackwardKv72<T> {
+        pub qkv: In<T>,
+        pub dstate: In<f32>,
+        pub dtotal: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardKv72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.dstate.address()),
+                Arg::Address(self.dtotal.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, element: T::TYPE, shape, args: &args })
+        }
+    }
 }
 
 /// Kernels of `ln_modulate`.
@@ -5280,6 +5686,216 @@ pub mod long_conv {
                 int(queue, &LONG_CONV_BACKWARD_ADD, "parts", self.parts)?,
             ];
             queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_ADD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_ROOTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_roots", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_ROOTS`].
+    pub struct LongConvRoots {
+        pub table: Out<f32>,
+        pub bits: usize,
+    }
+
+    impl LongConvRoots {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.table.address()),
+                int(queue, &LONG_CONV_ROOTS, "bits", self.bits)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_ROOTS, element: element, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_ROWS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_rows", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_ROWS`].
+    pub struct LongConvRows<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub dy: In<T>,
+        pub u: Out<f32>,
+        pub dm: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvRows<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.u.address()),
+                Arg::Address(self.dm.address()),
+                int(queue, &LONG_CONV_ROWS, "n", self.n)?,
+                int(queue, &LONG_CONV_ROWS, "c", self.c)?,
+                int(queue, &LONG_CONV_ROWS, "k", self.k)?,
+                int(queue, &LONG_CONV_ROWS, "lead", self.lead)?,
+                int(queue, &LONG_CONV_ROWS, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_ROWS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_RESULTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_results", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_RESULTS`].
+    pub struct LongConvResults<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub m: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvResults<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.m.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &LONG_CONV_RESULTS, "n", self.n)?,
+                int(queue, &LONG_CONV_RESULTS, "c", self.c)?,
+                int(queue, &LONG_CONV_RESULTS, "k", self.k)?,
+                int(queue, &LONG_CONV_RESULTS, "lead", self.lead)?,
+                int(queue, &LONG_CONV_RESULTS, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_RESULTS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_BACKWARD_RESULTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_backward_results", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_BACKWARD_RESULTS`].
+    pub struct LongConvBackwardResults<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub m: In<f32>,
+        pub du: In<f32>,
+        pub d: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvBackwardResults<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.m.address()),
+                Arg::Address(self.du.address()),
+                Arg::Address(self.d.address()),
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "n", self.n)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "c", self.c)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "k", self.k)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "lead", self.lead)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_RESULTS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_TRANSFORM: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_transform", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_TRANSFORM`].
+    pub struct LongConvTransform<T> {
+        pub filter: In<T>,
+        pub skip: In<T>,
+        pub table: In<f32>,
+        pub spectra: Out<f32>,
+        pub u: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub l: usize,
+        pub centre: usize,
+        pub bits: usize,
+        pub slots: usize,
+    }
+
+    impl<T: Element> LongConvTransform<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.filter.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.table.address()),
+                Arg::Address(self.spectra.address()),
+                Arg::Address(self.u.address()),
+                int(queue, &LONG_CONV_TRANSFORM, "b", self.b)?,
+                int(queue, &LONG_CONV_TRANSFORM, "n", self.n)?,
+                int(queue, &LONG_CONV_TRANSFORM, "c", self.c)?,
+                int(queue, &LONG_CONV_TRANSFORM, "l", self.l)?,
+                int(queue, &LONG_CONV_TRANSFORM, "centre", self.centre)?,
+                int(queue, &LONG_CONV_TRANSFORM, "bits", self.bits)?,
+                int(queue, &LONG_CONV_TRANSFORM, "slots", self.slots)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_TRANSFORM, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_TRANSFORM_BACKWARD: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_transform_backward", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_TRANSFORM_BACKWARD`].
+    pub struct LongConvTransformBackward<T> {
+        pub filter: In<T>,
+        pub skip: In<T>,
+        pub table: In<f32>,
+        pub spectra: Out<f32>,
+        pub u: Out<f32>,
+        pub dm: Out<f32>,
+        pub taps: Out<f32>,
+        pub dfilter: Out<T>,
+        pub dskip: Out<T>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub l: usize,
+        pub centre: usize,
+        pub bits: usize,
+        pub slots: usize,
+    }
+
+    impl<T: Element> LongConvTransformBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.filter.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.table.address()),
+                Arg::Address(self.spectra.address()),
+                Arg::Address(self.u.address()),
+                Arg::Address(self.dm.address()),
+                Arg::Address(self.taps.address()),
+                Arg::Address(self.dfilter.address()),
+                Arg::Address(self.dskip.address()),
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "b", self.b)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "n", self.n)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "c", self.c)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "l", self.l)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "centre", self.centre)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "bits", self.bits)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "slots", self.slots)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_TRANSFORM_BACKWARD, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -5781,6 +6397,166 @@ pub mod mamba2 {
                 int(queue, &MAMBA2_BACKWARD_BC, "reverse", self.reverse)?,
             ];
             queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_BC, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_MMA_STATES: Kernel = Kernel { op: "mamba2", source: "mamba2_mma.cu", name: "mamba2_mma_states", arch: 80 };
+
+    /// Arguments of [`MAMBA2_MMA_STATES`].
+    pub struct Mamba2MmaStates<T> {
+        pub values: In<T>,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub states: Out<f32>,
+        pub decays: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+        pub back: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> Mamba2MmaStates<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.values.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.decays.address()),
+                int(queue, &MAMBA2_MMA_STATES, "n", self.n)?,
+                int(queue, &MAMBA2_MMA_STATES, "w", self.w)?,
+                int(queue, &MAMBA2_MMA_STATES, "h", self.h)?,
+                int(queue, &MAMBA2_MMA_STATES, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_MMA_STATES, "reverse", self.reverse)?,
+                int(queue, &MAMBA2_MMA_STATES, "back", self.back)?,
+                int(queue, &MAMBA2_MMA_STATES, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_MMA_STATES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_MMA_WALK: Kernel = Kernel { op: "mamba2", source: "mamba2_mma.cu", name: "mamba2_mma_walk", arch: 80 };
+
+    /// Arguments of [`MAMBA2_MMA_WALK`].
+    pub struct Mamba2MmaWalk<T> {
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub residual: In<T>,
+        pub states: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> Mamba2MmaWalk<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &MAMBA2_MMA_WALK, "n", self.n)?,
+                int(queue, &MAMBA2_MMA_WALK, "w", self.w)?,
+                int(queue, &MAMBA2_MMA_WALK, "h", self.h)?,
+                int(queue, &MAMBA2_MMA_WALK, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_MMA_WALK, "reverse", self.reverse)?,
+                int(queue, &MAMBA2_MMA_WALK, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_MMA_WALK, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_MMA_BACKWARD: Kernel = Kernel { op: "mamba2", source: "mamba2_mma_backward.cu", name: "mamba2_mma_backward", arch: 80 };
+
+    /// Arguments of [`MAMBA2_MMA_BACKWARD`].
+    pub struct Mamba2MmaBackward<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub states: In<f32>,
+        pub dstates: In<f32>,
+        pub dxbc: Out<T>,
+        pub dp: Out<T>,
+        pub shares: Out<f32>,
+        pub partials: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+        pub chunks: usize,
+    }
+
+    impl<T: Element> Mamba2MmaBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dxbc.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.shares.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &MAMBA2_MMA_BACKWARD, "b", self.b)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "n", self.n)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "w", self.w)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "h", self.h)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "reverse", self.reverse)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "chunks", self.chunks)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_MMA_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_MMA_SHARES: Kernel = Kernel { op: "mamba2", source: "mamba2_mma_backward.cu", name: "mamba2_mma_shares", arch: 80 };
+
+    /// Arguments of [`MAMBA2_MMA_SHARES`].
+    pub struct Mamba2MmaShares<T> {
+        pub shares: In<f32>,
+        pub dxbc: Out<T>,
+        pub rows: u64,
+        pub h: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> Mamba2MmaShares<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.shares.address()),
+                Arg::Address(self.dxbc.address()),
+                Arg::U64(self.rows),
+                int(queue, &MAMBA2_MMA_SHARES, "h", self.h)?,
+                int(queue, &MAMBA2_MMA_SHARES, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_MMA_SHARES, element: T::TYPE, shape, args: &args })
         }
     }
 }

@@ -13,6 +13,7 @@ pub const COMMON: &[File] = &[
     ("base.cuh", include_str!("common/base.cuh")),
     ("cluster.cuh", include_str!("common/cluster.cuh")),
     ("elementwise.cuh", include_str!("common/elementwise.cuh")),
+    ("fragments.cuh", include_str!("common/fragments.cuh")),
     ("gated_window.cuh", include_str!("common/gated_window.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
@@ -120,13 +121,18 @@ pub fn operator(op: &str) -> &'static [File] {
             ("kv_compress.cu", include_str!("kv_compress/kv_compress.cu")),
         ],
         "linear_attention" => &[
+            ("features.cuh", include_str!("linear_attention/features.cuh")),
             ("linear_attention.cu", include_str!("linear_attention/linear_attention.cu")),
+            ("linear_attention_mma.cu", include_str!("linear_attention/linear_attention_mma.cu")),
         ],
         "ln_modulate" => &[
             ("ln_modulate.cu", include_str!("ln_modulate/ln_modulate.cu")),
         ],
         "long_conv" => &[
             ("long_conv.cu", include_str!("long_conv/long_conv.cu")),
+            ("long_conv_transform.cu", include_str!("long_conv/long_conv_transform.cu")),
+            ("ring.cuh", include_str!("long_conv/ring.cuh")),
+            ("short.cuh", include_str!("long_conv/short.cuh")),
         ],
         "loss_diffusion" => &[
             ("loss_diffusion.cu", include_str!("loss_diffusion/loss_diffusion.cu")),
@@ -136,7 +142,10 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "mamba2" => &[
             ("mamba2.cu", include_str!("mamba2/mamba2.cu")),
+            ("mamba2_mma.cu", include_str!("mamba2/mamba2_mma.cu")),
+            ("mamba2_mma_backward.cu", include_str!("mamba2/mamba2_mma_backward.cu")),
             ("scan.cuh", include_str!("mamba2/scan.cuh")),
+            ("walk.cuh", include_str!("mamba2/walk.cuh")),
         ],
         "neighborhood_attention" => &[
             ("neighborhood_attention.cu", include_str!("neighborhood_attention/neighborhood_attention.cu")),

@@ -1,13 +1,10 @@
 //! Which kernel takes which shape.
 
 use crate::attention::launch::by_rows;
-use crate::generated::linear_attention::{Dims, GpuBackward, GpuForward};
+use crate::generated::linear_attention::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
 use crate::launch::{Element, Out, Queue, Shape};
-use crate::launchers::linear_attention::{
-    LinearAttentionAdd, LinearAttentionBackwardDelta, LinearAttentionBackwardK, LinearAttentionBackwardQ,
-    LinearAttentionBackwardState, LinearAttentionBackwardV, LinearAttentionForward, LinearAttentionNorm,
-    LinearAttentionState,
-};
+use crate::launchers::linear_attention::*;
+use crate::ways::choose;
 
 /// Blocks that a split of the tokens aims at: two for each multiprocessor of an H100, whatever the device, because the
 /// order of the sums follows from it.
@@ -42,12 +39,95 @@ fn add<T: Element, Q: Queue>(
     )
 }
 
+/// Puts in the kernel of the head's width, one of those that [`on_tensor_cores`] names.
+macro_rules! by_width {
+    ($e:expr, $queue:expr, $shape:expr, [$k32:ident, $k64:ident, $k72:ident], { $($fields:tt)* }) => {
+        match $e {
+            32 => $k32 { $($fields)* }.launch($queue, $shape),
+            64 => $k64 { $($fields)* }.launch($queue, $shape),
+            _ => $k72 { $($fields)* }.launch($queue, $shape),
+        }
+    };
+}
+
+/// Whether the tensor cores have kernels for heads of this width.
+fn on_tensor_cores(Dims { e, .. }: Dims) -> bool {
+    [32, 64, 72].contains(&e)
+}
+
+/// Parts that blocks of the tensor-core kernels divide a head's tokens into, of three tiles or more.
+fn parts_of(Dims { b, n, h, .. }: Dims, blocks: usize) -> usize {
+    (blocks / (b * h).max(1)).clamp(1, n.div_ceil(3 * ROWS).max(1))
+}
+
+/// Tokens of the tiles that parts are made of, and bytes of a row of a tile.
+const ROWS: usize = 128;
+fn pitch(e: usize) -> usize {
+    (e / 8 | 1) * 16
+}
+
+/// Regions of the kernels that hold a head's matrix and two stages of `tensors` tiles.
+fn with_matrix(e: usize, scales: Option<usize>, tensors: usize, rows: usize) -> Vec<usize> {
+    let (matrix, totals, tiles) = (2 * e * pitch(e), 4 * e, 2 * tensors * rows * pitch(e));
+    [Some(matrix), Some(totals), scales, Some(tiles)].into_iter().flatten().collect()
+}
+
+fn forward_mma<T: Element, Q: Queue>(queue: &mut Q, a: &GpuForward<T>, blocks: usize) -> Result<(), Q::Error> {
+    let (Dims { b, n, h, e }, map, qkv, eps) = (a.dims, a.params.map, a.qkv, a.params.eps);
+    let parts = parts_of(a.dims, blocks);
+    let partials = queue.scratch::<f32>(b * h * parts * e * (e + 1))?;
+    let shape = Shape::new(b * h * parts, 128);
+    let sums = shape.shared(&[3 * 2 * 64 * pitch(e)]);
+    by_width!(e, queue, sums, [LinearAttentionMmaState32, LinearAttentionMmaState64, LinearAttentionMmaState72], {
+        qkv, partials, n, h, map, parts
+    })?;
+    add::<T, Q>(queue, a.dims, partials, parts, [a.state, a.total])?;
+    let (state, total, y, norm) = (a.state.read(), a.total.read(), a.y, a.norm);
+    let shape = shape.shared(&with_matrix(e, None, 1, ROWS));
+    by_width!(e, queue, shape, [LinearAttentionMmaForward32, LinearAttentionMmaForward64, LinearAttentionMmaForward72], {
+        qkv, state, total, y, norm, n, h, map, eps, parts
+    })
+}
+
+fn backward_mma<T: Element, Q: Queue>(
+    queue: &mut Q,
+    a: &GpuBackward<T>,
+    dqkv: Out<T>,
+    blocks: usize,
+) -> Result<(), Q::Error> {
+    let (Dims { b, n, h, e }, map) = (a.dims, a.params.map);
+    let GpuBackward { dy, qkv, y, norm, state, total, .. } = *a;
+    let parts = parts_of(a.dims, blocks);
+    let partials = queue.scratch::<f32>(b * h * parts * e * (e + 1))?;
+    let (dstate, dtotal) = (queue.scratch::<f32>(b * h * e * e)?, queue.scratch::<f32>(b * h * e)?);
+    let shape = Shape::new(b * h * parts, 128);
+    let sums = shape.shared(&with_matrix(e, Some(2 * 64 * 4), 3, 64));
+    by_width!(
+        e, queue, sums,
+        [LinearAttentionMmaBackwardQ32, LinearAttentionMmaBackwardQ64, LinearAttentionMmaBackwardQ72],
+        { dy, qkv, y, norm, state, total, dqkv, partials, n, h, map, parts }
+    )?;
+    add::<T, Q>(queue, a.dims, partials, parts, [dstate, dtotal])?;
+    let (dstate, dtotal) = (dstate.read(), dtotal.read());
+    let shape = shape.shared(&with_matrix(e, None, 2, ROWS));
+    by_width!(
+        e, queue, shape,
+        [LinearAttentionMmaBackwardKv32, LinearAttentionMmaBackwardKv64, LinearAttentionMmaBackwardKv72],
+        { qkv, dstate, dtotal, dqkv, n, h, map, parts }
+    )
+}
+
 /// Launches the forward pass.
 ///
 /// # Errors
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
     let (Dims { b, n, h, e }, map, qkv) = (a.dims, a.params.map, a.qkv);
+    match choose(queue, T::TYPE, &a.dims, |way: ForwardWay| way == ForwardWay::Tiles || on_tensor_cores(a.dims)) {
+        ForwardWay::Mma264 => return forward_mma(queue, &a, BLOCKS),
+        ForwardWay::Mma528 => return forward_mma(queue, &a, 2 * BLOCKS),
+        ForwardWay::Tiles => {}
+    }
     let (parts, shape) = by_parts(a.dims);
     let partials = queue.scratch::<f32>(b * h * parts * e * (e + 1))?;
     LinearAttentionState { qkv, partials, n, h, e, map, parts }.launch(queue, shape)?;
@@ -65,6 +145,11 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
 /// Those of the queue.
 pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Result<(), Q::Error> {
     let Some(dqkv) = a.dqkv else { return Ok(()) };
+    match choose(queue, T::TYPE, &a.dims, |way: BackwardWay| way == BackwardWay::Tiles || on_tensor_cores(a.dims)) {
+        BackwardWay::Mma264 => return backward_mma(queue, &a, dqkv, BLOCKS),
+        BackwardWay::Mma528 => return backward_mma(queue, &a, dqkv, 2 * BLOCKS),
+        BackwardWay::Tiles => {}
+    }
     let (Dims { b, n, h, e }, map) = (a.dims, a.params.map);
     let (dy, qkv, norm, rows) = (a.dy, a.qkv, a.norm, b * n * h);
     let delta = queue.scratch::<f32>(rows)?;

@@ -15,16 +15,11 @@
 // the second reading of q and k leave this version some three times above it.
 //
 // Requires: eps above zero. Does not handle: causal sums, strides.
-#include "../common/ptx.cuh"
 #include "../common/elementwise.cuh"
 #include "../common/softmax_attention.cuh"
-
-using namespace ptx;
+#include "features.cuh"
 
 using Block = Tile<64, 32, 16>;
-
-__device__ __forceinline__ float phi(int map, float x) { return map ? fmaxf(x, 0.0f) : x > 0.0f ? x + 1.0f : __expf(x); }
-__device__ __forceinline__ float phi_slope(int map, float x) { return x > 0.0f ? 1.0f : map ? 0.0f : __expf(x); }
 
 // Tile blockIdx.y of a [E, E + 1] sum over tokens first .. end of left_i[d]·right_i[e], into `to`.
 template <class L, class R>
