@@ -34,6 +34,7 @@ pub const OPS: &[OpInfo] = &[
     loss_regression::INFO,
     mamba2::INFO,
     neighborhood_attention::INFO,
+    norm_silu_conv2d::INFO,
     patchify::INFO,
     philox::INFO,
     qk_norm::INFO,
@@ -653,6 +654,12 @@ pub mod conv2d {
         Case { name: "long_k_blocks", tier: Tier::Tiny, dims: Dims { b: 3, h: 17, w: 17, c: 64, f: 40, kh: 3, kw: 3, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "bf16_products", tier: Tier::Tiny, dims: Dims { b: 2, h: 9, w: 7, c: 21, f: 34, kh: 3, kw: 3, oh: 9, ow: 7 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "bf16_weight", tier: Tier::Tiny, dims: Dims { b: 1, h: 6, w: 6, c: 70, f: 18, kh: 3, kw: 3, oh: 6, ow: 6 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
+        Case { name: "halo", tier: Tier::Tiny, dims: Dims { b: 2, h: 15, w: 15, c: 72, f: 136, kh: 3, kw: 3, oh: 15, ow: 15 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "halo_inside", tier: Tier::Tiny, dims: Dims { b: 1, h: 10, w: 34, c: 16, f: 21, kh: 3, kw: 3, oh: 8, ow: 32 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "halo_off_centre", tier: Tier::Tiny, dims: Dims { b: 1, h: 7, w: 12, c: 136, f: 24, kh: 3, kw: 3, oh: 8, ow: 12 }, params: Params { stride: 1, pad_h: 2, pad_w: 0, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "windows", tier: Tier::Tiny, dims: Dims { b: 3, h: 9, w: 11, c: 24, f: 72, kh: 3, kw: 2, oh: 5, ow: 6 }, params: Params { stride: 2, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "windows_eight_channels", tier: Tier::Tiny, dims: Dims { b: 2, h: 13, w: 9, c: 8, f: 33, kh: 5, kw: 5, oh: 13, ow: 9 }, params: Params { stride: 1, pad_h: 2, pad_w: 2, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "few_filters", tier: Tier::Tiny, dims: Dims { b: 1, h: 12, w: 17, c: 40, f: 3, kh: 3, kw: 3, oh: 12, ow: 17 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "inception_stem", tier: Tier::Real, dims: Dims { b: 8, h: 147, w: 147, c: 32, f: 64, kh: 3, kw: 3, oh: 147, ow: 147 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "inception_3x3", tier: Tier::Real, dims: Dims { b: 8, h: 73, w: 73, c: 80, f: 192, kh: 3, kw: 3, oh: 71, ow: 71 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "inception_1x7", tier: Tier::Real, dims: Dims { b: 8, h: 17, w: 17, c: 192, f: 192, kh: 1, kw: 7, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 0, pad_w: 3, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
@@ -661,7 +668,7 @@ pub mod conv2d {
         Case { name: "vae_512_bf16", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "halo", "halo_inside", "halo_off_centre", "windows", "windows_eight_channels", "few_filters", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
 
 }
 
@@ -3308,6 +3315,96 @@ pub mod neighborhood_attention {
         { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved).0, &cotangent))); }
         rows
     }
+}
+
+/// Group norm and SiLU of images, channels last, and the convolution of the same size behind them, with bias and residual.
+pub mod norm_silu_conv2d {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub g: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Added to the variance.
+        pub eps: f32,
+        /// Products of operands rounded to bf16, accumulated in f32; implied by a weight stored in bf16.
+        pub bf16: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, H, W, C]` float: Images, channels last.
+        pub x: &'a [T],
+        /// `[C]` float: Scale of each channel.
+        pub gamma: &'a [T],
+        /// `[C]` float: Shift of each channel.
+        pub beta: &'a [T],
+        /// `[F, Kh, Kw, C]` float (f32 or bf16 on the CPU): One kernel per output channel.
+        pub filters: Weight<'a, T>,
+        /// `[F]` float: Added to every pixel.
+        pub bias: Option<&'a [T]>,
+        /// `[B, H, W, F]` float: Added to the result.
+        pub residual: Option<&'a [T]>,
+        /// `[B, H, W, F]` float: Result.
+        pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub filters: In<T>,
+        pub bias: Option<In<T>>,
+        pub residual: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, h, w, c, f, kh, kw, .. } = dims;
+        2*b*h*w*f*kh*kw*c + 10*b*h*w*c
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, h, w, c, f, kh, kw, .. } = dims;
+        4*(2*b*h*w*c + 2*c + f*kh*kw*c + f + b*h*w*f)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, h: 1, w: 1, c: 1, g: 1, f: 1, kh: 1, kw: 1 }, params: Params { eps: 0.5, bf16: false }, absent: &["bias", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, h: 5, w: 7, c: 21, g: 3, f: 9, kh: 3, kw: 5 }, params: Params { eps: 1e-6, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "pointwise", tier: Tier::Tiny, dims: Dims { b: 2, h: 4, w: 9, c: 24, g: 8, f: 11, kh: 1, kw: 1 }, params: Params { eps: 1e-6, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "tiles", tier: Tier::Tiny, dims: Dims { b: 2, h: 13, w: 19, c: 72, g: 9, f: 72, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "wide_filters", tier: Tier::Tiny, dims: Dims { b: 1, h: 9, w: 16, c: 32, g: 32, f: 136, kh: 3, kw: 3 }, params: Params { eps: 1e-5, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: false },
+        Case { name: "unaligned_filters", tier: Tier::Tiny, dims: Dims { b: 1, h: 3, w: 21, c: 8, g: 2, f: 27, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "colours", tier: Tier::Tiny, dims: Dims { b: 2, h: 10, w: 17, c: 136, g: 4, f: 3, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: false },
+        Case { name: "one_pixel", tier: Tier::Tiny, dims: Dims { b: 3, h: 1, w: 1, c: 16, g: 2, f: 24, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "bf16_products", tier: Tier::Tiny, dims: Dims { b: 1, h: 7, w: 6, c: 20, g: 5, f: 18, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "bf16_weight", tier: Tier::Tiny, dims: Dims { b: 1, h: 6, w: 5, c: 40, g: 4, f: 10, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &["residual"], bf16: &["filters"], gradcheck: false },
+        Case { name: "vae_64", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512, g: 32, f: 512, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_512", tier: Tier::Real, dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32, f: 128, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_out", tier: Tier::Real, dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32, f: 3, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &["residual"], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "norm_silu_conv2d", summary: "Group norm and SiLU of images, channels last, and the convolution of the same size behind them, with bias and residual.", backward: false, cases: &["one", "odd", "pointwise", "tiles", "wide_filters", "unaligned_filters", "colours", "one_pixel", "bf16_products", "bf16_weight", "vae_64", "vae_512", "vae_out"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+
 }
 
 /// Cuts an image into square patches, one token each, in the order of a convolution weight.

@@ -22,6 +22,11 @@ pub const KERNELS: &[&Kernel] = &[
     &branch_deltas::BRANCH_DELTAS_BACKWARD,
     &branch_deltas::BRANCH_DELTAS_BACKWARD_ANY,
     &conv2d::CONV2D_FORWARD,
+    &conv2d::CONV2D_WINDOWS_128X128,
+    &conv2d::CONV2D_WINDOWS_64X64,
+    &conv2d::CONV2D_WINDOWS_128X16,
+    &conv2d::CONV2D_HALO_128X128,
+    &conv2d::CONV2D_HALO_128X64,
     &conv_silu::CONV_SILU_3_FORWARD,
     &conv_silu::CONV_SILU_4_FORWARD,
     &conv_silu::CONV_SILU_3_BACKWARD,
@@ -160,6 +165,10 @@ pub const KERNELS: &[&Kernel] = &[
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_TABLE,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_128X128,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_128X64,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_128X16,
     &patchify::PATCHIFY_FORWARD,
     &patchify::PATCHIFY_BACKWARD,
     &philox::PHILOX_FORWARD,
@@ -668,6 +677,230 @@ pub mod conv2d {
                 int(queue, &CONV2D_FORWARD, "round", self.round)?,
             ];
             queue.launch(&Launch { kernel: &CONV2D_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_WINDOWS_128X128: Kernel = Kernel { op: "conv2d", source: "conv2d_mma.cu", name: "conv2d_windows_128x128", arch: 80 };
+
+    /// Arguments of [`CONV2D_WINDOWS_128X128`].
+    pub struct Conv2dWindows128x128<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub stride: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dWindows128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_WINDOWS_128X128, "b", self.b)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "h", self.h)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "w", self.w)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "c", self.c)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "f", self.f)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "kh", self.kh)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "kw", self.kw)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "oh", self.oh)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "ow", self.ow)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "stride", self.stride)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_WINDOWS_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_WINDOWS_64X64: Kernel = Kernel { op: "conv2d", source: "conv2d_mma.cu", name: "conv2d_windows_64x64", arch: 80 };
+
+    /// Arguments of [`CONV2D_WINDOWS_64X64`].
+    pub struct Conv2dWindows64x64<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub stride: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dWindows64x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_WINDOWS_64X64, "b", self.b)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "h", self.h)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "w", self.w)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "c", self.c)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "f", self.f)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "kh", self.kh)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "kw", self.kw)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "oh", self.oh)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "ow", self.ow)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "stride", self.stride)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_WINDOWS_64X64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_WINDOWS_128X16: Kernel = Kernel { op: "conv2d", source: "conv2d_mma.cu", name: "conv2d_windows_128x16", arch: 80 };
+
+    /// Arguments of [`CONV2D_WINDOWS_128X16`].
+    pub struct Conv2dWindows128x16<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub stride: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dWindows128x16<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_WINDOWS_128X16, "b", self.b)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "h", self.h)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "w", self.w)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "c", self.c)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "f", self.f)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "kh", self.kh)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "kw", self.kw)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "oh", self.oh)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "ow", self.ow)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "stride", self.stride)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_WINDOWS_128X16, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_HALO_128X128: Kernel = Kernel { op: "conv2d", source: "conv2d_mma.cu", name: "conv2d_halo_128x128", arch: 80 };
+
+    /// Arguments of [`CONV2D_HALO_128X128`].
+    pub struct Conv2dHalo128x128<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dHalo128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_HALO_128X128, "h", self.h)?,
+                int(queue, &CONV2D_HALO_128X128, "w", self.w)?,
+                int(queue, &CONV2D_HALO_128X128, "c", self.c)?,
+                int(queue, &CONV2D_HALO_128X128, "f", self.f)?,
+                int(queue, &CONV2D_HALO_128X128, "oh", self.oh)?,
+                int(queue, &CONV2D_HALO_128X128, "ow", self.ow)?,
+                int(queue, &CONV2D_HALO_128X128, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_HALO_128X128, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_HALO_128X128, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_HALO_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_HALO_128X64: Kernel = Kernel { op: "conv2d", source: "conv2d_mma.cu", name: "conv2d_halo_128x64", arch: 80 };
+
+    /// Arguments of [`CONV2D_HALO_128X64`].
+    pub struct Conv2dHalo128x64<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dHalo128x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_HALO_128X64, "h", self.h)?,
+                int(queue, &CONV2D_HALO_128X64, "w", self.w)?,
+                int(queue, &CONV2D_HALO_128X64, "c", self.c)?,
+                int(queue, &CONV2D_HALO_128X64, "f", self.f)?,
+                int(queue, &CONV2D_HALO_128X64, "oh", self.oh)?,
+                int(queue, &CONV2D_HALO_128X64, "ow", self.ow)?,
+                int(queue, &CONV2D_HALO_128X64, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_HALO_128X64, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_HALO_128X64, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_HALO_128X64, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -5431,6 +5664,143 @@ pub mod neighborhood_attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `norm_silu_conv2d`.
+pub mod norm_silu_conv2d {
+    use super::*;
+
+    pub const NORM_SILU_CONV2D_TABLE: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d.cu", name: "norm_silu_conv2d_table", arch: 80 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_TABLE`].
+    pub struct NormSiluConv2dTable<T> {
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub maps: Out<f32>,
+        pub b: usize,
+        pub c: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> NormSiluConv2dTable<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.maps.address()),
+                int(queue, &NORM_SILU_CONV2D_TABLE, "b", self.b)?,
+                int(queue, &NORM_SILU_CONV2D_TABLE, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_TABLE, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_TABLE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NORM_SILU_CONV2D_128X128: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d.cu", name: "norm_silu_conv2d_128x128", arch: 80 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_128X128`].
+    pub struct NormSiluConv2d128x128<T> {
+        pub x: In<T>,
+        pub maps: In<f32>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> NormSiluConv2d128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.maps.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &NORM_SILU_CONV2D_128X128, "h", self.h)?,
+                int(queue, &NORM_SILU_CONV2D_128X128, "w", self.w)?,
+                int(queue, &NORM_SILU_CONV2D_128X128, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_128X128, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NORM_SILU_CONV2D_128X64: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d.cu", name: "norm_silu_conv2d_128x64", arch: 80 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_128X64`].
+    pub struct NormSiluConv2d128x64<T> {
+        pub x: In<T>,
+        pub maps: In<f32>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> NormSiluConv2d128x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.maps.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &NORM_SILU_CONV2D_128X64, "h", self.h)?,
+                int(queue, &NORM_SILU_CONV2D_128X64, "w", self.w)?,
+                int(queue, &NORM_SILU_CONV2D_128X64, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_128X64, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_128X64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NORM_SILU_CONV2D_128X16: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d.cu", name: "norm_silu_conv2d_128x16", arch: 80 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_128X16`].
+    pub struct NormSiluConv2d128x16<T> {
+        pub x: In<T>,
+        pub maps: In<f32>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> NormSiluConv2d128x16<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.maps.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &NORM_SILU_CONV2D_128X16, "h", self.h)?,
+                int(queue, &NORM_SILU_CONV2D_128X16, "w", self.w)?,
+                int(queue, &NORM_SILU_CONV2D_128X16, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_128X16, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_128X16, element: T::TYPE, shape, args: &args })
         }
     }
 }

@@ -42,6 +42,7 @@ pub mod loss_diffusion;
 pub mod loss_regression;
 pub mod mamba2;
 pub mod neighborhood_attention;
+pub mod norm_silu_conv2d;
 pub mod patchify;
 pub mod philox;
 pub mod qk_norm;
