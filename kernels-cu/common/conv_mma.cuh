@@ -1,8 +1,7 @@
 // Convolutions on the tensor cores, as a product of windows with filters: mma.sync on bf16, operands in shared memory.
 //
-// A row of an operand is 64 values of the depth, 128 bytes: 16-byte chunk j of row r lies at chunk j ^ (r % 8), so that
-// eight rows of one chunk, which is what ldmatrix reads, lie in different banks. Rows arrive by cp.async, whose zeros
-// are those of the padding and of whatever is outside of the tensors.
+// A row of an operand is 64 values of the depth, 128 bytes, swizzled as mma_tile.cuh has it. Rows arrive by cp.async,
+// whose zeros are those of the padding and of whatever is outside of the tensors.
 //
 // Two ways to have the windows in shared memory:
 //   conv_windows  any kernel, stride and padding: the depth (tap, channel) is one axis, and a stage holds the 64 values
@@ -13,15 +12,13 @@
 #pragma once
 #include "activation.cuh"
 #include "memory.cuh"
+#include "mma_tile.cuh"
 #include "vector.cuh"
 #include "warp.cuh"
 
 namespace ptx {
 
 constexpr int kConvDepth = 64, kConvRow = 128;
-
-// Where a chunk of 16 bytes lies in an operand.
-PTX_FN uint32_t conv_at(int row, int chunk) { return uint32_t(row * kConvRow + ((chunk ^ (row & 7)) << 4)); }
 
 // A tile of M×N results by kWarpsM×kWarpsN warps, each of which has kRows×kColumns tiles of 16×8.
 template <int M, int N, int kWarpsM, int kWarpsN> struct ConvTile {
@@ -45,19 +42,16 @@ template <int M, int N, int kWarpsM, int kWarpsN> struct ConvTile {
     // acc += A·Bᵀ over 64 of the depth; row_of(i): the row in A of the first result row of tile i, whose others follow.
     template <class F>
     static PTX_FN void multiply(float (&acc)[kRows][kColumns][4], uint32_t a, uint32_t b, F row_of PTX_AT) {
-        const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int k = 0; k < kConvDepth / 16; k++) {
+        for (int k = 0; k < kConvDepth; k += 16) {
             uint32_t right[kColumns / 2][4];
 #pragma unroll
-            for (int j = 0; j < kColumns / 2; j++) {
-                const int row = first_column() + 16 * j + lane / 16 * 8 + lane % 8;
-                ldmatrix_x4(right[j], b + conv_at(row, 2 * k + lane / 8 % 2) PTX_FROM);
-            }
+            for (int j = 0; j < kColumns / 2; j++)
+                fragment_b<kConvRow>(right[j], b, first_column() + 16 * j, k PTX_FROM);
 #pragma unroll
             for (int i = 0; i < kRows; i++) {
                 uint32_t left[4];
-                ldmatrix_x4(left, a + conv_at(row_of(i) + lane % 16, 2 * k + lane / 16) PTX_FROM);
+                fragment_a<kConvRow>(left, a, row_of(i), k PTX_FROM);
 #pragma unroll
                 for (int j = 0; j < kColumns; j++)
                     mma_m16n8k16<bf16>(acc[i][j], left, right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1] PTX_FROM);
@@ -185,12 +179,12 @@ PTX_FN void conv_windows(const E* x, const E* filters, const E* bias, E* y, int 
             for (int i = turn; i < Tile::kM; i += kTurn) {
                 const int2 corner = corners[i];
                 const bool inside = k < depth && uint32_t(corner.x + p) < uint32_t(h) && uint32_t(corner.y + q) < uint32_t(w);
-                cp_async(a + conv_at(i, chunk), x + (inside ? offsets[i] + shift : 0), inside ? 16 : 0);
+                cp_async(a + tile_at<kConvRow>(i, chunk), x + (inside ? offsets[i] + shift : 0), inside ? 16 : 0);
             }
 #pragma unroll
             for (int i = turn; i < Tile::kN; i += kTurn) {
                 const bool inside = k < depth && column0 + i < f;
-                cp_async(of + conv_at(i, chunk), filters + (inside ? size_t(column0 + i) * depth + k : 0), inside ? 16 : 0);
+                cp_async(of + tile_at<kConvRow>(i, chunk), filters + (inside ? size_t(column0 + i) * depth + k : 0), inside ? 16 : 0);
             }
             k += kConvDepth, channel += kConvDepth;
             wrap();
@@ -274,7 +268,7 @@ PTX_FN void conv_halo(const E* x, const float* maps, const E* filters, const E* 
                 int pixel;
                 const bool inside = pixel_of(i, pixel) && channel < c;
                 const int at = turn + i * plan.kTurn;
-                if (at < plan.kPixels) cp_async(to + conv_at(at, chunk), picture + (inside ? pixel * c + channel : 0), inside ? 16 : 0);
+                if (at < plan.kPixels) cp_async(to + tile_at<kConvRow>(at, chunk), picture + (inside ? pixel * c + channel : 0), inside ? 16 : 0);
             }
         };
         // Piece i of this thread, in place: it copied it itself.
@@ -282,7 +276,7 @@ PTX_FN void conv_halo(const E* x, const float* maps, const E* filters, const E* 
             int pixel;
             const int channel = part * kConvDepth + 8 * chunk;
             if (!pixel_of(i, pixel) || channel >= c) return;
-            const uint32_t at = pixels + part % 2 * plan.kPixelBytes + conv_at(turn + i * plan.kTurn, chunk);
+            const uint32_t at = pixels + part % 2 * plan.kPixelBytes + tile_at<kConvRow>(turn + i * plan.kTurn, chunk);
             const int of = image * c + channel;
             // Four at a time: registers.
 #pragma unroll 1
@@ -305,7 +299,7 @@ PTX_FN void conv_halo(const E* x, const float* maps, const E* filters, const E* 
 #pragma unroll
             for (int i = turn; i < Tile::kN; i += plan.kTurn) {
                 const bool inside = channel < c && column0 + i < f;
-                cp_async(stages + stage * plan.kStage + conv_at(i, chunk), filters + (inside ? from : 0), inside ? 16 : 0);
+                cp_async(stages + stage * plan.kStage + tile_at<kConvRow>(i, chunk), filters + (inside ? from : 0), inside ? 16 : 0);
                 from += plan.kTurn * kHaloTaps * c;
             }
         };

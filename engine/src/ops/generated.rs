@@ -121,7 +121,7 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
 fn adamw_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::adamw::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -197,7 +197,7 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
 fn add_noise_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::add_noise::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, l, .. } = dims;
@@ -344,7 +344,7 @@ impl Graph<'_> {
 fn attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -410,7 +410,7 @@ pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params
 fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::axpy::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -555,7 +555,7 @@ impl Graph<'_> {
 fn branch_deltas_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::branch_deltas::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -639,7 +639,7 @@ pub fn conv2d(x: &Tensor, filters: &Tensor, bias: Option<&Tensor>, oh: usize, ow
 fn conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::conv2d::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, f, kh, kw, oh, ow, .. } = dims;
@@ -802,7 +802,7 @@ impl Graph<'_> {
 fn conv_silu_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::conv_silu::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, w, c, k, .. } = dims;
@@ -989,7 +989,7 @@ impl Graph<'_> {
 fn cross_attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::cross_attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, m, r, h, e, .. } = dims;
@@ -1155,7 +1155,7 @@ impl Graph<'_> {
 fn cross_entropy_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::cross_entropy::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, k, .. } = dims;
@@ -1333,7 +1333,7 @@ impl Graph<'_> {
 fn embed_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::embed::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, v, d, .. } = dims;
@@ -1501,7 +1501,7 @@ impl Graph<'_> {
 fn feature_gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::feature_gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, f, k, .. } = dims;
@@ -1637,7 +1637,7 @@ impl Graph<'_> {
 fn filter_window_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::filter_window::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, c, .. } = dims;
@@ -1793,7 +1793,7 @@ impl Graph<'_> {
 fn gate_residual_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::gate_residual::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
@@ -1993,7 +1993,7 @@ impl Graph<'_> {
 fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, k, .. } = dims;
@@ -2195,7 +2195,7 @@ impl Graph<'_> {
 fn gated_conv_2d_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::gated_conv_2d::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, c, k, .. } = dims;
@@ -2409,7 +2409,7 @@ impl Graph<'_> {
 fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::gemm::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, k, f, c, .. } = dims;
@@ -2617,7 +2617,7 @@ impl Graph<'_> {
 fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::group_norm_silu::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, g, .. } = dims;
@@ -2833,7 +2833,7 @@ impl Graph<'_> {
 fn kv_compress_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::kv_compress::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, r, d, k, .. } = dims;
@@ -3015,7 +3015,7 @@ impl Graph<'_> {
 fn linear_attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::linear_attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -3192,7 +3192,7 @@ impl Graph<'_> {
 fn ln_modulate_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::ln_modulate::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
@@ -3394,7 +3394,7 @@ impl Graph<'_> {
 fn long_conv_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::long_conv::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, k, l, .. } = dims;
@@ -3578,7 +3578,7 @@ impl Graph<'_> {
 fn loss_diffusion_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::loss_diffusion::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, s, .. } = dims;
@@ -3728,7 +3728,7 @@ impl Graph<'_> {
 fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::loss_regression::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -3929,7 +3929,7 @@ impl Graph<'_> {
 fn mamba2_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::mamba2::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, w, h, e, k, .. } = dims;
@@ -4094,7 +4094,7 @@ impl Graph<'_> {
 fn neighborhood_attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::neighborhood_attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, h, e, k, .. } = dims;
@@ -4327,7 +4327,7 @@ impl Graph<'_> {
 fn patchify_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::patchify::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, p, gh, gw, .. } = dims;
@@ -4390,7 +4390,7 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
 fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::philox::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -4585,7 +4585,7 @@ impl Graph<'_> {
 fn qk_norm_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::qk_norm::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -4782,7 +4782,7 @@ impl Graph<'_> {
 fn relative_attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::relative_attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -4966,7 +4966,7 @@ impl Graph<'_> {
 fn rms_norm_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::rms_norm::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, w, .. } = dims;
@@ -5040,7 +5040,7 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
 fn sinusoid_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::sinusoid::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, d, .. } = dims;
@@ -5135,7 +5135,7 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
 fn solver_step_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::solver_step::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, co, s, .. } = dims;
@@ -5201,7 +5201,7 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
 fn sum_squares_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::sum_squares::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -5336,7 +5336,7 @@ impl Graph<'_> {
 fn unpatchify_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::unpatchify::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, p, gh, gw, .. } = dims;
@@ -5466,7 +5466,7 @@ impl Graph<'_> {
 fn upsample_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::upsample::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, .. } = dims;
@@ -5617,7 +5617,7 @@ impl Graph<'_> {
 fn window_attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::window_attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, w, .. } = dims;
