@@ -17,6 +17,7 @@ pub const COMMON: &[File] = &[
     ("gated_window.cuh", include_str!("common/gated_window.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
+    ("mma_tile.cuh", include_str!("common/mma_tile.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
     ("patches.cuh", include_str!("common/patches.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),

@@ -178,13 +178,15 @@ PTX_FN void conv_windows(const E* x, const E* filters, const E* bias, E* y, int 
 #pragma unroll
             for (int i = turn; i < Tile::kM; i += kTurn) {
                 const int2 corner = corners[i];
-                const bool inside = k < depth && uint32_t(corner.x + p) < uint32_t(h) && uint32_t(corner.y + q) < uint32_t(w);
+                const int row = corner.x + p, column = corner.y + q;
+                const bool inside = k < depth && uint32_t(row) < uint32_t(h) && uint32_t(column) < uint32_t(w);
                 cp_async(a + tile_at<kConvRow>(i, chunk), x + (inside ? offsets[i] + shift : 0), inside ? 16 : 0);
             }
 #pragma unroll
             for (int i = turn; i < Tile::kN; i += kTurn) {
                 const bool inside = k < depth && column0 + i < f;
-                cp_async(of + tile_at<kConvRow>(i, chunk), filters + (inside ? size_t(column0 + i) * depth + k : 0), inside ? 16 : 0);
+                const size_t from = size_t(column0 + i) * depth + k;
+                cp_async(of + tile_at<kConvRow>(i, chunk), filters + (inside ? from : 0), inside ? 16 : 0);
             }
             k += kConvDepth, channel += kConvDepth;
             wrap();
@@ -224,9 +226,10 @@ template <class Tile, int kStages> struct ConvHaloPlan {
     static constexpr int kPixels = (Tile::kM / kHaloW + 2) * (kHaloW + 2), kPixelBytes = kPixels * kConvRow;
     static constexpr int kStage = Tile::kN * kConvRow, kRing = 2 * kPixelBytes + kStages * kStage;
     static constexpr int kRingBytes = kRing > Tile::kResultBytes ? kRing : Tile::kResultBytes;
-    // Chunks of pixels that a thread has. Each is worked on beside a tap of its own, after those at which it arrives.
+    // Chunks of pixels that a thread has. They are worked on some at a time, beside the taps that are left when they
+    // have arrived.
     static constexpr int kTurn = Tile::kThreads / 8, kPieces = (kPixels + kTurn - 1) / kTurn;
-    static_assert(kPieces + kStages - 1 <= kHaloTaps, "every piece needs a tap");
+    static constexpr int kLeft = kHaloTaps - (kStages - 1), kAtOnce = (kPieces + kLeft - 1) / kLeft;
     static_assert((kStages & (kStages - 1)) == 0, "stages are counted by masks");
     SmemPlan plan;
     int ring = plan.take(kRingBytes, 128);
@@ -268,7 +271,8 @@ PTX_FN void conv_halo(const E* x, const float* maps, const E* filters, const E* 
                 int pixel;
                 const bool inside = pixel_of(i, pixel) && channel < c;
                 const int at = turn + i * plan.kTurn;
-                if (at < plan.kPixels) cp_async(to + tile_at<kConvRow>(at, chunk), picture + (inside ? pixel * c + channel : 0), inside ? 16 : 0);
+                const E* from = picture + (inside ? pixel * c + channel : 0);
+                if (at < plan.kPixels) cp_async(to + tile_at<kConvRow>(at, chunk), from, inside ? 16 : 0);
             }
         };
         // Piece i of this thread, in place: it copied it itself.
@@ -276,7 +280,8 @@ PTX_FN void conv_halo(const E* x, const float* maps, const E* filters, const E* 
             int pixel;
             const int channel = part * kConvDepth + 8 * chunk;
             if (!pixel_of(i, pixel) || channel >= c) return;
-            const uint32_t at = pixels + part % 2 * plan.kPixelBytes + tile_at<kConvRow>(turn + i * plan.kTurn, chunk);
+            const uint32_t to = pixels + part % 2 * plan.kPixelBytes;
+            const uint32_t at = to + tile_at<kConvRow>(turn + i * plan.kTurn, chunk);
             const int of = image * c + channel;
             // Four at a time: registers.
 #pragma unroll 1
@@ -299,7 +304,8 @@ PTX_FN void conv_halo(const E* x, const float* maps, const E* filters, const E* 
 #pragma unroll
             for (int i = turn; i < Tile::kN; i += plan.kTurn) {
                 const bool inside = channel < c && column0 + i < f;
-                cp_async(stages + stage * plan.kStage + tile_at<kConvRow>(i, chunk), filters + (inside ? from : 0), inside ? 16 : 0);
+                const uint32_t to = stages + stage * plan.kStage + tile_at<kConvRow>(i, chunk);
+                cp_async(to, filters + (inside ? from : 0), inside ? 16 : 0);
                 from += plan.kTurn * kHaloTaps * c;
             }
         };
@@ -323,22 +329,27 @@ PTX_FN void conv_halo(const E* x, const float* maps, const E* filters, const E* 
                 }
                 __syncthreads();
                 const int later = tap + kStages - 1, more = later >= kHaloTaps;
-                if (part + more < chunks) load_filters(part + more, later - more * kHaloTaps, (step + kStages - 1) % kStages);
+                const int stage = (step + kStages - 1) % kStages;
+                if (part + more < chunks) load_filters(part + more, later - more * kHaloTaps, stage);
                 // Everyone has left the pixels before these.
                 if (tap == 0 && part + 1 < chunks) load_pixels(part + 1);
                 cp_async_commit();
                 const int first = (Tile::first_row() / kHaloW + tap / 3) * (kHaloW + 2) + tap % 3;
                 Tile::multiply(acc, pixels + part % 2 * plan.kPixelBytes, stages + step % kStages * plan.kStage,
                                [&](int i) { return first + i * (kHaloW + 2); });
-                const int piece = tap - (kStages - 1);
-                if (kNorm && part + 1 < chunks && piece >= 0 && piece < plan.kPieces) activate(part + 1, piece);
+                const int piece = (tap - (kStages - 1)) * plan.kAtOnce;
+                if (kNorm && part + 1 < chunks && piece >= 0) {
+#pragma unroll 1
+                    for (int i = piece; i < min(piece + plan.kAtOnce, plan.kPieces); i++) activate(part + 1, i);
+                }
             }
         }
         cp_async_wait<0>();
         const ConvResult result = {bias, residual, y, f, relu};
         Tile::results(acc, reinterpret_cast<float*>(smem + plan.ring), [&](int row, int column, float (&v)[8]) {
             const int i = row0 + row / kHaloW, j = left0 + row % kHaloW;
-            if (i < oh && j < ow && column0 + column < f) result.put((size_t(image) * oh + i) * ow + j, column0 + column, v);
+            const size_t pixel = (size_t(image) * oh + i) * ow + j;
+            if (i < oh && j < ow && column0 + column < f) result.put(pixel, column0 + column, v);
         });
     }
 }

@@ -1,10 +1,11 @@
 //! Which kernel takes which shape.
 
-use crate::generated::conv2d::{Dims, GpuForward, Params};
-use crate::launch::{Element, ElementType, OrNull, Queue, Shape};
+use crate::generated::conv2d::{Dims, ForwardWay, GpuForward, Params};
+use crate::launch::{Element, OrNull, Queue, Shape};
 use crate::launchers::conv2d::{
     Conv2dForward, Conv2dHalo128x64, Conv2dHalo128x128, Conv2dWindows64x64, Conv2dWindows128x16, Conv2dWindows128x128,
 };
+use crate::ways;
 
 /// Bytes of a row of an operand in shared memory: 64 values of the depth.
 const ROW: usize = 128;
@@ -22,7 +23,7 @@ pub(crate) fn halo_tiles(b: usize, oh: usize, ow: usize) -> usize {
 pub(crate) fn halo_shape(tiles: usize, f: usize, columns: usize) -> Shape {
     let pixels = (HALO[0] + 2) * (HALO[1] + 2);
     let ring = (2 * pixels + 4 * columns) * ROW;
-    Shape::new(tiles * f.div_ceil(columns), 256).shared(&[ring.max(128 * (columns + 8) * 4)])
+    Shape::new(tiles * f.div_ceil(columns), if columns == 16 { 256 } else { 128 }).shared(&[ring.max(128 * (columns + 8) * 4)])
 }
 
 /// Whether offsets in an image and in 3x3 filters, counted up to a whole tile, fit 31 bits.
@@ -41,33 +42,28 @@ fn windows_shape(dims: Dims, [rows, columns]: [usize; 2], threads: usize, stages
     ])
 }
 
-/// How a shape runs.
-#[derive(Clone, Copy)]
-enum Way {
-    Halo128x128,
-    Halo128x64,
-    Windows128x128,
-    Windows64x64,
-    Windows128x16,
-    CudaCores,
+/// Whether a large tile serves: there are enough of them for every multiprocessor, or so few results that it does not
+/// matter.
+pub(crate) fn large_tiles(tiles: usize, results: usize) -> bool {
+    tiles >= BUSY || results <= 1 << 17
 }
 
-/// The way of a shape: tensor cores where they can, the large tile where there are enough of them.
-fn choose(element: ElementType, dims: Dims, params: Params) -> Way {
+/// Whether a way takes a shape.
+fn takes(way: ForwardWay, dims: Dims, params: Params) -> bool {
     let Dims { b, h, w, c, f, kh, kw, oh, ow } = dims;
-    if element != ElementType::Bf16 || !c.is_multiple_of(8) {
-        return Way::CudaCores;
-    }
-    let (pixels, tiles) = (b * oh * ow, halo_tiles(b, oh, ow));
+    let (vectors, pixels, tiles) = (c.is_multiple_of(8), b * oh * ow, halo_tiles(b, oh, ow));
     // Pixels that tiles hold and the image has not are work for nothing.
     let full = 2 * tiles * HALO[0] * HALO[1] <= 3 * pixels;
-    match f {
-        0..=16 => Way::Windows128x16,
-        _ if (kh, kw, params.stride) == (3, 3, 1) && full && halo_fits([h, w, c, f]) => {
-            if tiles * f.div_ceil(128) < BUSY { Way::Halo128x64 } else { Way::Halo128x128 }
+    let halo = vectors && f > 16 && (kh, kw, params.stride) == (3, 3, 1) && full && halo_fits([h, w, c, f]);
+    match way {
+        ForwardWay::Windows128x16 => vectors && f <= 16,
+        ForwardWay::Halo128x128 => halo && f > 64 && large_tiles(tiles * f.div_ceil(128), pixels * f),
+        ForwardWay::Halo128x64 => halo,
+        ForwardWay::Windows128x128 => {
+            vectors && f > 64 && large_tiles(pixels.div_ceil(128) * f.div_ceil(128), pixels * f)
         }
-        _ if pixels.div_ceil(128) * f.div_ceil(128) < BUSY => Way::Windows64x64,
-        _ => Way::Windows128x128,
+        ForwardWay::Windows64x64 => vectors && f > 16,
+        ForwardWay::CudaCores => true,
     }
 }
 
@@ -93,13 +89,13 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
                 .launch(queue, windows_shape(a.dims, $tile, $threads, $stages))
         };
     }
-    match choose(T::TYPE, a.dims, a.params) {
-        Way::Halo128x128 => halo!(Conv2dHalo128x128, 128),
-        Way::Halo128x64 => halo!(Conv2dHalo128x64, 64),
-        Way::Windows128x128 => windows!(Conv2dWindows128x128, [128, 128], 256, 3),
-        Way::Windows64x64 => windows!(Conv2dWindows64x64, [64, 64], 128, 4),
-        Way::Windows128x16 => windows!(Conv2dWindows128x16, [128, 16], 256, 4),
-        Way::CudaCores => {
+    match ways::choose(queue, T::TYPE, &a.dims, |way| takes(way, a.dims, a.params)) {
+        ForwardWay::Halo128x128 => halo!(Conv2dHalo128x128, 128),
+        ForwardWay::Halo128x64 => halo!(Conv2dHalo128x64, 64),
+        ForwardWay::Windows128x128 => windows!(Conv2dWindows128x128, [128, 128], 128, 3),
+        ForwardWay::Windows64x64 => windows!(Conv2dWindows64x64, [64, 64], 128, 4),
+        ForwardWay::Windows128x16 => windows!(Conv2dWindows128x16, [128, 16], 256, 4),
+        ForwardWay::CudaCores => {
             let shape = Shape::new((b * oh * ow).div_ceil(128) * f.div_ceil(64), 128);
             Conv2dForward { x, filters, bias, y, b, h, w, c, f, kh, kw, oh, ow, stride, pad_h, pad_w, relu, round }
                 .launch(queue, shape)

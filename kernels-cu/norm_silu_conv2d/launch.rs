@@ -1,33 +1,27 @@
 //! Which kernel takes which shape.
 
 use super::{conv, norm_dims, norm_params};
-use crate::conv2d::launch::{BUSY, halo_fits, halo_shape, halo_tiles};
-use crate::generated::norm_silu_conv2d::{Dims, GpuForward};
+use crate::conv2d::launch::{halo_fits, halo_shape, halo_tiles, large_tiles};
+use crate::generated::norm_silu_conv2d::{Dims, ForwardWay, GpuForward};
 use crate::generated::{axpy, conv2d, group_norm_silu};
-use crate::launch::{Element, ElementType, OrNull, Out, Queue, Shape};
+use crate::launch::{Element, OrNull, Out, Queue, Shape};
 use crate::launchers::norm_silu_conv2d::{
     NormSiluConv2d128x16, NormSiluConv2d128x64, NormSiluConv2d128x128, NormSiluConv2dTable,
 };
+use crate::ways;
 use std::marker::PhantomData;
 
-/// How a shape runs.
-#[derive(Clone, Copy)]
-enum Way {
-    Fused128x128,
-    Fused128x64,
-    Fused128x16,
-    Apart,
-}
-
-/// The way of a shape: one kernel where it can, with the large tile where there are enough of them.
-fn choose(element: ElementType, dims: Dims) -> Way {
+/// Whether a way takes a shape.
+fn takes(way: ForwardWay, dims: Dims) -> bool {
     let Dims { b, h, w, c, f, kh, kw, .. } = dims;
-    let fused = element == ElementType::Bf16 && c.is_multiple_of(8) && (kh, kw) == (3, 3) && halo_fits([h, w, c, f]);
-    match f {
-        _ if !fused || b * c >= 1 << 30 => Way::Apart,
-        0..=16 => Way::Fused128x16,
-        _ if halo_tiles(b, h, w) * f.div_ceil(128) < BUSY => Way::Fused128x64,
-        _ => Way::Fused128x128,
+    let fused = c.is_multiple_of(8) && (kh, kw) == (3, 3) && halo_fits([h, w, c, f]) && b * c < 1 << 30;
+    match way {
+        ForwardWay::Fused128x16 => fused && f <= 16,
+        ForwardWay::Fused128x128 => {
+            fused && f > 64 && large_tiles(halo_tiles(b, h, w) * f.div_ceil(128), b * h * w * f)
+        }
+        ForwardWay::Fused128x64 => fused && f > 16,
+        ForwardWay::Apart => true,
     }
 }
 
@@ -37,8 +31,8 @@ fn choose(element: ElementType, dims: Dims) -> Way {
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
     let Dims { b, h, w, c, g: groups, f, .. } = a.dims;
-    let way = choose(T::TYPE, a.dims);
-    if let Way::Apart = way {
+    let way = ways::choose(queue, T::TYPE, &a.dims, |way| takes(way, a.dims));
+    if let ForwardWay::Apart = way {
         return apart(queue, a);
     }
     let (mean, rstd): (Out<f32>, Out<f32>) = (queue.scratch(b * groups)?, queue.scratch(b * groups)?);
@@ -54,8 +48,8 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
         };
     }
     match way {
-        Way::Fused128x128 => fused!(NormSiluConv2d128x128, 128),
-        Way::Fused128x64 => fused!(NormSiluConv2d128x64, 64),
+        ForwardWay::Fused128x128 => fused!(NormSiluConv2d128x128, 128),
+        ForwardWay::Fused128x64 => fused!(NormSiluConv2d128x64, 64),
         _ => fused!(NormSiluConv2d128x16, 16),
     }
 }

@@ -34,17 +34,17 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 KERNEL_EXPORT(norm_silu_conv2d_table);
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(128, 2)
     norm_silu_conv2d_128x128(const T* x, const float* maps, const T* filters, const T* bias,
                              const T* residual, T* y, int h, int w, int c, int f) {
-    conv_halo<ConvTile<128, 128, 2, 4>, 4, true>(x, maps, filters, bias, residual, y, h, w, c, f, h, w, 1, 1, 0);
+    conv_halo<ConvTile<128, 128, 2, 2>, 4, true>(x, maps, filters, bias, residual, y, h, w, c, f, h, w, 1, 1, 0);
 }
 KERNEL_EXPORT(norm_silu_conv2d_128x128);
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(128, 2)
     norm_silu_conv2d_128x64(const T* x, const float* maps, const T* filters, const T* bias,
                             const T* residual, T* y, int h, int w, int c, int f) {
-    conv_halo<ConvTile<128, 64, 4, 2>, 4, true>(x, maps, filters, bias, residual, y, h, w, c, f, h, w, 1, 1, 0);
+    conv_halo<ConvTile<128, 64, 2, 2>, 4, true>(x, maps, filters, bias, residual, y, h, w, c, f, h, w, 1, 1, 0);
 }
 KERNEL_EXPORT(norm_silu_conv2d_128x64);
 

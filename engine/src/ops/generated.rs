@@ -4187,7 +4187,7 @@ pub fn norm_silu_conv2d(x: &Tensor, gamma: &Tensor, beta: &Tensor, filters: &Ten
 fn norm_silu_conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::norm_silu_conv2d::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, g, f, kh, kw, .. } = dims;
