@@ -13,6 +13,7 @@ pub const OPS: &[OpInfo] = &[
     adamw::INFO,
     add_noise::INFO,
     attention::INFO,
+    attention_int8::INFO,
     axpy::INFO,
     branch_deltas::INFO,
     conv2d::INFO,
@@ -402,6 +403,93 @@ pub mod attention {
         { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved).0, &cotangent))); }
         rows
     }
+}
+
+/// Softmax self-attention whose scores come from queries and keys of 8 bits, for inference where that error is accepted.
+pub mod attention_int8 {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor of the scores, as a rule 1/sqrt(E).
+        pub scale: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
+        pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} H={} E={}", self.b, self.n, self.h, self.e)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// Products of 8 bits for the scores, of bf16 for the values; heads of a multiple of 8 up to 128.
+        Int8,
+        /// `attention`, for other heads.
+        Exact,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "attention_int8";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Int8, WayInfo { name: "int8", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Products of 8 bits for the scores, of bf16 for the values; heads of a multiple of 8 up to 128." }),
+            (ForwardWay::Exact, WayInfo { name: "exact", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "`attention`, for other heads." }),
+        ];
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*b*h*n*n*e
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*(4*b*n*h*e)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 H=1 E=8", dims: Dims { b: 1, n: 1, h: 1, e: 8 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "odd_head", tier: Tier::Tiny, shape: "B=2 N=9 H=2 E=7", dims: Dims { b: 2, n: 9, h: 2, e: 7 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "narrow_head", tier: Tier::Tiny, shape: "B=2 N=33 H=2 E=40", dims: Dims { b: 2, n: 33, h: 2, e: 40 }, params: Params { scale: 0.15811388 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=131 H=2 E=72", dims: Dims { b: 1, n: 131, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "full_tiles", tier: Tier::Tiny, shape: "B=1 N=128 H=1 E=64", dims: Dims { b: 1, n: 128, h: 1, e: 64 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "head_128", tier: Tier::Tiny, shape: "B=2 N=70 H=1 E=128", dims: Dims { b: 2, n: 70, h: 1, e: 128 }, params: Params { scale: 0.088388346 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "attention_int8", summary: "Softmax self-attention whose scores come from queries and keys of 8 bits, for inference where that error is accepted.", backward: false, cases: &["one_token", "odd_head", "narrow_head", "head_72", "full_tiles", "head_128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 2e-2 }), elements: &[ElementType::Bf16], ways: &[WayInfo { name: "int8", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Products of 8 bits for the scores, of bf16 for the values; heads of a multiple of 8 up to 128." }, WayInfo { name: "exact", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "`attention`, for other heads." }] };
+
 }
 
 /// Adds a multiple of a tensor to another in place.

@@ -16,6 +16,12 @@ pub const KERNELS: &[&Kernel] = &[
     &attention::ATTENTION_BACKWARD_DELTA,
     &attention::ATTENTION_BACKWARD_Q,
     &attention::ATTENTION_BACKWARD_KV,
+    &attention_int8::ATTENTION_INT8_SUMS,
+    &attention_int8::ATTENTION_INT8_MEANS,
+    &attention_int8::ATTENTION_INT8_ROUND,
+    &attention_int8::ATTENTION_INT8_64,
+    &attention_int8::ATTENTION_INT8_80,
+    &attention_int8::ATTENTION_INT8_128,
     &axpy::AXPY_FORWARD,
     &branch_deltas::BRANCH_DELTAS_FORWARD,
     &branch_deltas::BRANCH_DELTAS_FORWARD_ANY,
@@ -486,6 +492,181 @@ pub mod attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `attention_int8`.
+pub mod attention_int8 {
+    use super::*;
+
+    pub const ATTENTION_INT8_SUMS: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_sums", arch: 80 };
+
+    /// Arguments of [`ATTENTION_INT8_SUMS`].
+    pub struct AttentionInt8Sums<T> {
+        pub qkv: In<T>,
+        pub sums: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    impl<T: Element> AttentionInt8Sums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.sums.address()),
+                int(queue, &ATTENTION_INT8_SUMS, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_SUMS, "h", self.h)?,
+                int(queue, &ATTENTION_INT8_SUMS, "e", self.e)?,
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_SUMS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_INT8_MEANS: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_means", arch: 80 };
+
+    /// Arguments of [`ATTENTION_INT8_MEANS`].
+    pub struct AttentionInt8Means {
+        pub sums: In<f32>,
+        pub means: Out<f32>,
+        pub n: usize,
+        pub e: usize,
+    }
+
+    impl AttentionInt8Means {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.sums.address()),
+                Arg::Address(self.means.address()),
+                int(queue, &ATTENTION_INT8_MEANS, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_MEANS, "e", self.e)?,
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_MEANS, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_INT8_ROUND: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_round", arch: 80 };
+
+    /// Arguments of [`ATTENTION_INT8_ROUND`].
+    pub struct AttentionInt8Round<T> {
+        pub qkv: In<T>,
+        pub means: In<f32>,
+        pub q8: Out<u8>,
+        pub k8: Out<u8>,
+        pub scales: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub row: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionInt8Round<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.means.address()),
+                Arg::Address(self.q8.address()),
+                Arg::Address(self.k8.address()),
+                Arg::Address(self.scales.address()),
+                int(queue, &ATTENTION_INT8_ROUND, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_ROUND, "h", self.h)?,
+                int(queue, &ATTENTION_INT8_ROUND, "e", self.e)?,
+                int(queue, &ATTENTION_INT8_ROUND, "row", self.row)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_ROUND, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_INT8_64: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_INT8_64`].
+    pub struct AttentionInt864<T> {
+        pub qkv: In<T>,
+        pub q8: In<u8>,
+        pub k8: In<u8>,
+        pub scales: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    impl<T: Element> AttentionInt864<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.q8.address()),
+                Arg::Address(self.k8.address()),
+                Arg::Address(self.scales.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &ATTENTION_INT8_64, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_64, "h", self.h)?,
+                int(queue, &ATTENTION_INT8_64, "e", self.e)?,
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_INT8_80: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_80", arch: 80 };
+
+    /// Arguments of [`ATTENTION_INT8_80`].
+    pub struct AttentionInt880<T> {
+        pub qkv: In<T>,
+        pub q8: In<u8>,
+        pub k8: In<u8>,
+        pub scales: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    impl<T: Element> AttentionInt880<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.q8.address()),
+                Arg::Address(self.k8.address()),
+                Arg::Address(self.scales.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &ATTENTION_INT8_80, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_80, "h", self.h)?,
+                int(queue, &ATTENTION_INT8_80, "e", self.e)?,
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_80, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_INT8_128: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_128", arch: 80 };
+
+    /// Arguments of [`ATTENTION_INT8_128`].
+    pub struct AttentionInt8128<T> {
+        pub qkv: In<T>,
+        pub q8: In<u8>,
+        pub k8: In<u8>,
+        pub scales: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    impl<T: Element> AttentionInt8128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.q8.address()),
+                Arg::Address(self.k8.address()),
+                Arg::Address(self.scales.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &ATTENTION_INT8_128, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_128, "h", self.h)?,
+                int(queue, &ATTENTION_INT8_128, "e", self.e)?,
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_128, element: T::TYPE, shape, args: &args })
         }
     }
 }

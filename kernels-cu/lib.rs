@@ -21,6 +21,7 @@ pub mod ways;
 pub mod adamw;
 pub mod add_noise;
 pub mod attention;
+pub mod attention_int8;
 pub mod axpy;
 pub mod branch_deltas;
 pub mod conv2d;

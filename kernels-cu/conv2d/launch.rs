@@ -23,7 +23,8 @@ pub(crate) fn halo_tiles(b: usize, oh: usize, ow: usize) -> usize {
 pub(crate) fn halo_shape(tiles: usize, f: usize, columns: usize) -> Shape {
     let pixels = (HALO[0] + 2) * (HALO[1] + 2);
     let ring = (2 * pixels + 4 * columns) * ROW;
-    Shape::new(tiles * f.div_ceil(columns), if columns == 16 { 256 } else { 128 }).shared(&[ring.max(128 * (columns + 8) * 4)])
+    Shape::new(tiles * f.div_ceil(columns), if columns == 16 { 256 } else { 128 })
+        .shared(&[ring.max(128 * (columns + 8) * 4)])
 }
 
 /// Whether offsets in an image and in 3x3 filters, counted up to a whole tile, fit 31 bits.

@@ -22,6 +22,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("adamw", adamw_conform),
     ("add_noise", add_noise_conform),
     ("attention", attention_conform),
+    ("attention_int8", attention_int8_conform),
     ("axpy", axpy_conform),
     ("branch_deltas", branch_deltas_conform),
     ("conv2d", conv2d_conform),
@@ -356,6 +357,69 @@ fn attention_conform(run: &mut Conform<'_>) -> Result<()> {
             let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
             let grads = io.call("backward", || attention_backward(&dy, &qkv, &out.y, &out.lse, true, params))?;
             if let Some(t) = &grads { io.result("dqkv", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Softmax self-attention whose scores come from queries and keys of 8 bits, for inference where that error is accepted.
+///
+/// ```text
+/// q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2]; s[b,h,i,j] = scale * sum_e q[b,i,h,e] * (k[b,j,h,e] - mean_j k[b,j,h,e])
+/// y[b,i,h,e] = sum_j exp(s[b,h,i,j]) * v[b,j,h,e] / sum_j exp(s[b,h,i,j]), the y of `attention`
+/// on a GPU q and k - mean are integers of -127 to 127 times the largest magnitude of 64 tokens of a head over 127
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+/// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn attention_int8(qkv: &Tensor, params: kernels::generated::attention_int8::Params) -> Result<Tensor> {
+    use kernels::generated::attention_int8::{Dims, Forward};
+    let mut check = DimCheck::new("attention_int8", &["B", "N", "H", "E"]);
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.float("qkv", qkv)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    let device = qkv.device().clone();
+    check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::attention_int8::INFO.elements)?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty_of(&[b, n, h, e], element)?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::attention_int8::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::BF16 => kernels::attention_int8::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("attention_int8", other)),
+        }
+        return Ok(y);
+    }
+    let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::attention_int8::cpu::forward(args),
+        DeviceKind::Oracle => kernels::attention_int8::reference::forward(args),
+        other => return Err(no_path("attention_int8", other)),
+    }
+    Ok(y)
+}
+
+fn attention_int8_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::attention_int8::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
+            let out = io.call("forward", || attention_int8(&qkv, params))?;
+            io.result("y", &out)?;
             Ok(())
         })?;
     }
