@@ -66,6 +66,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         rstd: rstd_out,
     });
     let found = compare(&got, &y, Tolerance::F32);
-    println!("{}: ln_modulate {:?}: largest error {:.1e}, rel rms {:.1e}", device.name()?, dims, found.max_abs, found.rel_rms);
+    println!(
+        "{}: ln_modulate {:?}: largest error {:.1e}, rel rms {:.1e}",
+        device.name()?,
+        dims,
+        found.max_abs,
+        found.rel_rms
+    );
     if found.pass { Ok(()) } else { Err("the result is not the oracle's".into()) }
 }

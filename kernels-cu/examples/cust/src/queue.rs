@@ -1,12 +1,12 @@
 //! A stream of cust as the queue that graft's operators put their kernels in.
 
-use cust::context::{CurrentContext, ResourceLimit};
 use cust::device::{Device, DeviceAttribute};
 use cust::error::CudaError;
-use cust::function::{BlockSize, Function, FunctionAttribute, GridSize};
-use cust::memory::{DeviceBuffer, DeviceMemory};
+use cust::function::{BlockSize, GridSize};
+use cust::memory::DeviceBuffer;
 use cust::module::Module;
 use cust::stream::Stream;
+use cust::sys;
 use graft_kernels::archive::Archive;
 use graft_kernels::launch::{Arg, Element, Kernel, Launch, Out, Properties, Queue};
 use std::collections::HashMap;
@@ -56,19 +56,24 @@ impl<'s> CustQueue<'s> {
     /// Those of the driver, and an archive that is damaged.
     pub fn new(stream: &'s Stream, device: Device, archive: Vec<u8>) -> Result<Self, Error> {
         let number = |attribute| device.get_attribute(attribute).map(|value| value.max(0) as usize);
-        let [major, minor] = [
-            number(DeviceAttribute::ComputeCapabilityMajor)?,
-            number(DeviceAttribute::ComputeCapabilityMinor)?,
-        ];
+        let [major, minor] =
+            [number(DeviceAttribute::ComputeCapabilityMajor)?, number(DeviceAttribute::ComputeCapabilityMinor)?];
+        // The most that a kernel can ask for, which cust has no name for.
+        let optin = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let mut shared = 0;
+        // SAFETY: writes one integer.
+        if unsafe { sys::cuDeviceGetAttribute(&mut shared, optin, device.as_raw()) }
+            != sys::cudaError_enum::CUDA_SUCCESS
+        {
+            return Err(Error::Other("the device does not tell its shared memory".to_string()));
+        }
         let properties = Properties {
             name: device.name()?,
             arch: (10 * major + minor) as u32,
             multiprocessors: number(DeviceAttribute::MultiprocessorCount)?,
-            shared_per_block: number(DeviceAttribute::MaxSharedMemoryPerBlock)?,
+            shared_per_block: shared.max(0) as usize,
             memory: device.total_memory()? as u64,
         };
-        // Kernels that print or call on the device are none of graft's: the stack may stay small.
-        CurrentContext::set_resource_limit(ResourceLimit::StackSize, 1024)?;
         let archive = Archive::parse(archive).map_err(Error::Other)?;
         Ok(CustQueue { stream, archive, properties, modules: HashMap::new(), scratch: Vec::new() })
     }
@@ -131,13 +136,18 @@ impl Queue for CustQueue<'_> {
 
     fn launch(&mut self, launch: &Launch<'_>) -> Result<(), Error> {
         let key = self.load(launch)?;
-        let mut function: Function<'_> = self.modules[&key].get_function(launch.kernel.name)?;
+        let function = self.modules[&key].get_function(launch.kernel.name)?;
         let shape = launch.shape;
         if shape.cluster > 1 || launch.args.iter().any(|arg| matches!(arg, Arg::Map(_))) {
             return Err(Error::Other(format!("{}: cust launches no clusters and encodes no tensor maps", key[0])));
         }
         if shape.shared > 48 << 10 {
-            function.set_attribute(FunctionAttribute::MaxDynamicSharedSizeBytes, shape.shared as i32)?;
+            let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is of a module that is loaded.
+            let done = unsafe { sys::cuFuncSetAttribute(function.to_raw(), most, shape.shared as i32) };
+            if done != sys::cudaError_enum::CUDA_SUCCESS {
+                return Err(Error::Other(format!("{}: {} bytes of shared memory: {done:?}", key[0], shape.shared)));
+            }
         }
         // Every argument in eight bytes of its own, low bytes first, as the driver reads them.
         let mut slots: Vec<u64> = launch
