@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Runs the Triton twins: against their oracles, or against the clock.
 
-    check.py [OP ...] [--element f32|bf16]     every tiny case of the contracts; without a GPU in Triton's interpreter
+    check.py [OP ...] [--element f32|bf16]     every tiny case of the contracts; without a GPU in Triton's interpreter,
+                                               which has f32 alone
     check.py --bench [OP ...] [--out FILE]     the real cases on a GPU, a line of JSON each, as `graft op bench` has them
 
-`graft gpu --peers kernels-triton-ref/check.py` calls it with --out, which means --bench.  Where this Python has no
-Triton, PyTorch for CPUs and Triton are installed into .venv-twins (about 1.2 GB) and used from there.
+`graft gpu --peers kernels-triton-ref/check.py` calls it with --out, which means --bench.  To check, where this Python
+has no Triton, PyTorch for CPUs and Triton are installed into .venv-twins (about 1.2 GB) and used from there.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ TRITON = "triton==3.6.0"
 OPS = ["attention", "window_attention", "linear_attention", "gated_conv", "ln_modulate", "gemm"]
 
 
-def environment() -> None:
-    """Goes on in a Python that has torch and triton, made if need be."""
+def environment(install: bool) -> None:
+    """Goes on in a Python that has torch and triton, made if need be and if `install`."""
     if all(importlib.util.find_spec(name) for name in ("torch", "triton", "numpy")):
         return
+    if not install:
+        sys.exit(f"check.py: {sys.executable} has no torch, triton or numpy for the GPU")
     python = VENV / "bin/python"
     if Path(sys.prefix) == VENV:
         sys.exit(f"check.py: {VENV} has no torch or triton; remove it and run again")
@@ -115,16 +118,19 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [op for op in args.ops if op not in OPS]:
         parser.error(f"no twin of {', '.join(unknown)}")
-    environment()
+    timed = args.bench or args.out is not None
+    environment(install=not timed)
     import torch
 
     gpu = torch.cuda.is_available()
     ops = args.ops or OPS
-    if args.bench or args.out:
+    if timed:
         if not gpu:
             sys.exit("check.py: --bench needs a GPU that PyTorch can use")
         return bench(ops, args.element or "bf16", args.out, args.budget)
     if not gpu:
+        if args.element == "bf16":
+            sys.exit("check.py: --element bf16 needs a GPU: the interpreter multiplies bf16 as the integers that hold it")
         # Before the twins are imported: the decorators read it.
         os.environ["TRITON_INTERPRET"] = "1"
     failed = sum(check(op, args.element or "f32", "cuda" if gpu else "cpu") for op in ops)
