@@ -727,6 +727,10 @@ pub mod conv2d {
     pub enum ForwardWay {
         /// Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters.
         Windows128x16,
+        /// As halo_128x128 with wgmma, pixels from registers.
+        Wgmma128x128,
+        /// As wgmma_128x128 with 64 filters.
+        Wgmma128x64,
         /// Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters.
         Halo128x128,
         /// As halo_128x128 with 64 filters.
@@ -743,6 +747,8 @@ pub mod conv2d {
         const OP: &'static str = "conv2d";
         const ALL: &'static [(ForwardWay, WayInfo)] = &[
             (ForwardWay::Windows128x16, WayInfo { name: "windows_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters." }),
+            (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As halo_128x128 with wgmma, pixels from registers." }),
+            (ForwardWay::Wgmma128x64, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }),
             (ForwardWay::Halo128x128, WayInfo { name: "halo_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters." }),
             (ForwardWay::Halo128x64, WayInfo { name: "halo_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As halo_128x128 with 64 filters." }),
             (ForwardWay::Windows128x128, WayInfo { name: "windows_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 128 filters." }),
@@ -792,7 +798,7 @@ pub mod conv2d {
         Case { name: "vae_512_bf16", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512 F=512 Kh=3 Kw=3 Oh=64 Ow=64", dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "halo", "halo_inside", "halo_off_centre", "windows", "windows_eight_channels", "few_filters", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "windows_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters." }, WayInfo { name: "halo_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters." }, WayInfo { name: "halo_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As halo_128x128 with 64 filters." }, WayInfo { name: "windows_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 128 filters." }, WayInfo { name: "windows_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As windows_128x128 with 64 pixels and 64 filters." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in f32, any shape." }] };
+    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "halo", "halo_inside", "halo_off_centre", "windows", "windows_eight_channels", "few_filters", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "windows_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As halo_128x128 with wgmma, pixels from registers." }, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }, WayInfo { name: "halo_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters." }, WayInfo { name: "halo_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As halo_128x128 with 64 filters." }, WayInfo { name: "windows_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 128 filters." }, WayInfo { name: "windows_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As windows_128x128 with 64 pixels and 64 filters." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in f32, any shape." }] };
 
 }
 
@@ -3509,6 +3515,10 @@ pub mod norm_silu_conv2d {
     pub enum ForwardWay {
         /// Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters.
         Fused128x16,
+        /// As fused_128x128 with wgmma, pixels from registers.
+        Wgmma128x128,
+        /// As wgmma_128x128 with 64 filters.
+        Wgmma128x64,
         /// As fused_128x16 with 128 filters.
         Fused128x128,
         /// As fused_128x16 with 64 filters.
@@ -3521,6 +3531,8 @@ pub mod norm_silu_conv2d {
         const OP: &'static str = "norm_silu_conv2d";
         const ALL: &'static [(ForwardWay, WayInfo)] = &[
             (ForwardWay::Fused128x16, WayInfo { name: "fused_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters." }),
+            (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As fused_128x128 with wgmma, pixels from registers." }),
+            (ForwardWay::Wgmma128x64, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }),
             (ForwardWay::Fused128x128, WayInfo { name: "fused_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 128 filters." }),
             (ForwardWay::Fused128x64, WayInfo { name: "fused_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 64 filters." }),
             (ForwardWay::Apart, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The norm, the convolution and the sum one after the other." }),
@@ -3556,7 +3568,7 @@ pub mod norm_silu_conv2d {
         Case { name: "vae_out", tier: Tier::Real, shape: "B=1 H=512 W=512 C=128 G=32 F=3 Kh=3 Kw=3", dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32, f: 3, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &["residual"], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "norm_silu_conv2d", summary: "Group norm and SiLU of images, channels last, and the convolution of the same size behind them, with bias and residual.", backward: false, cases: &["one", "odd", "pointwise", "tiles", "wide_filters", "unaligned_filters", "colours", "one_pixel", "bf16_products", "bf16_weight", "vae_64", "vae_512", "vae_out"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "fused_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters." }, WayInfo { name: "fused_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 128 filters." }, WayInfo { name: "fused_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 64 filters." }, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The norm, the convolution and the sum one after the other." }] };
+    pub const INFO: OpInfo = OpInfo { name: "norm_silu_conv2d", summary: "Group norm and SiLU of images, channels last, and the convolution of the same size behind them, with bias and residual.", backward: false, cases: &["one", "odd", "pointwise", "tiles", "wide_filters", "unaligned_filters", "colours", "one_pixel", "bf16_products", "bf16_weight", "vae_64", "vae_512", "vae_out"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "fused_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As fused_128x128 with wgmma, pixels from registers." }, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }, WayInfo { name: "fused_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 128 filters." }, WayInfo { name: "fused_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 64 filters." }, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The norm, the convolution and the sum one after the other." }] };
 
 }
 

@@ -33,6 +33,8 @@ pub const KERNELS: &[&Kernel] = &[
     &conv2d::CONV2D_WINDOWS_128X16,
     &conv2d::CONV2D_HALO_128X128,
     &conv2d::CONV2D_HALO_128X64,
+    &conv2d::CONV2D_WGMMA_128X128,
+    &conv2d::CONV2D_WGMMA_128X64,
     &conv_silu::CONV_SILU_3_FORWARD,
     &conv_silu::CONV_SILU_4_FORWARD,
     &conv_silu::CONV_SILU_3_BACKWARD,
@@ -175,6 +177,8 @@ pub const KERNELS: &[&Kernel] = &[
     &norm_silu_conv2d::NORM_SILU_CONV2D_128X128,
     &norm_silu_conv2d::NORM_SILU_CONV2D_128X64,
     &norm_silu_conv2d::NORM_SILU_CONV2D_128X16,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_WGMMA_128X128,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_WGMMA_128X64,
     &patchify::PATCHIFY_FORWARD,
     &patchify::PATCHIFY_BACKWARD,
     &philox::PHILOX_FORWARD,
@@ -1082,6 +1086,86 @@ pub mod conv2d {
                 int(queue, &CONV2D_HALO_128X64, "relu", self.relu)?,
             ];
             queue.launch(&Launch { kernel: &CONV2D_HALO_128X64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_WGMMA_128X128: Kernel = Kernel { op: "conv2d", source: "conv2d_sm90.cu", name: "conv2d_wgmma_128x128", arch: 90 };
+
+    /// Arguments of [`CONV2D_WGMMA_128X128`].
+    pub struct Conv2dWgmma128x128<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dWgmma128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_WGMMA_128X128, "h", self.h)?,
+                int(queue, &CONV2D_WGMMA_128X128, "w", self.w)?,
+                int(queue, &CONV2D_WGMMA_128X128, "c", self.c)?,
+                int(queue, &CONV2D_WGMMA_128X128, "f", self.f)?,
+                int(queue, &CONV2D_WGMMA_128X128, "oh", self.oh)?,
+                int(queue, &CONV2D_WGMMA_128X128, "ow", self.ow)?,
+                int(queue, &CONV2D_WGMMA_128X128, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_WGMMA_128X128, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_WGMMA_128X128, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_WGMMA_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_WGMMA_128X64: Kernel = Kernel { op: "conv2d", source: "conv2d_sm90.cu", name: "conv2d_wgmma_128x64", arch: 90 };
+
+    /// Arguments of [`CONV2D_WGMMA_128X64`].
+    pub struct Conv2dWgmma128x64<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dWgmma128x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_WGMMA_128X64, "h", self.h)?,
+                int(queue, &CONV2D_WGMMA_128X64, "w", self.w)?,
+                int(queue, &CONV2D_WGMMA_128X64, "c", self.c)?,
+                int(queue, &CONV2D_WGMMA_128X64, "f", self.f)?,
+                int(queue, &CONV2D_WGMMA_128X64, "oh", self.oh)?,
+                int(queue, &CONV2D_WGMMA_128X64, "ow", self.ow)?,
+                int(queue, &CONV2D_WGMMA_128X64, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_WGMMA_128X64, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_WGMMA_128X64, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_WGMMA_128X64, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -5982,6 +6066,74 @@ pub mod norm_silu_conv2d {
                 int(queue, &NORM_SILU_CONV2D_128X16, "f", self.f)?,
             ];
             queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_128X16, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NORM_SILU_CONV2D_WGMMA_128X128: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d_sm90.cu", name: "norm_silu_conv2d_wgmma_128x128", arch: 90 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_WGMMA_128X128`].
+    pub struct NormSiluConv2dWgmma128x128<T> {
+        pub x: In<T>,
+        pub maps: In<f32>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> NormSiluConv2dWgmma128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.maps.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X128, "h", self.h)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X128, "w", self.w)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X128, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X128, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_WGMMA_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NORM_SILU_CONV2D_WGMMA_128X64: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d_sm90.cu", name: "norm_silu_conv2d_wgmma_128x64", arch: 90 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_WGMMA_128X64`].
+    pub struct NormSiluConv2dWgmma128x64<T> {
+        pub x: In<T>,
+        pub maps: In<f32>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> NormSiluConv2dWgmma128x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.maps.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X64, "h", self.h)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X64, "w", self.w)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X64, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X64, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_WGMMA_128X64, element: T::TYPE, shape, args: &args })
         }
     }
 }

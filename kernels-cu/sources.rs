@@ -13,6 +13,7 @@ pub const COMMON: &[File] = &[
     ("base.cuh", include_str!("common/base.cuh")),
     ("cluster.cuh", include_str!("common/cluster.cuh")),
     ("conv_mma.cuh", include_str!("common/conv_mma.cuh")),
+    ("conv_wgmma.cuh", include_str!("common/conv_wgmma.cuh")),
     ("elementwise.cuh", include_str!("common/elementwise.cuh")),
     ("gated_window.cuh", include_str!("common/gated_window.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
@@ -83,6 +84,7 @@ pub fn operator(op: &str) -> &'static [File] {
         "conv2d" => &[
             ("conv2d.cu", include_str!("conv2d/conv2d.cu")),
             ("conv2d_mma.cu", include_str!("conv2d/conv2d_mma.cu")),
+            ("conv2d_sm90.cu", include_str!("conv2d/conv2d_sm90.cu")),
         ],
         "conv_silu" => &[
             ("conv_silu.cu", include_str!("conv_silu/conv_silu.cu")),
@@ -146,6 +148,7 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "norm_silu_conv2d" => &[
             ("norm_silu_conv2d.cu", include_str!("norm_silu_conv2d/norm_silu_conv2d.cu")),
+            ("norm_silu_conv2d_sm90.cu", include_str!("norm_silu_conv2d/norm_silu_conv2d_sm90.cu")),
         ],
         "patchify" => &[
             ("patchify.cu", include_str!("patchify/patchify.cu")),

@@ -39,6 +39,9 @@ template <int M, int N, int kWarpsM, int kWarpsN> struct ConvTile {
         }
     }
 
+    // After this thread's copies have arrived and before the barrier that shows them to all: nothing to do.
+    static PTX_FN void hand_over() {}
+
     // acc += A·Bᵀ over 64 of the depth; row_of(i): the row in A of the first result row of tile i, whose others follow.
     template <class F>
     static PTX_FN void multiply(float (&acc)[kRows][kColumns][4], uint32_t a, uint32_t b, F row_of PTX_AT) {
@@ -231,8 +234,9 @@ template <class Tile, int kStages> struct ConvHaloPlan {
     static constexpr int kTurn = Tile::kThreads / 8, kPieces = (kPixels + kTurn - 1) / kTurn;
     static constexpr int kLeft = kHaloTaps - (kStages - 1), kAtOnce = (kPieces + kLeft - 1) / kLeft;
     static_assert((kStages & (kStages - 1)) == 0, "stages are counted by masks");
+    static_assert(2 * kPixelBytes % 1024 == 0 && kStage % 1024 == 0, "stages of filters begin where a swizzle does");
     SmemPlan plan;
-    int ring = plan.take(kRingBytes, 128);
+    int ring = plan.take(kRingBytes, 1024);
 };
 
 // maps: [B][C/4][2][4], factor and addend of a channel, as of a norm: where kNorm pixels become silu(x·factor + addend),
@@ -245,7 +249,7 @@ PTX_FN void conv_halo(const E* x, const float* maps, const E* filters, const E* 
     if constexpr (same<E, bf16>) {
         using Plan = ConvHaloPlan<Tile, kStages>;
         constexpr Plan plan;
-        SMEM_DYNAMIC(smem, 128);
+        SMEM_DYNAMIC(smem, 1024);
         smem_guard(smem, plan.ring + plan.kRingBytes);
         const uint32_t pixels = smem_u32(smem + plan.ring), stages = pixels + 2 * plan.kPixelBytes;
         constexpr int kHeight = Tile::kM / kHaloW;
@@ -323,6 +327,7 @@ PTX_FN void conv_halo(const E* x, const float* maps, const E* filters, const E* 
 #pragma unroll 1
             for (int tap = 0; tap < kHaloTaps; tap++, step++) {
                 cp_async_wait<kStages - 2>();
+                Tile::hand_over();
                 if (kNorm && part == 0 && tap == 0) {
 #pragma unroll 1
                     for (int i = 0; i < plan.kPieces; i++) activate(0, i);

@@ -3,7 +3,8 @@
 use crate::generated::conv2d::{Dims, ForwardWay, GpuForward, Params};
 use crate::launch::{Element, OrNull, Queue, Shape};
 use crate::launchers::conv2d::{
-    Conv2dForward, Conv2dHalo128x64, Conv2dHalo128x128, Conv2dWindows64x64, Conv2dWindows128x16, Conv2dWindows128x128,
+    Conv2dForward, Conv2dHalo128x64, Conv2dHalo128x128, Conv2dWgmma128x64, Conv2dWgmma128x128, Conv2dWindows64x64,
+    Conv2dWindows128x16, Conv2dWindows128x128,
 };
 use crate::ways;
 
@@ -19,12 +20,11 @@ pub(crate) fn halo_tiles(b: usize, oh: usize, ow: usize) -> usize {
     b * oh.div_ceil(HALO[0]) * ow.div_ceil(HALO[1])
 }
 
-/// The launch of the loop `halo` with 128×`columns` tiles and a ring of 4 stages.
-pub(crate) fn halo_shape(tiles: usize, f: usize, columns: usize) -> Shape {
+/// The launch of the loop `halo` with 128×`columns` tiles, `threads` and a ring of 4 stages.
+pub(crate) fn halo_shape(tiles: usize, f: usize, columns: usize, threads: usize) -> Shape {
     let pixels = (HALO[0] + 2) * (HALO[1] + 2);
     let ring = (2 * pixels + 4 * columns) * ROW;
-    Shape::new(tiles * f.div_ceil(columns), if columns == 16 { 256 } else { 128 })
-        .shared(&[ring.max(128 * (columns + 8) * 4)])
+    Shape::new(tiles * f.div_ceil(columns), threads).shared(&[ring.max(128 * (columns + 8) * 4)])
 }
 
 /// Whether offsets in an image and in 3x3 filters, counted up to a whole tile, fit 31 bits.
@@ -58,8 +58,10 @@ fn takes(way: ForwardWay, dims: Dims, params: Params) -> bool {
     let halo = vectors && f > 16 && (kh, kw, params.stride) == (3, 3, 1) && full && halo_fits([h, w, c, f]);
     match way {
         ForwardWay::Windows128x16 => vectors && f <= 16,
-        ForwardWay::Halo128x128 => halo && f > 64 && large_tiles(tiles * f.div_ceil(128), pixels * f),
-        ForwardWay::Halo128x64 => halo,
+        ForwardWay::Wgmma128x128 | ForwardWay::Halo128x128 => {
+            halo && f > 64 && large_tiles(tiles * f.div_ceil(128), pixels * f)
+        }
+        ForwardWay::Wgmma128x64 | ForwardWay::Halo128x64 => halo,
         ForwardWay::Windows128x128 => {
             vectors && f > 64 && large_tiles(pixels.div_ceil(128) * f.div_ceil(128), pixels * f)
         }
@@ -79,9 +81,9 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
     let (relu, round) = (usize::from(relu), usize::from(bf16));
     let (x, filters, bias, y, tiles) = (a.x, a.filters, a.bias.or_null(), a.y, halo_tiles(b, oh, ow));
     macro_rules! halo {
-        ($kernel:ident, $columns:literal) => {
+        ($kernel:ident, $columns:literal, $threads:literal) => {
             $kernel { x, filters, bias, y, h, w, c, f, oh, ow, pad_h, pad_w, relu }
-                .launch(queue, halo_shape(tiles, f, $columns))
+                .launch(queue, halo_shape(tiles, f, $columns, $threads))
         };
     }
     macro_rules! windows {
@@ -91,8 +93,10 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
         };
     }
     match ways::choose(queue, T::TYPE, &a.dims, |way| takes(way, a.dims, a.params)) {
-        ForwardWay::Halo128x128 => halo!(Conv2dHalo128x128, 128),
-        ForwardWay::Halo128x64 => halo!(Conv2dHalo128x64, 64),
+        ForwardWay::Wgmma128x128 => halo!(Conv2dWgmma128x128, 128, 256),
+        ForwardWay::Wgmma128x64 => halo!(Conv2dWgmma128x64, 64, 256),
+        ForwardWay::Halo128x128 => halo!(Conv2dHalo128x128, 128, 128),
+        ForwardWay::Halo128x64 => halo!(Conv2dHalo128x64, 64, 128),
         ForwardWay::Windows128x128 => windows!(Conv2dWindows128x128, [128, 128], 128, 3),
         ForwardWay::Windows64x64 => windows!(Conv2dWindows64x64, [64, 64], 128, 4),
         ForwardWay::Windows128x16 => windows!(Conv2dWindows128x16, [128, 16], 256, 4),

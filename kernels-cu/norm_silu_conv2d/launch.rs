@@ -6,7 +6,8 @@ use crate::generated::norm_silu_conv2d::{Dims, ForwardWay, GpuForward};
 use crate::generated::{axpy, conv2d, group_norm_silu};
 use crate::launch::{Element, OrNull, Out, Queue, Shape};
 use crate::launchers::norm_silu_conv2d::{
-    NormSiluConv2d128x16, NormSiluConv2d128x64, NormSiluConv2d128x128, NormSiluConv2dTable,
+    NormSiluConv2d128x16, NormSiluConv2d128x64, NormSiluConv2d128x128, NormSiluConv2dTable, NormSiluConv2dWgmma128x64,
+    NormSiluConv2dWgmma128x128,
 };
 use crate::ways;
 use std::marker::PhantomData;
@@ -17,10 +18,10 @@ fn takes(way: ForwardWay, dims: Dims) -> bool {
     let fused = c.is_multiple_of(8) && (kh, kw) == (3, 3) && halo_fits([h, w, c, f]) && b * c < 1 << 30;
     match way {
         ForwardWay::Fused128x16 => fused && f <= 16,
-        ForwardWay::Fused128x128 => {
+        ForwardWay::Wgmma128x128 | ForwardWay::Fused128x128 => {
             fused && f > 64 && large_tiles(halo_tiles(b, h, w) * f.div_ceil(128), b * h * w * f)
         }
-        ForwardWay::Fused128x64 => fused && f > 16,
+        ForwardWay::Wgmma128x64 | ForwardWay::Fused128x64 => fused && f > 16,
         ForwardWay::Apart => true,
     }
 }
@@ -43,14 +44,17 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
     let (x, maps, filters, y, tiles) = (a.x, maps.read(), a.filters, a.y, halo_tiles(b, h, w));
     let (bias, residual) = (a.bias.or_null(), a.residual.or_null());
     macro_rules! fused {
-        ($kernel:ident, $columns:literal) => {
-            $kernel { x, maps, filters, bias, residual, y, h, w, c, f }.launch(queue, halo_shape(tiles, f, $columns))
+        ($kernel:ident, $columns:literal, $threads:literal) => {
+            $kernel { x, maps, filters, bias, residual, y, h, w, c, f }
+                .launch(queue, halo_shape(tiles, f, $columns, $threads))
         };
     }
     match way {
-        ForwardWay::Fused128x128 => fused!(NormSiluConv2d128x128, 128),
-        ForwardWay::Fused128x64 => fused!(NormSiluConv2d128x64, 64),
-        _ => fused!(NormSiluConv2d128x16, 16),
+        ForwardWay::Wgmma128x128 => fused!(NormSiluConv2dWgmma128x128, 128, 256),
+        ForwardWay::Wgmma128x64 => fused!(NormSiluConv2dWgmma128x64, 64, 256),
+        ForwardWay::Fused128x128 => fused!(NormSiluConv2d128x128, 128, 128),
+        ForwardWay::Fused128x64 => fused!(NormSiluConv2d128x64, 64, 128),
+        _ => fused!(NormSiluConv2d128x16, 16, 256),
     }
 }
 
