@@ -20,11 +20,15 @@ pub(crate) fn halo_tiles(b: usize, oh: usize, ow: usize) -> usize {
     b * oh.div_ceil(HALO[0]) * ow.div_ceil(HALO[1])
 }
 
-/// The launch of the loop `halo` with 128×`columns` tiles, `threads` and a ring of 4 stages.
-pub(crate) fn halo_shape(tiles: usize, f: usize, columns: usize, threads: usize) -> Shape {
+/// Shared memory of the loop `halo` with 128×`columns` tiles and a ring of 4 stages; parts of a GPU's family have less.
+pub(crate) fn halo_bytes(columns: usize) -> usize {
     let pixels = (HALO[0] + 2) * (HALO[1] + 2);
-    let ring = (2 * pixels + 4 * columns) * ROW;
-    Shape::new(tiles * f.div_ceil(columns), threads).shared(&[ring.max(128 * (columns + 8) * 4)])
+    ((2 * pixels + 4 * columns) * ROW).max(128 * (columns + 8) * 4)
+}
+
+/// The launch of that loop.
+pub(crate) fn halo_shape(tiles: usize, f: usize, columns: usize, threads: usize) -> Shape {
+    Shape::new(tiles * f.div_ceil(columns), threads).shared(&[halo_bytes(columns)])
 }
 
 /// Whether offsets in an image and in 3x3 filters, counted up to a whole tile, fit 31 bits.
@@ -49,8 +53,8 @@ pub(crate) fn large_tiles(tiles: usize, results: usize) -> bool {
     tiles >= BUSY || results <= 1 << 17
 }
 
-/// Whether a way takes a shape.
-fn takes(way: ForwardWay, dims: Dims, params: Params) -> bool {
+/// Whether a way takes a shape where a block can have `most` bytes of shared memory.
+fn takes(way: ForwardWay, dims: Dims, params: Params, most: usize) -> bool {
     let Dims { b, h, w, c, f, kh, kw, oh, ow } = dims;
     let (vectors, pixels, tiles) = (c.is_multiple_of(8), b * oh * ow, halo_tiles(b, oh, ow));
     // Pixels that tiles hold and the image has not are work for nothing.
@@ -59,7 +63,7 @@ fn takes(way: ForwardWay, dims: Dims, params: Params) -> bool {
     match way {
         ForwardWay::Windows128x16 => vectors && f <= 16,
         ForwardWay::Wgmma128x128 | ForwardWay::Halo128x128 => {
-            halo && f > 64 && large_tiles(tiles * f.div_ceil(128), pixels * f)
+            halo && f > 64 && halo_bytes(128) <= most && large_tiles(tiles * f.div_ceil(128), pixels * f)
         }
         ForwardWay::Wgmma128x64 | ForwardWay::Halo128x64 => halo,
         ForwardWay::Windows128x128 => {
@@ -92,7 +96,8 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
                 .launch(queue, windows_shape(a.dims, $tile, $threads, $stages))
         };
     }
-    match ways::choose(queue, T::TYPE, &a.dims, |way| takes(way, a.dims, a.params)) {
+    let most = queue.properties().shared_per_block;
+    match ways::choose(queue, T::TYPE, &a.dims, |way| takes(way, a.dims, a.params, most)) {
         ForwardWay::Wgmma128x128 => halo!(Conv2dWgmma128x128, 128, 256),
         ForwardWay::Wgmma128x64 => halo!(Conv2dWgmma128x64, 64, 256),
         ForwardWay::Halo128x128 => halo!(Conv2dHalo128x128, 128, 128),

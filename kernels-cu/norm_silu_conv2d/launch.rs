@@ -1,7 +1,7 @@
 //! Which kernel takes which shape.
 
 use super::{conv, norm_dims, norm_params};
-use crate::conv2d::launch::{halo_fits, halo_shape, halo_tiles, large_tiles};
+use crate::conv2d::launch::{halo_bytes, halo_fits, halo_shape, halo_tiles, large_tiles};
 use crate::generated::norm_silu_conv2d::{Dims, ForwardWay, GpuForward};
 use crate::generated::{axpy, conv2d, group_norm_silu};
 use crate::launch::{Element, OrNull, Out, Queue, Shape};
@@ -12,14 +12,17 @@ use crate::launchers::norm_silu_conv2d::{
 use crate::ways;
 use std::marker::PhantomData;
 
-/// Whether a way takes a shape.
-fn takes(way: ForwardWay, dims: Dims) -> bool {
+/// Whether a way takes a shape where a block can have `most` bytes of shared memory.
+fn takes(way: ForwardWay, dims: Dims, most: usize) -> bool {
     let Dims { b, h, w, c, f, kh, kw, .. } = dims;
     let fused = c.is_multiple_of(8) && (kh, kw) == (3, 3) && halo_fits([h, w, c, f]) && b * c < 1 << 30;
     match way {
         ForwardWay::Fused128x16 => fused && f <= 16,
         ForwardWay::Wgmma128x128 | ForwardWay::Fused128x128 => {
-            fused && f > 64 && large_tiles(halo_tiles(b, h, w) * f.div_ceil(128), b * h * w * f)
+            fused
+                && f > 64
+                && halo_bytes(128) <= most
+                && large_tiles(halo_tiles(b, h, w) * f.div_ceil(128), b * h * w * f)
         }
         ForwardWay::Wgmma128x64 | ForwardWay::Fused128x64 => fused && f > 16,
         ForwardWay::Apart => true,
@@ -32,7 +35,8 @@ fn takes(way: ForwardWay, dims: Dims) -> bool {
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
     let Dims { b, h, w, c, g: groups, f, .. } = a.dims;
-    let way = ways::choose(queue, T::TYPE, &a.dims, |way| takes(way, a.dims));
+    let most = queue.properties().shared_per_block;
+    let way = ways::choose(queue, T::TYPE, &a.dims, |way| takes(way, a.dims, most));
     if let ForwardWay::Apart = way {
         return apart(queue, a);
     }
