@@ -13,6 +13,7 @@ pub const OPS: &[OpInfo] = &[
     adamw::INFO,
     add_noise::INFO,
     attention::INFO,
+    attention_int8::INFO,
     axpy::INFO,
     branch_deltas::INFO,
     conv2d::INFO,
@@ -35,6 +36,7 @@ pub const OPS: &[OpInfo] = &[
     loss_regression::INFO,
     mamba2::INFO,
     neighborhood_attention::INFO,
+    norm_silu_conv2d::INFO,
     patchify::INFO,
     philox::INFO,
     qk_norm::INFO,
@@ -466,6 +468,93 @@ pub mod attention {
     }
 }
 
+/// Softmax self-attention whose scores come from queries and keys of 8 bits, for inference where that error is accepted.
+pub mod attention_int8 {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor of the scores, as a rule 1/sqrt(E).
+        pub scale: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
+        pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} H={} E={}", self.b, self.n, self.h, self.e)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// Products of 8 bits for the scores, of bf16 for the values; heads of a multiple of 8 up to 128.
+        Int8,
+        /// `attention`, for other heads.
+        Exact,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "attention_int8";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Int8, WayInfo { name: "int8", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Products of 8 bits for the scores, of bf16 for the values; heads of a multiple of 8 up to 128." }),
+            (ForwardWay::Exact, WayInfo { name: "exact", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "`attention`, for other heads." }),
+        ];
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*b*h*n*n*e
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*(4*b*n*h*e)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 H=1 E=8", dims: Dims { b: 1, n: 1, h: 1, e: 8 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "odd_head", tier: Tier::Tiny, shape: "B=2 N=9 H=2 E=7", dims: Dims { b: 2, n: 9, h: 2, e: 7 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "narrow_head", tier: Tier::Tiny, shape: "B=2 N=33 H=2 E=40", dims: Dims { b: 2, n: 33, h: 2, e: 40 }, params: Params { scale: 0.15811388 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=131 H=2 E=72", dims: Dims { b: 1, n: 131, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "full_tiles", tier: Tier::Tiny, shape: "B=1 N=128 H=1 E=64", dims: Dims { b: 1, n: 128, h: 1, e: 64 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "head_128", tier: Tier::Tiny, shape: "B=2 N=70 H=1 E=128", dims: Dims { b: 2, n: 70, h: 1, e: 128 }, params: Params { scale: 0.088388346 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "attention_int8", summary: "Softmax self-attention whose scores come from queries and keys of 8 bits, for inference where that error is accepted.", backward: false, cases: &["one_token", "odd_head", "narrow_head", "head_72", "full_tiles", "head_128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 2e-2 }), elements: &[ElementType::Bf16], ways: &[WayInfo { name: "int8", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Products of 8 bits for the scores, of bf16 for the values; heads of a multiple of 8 up to 128." }, WayInfo { name: "exact", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "`attention`, for other heads." }] };
+
+}
+
 /// Adds a multiple of a tensor to another in place.
 pub mod axpy {
     use super::*;
@@ -690,6 +779,47 @@ pub mod conv2d {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} H={} W={} C={} F={} Kh={} Kw={} Oh={} Ow={}", self.b, self.h, self.w, self.c, self.f, self.kh, self.kw, self.oh, self.ow)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters.
+        Windows128x16,
+        /// As halo_128x128 with wgmma, pixels from registers.
+        Wgmma128x128,
+        /// As wgmma_128x128 with 64 filters.
+        Wgmma128x64,
+        /// Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters.
+        Halo128x128,
+        /// As halo_128x128 with 64 filters.
+        Halo128x64,
+        /// Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 128 filters.
+        Windows128x128,
+        /// As windows_128x128 with 64 pixels and 64 filters.
+        Windows64x64,
+        /// Multiply-adds in f32, any shape.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "conv2d";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Windows128x16, WayInfo { name: "windows_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters." }),
+            (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As halo_128x128 with wgmma, pixels from registers." }),
+            (ForwardWay::Wgmma128x64, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }),
+            (ForwardWay::Halo128x128, WayInfo { name: "halo_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters." }),
+            (ForwardWay::Halo128x64, WayInfo { name: "halo_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As halo_128x128 with 64 filters." }),
+            (ForwardWay::Windows128x128, WayInfo { name: "windows_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 128 filters." }),
+            (ForwardWay::Windows64x64, WayInfo { name: "windows_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As windows_128x128 with 64 pixels and 64 filters." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in f32, any shape." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, c, f, kh, kw, oh, ow, .. } = dims;
@@ -717,6 +847,12 @@ pub mod conv2d {
         Case { name: "long_k_blocks", tier: Tier::Tiny, shape: "B=3 H=17 W=17 C=64 F=40 Kh=3 Kw=3 Oh=17 Ow=17", dims: Dims { b: 3, h: 17, w: 17, c: 64, f: 40, kh: 3, kw: 3, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "bf16_products", tier: Tier::Tiny, shape: "B=2 H=9 W=7 C=21 F=34 Kh=3 Kw=3 Oh=9 Ow=7", dims: Dims { b: 2, h: 9, w: 7, c: 21, f: 34, kh: 3, kw: 3, oh: 9, ow: 7 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "bf16_weight", tier: Tier::Tiny, shape: "B=1 H=6 W=6 C=70 F=18 Kh=3 Kw=3 Oh=6 Ow=6", dims: Dims { b: 1, h: 6, w: 6, c: 70, f: 18, kh: 3, kw: 3, oh: 6, ow: 6 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
+        Case { name: "halo", tier: Tier::Tiny, shape: "B=2 H=15 W=15 C=72 F=136 Kh=3 Kw=3 Oh=15 Ow=15", dims: Dims { b: 2, h: 15, w: 15, c: 72, f: 136, kh: 3, kw: 3, oh: 15, ow: 15 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "halo_inside", tier: Tier::Tiny, shape: "B=1 H=10 W=34 C=16 F=21 Kh=3 Kw=3 Oh=8 Ow=32", dims: Dims { b: 1, h: 10, w: 34, c: 16, f: 21, kh: 3, kw: 3, oh: 8, ow: 32 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "halo_off_centre", tier: Tier::Tiny, shape: "B=1 H=7 W=12 C=136 F=24 Kh=3 Kw=3 Oh=8 Ow=12", dims: Dims { b: 1, h: 7, w: 12, c: 136, f: 24, kh: 3, kw: 3, oh: 8, ow: 12 }, params: Params { stride: 1, pad_h: 2, pad_w: 0, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "windows", tier: Tier::Tiny, shape: "B=3 H=9 W=11 C=24 F=72 Kh=3 Kw=2 Oh=5 Ow=6", dims: Dims { b: 3, h: 9, w: 11, c: 24, f: 72, kh: 3, kw: 2, oh: 5, ow: 6 }, params: Params { stride: 2, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "windows_eight_channels", tier: Tier::Tiny, shape: "B=2 H=13 W=9 C=8 F=33 Kh=5 Kw=5 Oh=13 Ow=9", dims: Dims { b: 2, h: 13, w: 9, c: 8, f: 33, kh: 5, kw: 5, oh: 13, ow: 9 }, params: Params { stride: 1, pad_h: 2, pad_w: 2, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "few_filters", tier: Tier::Tiny, shape: "B=1 H=12 W=17 C=40 F=3 Kh=3 Kw=3 Oh=12 Ow=17", dims: Dims { b: 1, h: 12, w: 17, c: 40, f: 3, kh: 3, kw: 3, oh: 12, ow: 17 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "inception_stem", tier: Tier::Real, shape: "B=8 H=147 W=147 C=32 F=64 Kh=3 Kw=3 Oh=147 Ow=147", dims: Dims { b: 8, h: 147, w: 147, c: 32, f: 64, kh: 3, kw: 3, oh: 147, ow: 147 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "inception_3x3", tier: Tier::Real, shape: "B=8 H=73 W=73 C=80 F=192 Kh=3 Kw=3 Oh=71 Ow=71", dims: Dims { b: 8, h: 73, w: 73, c: 80, f: 192, kh: 3, kw: 3, oh: 71, ow: 71 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "inception_1x7", tier: Tier::Real, shape: "B=8 H=17 W=17 C=192 F=192 Kh=1 Kw=7 Oh=17 Ow=17", dims: Dims { b: 8, h: 17, w: 17, c: 192, f: 192, kh: 1, kw: 7, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 0, pad_w: 3, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
@@ -725,7 +861,7 @@ pub mod conv2d {
         Case { name: "vae_512_bf16", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512 F=512 Kh=3 Kw=3 Oh=64 Ow=64", dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "halo", "halo_inside", "halo_off_centre", "windows", "windows_eight_channels", "few_filters", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "windows_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As halo_128x128 with wgmma, pixels from registers." }, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }, WayInfo { name: "halo_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters." }, WayInfo { name: "halo_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As halo_128x128 with 64 filters." }, WayInfo { name: "windows_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 128 filters." }, WayInfo { name: "windows_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As windows_128x128 with 64 pixels and 64 filters." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in f32, any shape." }] };
 
 }
 
@@ -3520,6 +3656,131 @@ pub mod neighborhood_attention {
         { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved).0, &cotangent))); }
         rows
     }
+}
+
+/// Group norm and SiLU of images, channels last, and the convolution of the same size behind them, with bias and residual.
+pub mod norm_silu_conv2d {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub g: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Added to the variance.
+        pub eps: f32,
+        /// Products of operands rounded to bf16, accumulated in f32; implied by a weight stored in bf16.
+        pub bf16: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, H, W, C]` float: Images, channels last.
+        pub x: &'a [T],
+        /// `[C]` float: Scale of each channel.
+        pub gamma: &'a [T],
+        /// `[C]` float: Shift of each channel.
+        pub beta: &'a [T],
+        /// `[F, Kh, Kw, C]` float (f32 or bf16 on the CPU): One kernel per output channel.
+        pub filters: Weight<'a, T>,
+        /// `[F]` float: Added to every pixel.
+        pub bias: Option<&'a [T]>,
+        /// `[B, H, W, F]` float: Added to the result.
+        pub residual: Option<&'a [T]>,
+        /// `[B, H, W, F]` float: Result.
+        pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub filters: In<T>,
+        pub bias: Option<In<T>>,
+        pub residual: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} H={} W={} C={} G={} F={} Kh={} Kw={}", self.b, self.h, self.w, self.c, self.g, self.f, self.kh, self.kw)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters.
+        Fused128x16,
+        /// As fused_128x128 with wgmma, pixels from registers.
+        Wgmma128x128,
+        /// As wgmma_128x128 with 64 filters.
+        Wgmma128x64,
+        /// As fused_128x16 with 128 filters.
+        Fused128x128,
+        /// As fused_128x16 with 64 filters.
+        Fused128x64,
+        /// The norm, the convolution and the sum one after the other.
+        Apart,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "norm_silu_conv2d";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Fused128x16, WayInfo { name: "fused_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters." }),
+            (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As fused_128x128 with wgmma, pixels from registers." }),
+            (ForwardWay::Wgmma128x64, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }),
+            (ForwardWay::Fused128x128, WayInfo { name: "fused_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 128 filters." }),
+            (ForwardWay::Fused128x64, WayInfo { name: "fused_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 64 filters." }),
+            (ForwardWay::Apart, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The norm, the convolution and the sum one after the other." }),
+        ];
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, h, w, c, f, kh, kw, .. } = dims;
+        2*b*h*w*f*kh*kw*c + 10*b*h*w*c
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, h, w, c, f, kh, kw, .. } = dims;
+        4*(2*b*h*w*c + 2*c + f*kh*kw*c + f + b*h*w*f)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 H=1 W=1 C=1 G=1 F=1 Kh=1 Kw=1", dims: Dims { b: 1, h: 1, w: 1, c: 1, g: 1, f: 1, kh: 1, kw: 1 }, params: Params { eps: 0.5, bf16: false }, absent: &["bias", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=2 H=5 W=7 C=21 G=3 F=9 Kh=3 Kw=5", dims: Dims { b: 2, h: 5, w: 7, c: 21, g: 3, f: 9, kh: 3, kw: 5 }, params: Params { eps: 1e-6, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "pointwise", tier: Tier::Tiny, shape: "B=2 H=4 W=9 C=24 G=8 F=11 Kh=1 Kw=1", dims: Dims { b: 2, h: 4, w: 9, c: 24, g: 8, f: 11, kh: 1, kw: 1 }, params: Params { eps: 1e-6, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "tiles", tier: Tier::Tiny, shape: "B=2 H=13 W=19 C=72 G=9 F=72 Kh=3 Kw=3", dims: Dims { b: 2, h: 13, w: 19, c: 72, g: 9, f: 72, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "wide_filters", tier: Tier::Tiny, shape: "B=1 H=9 W=16 C=32 G=32 F=136 Kh=3 Kw=3", dims: Dims { b: 1, h: 9, w: 16, c: 32, g: 32, f: 136, kh: 3, kw: 3 }, params: Params { eps: 1e-5, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: false },
+        Case { name: "unaligned_filters", tier: Tier::Tiny, shape: "B=1 H=3 W=21 C=8 G=2 F=27 Kh=3 Kw=3", dims: Dims { b: 1, h: 3, w: 21, c: 8, g: 2, f: 27, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "colours", tier: Tier::Tiny, shape: "B=2 H=10 W=17 C=136 G=4 F=3 Kh=3 Kw=3", dims: Dims { b: 2, h: 10, w: 17, c: 136, g: 4, f: 3, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: false },
+        Case { name: "one_pixel", tier: Tier::Tiny, shape: "B=3 H=1 W=1 C=16 G=2 F=24 Kh=3 Kw=3", dims: Dims { b: 3, h: 1, w: 1, c: 16, g: 2, f: 24, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "bf16_products", tier: Tier::Tiny, shape: "B=1 H=7 W=6 C=20 G=5 F=18 Kh=3 Kw=3", dims: Dims { b: 1, h: 7, w: 6, c: 20, g: 5, f: 18, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "bf16_weight", tier: Tier::Tiny, shape: "B=1 H=6 W=5 C=40 G=4 F=10 Kh=3 Kw=3", dims: Dims { b: 1, h: 6, w: 5, c: 40, g: 4, f: 10, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &["residual"], bf16: &["filters"], gradcheck: false },
+        Case { name: "vae_64", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512 G=32 F=512 Kh=3 Kw=3", dims: Dims { b: 1, h: 64, w: 64, c: 512, g: 32, f: 512, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_512", tier: Tier::Real, shape: "B=1 H=512 W=512 C=128 G=32 F=128 Kh=3 Kw=3", dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32, f: 128, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_out", tier: Tier::Real, shape: "B=1 H=512 W=512 C=128 G=32 F=3 Kh=3 Kw=3", dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32, f: 3, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &["residual"], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "norm_silu_conv2d", summary: "Group norm and SiLU of images, channels last, and the convolution of the same size behind them, with bias and residual.", backward: false, cases: &["one", "odd", "pointwise", "tiles", "wide_filters", "unaligned_filters", "colours", "one_pixel", "bf16_products", "bf16_weight", "vae_64", "vae_512", "vae_out"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "fused_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As fused_128x128 with wgmma, pixels from registers." }, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }, WayInfo { name: "fused_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 128 filters." }, WayInfo { name: "fused_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 64 filters." }, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The norm, the convolution and the sum one after the other." }] };
+
 }
 
 /// Cuts an image into square patches, one token each, in the order of a convolution weight.

@@ -16,25 +16,25 @@ pub const KERNELS: &[&Kernel] = &[
     &attention::ATTENTION_BACKWARD_DELTA,
     &attention::ATTENTION_BACKWARD_Q,
     &attention::ATTENTION_BACKWARD_KV,
-    &attention::ATTENTION_BACKWARD_Q_72,
-    &attention::ATTENTION_BACKWARD_Q_64,
-    &attention::ATTENTION_BACKWARD_KV_72,
-    &attention::ATTENTION_BACKWARD_KV_72_WIDE,
-    &attention::ATTENTION_BACKWARD_KV_64,
-    &attention::ATTENTION_FORWARD_72_128X192,
-    &attention::ATTENTION_FORWARD_72_128X192_EXACT,
-    &attention::ATTENTION_FORWARD_72_128X192_WIDE,
-    &attention::ATTENTION_FORWARD_72_128X192_CLUSTER2,
-    &attention::ATTENTION_FORWARD_72_192X112,
-    &attention::ATTENTION_FORWARD_72_128X128,
-    &attention::ATTENTION_FORWARD_64_128X128,
-    &attention::ATTENTION_FORWARD_128_128X128,
+    &attention_int8::ATTENTION_INT8_SUMS,
+    &attention_int8::ATTENTION_INT8_MEANS,
+    &attention_int8::ATTENTION_INT8_ROUND,
+    &attention_int8::ATTENTION_INT8_64,
+    &attention_int8::ATTENTION_INT8_80,
+    &attention_int8::ATTENTION_INT8_128,
     &axpy::AXPY_FORWARD,
     &branch_deltas::BRANCH_DELTAS_FORWARD,
     &branch_deltas::BRANCH_DELTAS_FORWARD_ANY,
     &branch_deltas::BRANCH_DELTAS_BACKWARD,
     &branch_deltas::BRANCH_DELTAS_BACKWARD_ANY,
     &conv2d::CONV2D_FORWARD,
+    &conv2d::CONV2D_WINDOWS_128X128,
+    &conv2d::CONV2D_WINDOWS_64X64,
+    &conv2d::CONV2D_WINDOWS_128X16,
+    &conv2d::CONV2D_HALO_128X128,
+    &conv2d::CONV2D_HALO_128X64,
+    &conv2d::CONV2D_WGMMA_128X128,
+    &conv2d::CONV2D_WGMMA_128X64,
     &conv_silu::CONV_SILU_3_FORWARD,
     &conv_silu::CONV_SILU_4_FORWARD,
     &conv_silu::CONV_SILU_3_BACKWARD,
@@ -140,18 +140,6 @@ pub const KERNELS: &[&Kernel] = &[
     &linear_attention::LINEAR_ATTENTION_BACKWARD_Q,
     &linear_attention::LINEAR_ATTENTION_BACKWARD_K,
     &linear_attention::LINEAR_ATTENTION_BACKWARD_V,
-    &linear_attention::LINEAR_ATTENTION_MMA_STATE_32,
-    &linear_attention::LINEAR_ATTENTION_MMA_STATE_64,
-    &linear_attention::LINEAR_ATTENTION_MMA_STATE_72,
-    &linear_attention::LINEAR_ATTENTION_MMA_FORWARD_32,
-    &linear_attention::LINEAR_ATTENTION_MMA_FORWARD_64,
-    &linear_attention::LINEAR_ATTENTION_MMA_FORWARD_72,
-    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_Q_32,
-    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_Q_64,
-    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_Q_72,
-    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_KV_32,
-    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_KV_64,
-    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_KV_72,
     &ln_modulate::LN_MODULATE_FORWARD,
     &ln_modulate::LN_MODULATE_FORWARD_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD,
@@ -166,12 +154,6 @@ pub const KERNELS: &[&Kernel] = &[
     &long_conv::LONG_CONV_BACKWARD_FILTER,
     &long_conv::LONG_CONV_BACKWARD_SHORT,
     &long_conv::LONG_CONV_BACKWARD_ADD,
-    &long_conv::LONG_CONV_ROOTS,
-    &long_conv::LONG_CONV_ROWS,
-    &long_conv::LONG_CONV_RESULTS,
-    &long_conv::LONG_CONV_BACKWARD_RESULTS,
-    &long_conv::LONG_CONV_TRANSFORM,
-    &long_conv::LONG_CONV_TRANSFORM_BACKWARD,
     &loss_diffusion::LOSS_DIFFUSION_PARTIAL,
     &loss_diffusion::LOSS_DIFFUSION_FINISH,
     &loss_diffusion::LOSS_DIFFUSION_BACKWARD,
@@ -187,14 +169,16 @@ pub const KERNELS: &[&Kernel] = &[
     &mamba2::MAMBA2_BACKWARD_STEPS,
     &mamba2::MAMBA2_BACKWARD_HEADS,
     &mamba2::MAMBA2_BACKWARD_BC,
-    &mamba2::MAMBA2_MMA_STATES,
-    &mamba2::MAMBA2_MMA_WALK,
-    &mamba2::MAMBA2_MMA_BACKWARD,
-    &mamba2::MAMBA2_MMA_SHARES,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_TABLE,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_128X128,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_128X64,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_128X16,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_WGMMA_128X128,
+    &norm_silu_conv2d::NORM_SILU_CONV2D_WGMMA_128X64,
     &patchify::PATCHIFY_FORWARD,
     &patchify::PATCHIFY_BACKWARD,
     &philox::PHILOX_FORWARD,
@@ -514,478 +498,179 @@ pub mod attention {
             queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
         }
     }
+}
 
-    pub const ATTENTION_BACKWARD_Q_72: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_q_72", arch: 90 };
+/// Kernels of `attention_int8`.
+pub mod attention_int8 {
+    use super::*;
 
-    /// Arguments of [`ATTENTION_BACKWARD_Q_72`].
-    pub struct AttentionBackwardQ72 {
-        pub own: TensorMap,
-        pub own_dy: TensorMap,
-        pub keys: TensorMap,
-        pub gradient: TensorMap,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
+    pub const ATTENTION_INT8_SUMS: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_sums", arch: 80 };
+
+    /// Arguments of [`ATTENTION_INT8_SUMS`].
+    pub struct AttentionInt8Sums<T> {
+        pub qkv: In<T>,
+        pub sums: Out<f32>,
         pub n: usize,
         pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
+        pub e: usize,
     }
 
-    impl AttentionBackwardQ72 {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+    impl<T: Element> AttentionInt8Sums<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
             let args = [
-                Arg::Map(self.own),
-                Arg::Map(self.own_dy),
-                Arg::Map(self.keys),
-                Arg::Map(self.gradient),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                int(queue, &ATTENTION_BACKWARD_Q_72, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_Q_72, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_Q_72, "samples", self.samples)?,
-                Arg::F32(self.scale),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.sums.address()),
+                int(queue, &ATTENTION_INT8_SUMS, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_SUMS, "h", self.h)?,
+                int(queue, &ATTENTION_INT8_SUMS, "e", self.e)?,
             ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_72, element: element, shape, args: &args })
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_SUMS, element: T::TYPE, shape, args: &args })
         }
     }
 
-    pub const ATTENTION_BACKWARD_Q_64: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_q_64", arch: 90 };
+    pub const ATTENTION_INT8_MEANS: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_means", arch: 80 };
 
-    /// Arguments of [`ATTENTION_BACKWARD_Q_64`].
-    pub struct AttentionBackwardQ64 {
-        pub own: TensorMap,
-        pub own_dy: TensorMap,
-        pub keys: TensorMap,
-        pub gradient: TensorMap,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
+    /// Arguments of [`ATTENTION_INT8_MEANS`].
+    pub struct AttentionInt8Means {
+        pub sums: In<f32>,
+        pub means: Out<f32>,
         pub n: usize,
-        pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
+        pub e: usize,
     }
 
-    impl AttentionBackwardQ64 {
+    impl AttentionInt8Means {
         pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
             let args = [
-                Arg::Map(self.own),
-                Arg::Map(self.own_dy),
-                Arg::Map(self.keys),
-                Arg::Map(self.gradient),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                int(queue, &ATTENTION_BACKWARD_Q_64, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_Q_64, "samples", self.samples)?,
-                Arg::F32(self.scale),
+                Arg::Address(self.sums.address()),
+                Arg::Address(self.means.address()),
+                int(queue, &ATTENTION_INT8_MEANS, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_MEANS, "e", self.e)?,
             ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64, element: element, shape, args: &args })
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_MEANS, element: element, shape, args: &args })
         }
     }
 
-    pub const ATTENTION_BACKWARD_KV_72: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_72", arch: 90 };
+    pub const ATTENTION_INT8_ROUND: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_round", arch: 80 };
 
-    /// Arguments of [`ATTENTION_BACKWARD_KV_72`].
-    pub struct AttentionBackwardKv72 {
-        pub own: TensorMap,
-        pub queries: TensorMap,
-        pub dy: TensorMap,
-        pub gradient: TensorMap,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
+    /// Arguments of [`ATTENTION_INT8_ROUND`].
+    pub struct AttentionInt8Round<T> {
+        pub qkv: In<T>,
+        pub means: In<f32>,
+        pub q8: Out<u8>,
+        pub k8: Out<u8>,
+        pub scales: Out<f32>,
         pub n: usize,
         pub h: usize,
-        pub samples: usize,
+        pub e: usize,
+        pub row: usize,
         pub scale: f32,
     }
 
-    impl AttentionBackwardKv72 {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+    impl<T: Element> AttentionInt8Round<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
             let args = [
-                Arg::Map(self.own),
-                Arg::Map(self.queries),
-                Arg::Map(self.dy),
-                Arg::Map(self.gradient),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                int(queue, &ATTENTION_BACKWARD_KV_72, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_KV_72, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_KV_72, "samples", self.samples)?,
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.means.address()),
+                Arg::Address(self.q8.address()),
+                Arg::Address(self.k8.address()),
+                Arg::Address(self.scales.address()),
+                int(queue, &ATTENTION_INT8_ROUND, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_ROUND, "h", self.h)?,
+                int(queue, &ATTENTION_INT8_ROUND, "e", self.e)?,
+                int(queue, &ATTENTION_INT8_ROUND, "row", self.row)?,
                 Arg::F32(self.scale),
             ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_72, element: element, shape, args: &args })
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_ROUND, element: T::TYPE, shape, args: &args })
         }
     }
 
-    pub const ATTENTION_BACKWARD_KV_72_WIDE: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_72_wide", arch: 90 };
+    pub const ATTENTION_INT8_64: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_64", arch: 80 };
 
-    /// Arguments of [`ATTENTION_BACKWARD_KV_72_WIDE`].
-    pub struct AttentionBackwardKv72Wide {
-        pub own: TensorMap,
-        pub queries: TensorMap,
-        pub dy: TensorMap,
-        pub gradient: TensorMap,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
+    /// Arguments of [`ATTENTION_INT8_64`].
+    pub struct AttentionInt864<T> {
+        pub qkv: In<T>,
+        pub q8: In<u8>,
+        pub k8: In<u8>,
+        pub scales: In<f32>,
+        pub y: Out<T>,
         pub n: usize,
         pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
+        pub e: usize,
     }
 
-    impl AttentionBackwardKv72Wide {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+    impl<T: Element> AttentionInt864<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
             let args = [
-                Arg::Map(self.own),
-                Arg::Map(self.queries),
-                Arg::Map(self.dy),
-                Arg::Map(self.gradient),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "samples", self.samples)?,
-                Arg::F32(self.scale),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.q8.address()),
+                Arg::Address(self.k8.address()),
+                Arg::Address(self.scales.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &ATTENTION_INT8_64, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_64, "h", self.h)?,
+                int(queue, &ATTENTION_INT8_64, "e", self.e)?,
             ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_72_WIDE, element: element, shape, args: &args })
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_64, element: T::TYPE, shape, args: &args })
         }
     }
 
-    pub const ATTENTION_BACKWARD_KV_64: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_64", arch: 90 };
+    pub const ATTENTION_INT8_80: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_80", arch: 80 };
 
-    /// Arguments of [`ATTENTION_BACKWARD_KV_64`].
-    pub struct AttentionBackwardKv64 {
-        pub own: TensorMap,
-        pub queries: TensorMap,
-        pub dy: TensorMap,
-        pub gradient: TensorMap,
-        pub lse: In<f32>,
-        pub delta: In<f32>,
+    /// Arguments of [`ATTENTION_INT8_80`].
+    pub struct AttentionInt880<T> {
+        pub qkv: In<T>,
+        pub q8: In<u8>,
+        pub k8: In<u8>,
+        pub scales: In<f32>,
+        pub y: Out<T>,
         pub n: usize,
         pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
+        pub e: usize,
     }
 
-    impl AttentionBackwardKv64 {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+    impl<T: Element> AttentionInt880<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
             let args = [
-                Arg::Map(self.own),
-                Arg::Map(self.queries),
-                Arg::Map(self.dy),
-                Arg::Map(self.gradient),
-                Arg::Address(self.lse.address()),
-                Arg::Address(self.delta.address()),
-                int(queue, &ATTENTION_BACKWARD_KV_64, "n", self.n)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64, "h", self.h)?,
-                int(queue, &ATTENTION_BACKWARD_KV_64, "samples", self.samples)?,
-                Arg::F32(self.scale),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.q8.address()),
+                Arg::Address(self.k8.address()),
+                Arg::Address(self.scales.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &ATTENTION_INT8_80, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_80, "h", self.h)?,
+                int(queue, &ATTENTION_INT8_80, "e", self.e)?,
             ];
-            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64, element: element, shape, args: &args })
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_80, element: T::TYPE, shape, args: &args })
         }
     }
 
-    pub const ATTENTION_FORWARD_72_128X192: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192", arch: 90 };
+    pub const ATTENTION_INT8_128: Kernel = Kernel { op: "attention_int8", source: "attention_int8.cu", name: "attention_int8_128", arch: 80 };
 
-    /// Arguments of [`ATTENTION_FORWARD_72_128X192`].
-    pub struct AttentionForward72128x192 {
-        pub q_wide: TensorMap,
-        pub q_rest: TensorMap,
-        pub k_wide: TensorMap,
-        pub k_rest: TensorMap,
-        pub v: TensorMap,
-        pub y_wide: TensorMap,
-        pub y_rest: TensorMap,
-        pub lse: Out<f32>,
+    /// Arguments of [`ATTENTION_INT8_128`].
+    pub struct AttentionInt8128<T> {
+        pub qkv: In<T>,
+        pub q8: In<u8>,
+        pub k8: In<u8>,
+        pub scales: In<f32>,
+        pub y: Out<T>,
         pub n: usize,
         pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
+        pub e: usize,
     }
 
-    impl AttentionForward72128x192 {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+    impl<T: Element> AttentionInt8128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
             let args = [
-                Arg::Map(self.q_wide),
-                Arg::Map(self.q_rest),
-                Arg::Map(self.k_wide),
-                Arg::Map(self.k_rest),
-                Arg::Map(self.v),
-                Arg::Map(self.y_wide),
-                Arg::Map(self.y_rest),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_72_128X192, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_72_128X192, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_72_128X192, "samples", self.samples)?,
-                Arg::F32(self.scale),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.q8.address()),
+                Arg::Address(self.k8.address()),
+                Arg::Address(self.scales.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &ATTENTION_INT8_128, "n", self.n)?,
+                int(queue, &ATTENTION_INT8_128, "h", self.h)?,
+                int(queue, &ATTENTION_INT8_128, "e", self.e)?,
             ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192, element: element, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_72_128X192_EXACT: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_exact", arch: 90 };
-
-    /// Arguments of [`ATTENTION_FORWARD_72_128X192_EXACT`].
-    pub struct AttentionForward72128x192Exact {
-        pub q_wide: TensorMap,
-        pub q_rest: TensorMap,
-        pub k_wide: TensorMap,
-        pub k_rest: TensorMap,
-        pub v: TensorMap,
-        pub y_wide: TensorMap,
-        pub y_rest: TensorMap,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
-    }
-
-    impl AttentionForward72128x192Exact {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.q_wide),
-                Arg::Map(self.q_rest),
-                Arg::Map(self.k_wide),
-                Arg::Map(self.k_rest),
-                Arg::Map(self.v),
-                Arg::Map(self.y_wide),
-                Arg::Map(self.y_rest),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "samples", self.samples)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_EXACT, element: element, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_72_128X192_WIDE: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_wide", arch: 90 };
-
-    /// Arguments of [`ATTENTION_FORWARD_72_128X192_WIDE`].
-    pub struct AttentionForward72128x192Wide {
-        pub q_wide: TensorMap,
-        pub q_rest: TensorMap,
-        pub k_wide: TensorMap,
-        pub k_rest: TensorMap,
-        pub v: TensorMap,
-        pub y_wide: TensorMap,
-        pub y_rest: TensorMap,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
-    }
-
-    impl AttentionForward72128x192Wide {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.q_wide),
-                Arg::Map(self.q_rest),
-                Arg::Map(self.k_wide),
-                Arg::Map(self.k_rest),
-                Arg::Map(self.v),
-                Arg::Map(self.y_wide),
-                Arg::Map(self.y_rest),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "samples", self.samples)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_WIDE, element: element, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_72_128X192_CLUSTER2: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_cluster2", arch: 90 };
-
-    /// Arguments of [`ATTENTION_FORWARD_72_128X192_CLUSTER2`].
-    pub struct AttentionForward72128x192Cluster2 {
-        pub q_wide: TensorMap,
-        pub q_rest: TensorMap,
-        pub k_wide: TensorMap,
-        pub k_rest: TensorMap,
-        pub v: TensorMap,
-        pub y_wide: TensorMap,
-        pub y_rest: TensorMap,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
-    }
-
-    impl AttentionForward72128x192Cluster2 {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.q_wide),
-                Arg::Map(self.q_rest),
-                Arg::Map(self.k_wide),
-                Arg::Map(self.k_rest),
-                Arg::Map(self.v),
-                Arg::Map(self.y_wide),
-                Arg::Map(self.y_rest),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "samples", self.samples)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_CLUSTER2, element: element, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_72_192X112: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_192x112", arch: 90 };
-
-    /// Arguments of [`ATTENTION_FORWARD_72_192X112`].
-    pub struct AttentionForward72192x112 {
-        pub q_wide: TensorMap,
-        pub q_rest: TensorMap,
-        pub k_wide: TensorMap,
-        pub k_rest: TensorMap,
-        pub v: TensorMap,
-        pub y_wide: TensorMap,
-        pub y_rest: TensorMap,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
-    }
-
-    impl AttentionForward72192x112 {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.q_wide),
-                Arg::Map(self.q_rest),
-                Arg::Map(self.k_wide),
-                Arg::Map(self.k_rest),
-                Arg::Map(self.v),
-                Arg::Map(self.y_wide),
-                Arg::Map(self.y_rest),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_72_192X112, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_72_192X112, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_72_192X112, "samples", self.samples)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X112, element: element, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_72_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x128", arch: 90 };
-
-    /// Arguments of [`ATTENTION_FORWARD_72_128X128`].
-    pub struct AttentionForward72128x128 {
-        pub q_wide: TensorMap,
-        pub q_rest: TensorMap,
-        pub k_wide: TensorMap,
-        pub k_rest: TensorMap,
-        pub v: TensorMap,
-        pub y_wide: TensorMap,
-        pub y_rest: TensorMap,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
-    }
-
-    impl AttentionForward72128x128 {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.q_wide),
-                Arg::Map(self.q_rest),
-                Arg::Map(self.k_wide),
-                Arg::Map(self.k_rest),
-                Arg::Map(self.v),
-                Arg::Map(self.y_wide),
-                Arg::Map(self.y_rest),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_72_128X128, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_72_128X128, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_72_128X128, "samples", self.samples)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X128, element: element, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_64_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_64_128x128", arch: 90 };
-
-    /// Arguments of [`ATTENTION_FORWARD_64_128X128`].
-    pub struct AttentionForward64128x128 {
-        pub q_wide: TensorMap,
-        pub q_rest: TensorMap,
-        pub k_wide: TensorMap,
-        pub k_rest: TensorMap,
-        pub v: TensorMap,
-        pub y_wide: TensorMap,
-        pub y_rest: TensorMap,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
-    }
-
-    impl AttentionForward64128x128 {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.q_wide),
-                Arg::Map(self.q_rest),
-                Arg::Map(self.k_wide),
-                Arg::Map(self.k_rest),
-                Arg::Map(self.v),
-                Arg::Map(self.y_wide),
-                Arg::Map(self.y_rest),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_64_128X128, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_64_128X128, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_64_128X128, "samples", self.samples)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64_128X128, element: element, shape, args: &args })
-        }
-    }
-
-    pub const ATTENTION_FORWARD_128_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_128_128x128", arch: 90 };
-
-    /// Arguments of [`ATTENTION_FORWARD_128_128X128`].
-    pub struct AttentionForward128128x128 {
-        pub q_wide: TensorMap,
-        pub q_rest: TensorMap,
-        pub k_wide: TensorMap,
-        pub k_rest: TensorMap,
-        pub v: TensorMap,
-        pub y_wide: TensorMap,
-        pub y_rest: TensorMap,
-        pub lse: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub samples: usize,
-        pub scale: f32,
-    }
-
-    impl AttentionForward128128x128 {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Map(self.q_wide),
-                Arg::Map(self.q_rest),
-                Arg::Map(self.k_wide),
-                Arg::Map(self.k_rest),
-                Arg::Map(self.v),
-                Arg::Map(self.y_wide),
-                Arg::Map(self.y_rest),
-                Arg::Address(self.lse.address()),
-                int(queue, &ATTENTION_FORWARD_128_128X128, "n", self.n)?,
-                int(queue, &ATTENTION_FORWARD_128_128X128, "h", self.h)?,
-                int(queue, &ATTENTION_FORWARD_128_128X128, "samples", self.samples)?,
-                Arg::F32(self.scale),
-            ];
-            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128_128X128, element: element, shape, args: &args })
+            queue.launch(&Launch { kernel: &ATTENTION_INT8_128, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -1177,6 +862,310 @@ pub mod conv2d {
                 int(queue, &CONV2D_FORWARD, "round", self.round)?,
             ];
             queue.launch(&Launch { kernel: &CONV2D_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_WINDOWS_128X128: Kernel = Kernel { op: "conv2d", source: "conv2d_mma.cu", name: "conv2d_windows_128x128", arch: 80 };
+
+    /// Arguments of [`CONV2D_WINDOWS_128X128`].
+    pub struct Conv2dWindows128x128<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub stride: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dWindows128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_WINDOWS_128X128, "b", self.b)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "h", self.h)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "w", self.w)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "c", self.c)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "f", self.f)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "kh", self.kh)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "kw", self.kw)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "oh", self.oh)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "ow", self.ow)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "stride", self.stride)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_WINDOWS_128X128, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_WINDOWS_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_WINDOWS_64X64: Kernel = Kernel { op: "conv2d", source: "conv2d_mma.cu", name: "conv2d_windows_64x64", arch: 80 };
+
+    /// Arguments of [`CONV2D_WINDOWS_64X64`].
+    pub struct Conv2dWindows64x64<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub stride: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dWindows64x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_WINDOWS_64X64, "b", self.b)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "h", self.h)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "w", self.w)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "c", self.c)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "f", self.f)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "kh", self.kh)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "kw", self.kw)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "oh", self.oh)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "ow", self.ow)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "stride", self.stride)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_WINDOWS_64X64, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_WINDOWS_64X64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_WINDOWS_128X16: Kernel = Kernel { op: "conv2d", source: "conv2d_mma.cu", name: "conv2d_windows_128x16", arch: 80 };
+
+    /// Arguments of [`CONV2D_WINDOWS_128X16`].
+    pub struct Conv2dWindows128x16<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub stride: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dWindows128x16<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_WINDOWS_128X16, "b", self.b)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "h", self.h)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "w", self.w)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "c", self.c)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "f", self.f)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "kh", self.kh)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "kw", self.kw)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "oh", self.oh)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "ow", self.ow)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "stride", self.stride)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_WINDOWS_128X16, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_WINDOWS_128X16, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_HALO_128X128: Kernel = Kernel { op: "conv2d", source: "conv2d_mma.cu", name: "conv2d_halo_128x128", arch: 80 };
+
+    /// Arguments of [`CONV2D_HALO_128X128`].
+    pub struct Conv2dHalo128x128<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dHalo128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_HALO_128X128, "h", self.h)?,
+                int(queue, &CONV2D_HALO_128X128, "w", self.w)?,
+                int(queue, &CONV2D_HALO_128X128, "c", self.c)?,
+                int(queue, &CONV2D_HALO_128X128, "f", self.f)?,
+                int(queue, &CONV2D_HALO_128X128, "oh", self.oh)?,
+                int(queue, &CONV2D_HALO_128X128, "ow", self.ow)?,
+                int(queue, &CONV2D_HALO_128X128, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_HALO_128X128, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_HALO_128X128, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_HALO_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_HALO_128X64: Kernel = Kernel { op: "conv2d", source: "conv2d_mma.cu", name: "conv2d_halo_128x64", arch: 80 };
+
+    /// Arguments of [`CONV2D_HALO_128X64`].
+    pub struct Conv2dHalo128x64<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dHalo128x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_HALO_128X64, "h", self.h)?,
+                int(queue, &CONV2D_HALO_128X64, "w", self.w)?,
+                int(queue, &CONV2D_HALO_128X64, "c", self.c)?,
+                int(queue, &CONV2D_HALO_128X64, "f", self.f)?,
+                int(queue, &CONV2D_HALO_128X64, "oh", self.oh)?,
+                int(queue, &CONV2D_HALO_128X64, "ow", self.ow)?,
+                int(queue, &CONV2D_HALO_128X64, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_HALO_128X64, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_HALO_128X64, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_HALO_128X64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_WGMMA_128X128: Kernel = Kernel { op: "conv2d", source: "conv2d_sm90.cu", name: "conv2d_wgmma_128x128", arch: 90 };
+
+    /// Arguments of [`CONV2D_WGMMA_128X128`].
+    pub struct Conv2dWgmma128x128<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dWgmma128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_WGMMA_128X128, "h", self.h)?,
+                int(queue, &CONV2D_WGMMA_128X128, "w", self.w)?,
+                int(queue, &CONV2D_WGMMA_128X128, "c", self.c)?,
+                int(queue, &CONV2D_WGMMA_128X128, "f", self.f)?,
+                int(queue, &CONV2D_WGMMA_128X128, "oh", self.oh)?,
+                int(queue, &CONV2D_WGMMA_128X128, "ow", self.ow)?,
+                int(queue, &CONV2D_WGMMA_128X128, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_WGMMA_128X128, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_WGMMA_128X128, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_WGMMA_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CONV2D_WGMMA_128X64: Kernel = Kernel { op: "conv2d", source: "conv2d_sm90.cu", name: "conv2d_wgmma_128x64", arch: 90 };
+
+    /// Arguments of [`CONV2D_WGMMA_128X64`].
+    pub struct Conv2dWgmma128x64<T> {
+        pub x: In<T>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+        pub oh: usize,
+        pub ow: usize,
+        pub pad_h: usize,
+        pub pad_w: usize,
+        pub relu: usize,
+    }
+
+    impl<T: Element> Conv2dWgmma128x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &CONV2D_WGMMA_128X64, "h", self.h)?,
+                int(queue, &CONV2D_WGMMA_128X64, "w", self.w)?,
+                int(queue, &CONV2D_WGMMA_128X64, "c", self.c)?,
+                int(queue, &CONV2D_WGMMA_128X64, "f", self.f)?,
+                int(queue, &CONV2D_WGMMA_128X64, "oh", self.oh)?,
+                int(queue, &CONV2D_WGMMA_128X64, "ow", self.ow)?,
+                int(queue, &CONV2D_WGMMA_128X64, "pad_h", self.pad_h)?,
+                int(queue, &CONV2D_WGMMA_128X64, "pad_w", self.pad_w)?,
+                int(queue, &CONV2D_WGMMA_128X64, "relu", self.relu)?,
+            ];
+            queue.launch(&Launch { kernel: &CONV2D_WGMMA_128X64, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -4812,390 +4801,6 @@ pub mod linear_attention {
             queue.launch(&Launch { kernel: &LINEAR_ATTENTION_BACKWARD_V, element: T::TYPE, shape, args: &args })
         }
     }
-
-    pub const LINEAR_ATTENTION_MMA_STATE_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_state_32", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_STATE_32`].
-    pub struct LinearAttentionMmaState32<T> {
-        pub qkv: In<T>,
-        pub partials: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaState32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "map", self.map)?,
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_STATE_32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LINEAR_ATTENTION_MMA_STATE_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_state_64", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_STATE_64`].
-    pub struct LinearAttentionMmaState64<T> {
-        pub qkv: In<T>,
-        pub partials: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaState64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "map", self.map)?,
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_STATE_64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LINEAR_ATTENTION_MMA_STATE_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_state_72", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_STATE_72`].
-    pub struct LinearAttentionMmaState72<T> {
-        pub qkv: In<T>,
-        pub partials: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaState72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "map", self.map)?,
-                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_STATE_72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LINEAR_ATTENTION_MMA_FORWARD_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_forward_32", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_FORWARD_32`].
-    pub struct LinearAttentionMmaForward32<T> {
-        pub qkv: In<T>,
-        pub state: In<f32>,
-        pub total: In<f32>,
-        pub y: Out<T>,
-        pub norm: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub eps: f32,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaForward32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.state.address()),
-                Arg::Address(self.total.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.norm.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "map", self.map)?,
-                Arg::F32(self.eps),
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_FORWARD_32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LINEAR_ATTENTION_MMA_FORWARD_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_forward_64", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_FORWARD_64`].
-    pub struct LinearAttentionMmaForward64<T> {
-        pub qkv: In<T>,
-        pub state: In<f32>,
-        pub total: In<f32>,
-        pub y: Out<T>,
-        pub norm: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub eps: f32,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaForward64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.state.address()),
-                Arg::Address(self.total.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.norm.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "map", self.map)?,
-                Arg::F32(self.eps),
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_FORWARD_64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LINEAR_ATTENTION_MMA_FORWARD_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_forward_72", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_FORWARD_72`].
-    pub struct LinearAttentionMmaForward72<T> {
-        pub qkv: In<T>,
-        pub state: In<f32>,
-        pub total: In<f32>,
-        pub y: Out<T>,
-        pub norm: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub eps: f32,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaForward72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.state.address()),
-                Arg::Address(self.total.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.norm.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "map", self.map)?,
-                Arg::F32(self.eps),
-                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_FORWARD_72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LINEAR_ATTENTION_MMA_BACKWARD_Q_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_q_32", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_Q_32`].
-    pub struct LinearAttentionMmaBackwardQ32<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub norm: In<f32>,
-        pub state: In<f32>,
-        pub total: In<f32>,
-        pub dqkv: Out<T>,
-        pub partials: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaBackwardQ32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.norm.address()),
-                Arg::Address(self.state.address()),
-                Arg::Address(self.total.address()),
-                Arg::Address(self.dqkv.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "map", self.map)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LINEAR_ATTENTION_MMA_BACKWARD_Q_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_q_64", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_Q_64`].
-    pub struct LinearAttentionMmaBackwardQ64<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub norm: In<f32>,
-        pub state: In<f32>,
-        pub total: In<f32>,
-        pub dqkv: Out<T>,
-        pub partials: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaBackwardQ64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.norm.address()),
-                Arg::Address(self.state.address()),
-                Arg::Address(self.total.address()),
-                Arg::Address(self.dqkv.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "map", self.map)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LINEAR_ATTENTION_MMA_BACKWARD_Q_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_q_72", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_Q_72`].
-    pub struct LinearAttentionMmaBackwardQ72<T> {
-        pub dy: In<T>,
-        pub qkv: In<T>,
-        pub y: In<T>,
-        pub norm: In<f32>,
-        pub state: In<f32>,
-        pub total: In<f32>,
-        pub dqkv: Out<T>,
-        pub partials: Out<f32>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaBackwardQ72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.y.address()),
-                Arg::Address(self.norm.address()),
-                Arg::Address(self.state.address()),
-                Arg::Address(self.total.address()),
-                Arg::Address(self.dqkv.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "map", self.map)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LINEAR_ATTENTION_MMA_BACKWARD_KV_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_kv_32", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_KV_32`].
-    pub struct LinearAttentionMmaBackwardKv32<T> {
-        pub qkv: In<T>,
-        pub dstate: In<f32>,
-        pub dtotal: In<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaBackwardKv32<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.dstate.address()),
-                Arg::Address(self.dtotal.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "map", self.map)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LINEAR_ATTENTION_MMA_BACKWARD_KV_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_kv_64", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_KV_64`].
-    pub struct LinearAttentionMmaBackwardKv64<T> {
-        pub qkv: In<T>,
-        pub dstate: In<f32>,
-        pub dtotal: In<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaBackwardKv64<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.dstate.address()),
-                Arg::Address(self.dtotal.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "map", self.map)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LINEAR_ATTENTION_MMA_BACKWARD_KV_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_kv_72", arch: 80 };
-
-    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_KV_72`].
-    pub struct LinearAttentionMmaBackwardKv72<T> {
-        pub qkv: In<T>,
-        pub dstate: In<f32>,
-        pub dtotal: In<f32>,
-        pub dqkv: Out<T>,
-        pub n: usize,
-        pub h: usize,
-        pub map: usize,
-        pub parts: usize,
-    }
-
-    impl<T: Element> LinearAttentionMmaBackwardKv72<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.qkv.address()),
-                Arg::Address(self.dstate.address()),
-                Arg::Address(self.dtotal.address()),
-                Arg::Address(self.dqkv.address()),
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "n", self.n)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "h", self.h)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "map", self.map)?,
-                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "parts", self.parts)?,
-            ];
-            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, element: T::TYPE, shape, args: &args })
-        }
-    }
 }
 
 /// Kernels of `ln_modulate`.
@@ -5686,216 +5291,6 @@ pub mod long_conv {
                 int(queue, &LONG_CONV_BACKWARD_ADD, "parts", self.parts)?,
             ];
             queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_ADD, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LONG_CONV_ROOTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_roots", arch: 80 };
-
-    /// Arguments of [`LONG_CONV_ROOTS`].
-    pub struct LongConvRoots {
-        pub table: Out<f32>,
-        pub bits: usize,
-    }
-
-    impl LongConvRoots {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.table.address()),
-                int(queue, &LONG_CONV_ROOTS, "bits", self.bits)?,
-            ];
-            queue.launch(&Launch { kernel: &LONG_CONV_ROOTS, element: element, shape, args: &args })
-        }
-    }
-
-    pub const LONG_CONV_ROWS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_rows", arch: 80 };
-
-    /// Arguments of [`LONG_CONV_ROWS`].
-    pub struct LongConvRows<T> {
-        pub p: In<T>,
-        pub short_weight: In<T>,
-        pub short_bias: In<T>,
-        pub dy: In<T>,
-        pub u: Out<f32>,
-        pub dm: Out<f32>,
-        pub n: usize,
-        pub c: usize,
-        pub k: usize,
-        pub lead: usize,
-        pub reversed: usize,
-    }
-
-    impl<T: Element> LongConvRows<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.p.address()),
-                Arg::Address(self.short_weight.address()),
-                Arg::Address(self.short_bias.address()),
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.u.address()),
-                Arg::Address(self.dm.address()),
-                int(queue, &LONG_CONV_ROWS, "n", self.n)?,
-                int(queue, &LONG_CONV_ROWS, "c", self.c)?,
-                int(queue, &LONG_CONV_ROWS, "k", self.k)?,
-                int(queue, &LONG_CONV_ROWS, "lead", self.lead)?,
-                int(queue, &LONG_CONV_ROWS, "reversed", self.reversed)?,
-            ];
-            queue.launch(&Launch { kernel: &LONG_CONV_ROWS, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LONG_CONV_RESULTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_results", arch: 80 };
-
-    /// Arguments of [`LONG_CONV_RESULTS`].
-    pub struct LongConvResults<T> {
-        pub p: In<T>,
-        pub short_weight: In<T>,
-        pub short_bias: In<T>,
-        pub m: In<f32>,
-        pub y: Out<T>,
-        pub n: usize,
-        pub c: usize,
-        pub k: usize,
-        pub lead: usize,
-        pub reversed: usize,
-    }
-
-    impl<T: Element> LongConvResults<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.p.address()),
-                Arg::Address(self.short_weight.address()),
-                Arg::Address(self.short_bias.address()),
-                Arg::Address(self.m.address()),
-                Arg::Address(self.y.address()),
-                int(queue, &LONG_CONV_RESULTS, "n", self.n)?,
-                int(queue, &LONG_CONV_RESULTS, "c", self.c)?,
-                int(queue, &LONG_CONV_RESULTS, "k", self.k)?,
-                int(queue, &LONG_CONV_RESULTS, "lead", self.lead)?,
-                int(queue, &LONG_CONV_RESULTS, "reversed", self.reversed)?,
-            ];
-            queue.launch(&Launch { kernel: &LONG_CONV_RESULTS, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LONG_CONV_BACKWARD_RESULTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_backward_results", arch: 80 };
-
-    /// Arguments of [`LONG_CONV_BACKWARD_RESULTS`].
-    pub struct LongConvBackwardResults<T> {
-        pub dy: In<T>,
-        pub p: In<T>,
-        pub short_weight: In<T>,
-        pub short_bias: In<T>,
-        pub m: In<f32>,
-        pub du: In<f32>,
-        pub d: Out<f32>,
-        pub n: usize,
-        pub c: usize,
-        pub k: usize,
-        pub lead: usize,
-        pub reversed: usize,
-    }
-
-    impl<T: Element> LongConvBackwardResults<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.p.address()),
-                Arg::Address(self.short_weight.address()),
-                Arg::Address(self.short_bias.address()),
-                Arg::Address(self.m.address()),
-                Arg::Address(self.du.address()),
-                Arg::Address(self.d.address()),
-                int(queue, &LONG_CONV_BACKWARD_RESULTS, "n", self.n)?,
-                int(queue, &LONG_CONV_BACKWARD_RESULTS, "c", self.c)?,
-                int(queue, &LONG_CONV_BACKWARD_RESULTS, "k", self.k)?,
-                int(queue, &LONG_CONV_BACKWARD_RESULTS, "lead", self.lead)?,
-                int(queue, &LONG_CONV_BACKWARD_RESULTS, "reversed", self.reversed)?,
-            ];
-            queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_RESULTS, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LONG_CONV_TRANSFORM: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_transform", arch: 80 };
-
-    /// Arguments of [`LONG_CONV_TRANSFORM`].
-    pub struct LongConvTransform<T> {
-        pub filter: In<T>,
-        pub skip: In<T>,
-        pub table: In<f32>,
-        pub spectra: Out<f32>,
-        pub u: Out<f32>,
-        pub b: usize,
-        pub n: usize,
-        pub c: usize,
-        pub l: usize,
-        pub centre: usize,
-        pub bits: usize,
-        pub slots: usize,
-    }
-
-    impl<T: Element> LongConvTransform<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.filter.address()),
-                Arg::Address(self.skip.address()),
-                Arg::Address(self.table.address()),
-                Arg::Address(self.spectra.address()),
-                Arg::Address(self.u.address()),
-                int(queue, &LONG_CONV_TRANSFORM, "b", self.b)?,
-                int(queue, &LONG_CONV_TRANSFORM, "n", self.n)?,
-                int(queue, &LONG_CONV_TRANSFORM, "c", self.c)?,
-                int(queue, &LONG_CONV_TRANSFORM, "l", self.l)?,
-                int(queue, &LONG_CONV_TRANSFORM, "centre", self.centre)?,
-                int(queue, &LONG_CONV_TRANSFORM, "bits", self.bits)?,
-                int(queue, &LONG_CONV_TRANSFORM, "slots", self.slots)?,
-            ];
-            queue.launch(&Launch { kernel: &LONG_CONV_TRANSFORM, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const LONG_CONV_TRANSFORM_BACKWARD: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_transform_backward", arch: 80 };
-
-    /// Arguments of [`LONG_CONV_TRANSFORM_BACKWARD`].
-    pub struct LongConvTransformBackward<T> {
-        pub filter: In<T>,
-        pub skip: In<T>,
-        pub table: In<f32>,
-        pub spectra: Out<f32>,
-        pub u: Out<f32>,
-        pub dm: Out<f32>,
-        pub taps: Out<f32>,
-        pub dfilter: Out<T>,
-        pub dskip: Out<T>,
-        pub b: usize,
-        pub n: usize,
-        pub c: usize,
-        pub l: usize,
-        pub centre: usize,
-        pub bits: usize,
-        pub slots: usize,
-    }
-
-    impl<T: Element> LongConvTransformBackward<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.filter.address()),
-                Arg::Address(self.skip.address()),
-                Arg::Address(self.table.address()),
-                Arg::Address(self.spectra.address()),
-                Arg::Address(self.u.address()),
-                Arg::Address(self.dm.address()),
-                Arg::Address(self.taps.address()),
-                Arg::Address(self.dfilter.address()),
-                Arg::Address(self.dskip.address()),
-                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "b", self.b)?,
-                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "n", self.n)?,
-                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "c", self.c)?,
-                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "l", self.l)?,
-                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "centre", self.centre)?,
-                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "bits", self.bits)?,
-                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "slots", self.slots)?,
-            ];
-            queue.launch(&Launch { kernel: &LONG_CONV_TRANSFORM_BACKWARD, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -6399,166 +5794,6 @@ pub mod mamba2 {
             queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_BC, element: T::TYPE, shape, args: &args })
         }
     }
-
-    pub const MAMBA2_MMA_STATES: Kernel = Kernel { op: "mamba2", source: "mamba2_mma.cu", name: "mamba2_mma_states", arch: 80 };
-
-    /// Arguments of [`MAMBA2_MMA_STATES`].
-    pub struct Mamba2MmaStates<T> {
-        pub values: In<T>,
-        pub xbc: In<T>,
-        pub p: In<T>,
-        pub dt_bias: In<T>,
-        pub a_log: In<T>,
-        pub states: Out<f32>,
-        pub decays: Out<f32>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub dt_offset: usize,
-        pub reverse: usize,
-        pub back: usize,
-        pub segments: usize,
-    }
-
-    impl<T: Element> Mamba2MmaStates<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.values.address()),
-                Arg::Address(self.xbc.address()),
-                Arg::Address(self.p.address()),
-                Arg::Address(self.dt_bias.address()),
-                Arg::Address(self.a_log.address()),
-                Arg::Address(self.states.address()),
-                Arg::Address(self.decays.address()),
-                int(queue, &MAMBA2_MMA_STATES, "n", self.n)?,
-                int(queue, &MAMBA2_MMA_STATES, "w", self.w)?,
-                int(queue, &MAMBA2_MMA_STATES, "h", self.h)?,
-                int(queue, &MAMBA2_MMA_STATES, "dt_offset", self.dt_offset)?,
-                int(queue, &MAMBA2_MMA_STATES, "reverse", self.reverse)?,
-                int(queue, &MAMBA2_MMA_STATES, "back", self.back)?,
-                int(queue, &MAMBA2_MMA_STATES, "segments", self.segments)?,
-            ];
-            queue.launch(&Launch { kernel: &MAMBA2_MMA_STATES, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const MAMBA2_MMA_WALK: Kernel = Kernel { op: "mamba2", source: "mamba2_mma.cu", name: "mamba2_mma_walk", arch: 80 };
-
-    /// Arguments of [`MAMBA2_MMA_WALK`].
-    pub struct Mamba2MmaWalk<T> {
-        pub xbc: In<T>,
-        pub p: In<T>,
-        pub dt_bias: In<T>,
-        pub a_log: In<T>,
-        pub skip: In<T>,
-        pub residual: In<T>,
-        pub states: In<f32>,
-        pub y: Out<T>,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub dt_offset: usize,
-        pub reverse: usize,
-        pub segments: usize,
-    }
-
-    impl<T: Element> Mamba2MmaWalk<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.xbc.address()),
-                Arg::Address(self.p.address()),
-                Arg::Address(self.dt_bias.address()),
-                Arg::Address(self.a_log.address()),
-                Arg::Address(self.skip.address()),
-                Arg::Address(self.residual.address()),
-                Arg::Address(self.states.address()),
-                Arg::Address(self.y.address()),
-                int(queue, &MAMBA2_MMA_WALK, "n", self.n)?,
-                int(queue, &MAMBA2_MMA_WALK, "w", self.w)?,
-                int(queue, &MAMBA2_MMA_WALK, "h", self.h)?,
-                int(queue, &MAMBA2_MMA_WALK, "dt_offset", self.dt_offset)?,
-                int(queue, &MAMBA2_MMA_WALK, "reverse", self.reverse)?,
-                int(queue, &MAMBA2_MMA_WALK, "segments", self.segments)?,
-            ];
-            queue.launch(&Launch { kernel: &MAMBA2_MMA_WALK, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const MAMBA2_MMA_BACKWARD: Kernel = Kernel { op: "mamba2", source: "mamba2_mma_backward.cu", name: "mamba2_mma_backward", arch: 80 };
-
-    /// Arguments of [`MAMBA2_MMA_BACKWARD`].
-    pub struct Mamba2MmaBackward<T> {
-        pub dy: In<T>,
-        pub xbc: In<T>,
-        pub p: In<T>,
-        pub dt_bias: In<T>,
-        pub a_log: In<T>,
-        pub skip: In<T>,
-        pub states: In<f32>,
-        pub dstates: In<f32>,
-        pub dxbc: Out<T>,
-        pub dp: Out<T>,
-        pub shares: Out<f32>,
-        pub partials: Out<f32>,
-        pub b: usize,
-        pub n: usize,
-        pub w: usize,
-        pub h: usize,
-        pub dt_offset: usize,
-        pub reverse: usize,
-        pub chunks: usize,
-    }
-
-    impl<T: Element> Mamba2MmaBackward<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.dy.address()),
-                Arg::Address(self.xbc.address()),
-                Arg::Address(self.p.address()),
-                Arg::Address(self.dt_bias.address()),
-                Arg::Address(self.a_log.address()),
-                Arg::Address(self.skip.address()),
-                Arg::Address(self.states.address()),
-                Arg::Address(self.dstates.address()),
-                Arg::Address(self.dxbc.address()),
-                Arg::Address(self.dp.address()),
-                Arg::Address(self.shares.address()),
-                Arg::Address(self.partials.address()),
-                int(queue, &MAMBA2_MMA_BACKWARD, "b", self.b)?,
-                int(queue, &MAMBA2_MMA_BACKWARD, "n", self.n)?,
-                int(queue, &MAMBA2_MMA_BACKWARD, "w", self.w)?,
-                int(queue, &MAMBA2_MMA_BACKWARD, "h", self.h)?,
-                int(queue, &MAMBA2_MMA_BACKWARD, "dt_offset", self.dt_offset)?,
-                int(queue, &MAMBA2_MMA_BACKWARD, "reverse", self.reverse)?,
-                int(queue, &MAMBA2_MMA_BACKWARD, "chunks", self.chunks)?,
-            ];
-            queue.launch(&Launch { kernel: &MAMBA2_MMA_BACKWARD, element: T::TYPE, shape, args: &args })
-        }
-    }
-
-    pub const MAMBA2_MMA_SHARES: Kernel = Kernel { op: "mamba2", source: "mamba2_mma_backward.cu", name: "mamba2_mma_shares", arch: 80 };
-
-    /// Arguments of [`MAMBA2_MMA_SHARES`].
-    pub struct Mamba2MmaShares<T> {
-        pub shares: In<f32>,
-        pub dxbc: Out<T>,
-        pub rows: u64,
-        pub h: usize,
-        pub groups: usize,
-    }
-
-    impl<T: Element> Mamba2MmaShares<T> {
-        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
-            let args = [
-                Arg::Address(self.shares.address()),
-                Arg::Address(self.dxbc.address()),
-                Arg::U64(self.rows),
-                int(queue, &MAMBA2_MMA_SHARES, "h", self.h)?,
-                int(queue, &MAMBA2_MMA_SHARES, "groups", self.groups)?,
-            ];
-            queue.launch(&Launch { kernel: &MAMBA2_MMA_SHARES, element: T::TYPE, shape, args: &args })
-        }
-    }
 }
 
 /// Kernels of `neighborhood_attention`.
@@ -6694,6 +5929,211 @@ pub mod neighborhood_attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `norm_silu_conv2d`.
+pub mod norm_silu_conv2d {
+    use super::*;
+
+    pub const NORM_SILU_CONV2D_TABLE: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d.cu", name: "norm_silu_conv2d_table", arch: 80 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_TABLE`].
+    pub struct NormSiluConv2dTable<T> {
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub maps: Out<f32>,
+        pub b: usize,
+        pub c: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> NormSiluConv2dTable<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.gamma.address()),
+                Arg::Address(self.beta.address()),
+                Arg::Address(self.maps.address()),
+                int(queue, &NORM_SILU_CONV2D_TABLE, "b", self.b)?,
+                int(queue, &NORM_SILU_CONV2D_TABLE, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_TABLE, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_TABLE, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NORM_SILU_CONV2D_128X128: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d.cu", name: "norm_silu_conv2d_128x128", arch: 80 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_128X128`].
+    pub struct NormSiluConv2d128x128<T> {
+        pub x: In<T>,
+        pub maps: In<f32>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> NormSiluConv2d128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.maps.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &NORM_SILU_CONV2D_128X128, "h", self.h)?,
+                int(queue, &NORM_SILU_CONV2D_128X128, "w", self.w)?,
+                int(queue, &NORM_SILU_CONV2D_128X128, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_128X128, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NORM_SILU_CONV2D_128X64: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d.cu", name: "norm_silu_conv2d_128x64", arch: 80 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_128X64`].
+    pub struct NormSiluConv2d128x64<T> {
+        pub x: In<T>,
+        pub maps: In<f32>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> NormSiluConv2d128x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.maps.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &NORM_SILU_CONV2D_128X64, "h", self.h)?,
+                int(queue, &NORM_SILU_CONV2D_128X64, "w", self.w)?,
+                int(queue, &NORM_SILU_CONV2D_128X64, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_128X64, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_128X64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NORM_SILU_CONV2D_128X16: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d.cu", name: "norm_silu_conv2d_128x16", arch: 80 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_128X16`].
+    pub struct NormSiluConv2d128x16<T> {
+        pub x: In<T>,
+        pub maps: In<f32>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> NormSiluConv2d128x16<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.maps.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &NORM_SILU_CONV2D_128X16, "h", self.h)?,
+                int(queue, &NORM_SILU_CONV2D_128X16, "w", self.w)?,
+                int(queue, &NORM_SILU_CONV2D_128X16, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_128X16, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_128X16, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NORM_SILU_CONV2D_WGMMA_128X128: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d_sm90.cu", name: "norm_silu_conv2d_wgmma_128x128", arch: 90 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_WGMMA_128X128`].
+    pub struct NormSiluConv2dWgmma128x128<T> {
+        pub x: In<T>,
+        pub maps: In<f32>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> NormSiluConv2dWgmma128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.maps.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X128, "h", self.h)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X128, "w", self.w)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X128, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X128, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_WGMMA_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NORM_SILU_CONV2D_WGMMA_128X64: Kernel = Kernel { op: "norm_silu_conv2d", source: "norm_silu_conv2d_sm90.cu", name: "norm_silu_conv2d_wgmma_128x64", arch: 90 };
+
+    /// Arguments of [`NORM_SILU_CONV2D_WGMMA_128X64`].
+    pub struct NormSiluConv2dWgmma128x64<T> {
+        pub x: In<T>,
+        pub maps: In<f32>,
+        pub filters: In<T>,
+        pub bias: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> NormSiluConv2dWgmma128x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.maps.address()),
+                Arg::Address(self.filters.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X64, "h", self.h)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X64, "w", self.w)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X64, "c", self.c)?,
+                int(queue, &NORM_SILU_CONV2D_WGMMA_128X64, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &NORM_SILU_CONV2D_WGMMA_128X64, element: T::TYPE, shape, args: &args })
         }
     }
 }

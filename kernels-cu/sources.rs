@@ -12,11 +12,14 @@ pub const COMMON: &[File] = &[
     ("activation.cuh", include_str!("common/activation.cuh")),
     ("base.cuh", include_str!("common/base.cuh")),
     ("cluster.cuh", include_str!("common/cluster.cuh")),
+    ("conv_mma.cuh", include_str!("common/conv_mma.cuh")),
+    ("conv_wgmma.cuh", include_str!("common/conv_wgmma.cuh")),
     ("elementwise.cuh", include_str!("common/elementwise.cuh")),
     ("fragments.cuh", include_str!("common/fragments.cuh")),
     ("gated_window.cuh", include_str!("common/gated_window.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
+    ("mma_tile.cuh", include_str!("common/mma_tile.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
     ("patches.cuh", include_str!("common/patches.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),
@@ -56,7 +59,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "patchify", "philox", "probes", "qk_norm", "relative_attention", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "attention_int8", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "norm_silu_conv2d", "patchify", "philox", "probes", "qk_norm", "relative_attention", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -73,6 +76,9 @@ pub fn operator(op: &str) -> &'static [File] {
             ("attention_sm90.cu", include_str!("attention/attention_sm90.cu")),
             ("attention_sm90.cuh", include_str!("attention/attention_sm90.cuh")),
         ],
+        "attention_int8" => &[
+            ("attention_int8.cu", include_str!("attention_int8/attention_int8.cu")),
+        ],
         "axpy" => &[
             ("axpy.cu", include_str!("axpy/axpy.cu")),
         ],
@@ -81,6 +87,8 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "conv2d" => &[
             ("conv2d.cu", include_str!("conv2d/conv2d.cu")),
+            ("conv2d_mma.cu", include_str!("conv2d/conv2d_mma.cu")),
+            ("conv2d_sm90.cu", include_str!("conv2d/conv2d_sm90.cu")),
         ],
         "conv_silu" => &[
             ("conv_silu.cu", include_str!("conv_silu/conv_silu.cu")),
@@ -149,6 +157,10 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "neighborhood_attention" => &[
             ("neighborhood_attention.cu", include_str!("neighborhood_attention/neighborhood_attention.cu")),
+        ],
+        "norm_silu_conv2d" => &[
+            ("norm_silu_conv2d.cu", include_str!("norm_silu_conv2d/norm_silu_conv2d.cu")),
+            ("norm_silu_conv2d_sm90.cu", include_str!("norm_silu_conv2d/norm_silu_conv2d_sm90.cu")),
         ],
         "patchify" => &[
             ("patchify.cu", include_str!("patchify/patchify.cu")),

@@ -4,12 +4,13 @@
 // x: [B, H, W, C], filters: [F, Kh, Kw, C], bias: [F] (may be null), y: [B, Oh, Ow, F], all T; sums in f32. `round`:
 // operands of products become bf16.
 //
-// Version 1, CUDA cores, the first rung: a product of [B·Oh·Ow, Kh·Kw·C] with filtersᵀ whose left operand is read
-// through the windows and never stored. A block of 128 threads owns 128 pixels and 64 filters, 8×8 results a thread;
-// chunks of 16 of the depth lie in shared memory as f32, beside the corner of each pixel's window.
+// CUDA cores, for f32 and for channels that are no multiple of 8 (conv2d_mma.cu has the others): a product of
+// [B·Oh·Ow, Kh·Kw·C] with filtersᵀ whose left operand is read through the windows and never stored. A block of 128 threads
+// owns 128 pixels and 64 filters, 8×8 results a thread; chunks of 16 of the depth lie in shared memory as f32, beside the
+// corner of each pixel's window.
 //
-// Bound: 2·B·Oh·Ow·F·Kh·Kw·C operations, on CUDA cores 67 TFLOP/s in f32 on H100; tensor cores are the next rung. A step
-// decodes 24 places of the depth a thread for 1024 multiply-adds.
+// Bound: 2·B·Oh·Ow·F·Kh·Kw·C operations, on CUDA cores 67 TFLOP/s in f32 on H100. A step decodes 24 places of the depth a
+// thread for 1024 multiply-adds.
 //
 // Requires: nothing beyond the contract: any shape. Does not handle: dilation, groups, a backward pass.
 #include "../common/ptx.cuh"

@@ -24,6 +24,38 @@ fn split(Dims { b, h, w, c, .. }: Dims) -> [usize; 3] {
     [tiles, splits, (h * w).div_ceil(STEPS * TILE[1])]
 }
 
+/// Launches what makes `mean` and `rstd` of x, or copies them from `stats`.
+///
+/// # Errors
+/// Those of the queue.
+pub(crate) fn statistics<T: Element, Q: Queue>(
+    queue: &mut Q,
+    dims: Dims,
+    x: In<T>,
+    stats: Option<In<f32>>,
+    eps: f32,
+    [mean, rstd]: [Out<f32>; 2],
+) -> Result<(), Q::Error> {
+    let Dims { b, h, w, c, g: groups } = dims;
+    let ([tiles, splits, _], p) = (split(dims), h * w);
+    let mut partials = In::at(0);
+    if stats.is_none() {
+        let to: Out<f32> = queue.scratch(b * splits * 2 * c)?;
+        let shape = Shape::new(b * splits * tiles, THREADS);
+        if c.is_multiple_of(8) {
+            GroupNormSiluMoments { x, partials: to, p, c, splits }.launch(queue, shape)?;
+        } else {
+            GroupNormSiluMomentsAny { x, partials: to, p, c, splits }.launch(queue, shape)?;
+        }
+        partials = to.read();
+    }
+    GroupNormSiluStatistics { partials, stats: stats.or_null(), mean, rstd, p, c, groups, splits, eps }.launch(
+        queue,
+        Shape::new(b * groups, 128),
+        T::TYPE,
+    )
+}
+
 /// Launches the forward pass.
 ///
 /// # Errors
@@ -31,26 +63,11 @@ fn split(Dims { b, h, w, c, .. }: Dims) -> [usize; 3] {
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
     let Dims { b, h, w, c, g: groups } = a.dims;
     let (x, gamma, beta, y, mean, rstd, p) = (a.x, a.gamma, a.beta, a.y, a.mean, a.rstd, h * w);
-    let (eps, silu, vectors) = (a.params.eps, usize::from(a.params.silu), c.is_multiple_of(8));
-    let [tiles, splits, blocks] = split(a.dims);
-    let mut partials = In::at(0);
-    if a.stats.is_none() {
-        let to: Out<f32> = queue.scratch(b * splits * 2 * c)?;
-        let shape = Shape::new(b * splits * tiles, THREADS);
-        if vectors {
-            GroupNormSiluMoments { x, partials: to, p, c, splits }.launch(queue, shape)?;
-        } else {
-            GroupNormSiluMomentsAny { x, partials: to, p, c, splits }.launch(queue, shape)?;
-        }
-        partials = to.read();
-    }
-    GroupNormSiluStatistics { partials, stats: a.stats.or_null(), mean, rstd, p, c, groups, splits, eps }.launch(
-        queue,
-        Shape::new(b * groups, 128),
-        T::TYPE,
-    )?;
+    let silu = usize::from(a.params.silu);
+    let [tiles, _, blocks] = split(a.dims);
+    statistics(queue, a.dims, x, a.stats, a.params.eps, [mean, rstd])?;
     let (mean, rstd, shape) = (mean.read(), rstd.read(), Shape::new(b * blocks * tiles, THREADS));
-    if vectors {
+    if c.is_multiple_of(8) {
         GroupNormSiluForward { x, gamma, beta, mean, rstd, y, p, c, groups, blocks, silu }.launch(queue, shape)
     } else {
         GroupNormSiluForwardAny { x, gamma, beta, mean, rstd, y, p, c, groups, blocks, silu }.launch(queue, shape)

@@ -4,6 +4,7 @@ use graft_engine::autograd::Precision;
 use graft_engine::backend::{Device, emu};
 use graft_engine::io::datasets::ImageSet;
 use graft_engine::models::dit::{Dit, DitConfig};
+use graft_engine::models::vae::{Vae, VaeConfig};
 use graft_engine::nn::operators::Spec;
 use graft_engine::ops::{contracts, ln_modulate};
 use graft_engine::sample::pipeline::{Request, generate};
@@ -98,6 +99,23 @@ fn training_on_the_emulated_gpu_follows_that_on_the_cpu() {
         let result = compare(&emu_last, &cpu_last, Tolerance { atol: 1e-4, rtol: 1e-3, rms: 1e-3 });
         assert!(result.pass, "{name}: {result:?}");
     }
+}
+
+/// A norm, its convolution and the residual are one operator on a GPU; in bf16 one kernel on the tensor cores.
+#[test]
+fn decoding_on_the_emulated_gpu_gives_the_picture_of_the_cpu() {
+    let Some(gpu) = emulator() else { return };
+    let config = VaeConfig { channels: vec![8, 16, 16], layers: 1, groups: 4, ..VaeConfig::released(0.5) };
+    let values: Vec<f32> = (0..4 * 5 * 6).map(|i| ((i * 37 % 23) as f32 - 11.0) / 8.0).collect();
+    let [cpu, gpu, narrow] = [Device::cpu(), gpu, emu::open(DType::BF16, 1).unwrap()].map(|device| {
+        let vae = Vae::new(config.clone(), &device, 3).unwrap();
+        let latents = Tensor::from_f32_as(&device, &[1, 4, 5, 6], &values, device.element()).unwrap();
+        vae.decode(&latents, Precision::F32, &mut |_, _| {}).unwrap().to_vec().unwrap()
+    });
+    let result = compare(&gpu, &cpu, Tolerance { atol: 1e-4, rtol: 1e-4, rms: 1e-5 });
+    assert!(result.pass, "f32: {result:?}");
+    let result = compare(&narrow, &cpu, Tolerance { atol: 1e-1, rtol: 5e-2, rms: 2e-2 });
+    assert!(result.pass, "bf16: {result:?}");
 }
 
 /// The kernel reads x once and writes y once: the sectors that its accesses touch are those of the bound.

@@ -3,6 +3,7 @@
 
     python3 tools/setup/gpu_kit.py target/gpu-kit     # builds what is missing
     target/gpu-kit/graft gpu --probes target/gpu-kit/probes --out results     # there
+    … --peers target/gpu-kit/kernels-triton-ref/check.py     # where python3 has torch and triton
 
 The program is stripped; `graft.cubins` lies beside it, where it looks for it.
 """
@@ -41,6 +42,11 @@ def main() -> int:
     probes = ROOT / "tests/golden/probes"
     if probes.is_dir():
         shutil.copytree(probes, folder / "probes")
+    # The Triton twins with the cases that they read, for a machine whose Python has Triton.
+    for source in [*(ROOT / "kernels-triton-ref").glob("*.py"), *(ROOT / "kernels-cu").glob("*/op.toml")]:
+        to = folder / source.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, to)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     print(f"{folder}: {size / 2**20:.1f} MiB")
     if size > LIMIT:

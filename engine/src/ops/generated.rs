@@ -22,6 +22,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("adamw", adamw_conform),
     ("add_noise", add_noise_conform),
     ("attention", attention_conform),
+    ("attention_int8", attention_int8_conform),
     ("axpy", axpy_conform),
     ("branch_deltas", branch_deltas_conform),
     ("conv2d", conv2d_conform),
@@ -45,6 +46,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("loss_regression", loss_regression_conform),
     ("mamba2", mamba2_conform),
     ("neighborhood_attention", neighborhood_attention_conform),
+    ("norm_silu_conv2d", norm_silu_conv2d_conform),
     ("patchify", patchify_conform),
     ("philox", philox_conform),
     ("qk_norm", qk_norm_conform),
@@ -356,6 +358,69 @@ fn attention_conform(run: &mut Conform<'_>) -> Result<()> {
             let dy = io.draw(case.name, "dy", &[b, n, h, e], Fill::Normal)?;
             let grads = io.call("backward", || attention_backward(&dy, &qkv, &out.y, &out.lse, true, params))?;
             if let Some(t) = &grads { io.result("dqkv", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Softmax self-attention whose scores come from queries and keys of 8 bits, for inference where that error is accepted.
+///
+/// ```text
+/// q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2]; s[b,h,i,j] = scale * sum_e q[b,i,h,e] * (k[b,j,h,e] - mean_j k[b,j,h,e])
+/// y[b,i,h,e] = sum_j exp(s[b,h,i,j]) * v[b,j,h,e] / sum_j exp(s[b,h,i,j]), the y of `attention`
+/// on a GPU q and k - mean are integers of -127 to 127 times the largest magnitude of 64 tokens of a head over 127
+/// ```
+/// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+/// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn attention_int8(qkv: &Tensor, params: kernels::generated::attention_int8::Params) -> Result<Tensor> {
+    use kernels::generated::attention_int8::{Dims, Forward};
+    let mut check = DimCheck::new("attention_int8", &["B", "N", "H", "E"]);
+    check.bind("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.match_exprs("qkv", qkv, &["B", "N", "3", "H", "E"])?;
+    check.float("qkv", qkv)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, h: check.dim("H")?, e: check.dim("E")? };
+    let device = qkv.device().clone();
+    check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::attention_int8::INFO.elements)?;
+    let Dims { b, n, h, e, .. } = dims;
+    let mut y = device.empty_of(&[b, n, h, e], element)?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::attention_int8::GpuForward { dims, params, qkv: qkv.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::BF16 => kernels::attention_int8::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("attention_int8", other)),
+        }
+        return Ok(y);
+    }
+    let args = Forward { dims, params, qkv: qkv.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::attention_int8::cpu::forward(args),
+        DeviceKind::Oracle => kernels::attention_int8::reference::forward(args),
+        other => return Err(no_path("attention_int8", other)),
+    }
+    Ok(y)
+}
+
+fn attention_int8_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::attention_int8::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, h, e, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
+            let out = io.call("forward", || attention_int8(&qkv, params))?;
+            io.result("y", &out)?;
             Ok(())
         })?;
     }
@@ -4193,6 +4258,100 @@ fn neighborhood_attention_conform(run: &mut Conform<'_>) -> Result<()> {
             let dy = io.draw(case.name, "dy", &[b, gh, gw, h, e], Fill::Normal)?;
             let grads = io.call("backward", || neighborhood_attention_backward(&dy, &qkv, &out.y, &out.lse, k, true, params))?;
             if let Some(t) = &grads { io.result("dqkv", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Group norm and SiLU of images, channels last, and the convolution of the same size behind them, with bias and residual.
+///
+/// ```text
+/// g(c) = c / (C/G); mean[b,g], var[b,g] over all pixels and the C/G channels of a group; n[b,i,j,c] = (x[b,i,j,c] - mean[b,g(c)]) / sqrt(var[b,g(c)] + eps) * gamma[c] + beta[c]
+/// a = n * sigmoid(n), zero outside the image
+/// y[b,i,j,f] = bias[f] + sum_{p,q,c} a[b, i + p - Kh/2, j + q - Kw/2, c] * filters[f,p,q,c] + residual[b,i,j,f]
+/// ```
+/// - `x` `[B, H, W, C]` float: Images, channels last.
+/// - `gamma` `[C]` float: Scale of each channel.
+/// - `beta` `[C]` float: Shift of each channel.
+/// - `filters` `[F, Kh, Kw, C]` float (f32 or bf16 on the CPU): One kernel per output channel.
+/// - `bias` `[F]` float, optional: Added to every pixel.
+/// - `residual` `[B, H, W, F]` float, optional: Added to the result.
+/// - returns `y` `[B, H, W, F]` float: Result.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn norm_silu_conv2d(x: &Tensor, gamma: &Tensor, beta: &Tensor, filters: &Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>, g: usize, params: kernels::generated::norm_silu_conv2d::Params) -> Result<Tensor> {
+    use kernels::generated::norm_silu_conv2d::{Dims, Forward};
+    let mut check = DimCheck::new("norm_silu_conv2d", &["B", "H", "W", "C", "G", "F", "Kh", "Kw"]);
+    check.given("G", g)?;
+    check.bind("x", x, &["B", "H", "W", "C"])?;
+    check.bind("gamma", gamma, &["C"])?;
+    check.bind("beta", beta, &["C"])?;
+    check.bind("filters", filters, &["F", "Kh", "Kw", "C"])?;
+    if let Some(t) = bias { check.bind("bias", t, &["F"])?; }
+    if let Some(t) = residual { check.bind("residual", t, &["B", "H", "W", "F"])?; }
+    check.match_exprs("x", x, &["B", "H", "W", "C"])?;
+    check.match_exprs("gamma", gamma, &["C"])?;
+    check.match_exprs("beta", beta, &["C"])?;
+    check.match_exprs("filters", filters, &["F", "Kh", "Kw", "C"])?;
+    if let Some(t) = bias { check.match_exprs("bias", t, &["F"])?; }
+    if let Some(t) = residual { check.match_exprs("residual", t, &["B", "H", "W", "F"])?; }
+    check.float("x", x)?;
+    check.float("gamma", gamma)?;
+    check.float("beta", beta)?;
+    check.weight("filters", filters)?;
+    if let Some(t) = bias { check.float("bias", t)?; }
+    if let Some(t) = residual { check.float("residual", t)?; }
+    let dims = Dims { b: check.dim("B")?, h: check.dim("H")?, w: check.dim("W")?, c: check.dim("C")?, g: check.dim("G")?, f: check.dim("F")?, kh: check.dim("Kh")?, kw: check.dim("Kw")? };
+    let Dims { h, w, c, g, kh, kw, .. } = dims;
+    require("norm_silu_conv2d", g >= 1 && c % g == 0, "G >= 1 && C % G == 0", "channels that divide into G groups", || format!("{dims:?}, {params:?}"))?;
+    require("norm_silu_conv2d", h >= 1 && w >= 1, "H >= 1 && W >= 1", "at least one pixel", || format!("{dims:?}, {params:?}"))?;
+    require("norm_silu_conv2d", kh % 2 == 1 && kw % 2 == 1, "Kh % 2 == 1 && Kw % 2 == 1", "a kernel with a middle", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("gamma", Some(gamma)), ("beta", Some(beta)), ("filters", Some(filters)), ("bias", bias), ("residual", residual)])?;
+    let element = check.element(&device, kernels::generated::norm_silu_conv2d::INFO.elements)?;
+    let Dims { b, h, w, f, .. } = dims;
+    let mut y = device.empty_of(&[b, h, w, f], element)?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::norm_silu_conv2d::GpuForward { dims, params, x: x.input()?, gamma: gamma.input()?, beta: beta.input()?, filters: filters.input()?, bias: match bias { Some(t) => Some(t.input()?), None => None }, residual: match residual { Some(t) => Some(t.input()?), None => None }, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::norm_silu_conv2d::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::norm_silu_conv2d::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("norm_silu_conv2d", other)),
+        }
+        return Ok(y);
+    }
+    let args = Forward { dims, params, x: x.f32s()?, gamma: gamma.f32s()?, beta: beta.f32s()?, filters: filters.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, residual: match residual { Some(t) => Some(t.f32s()?), None => None }, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::norm_silu_conv2d::cpu::forward(args),
+        DeviceKind::Oracle => kernels::norm_silu_conv2d::reference::forward(args),
+        other => return Err(no_path("norm_silu_conv2d", other)),
+    }
+    Ok(y)
+}
+
+fn norm_silu_conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::norm_silu_conv2d::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, h, w, c, g, f, kh, kw, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, h, w, c], Fill::Normal)?;
+            let gamma = io.draw(case.name, "gamma", &[c], Fill::Normal)?;
+            let beta = io.draw(case.name, "beta", &[c], Fill::Normal)?;
+            let filters = io.stored(io.draw(case.name, "filters", &[f, kh, kw, c], Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"filters"))?;
+            let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[f], Fill::Normal)?) };
+            let residual = if absent("residual") { None } else { Some(io.draw(case.name, "residual", &[b, h, w, f], Fill::Normal)?) };
+            let out = io.call("forward", || norm_silu_conv2d(&x, &gamma, &beta, &filters, bias.as_ref(), residual.as_ref(), g, params))?;
+            io.result("y", &out)?;
             Ok(())
         })?;
     }

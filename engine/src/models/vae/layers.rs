@@ -108,6 +108,9 @@ impl Conv {
 
     /// The convolution of what `before` makes of a picture.
     pub fn forward(&self, run: Run<'_>, x: &Tensor, before: Before<'_>) -> Result<Tensor> {
+        if let (Before::Norm(norm), true) = (before, x.device().is_gpu()) {
+            return self.with_norm(run, x, norm, None);
+        }
         let (h, w, c) = (x.dim(1), x.dim(2), x.dim(3));
         let grows = if matches!(before, Before::Upsample) { 2 } else { 1 };
         let outputs = run.value(self.weight).dim(0);
@@ -139,6 +142,15 @@ impl Conv {
             put(&mut out, rows.start * grows, &done)?;
         }
         Ok(out)
+    }
+
+    /// The convolution of the norm and SiLU of a whole picture, plus `residual`, in one operator. It keeps no normalised
+    /// picture, so that there is nothing to work through in strips where a device has kernels for it.
+    fn with_norm(&self, run: Run<'_>, x: &Tensor, norm: &Norm, residual: Option<&Tensor>) -> Result<Tensor> {
+        let settings = contracts::norm_silu_conv2d::Params { eps: EPS, bf16: run.bf16 };
+        let bias = self.bias.map(|id| run.value(id));
+        let [gamma, beta, filters] = [norm.gamma, norm.beta, self.weight].map(|id| run.value(id));
+        ops::norm_silu_conv2d(x, gamma, beta, filters, bias, residual, run.groups, settings)
     }
 
     /// Adds a convolution of one pixel to `target`, strip by strip.
@@ -268,6 +280,10 @@ impl Resnet {
 
     pub fn forward(&self, run: Run<'_>, x: Tensor) -> Result<Tensor> {
         let h = self.convs[0].forward(run, &x, Before::Norm(&self.norms[0]))?;
+        if x.device().is_gpu() {
+            let across = self.shortcut.as_ref().map(|shortcut| shortcut.plain(run, &x, false)).transpose()?;
+            return self.convs[1].with_norm(run, &h, &self.norms[1], Some(across.as_ref().unwrap_or(&x)));
+        }
         let h = self.convs[1].forward(run, &h, Before::Norm(&self.norms[1]))?;
         // What is free now may be large.
         x.device().trim();
