@@ -27,6 +27,7 @@ pub const OPS: &[OpInfo] = &[
     gated_conv::INFO,
     gated_conv_2d::INFO,
     gemm::INFO,
+    gemm_fp8::INFO,
     group_norm_silu::INFO,
     kv_compress::INFO,
     linear_attention::INFO,
@@ -364,6 +365,8 @@ pub mod attention {
     /// Ways to run the forward pass on a GPU.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub enum ForwardWay {
+        /// mma.sync, up to 256 tokens: keys and values of a head in shared memory, scores in two steps of 128.
+        MmaWhole,
         /// TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72.
         Wgmma128x192,
         /// The same in clusters of two blocks, which load every tile of keys and values once for both.
@@ -376,20 +379,27 @@ pub mod attention {
         Wgmma192x112,
         /// The same with 128 queries by 128 keys; heads of 64, 72 and 128.
         Wgmma128x128,
-        /// CUDA cores, any shape.
+        /// mma.sync, blocks of 128 queries, keys in stages of 64.
+        Mma128x64,
+        /// mma.sync, blocks of 64 queries, keys in stages of 64.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
         CudaCores,
     }
 
     impl Way for ForwardWay {
         const OP: &'static str = "attention";
         const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::MmaWhole, WayInfo { name: "mma_whole", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: keys and values of a head in shared memory, scores in two steps of 128." }),
             (ForwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72." }),
             (ForwardWay::Wgmma128x192Cluster2, WayInfo { name: "wgmma_128x192_cluster2", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same in clusters of two blocks, which load every tile of keys and values once for both." }),
             (ForwardWay::Wgmma128x192Wide, WayInfo { name: "wgmma_128x192_wide", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory." }),
             (ForwardWay::Wgmma128x192Exact, WayInfo { name: "wgmma_128x192_exact", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first." }),
             (ForwardWay::Wgmma192x112, WayInfo { name: "wgmma_192x112", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with three warpgroups of sums, 192 queries by 112 keys." }),
             (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }),
-            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, any shape." }),
+            (ForwardWay::Mma128x64, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }),
+            (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
         ];
     }
 
@@ -400,7 +410,9 @@ pub mod attention {
         Wgmma128x64,
         /// The same with 80 queries at a time; heads of 72.
         Wgmma128x80,
-        /// CUDA cores, any shape.
+        /// mma.sync, two deterministic kernels with blocks of 64 tokens.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
         CudaCores,
     }
 
@@ -409,7 +421,8 @@ pub mod attention {
         const ALL: &'static [(BackwardWay, WayInfo)] = &[
             (BackwardWay::Wgmma128x64, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }),
             (BackwardWay::Wgmma128x80, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }),
-            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, any shape." }),
+            (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
         ];
     }
 
@@ -434,6 +447,16 @@ pub mod attention {
         Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=523 H=1 E=9", dims: Dims { b: 1, n: 523, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 N=300 H=2 E=8", dims: Dims { b: 1, n: 300, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "wide_head", tier: Tier::Tiny, shape: "B=2 N=35 H=1 E=201", dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores_64", tier: Tier::Tiny, shape: "B=1 N=129 H=2 E=64", dims: Dims { b: 1, n: 129, h: 2, e: 64 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores_72", tier: Tier::Tiny, shape: "B=2 N=200 H=2 E=72", dims: Dims { b: 2, n: 200, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores_80", tier: Tier::Tiny, shape: "B=1 N=131 H=1 E=80", dims: Dims { b: 1, n: 131, h: 1, e: 80 }, params: Params { scale: 0.1118034 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores_96", tier: Tier::Tiny, shape: "B=1 N=67 H=2 E=96", dims: Dims { b: 1, n: 67, h: 2, e: 96 }, params: Params { scale: 0.10206207 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores_128", tier: Tier::Tiny, shape: "B=1 N=97 H=2 E=128", dims: Dims { b: 1, n: 97, h: 2, e: 128 }, params: Params { scale: 0.088388346 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_row", tier: Tier::Tiny, shape: "B=1 N=256 H=2 E=72", dims: Dims { b: 1, n: 256, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "narrow_columns", tier: Tier::Tiny, shape: "B=1 N=70 H=3 E=40", dims: Dims { b: 1, n: 70, h: 3, e: 40 }, params: Params { scale: 0.15811388 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "large_scores", tier: Tier::Tiny, shape: "B=1 N=66 H=1 E=72", dims: Dims { b: 1, n: 66, h: 1, e: 72 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "negative_scale", tier: Tier::Tiny, shape: "B=1 N=80 H=1 E=72", dims: Dims { b: 1, n: 80, h: 1, e: 72 }, params: Params { scale: -0.25 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "equal_scores", tier: Tier::Tiny, shape: "B=1 N=70 H=1 E=72", dims: Dims { b: 1, n: 70, h: 1, e: 72 }, params: Params { scale: 0.0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "tiles_72", tier: Tier::Tiny, shape: "B=1 N=400 H=1 E=72", dims: Dims { b: 1, n: 400, h: 1, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "heads_72", tier: Tier::Tiny, shape: "B=2 N=200 H=3 E=72", dims: Dims { b: 2, n: 200, h: 3, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "tail_72", tier: Tier::Tiny, shape: "B=1 N=260 H=2 E=72", dims: Dims { b: 1, n: 260, h: 2, e: 72 }, params: Params { scale: 0.3 }, absent: &[], bf16: &[], gradcheck: true },
@@ -444,7 +467,7 @@ pub mod attention {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "tiles_72", "heads_72", "tail_72", "heads_64", "heads_128", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72." }, WayInfo { name: "wgmma_128x192_cluster2", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same in clusters of two blocks, which load every tile of keys and values once for both." }, WayInfo { name: "wgmma_128x192_wide", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory." }, WayInfo { name: "wgmma_128x192_exact", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first." }, WayInfo { name: "wgmma_192x112", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with three warpgroups of sums, 192 queries by 112 keys." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, any shape." }, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, any shape." }] };
+    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "tensor_cores_64", "tensor_cores_72", "tensor_cores_80", "tensor_cores_96", "tensor_cores_128", "whole_row", "narrow_columns", "large_scores", "negative_scale", "equal_scores", "tiles_72", "heads_72", "tail_72", "heads_64", "heads_128", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_whole", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: keys and values of a head in shared memory, scores in two steps of 128." }, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72." }, WayInfo { name: "wgmma_128x192_cluster2", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same in clusters of two blocks, which load every tile of keys and values once for both." }, WayInfo { name: "wgmma_128x192_wide", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory." }, WayInfo { name: "wgmma_128x192_exact", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first." }, WayInfo { name: "wgmma_192x112", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with three warpgroups of sums, 192 queries by 112 keys." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1083,6 +1106,49 @@ pub mod cross_attention {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} M={} R={} H={} E={}", self.b, self.n, self.m, self.r, self.h, self.e)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// mma.sync, all keys of a head in shared memory for up to 1024 queries a block.
+        MmaResident,
+        /// mma.sync, blocks of 64 queries, keys in stages of 64.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "cross_attention";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::MmaResident, WayInfo { name: "mma_resident", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, all keys of a head in shared memory for up to 1024 queries a block." }),
+            (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// mma.sync, two deterministic kernels with blocks of 64 tokens.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "cross_attention";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, m, h, e, .. } = dims;
@@ -1108,12 +1174,16 @@ pub mod cross_attention {
         Case { name: "blocks_counted", tier: Tier::Tiny, shape: "B=2 N=67 M=600 R=1 H=1 E=8", dims: Dims { b: 2, n: 67, m: 600, r: 1, h: 1, e: 8 }, params: Params { scale: 0.35355338 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 N=150 M=140 R=1 H=2 E=8", dims: Dims { b: 1, n: 150, m: 140, r: 1, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "wide_head", tier: Tier::Tiny, shape: "B=2 N=70 M=35 R=1 H=2 E=137", dims: Dims { b: 2, n: 70, m: 35, r: 1, h: 2, e: 137 }, params: Params { scale: 0.08 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores", tier: Tier::Tiny, shape: "B=2 N=290 M=130 R=1 H=2 E=72", dims: Dims { b: 2, n: 290, m: 130, r: 1, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_64", tier: Tier::Tiny, shape: "B=5 N=33 M=65 R=2 H=1 E=64", dims: Dims { b: 5, n: 33, m: 65, r: 2, h: 1, e: 64 }, params: Params { scale: -0.125 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "widest_head", tier: Tier::Tiny, shape: "B=2 N=67 M=70 R=1 H=1 E=128", dims: Dims { b: 2, n: 67, m: 70, r: 1, h: 1, e: 128 }, params: Params { scale: 0.08838835 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "too_many_keys", tier: Tier::Tiny, shape: "B=1 N=17 M=1030 R=1 H=1 E=64", dims: Dims { b: 1, n: 17, m: 1030, r: 1, h: 1, e: 64 }, params: Params { scale: 0.125 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "compressed_dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 M=64 R=3 H=16 E=72", dims: Dims { b: 2, n: 256, m: 64, r: 3, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "pixart_512", tier: Tier::Real, shape: "B=2 N=1024 M=300 R=1 H=16 E=72", dims: Dims { b: 2, n: 1024, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k_text", tier: Tier::Real, shape: "B=1 N=16384 M=300 R=1 H=16 E=72", dims: Dims { b: 1, n: 16384, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "wide_head", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "wide_head", "tensor_cores", "head_64", "widest_head", "too_many_keys", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_resident", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, all keys of a head in shared memory for up to 1024 queries a block." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2155,6 +2225,70 @@ pub mod gemm {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} K={} F={} C={}", self.b, self.n, self.k, self.f, self.c)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// TMA and wgmma; tiles of 128×192, which the two multiplying warpgroups take in turn.
+        Wgmma128x192,
+        /// As wgmma_128x192 in clusters of two blocks, which load the common columns once.
+        Wgmma256x192,
+        /// TMA and wgmma; tiles of 128×256, which the two multiplying warpgroups share.
+        Wgmma128x256,
+        /// TMA and wgmma; tiles of 128×128 in turn, five stages: narrow results.
+        Wgmma128x128,
+        /// mma.sync and cp.async; tiles of 128×128.
+        Mma128x128,
+        /// mma.sync and cp.async; tiles of 128×64: narrow or few results.
+        Mma128x64,
+        /// f32 in shared memory; any shape and activation.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "gemm";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×192, which the two multiplying warpgroups take in turn." }),
+            (ForwardWay::Wgmma256x192, WayInfo { name: "wgmma_256x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x192 in clusters of two blocks, which load the common columns once." }),
+            (ForwardWay::Wgmma128x256, WayInfo { name: "wgmma_128x256", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×256, which the two multiplying warpgroups share." }),
+            (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×128 in turn, five stages: narrow results." }),
+            (ForwardWay::Mma128x128, WayInfo { name: "mma_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×128." }),
+            (ForwardWay::Mma128x64, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×64: narrow or few results." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// TMA and wgmma for both products; tiles of 128×192 in turn.
+        Wgmma128x192,
+        /// TMA and wgmma for both products; tiles of 128×128 in turn.
+        Wgmma128x128,
+        /// mma.sync and cp.async for both products; tiles of 128×128.
+        Mma128x128,
+        /// mma.sync and cp.async for both products; tiles of 128×64.
+        Mma128x64,
+        /// f32 in shared memory; any shape and activation.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "gemm";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×192 in turn." }),
+            (BackwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×128 in turn." }),
+            (BackwardWay::Mma128x128, WayInfo { name: "mma_128x128", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×128." }),
+            (BackwardWay::Mma128x64, WayInfo { name: "mma_128x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×64." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, k, f, .. } = dims;
@@ -2186,6 +2320,11 @@ pub mod gemm {
         Case { name: "bf16_vectors", tier: Tier::Tiny, shape: "B=4 N=1 K=131 F=70 C=0", dims: Dims { b: 4, n: 1, k: 131, f: 70, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
         Case { name: "bf16_one", tier: Tier::Tiny, shape: "B=1 N=1 K=1 F=1 C=0", dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
         Case { name: "split_rows", tier: Tier::Tiny, shape: "B=2 N=301 K=9 F=10 C=2", dims: Dims { b: 2, n: 301, k: 9, f: 10, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "steps_of_depth", tier: Tier::Tiny, shape: "B=2 N=20 K=328 F=264 C=3", dims: Dims { b: 2, n: 20, k: 328, f: 264, c: 3 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "tiles_in_turn", tier: Tier::Tiny, shape: "B=2 N=130 K=72 F=520 C=0", dims: Dims { b: 2, n: 130, k: 72, f: 520, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "tiles_of_both_weights", tier: Tier::Tiny, shape: "B=1 N=72 K=520 F=392 C=0", dims: Dims { b: 1, n: 72, k: 520, f: 392, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
+        Case { name: "parts_of_depth", tier: Tier::Tiny, shape: "B=2 N=9 K=1544 F=72 C=2", dims: Dims { b: 2, n: 9, k: 1544, f: 72, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "parts_of_rows", tier: Tier::Tiny, shape: "B=3 N=197 K=24 F=40 C=0", dims: Dims { b: 3, n: 197, k: 24, f: 40, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate"], bf16: &[], gradcheck: false },
         Case { name: "fashion_qkv", tier: Tier::Real, shape: "B=128 N=49 K=128 F=384 C=0", dims: Dims { b: 128, n: 49, k: 128, f: 384, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
         Case { name: "fashion_fc1", tier: Tier::Real, shape: "B=128 N=49 K=128 F=512 C=0", dims: Dims { b: 128, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
         Case { name: "fashion_fc2", tier: Tier::Real, shape: "B=128 N=49 K=512 F=128 C=6", dims: Dims { b: 128, n: 49, k: 512, f: 128, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
@@ -2196,7 +2335,7 @@ pub mod gemm {
         Case { name: "pixart_2k_fc1", tier: Tier::Real, shape: "B=2 N=16384 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "steps_of_depth", "tiles_in_turn", "tiles_of_both_weights", "parts_of_depth", "parts_of_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×192, which the two multiplying warpgroups take in turn." }, WayInfo { name: "wgmma_256x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x192 in clusters of two blocks, which load the common columns once." }, WayInfo { name: "wgmma_128x256", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×256, which the two multiplying warpgroups share." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×128 in turn, five stages: narrow results." }, WayInfo { name: "mma_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×64: narrow or few results." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }, WayInfo { name: "wgmma_128x192", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×192 in turn." }, WayInfo { name: "wgmma_128x128", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×128 in turn." }, WayInfo { name: "mma_128x128", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×128." }, WayInfo { name: "mma_128x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×64." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2231,6 +2370,108 @@ pub mod gemm {
         if !absent("gate") { rows.push(check::directional("gate", case.name, &gate, &dgate, |moved| check::dot(&forward(&x, &w, &bias, &pos, moved).0, &cotangent))); }
         rows
     }
+}
+
+/// Linear layer whose operands are rounded to 8-bit floats (e4m3), each row with a scale of its own.
+pub mod gemm_fp8 {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// 0 none, 1 GELU (tanh approximation), 2 SiLU.
+        pub act: usize,
+        /// Row of `gate` that multiplies; unused without a gate.
+        pub gate_row: usize,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, K]` float: Input rows.
+        pub x: &'a [T],
+        /// `[F, K]` float (f32 or bf16 on the CPU): Weight, one row per output feature.
+        pub w: Weight<'a, T>,
+        /// `[F]` float: Added to every row.
+        pub bias: Option<&'a [T]>,
+        /// `[B, C, F]` float: Table of C modulation vectors per sample.
+        pub gate: Option<&'a [T]>,
+        /// `[B, N, F]` float: Residual stream that the result is added to.
+        pub residual: Option<&'a [T]>,
+        /// `[B, N, F]` float: Result.
+        pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: Option<In<T>>,
+        pub gate: Option<In<T>>,
+        pub residual: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} K={} F={} C={}", self.b, self.n, self.k, self.f, self.c)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// TMA and wgmma on e4m3; tiles of 128×192 in turn.
+        Wgmma128x192,
+        /// f32 in shared memory; any shape.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "gemm_fp8";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma on e4m3; tiles of 128×192 in turn." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape." }),
+        ];
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        2*b*n*k*f
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        4*(b*n*k + f*k + b*n*f)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 N=1 K=1 F=1 C=0", dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0 }, absent: &["bias", "gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 K=37 F=67 C=2", dims: Dims { b: 3, n: 5, k: 37, f: 67, c: 2 }, params: Params { act: 0, gate_row: 1 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "rows_padded", tier: Tier::Tiny, shape: "B=2 N=33 K=75 F=104 C=0", dims: Dims { b: 2, n: 33, k: 75, f: 104, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "steps_of_depth", tier: Tier::Tiny, shape: "B=2 N=20 K=712 F=264 C=3", dims: Dims { b: 2, n: 20, k: 712, f: 264, c: 3 }, params: Params { act: 0, gate_row: 1 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "tiles_in_turn", tier: Tier::Tiny, shape: "B=2 N=130 K=136 F=392 C=0", dims: Dims { b: 2, n: 130, k: 136, f: 392, c: 0 }, params: Params { act: 2, gate_row: 0 }, absent: &["bias", "gate"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_256_fc1", tier: Tier::Real, shape: "B=2 N=256 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 256, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc1", tier: Tier::Real, shape: "B=2 N=16384 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc2", tier: Tier::Real, shape: "B=2 N=16384 K=4608 F=1152 C=6", dims: Dims { b: 2, n: 16384, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5 }, absent: &[], bf16: &["w"], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "gemm_fp8", summary: "Linear layer whose operands are rounded to 8-bit floats (e4m3), each row with a scale of its own.", backward: false, cases: &["one", "odd", "rows_padded", "steps_of_depth", "tiles_in_turn", "dit_xl_256_fc1", "pixart_2k_fc1", "pixart_2k_fc2"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma on e4m3; tiles of 128×192 in turn." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape." }] };
+
 }
 
 /// Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.
@@ -3606,6 +3847,46 @@ pub mod neighborhood_attention {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} Gh={} Gw={} H={} E={} K={}", self.b, self.gh, self.gw, self.h, self.e, self.k)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// mma.sync, blocks of 64 queries, keys in stages of 64.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "neighborhood_attention";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// mma.sync, two deterministic kernels with blocks of 64 tokens.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "neighborhood_attention";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, gh, gw, h, e, k, .. } = dims;
@@ -3629,12 +3910,15 @@ pub mod neighborhood_attention {
         Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 Gh=8 Gw=9 H=2 E=72 K=5", dims: Dims { b: 1, gh: 8, gw: 9, h: 2, e: 72, k: 5 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 Gh=31 Gw=17 H=1 E=9 K=7", dims: Dims { b: 1, gh: 31, gw: 17, h: 1, e: 9, k: 7 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 Gh=12 Gw=11 H=2 E=8 K=7", dims: Dims { b: 1, gh: 12, gw: 11, h: 2, e: 8, k: 7 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores", tier: Tier::Tiny, shape: "B=1 Gh=5 Gw=40 H=2 E=72 K=5", dims: Dims { b: 1, gh: 5, gw: 40, h: 2, e: 72, k: 5 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "widest_head", tier: Tier::Tiny, shape: "B=1 Gh=9 Gw=11 H=1 E=128 K=3", dims: Dims { b: 1, gh: 9, gw: 11, h: 1, e: 128, k: 3 }, params: Params { scale: 0.08838835 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_64", tier: Tier::Tiny, shape: "B=2 Gh=4 Gw=21 H=1 E=64 K=3", dims: Dims { b: 2, gh: 4, gw: 21, h: 1, e: 64, k: 3 }, params: Params { scale: -0.125 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 Gh=7 Gw=7 H=4 E=32 K=5", dims: Dims { b: 128, gh: 7, gw: 7, h: 4, e: 32, k: 5 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 Gh=16 Gw=16 H=16 E=72 K=7", dims: Dims { b: 2, gh: 16, gw: 16, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 Gh=128 Gw=128 H=16 E=72 K=7", dims: Dims { b: 1, gh: 128, gw: 128, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "tensor_cores", "widest_head", "head_64", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4183,6 +4467,46 @@ pub mod relative_attention {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} H={} E={}", self.b, self.n, self.h, self.e)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// mma.sync, blocks of 64 queries, keys in stages of 64.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "relative_attention";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// mma.sync, two deterministic kernels with blocks of 64 tokens.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "relative_attention";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, h, e, .. } = dims;
@@ -4204,11 +4528,14 @@ pub mod relative_attention {
         Case { name: "sharp", tier: Tier::Tiny, shape: "B=2 N=70 H=1 E=8", dims: Dims { b: 2, n: 70, h: 1, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "samples", tier: Tier::Tiny, shape: "B=40 N=39 H=1 E=3", dims: Dims { b: 40, n: 39, h: 1, e: 3 }, params: Params { scale: 0.6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "wide_head", tier: Tier::Tiny, shape: "B=2 N=35 H=1 E=201", dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "head_64", tier: Tier::Tiny, shape: "B=2 N=130 H=2 E=64", dims: Dims { b: 2, n: 130, h: 2, e: 64 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=77 H=2 E=72", dims: Dims { b: 1, n: 77, h: 2, e: 72 }, params: Params { scale: -0.2 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "widest_head", tier: Tier::Tiny, shape: "B=3 N=35 H=1 E=128", dims: Dims { b: 3, n: 35, h: 1, e: 128 }, params: Params { scale: 0.2 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "t5_xxl_300", tier: Tier::Real, shape: "B=1 N=300 H=64 E=64", dims: Dims { b: 1, n: 300, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "t5_xxl_32", tier: Tier::Real, shape: "B=1 N=32 H=64 E=64", dims: Dims { b: 1, n: 32, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "samples", "wide_head", "t5_xxl_300", "t5_xxl_32"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "samples", "wide_head", "head_64", "head_72", "widest_head", "t5_xxl_300", "t5_xxl_32"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4858,6 +5185,49 @@ pub mod window_attention {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} H={} E={} W={}", self.b, self.n, self.h, self.e, self.w)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// mma.sync, at most 65 keys a query, a row of scores in one step, keys in a ring.
+        MmaRing,
+        /// mma.sync, blocks of 64 queries, keys in stages of 64.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "window_attention";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::MmaRing, WayInfo { name: "mma_ring", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, at most 65 keys a query, a row of scores in one step, keys in a ring." }),
+            (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// mma.sync, two deterministic kernels with blocks of 64 tokens.
+        Mma64x64,
+        /// Multiply-adds of the CUDA cores, any width.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "window_attention";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, h, e, w, .. } = dims;
@@ -4881,12 +5251,16 @@ pub mod window_attention {
         Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=65 H=2 E=72 W=4", dims: Dims { b: 1, n: 65, h: 2, e: 72, w: 4 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=523 H=1 E=9 W=13", dims: Dims { b: 1, n: 523, h: 1, e: 9, w: 13 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 N=300 H=2 E=8 W=8", dims: Dims { b: 1, n: 300, h: 2, e: 8, w: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tensor_cores", tier: Tier::Tiny, shape: "B=1 N=150 H=2 E=72 W=32", dims: Dims { b: 1, n: 150, h: 2, e: 72, w: 32 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "ring_wraps", tier: Tier::Tiny, shape: "B=1 N=301 H=1 E=64 W=8", dims: Dims { b: 1, n: 301, h: 1, e: 64, w: 8 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wider_than_a_ring", tier: Tier::Tiny, shape: "B=1 N=140 H=1 E=32 W=40", dims: Dims { b: 1, n: 140, h: 1, e: 32, w: 40 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "widest_head", tier: Tier::Tiny, shape: "B=1 N=70 H=1 E=128 W=9", dims: Dims { b: 1, n: 70, h: 1, e: 128, w: 9 }, params: Params { scale: -0.08838835 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32 W=4", dims: Dims { b: 128, n: 49, h: 4, e: 32, w: 4 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72 W=4", dims: Dims { b: 2, n: 256, h: 16, e: 72, w: 4 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72 W=32", dims: Dims { b: 1, n: 16384, h: 16, e: 72, w: 32 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "tensor_cores", "ring_wraps", "wider_than_a_ring", "widest_head", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_ring", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, at most 65 keys a query, a row of scores in one step, keys in a ring." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

@@ -16,6 +16,41 @@ pub const KERNELS: &[&Kernel] = &[
     &attention::ATTENTION_BACKWARD_DELTA,
     &attention::ATTENTION_BACKWARD_Q,
     &attention::ATTENTION_BACKWARD_KV,
+    &attention::ATTENTION_BACKWARD_Q_72,
+    &attention::ATTENTION_BACKWARD_Q_64,
+    &attention::ATTENTION_BACKWARD_KV_72,
+    &attention::ATTENTION_BACKWARD_KV_72_WIDE,
+    &attention::ATTENTION_BACKWARD_KV_64,
+    &attention::ATTENTION_FORWARD_128X64_E64,
+    &attention::ATTENTION_FORWARD_128X64_E72,
+    &attention::ATTENTION_FORWARD_128X64_E80,
+    &attention::ATTENTION_FORWARD_128X64_E96,
+    &attention::ATTENTION_FORWARD_128X64_E128,
+    &attention::ATTENTION_FORWARD_64X64_E32,
+    &attention::ATTENTION_FORWARD_64X64_E64,
+    &attention::ATTENTION_FORWARD_64X64_E72,
+    &attention::ATTENTION_FORWARD_64X64_E96,
+    &attention::ATTENTION_FORWARD_64X64_E128,
+    &attention::ATTENTION_FORWARD_WHOLE_E64,
+    &attention::ATTENTION_FORWARD_WHOLE_E72,
+    &attention::ATTENTION_BACKWARD_Q_64X64_E32,
+    &attention::ATTENTION_BACKWARD_KV_64X64_E32,
+    &attention::ATTENTION_BACKWARD_Q_64X64_E64,
+    &attention::ATTENTION_BACKWARD_KV_64X64_E64,
+    &attention::ATTENTION_BACKWARD_Q_64X64_E72,
+    &attention::ATTENTION_BACKWARD_KV_64X64_E72,
+    &attention::ATTENTION_BACKWARD_Q_64X64_E96,
+    &attention::ATTENTION_BACKWARD_KV_64X64_E96,
+    &attention::ATTENTION_BACKWARD_Q_64X64_E128,
+    &attention::ATTENTION_BACKWARD_KV_64X64_E128,
+    &attention::ATTENTION_FORWARD_72_128X192,
+    &attention::ATTENTION_FORWARD_72_128X192_EXACT,
+    &attention::ATTENTION_FORWARD_72_128X192_WIDE,
+    &attention::ATTENTION_FORWARD_72_128X192_CLUSTER2,
+    &attention::ATTENTION_FORWARD_72_192X112,
+    &attention::ATTENTION_FORWARD_72_128X128,
+    &attention::ATTENTION_FORWARD_64_128X128,
+    &attention::ATTENTION_FORWARD_128_128X128,
     &attention_int8::ATTENTION_INT8_SUMS,
     &attention_int8::ATTENTION_INT8_MEANS,
     &attention_int8::ATTENTION_INT8_ROUND,
@@ -49,6 +84,21 @@ pub const KERNELS: &[&Kernel] = &[
     &cross_attention::CROSS_ATTENTION_BACKWARD_DELTA,
     &cross_attention::CROSS_ATTENTION_BACKWARD_Q,
     &cross_attention::CROSS_ATTENTION_BACKWARD_KV,
+    &cross_attention::CROSS_ATTENTION_FORWARD_RESIDENT_E64,
+    &cross_attention::CROSS_ATTENTION_FORWARD_RESIDENT_E72,
+    &cross_attention::CROSS_ATTENTION_FORWARD_RESIDENT_E128,
+    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E32,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E32,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E32,
+    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E64,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E64,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E64,
+    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E72,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E72,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E72,
+    &cross_attention::CROSS_ATTENTION_FORWARD_64X64_E128,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_Q_64X64_E128,
+    &cross_attention::CROSS_ATTENTION_BACKWARD_KV_64X64_E128,
     &cross_entropy::CROSS_ENTROPY_ROWS,
     &cross_entropy::CROSS_ENTROPY_FINISH,
     &cross_entropy::CROSS_ENTROPY_BACKWARD,
@@ -111,6 +161,26 @@ pub const KERNELS: &[&Kernel] = &[
     &gemm::GEMM_BACKWARD_COLUMNS,
     &gemm::GEMM_BACKWARD_GATE,
     &gemm::GEMM_BACKWARD_POS,
+    &gemm::GEMM_MMA_128X128,
+    &gemm::GEMM_MMA_128X64,
+    &gemm::GEMM_FINISH,
+    &gemm::GEMM_MMA_128X128_X,
+    &gemm::GEMM_MMA_128X64_X,
+    &gemm::GEMM_MMA_128X128_W,
+    &gemm::GEMM_MMA_128X64_W,
+    &gemm::GEMM_BACKWARD_U8,
+    &gemm::GEMM_WGMMA_128X256,
+    &gemm::GEMM_WGMMA_128X192,
+    &gemm::GEMM_WGMMA_256X192,
+    &gemm::GEMM_WGMMA_128X128,
+    &gemm::GEMM_WGMMA_128X192_X,
+    &gemm::GEMM_WGMMA_128X192_W,
+    &gemm::GEMM_WGMMA_128X128_X,
+    &gemm::GEMM_WGMMA_128X128_W,
+    &gemm_fp8::GEMM_FP8_ROUND,
+    &gemm_fp8::GEMM_FP8_FORWARD,
+    &gemm_fp8::GEMM_FP8_ROUND_SM90,
+    &gemm_fp8::GEMM_FP8_WGMMA_128X192,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS_ANY,
     &group_norm_silu::GROUP_NORM_SILU_STATISTICS,
@@ -140,6 +210,18 @@ pub const KERNELS: &[&Kernel] = &[
     &linear_attention::LINEAR_ATTENTION_BACKWARD_Q,
     &linear_attention::LINEAR_ATTENTION_BACKWARD_K,
     &linear_attention::LINEAR_ATTENTION_BACKWARD_V,
+    &linear_attention::LINEAR_ATTENTION_MMA_STATE_32,
+    &linear_attention::LINEAR_ATTENTION_MMA_STATE_64,
+    &linear_attention::LINEAR_ATTENTION_MMA_STATE_72,
+    &linear_attention::LINEAR_ATTENTION_MMA_FORWARD_32,
+    &linear_attention::LINEAR_ATTENTION_MMA_FORWARD_64,
+    &linear_attention::LINEAR_ATTENTION_MMA_FORWARD_72,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_Q_32,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_Q_64,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_Q_72,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_KV_32,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_KV_64,
+    &linear_attention::LINEAR_ATTENTION_MMA_BACKWARD_KV_72,
     &ln_modulate::LN_MODULATE_FORWARD,
     &ln_modulate::LN_MODULATE_FORWARD_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD,
@@ -154,6 +236,12 @@ pub const KERNELS: &[&Kernel] = &[
     &long_conv::LONG_CONV_BACKWARD_FILTER,
     &long_conv::LONG_CONV_BACKWARD_SHORT,
     &long_conv::LONG_CONV_BACKWARD_ADD,
+    &long_conv::LONG_CONV_ROOTS,
+    &long_conv::LONG_CONV_ROWS,
+    &long_conv::LONG_CONV_RESULTS,
+    &long_conv::LONG_CONV_BACKWARD_RESULTS,
+    &long_conv::LONG_CONV_TRANSFORM,
+    &long_conv::LONG_CONV_TRANSFORM_BACKWARD,
     &loss_diffusion::LOSS_DIFFUSION_PARTIAL,
     &loss_diffusion::LOSS_DIFFUSION_FINISH,
     &loss_diffusion::LOSS_DIFFUSION_BACKWARD,
@@ -169,10 +257,26 @@ pub const KERNELS: &[&Kernel] = &[
     &mamba2::MAMBA2_BACKWARD_STEPS,
     &mamba2::MAMBA2_BACKWARD_HEADS,
     &mamba2::MAMBA2_BACKWARD_BC,
+    &mamba2::MAMBA2_MMA_STATES,
+    &mamba2::MAMBA2_MMA_WALK,
+    &mamba2::MAMBA2_MMA_BACKWARD,
+    &mamba2::MAMBA2_MMA_SHARES,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_DELTA,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q,
     &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128,
+    &neighborhood_attention::NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128,
     &norm_silu_conv2d::NORM_SILU_CONV2D_TABLE,
     &norm_silu_conv2d::NORM_SILU_CONV2D_128X128,
     &norm_silu_conv2d::NORM_SILU_CONV2D_128X64,
@@ -194,6 +298,18 @@ pub const KERNELS: &[&Kernel] = &[
     &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV,
     &relative_attention::RELATIVE_ATTENTION_BACKWARD_DISTANCES,
     &relative_attention::RELATIVE_ATTENTION_BACKWARD_BIAS,
+    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E32,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32,
+    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E64,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64,
+    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E72,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72,
+    &relative_attention::RELATIVE_ATTENTION_FORWARD_64X64_E128,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128,
+    &relative_attention::RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128,
     &rms_norm::RMS_NORM_FORWARD,
     &rms_norm::RMS_NORM_FORWARD_WIDE,
     &rms_norm::RMS_NORM_FORWARD_ANY,
@@ -217,6 +333,24 @@ pub const KERNELS: &[&Kernel] = &[
     &window_attention::WINDOW_ATTENTION_BACKWARD_DELTA,
     &window_attention::WINDOW_ATTENTION_BACKWARD_Q,
     &window_attention::WINDOW_ATTENTION_BACKWARD_KV,
+    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E32,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E32,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E32,
+    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E64,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E64,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E64,
+    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E72,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E72,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E72,
+    &window_attention::WINDOW_ATTENTION_FORWARD_64X64_E128,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_Q_64X64_E128,
+    &window_attention::WINDOW_ATTENTION_BACKWARD_KV_64X64_E128,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING32_E32,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING32_E64,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING32_E72,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING80_E32,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING80_E64,
+    &window_attention::WINDOW_ATTENTION_FORWARD_RING80_E72,
 ];
 
 /// Kernels that show what single instructions do.
@@ -496,6 +630,1146 @@ pub mod attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_72: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_q_72", arch: 90 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_72`].
+    pub struct AttentionBackwardQ72 {
+        pub own: TensorMap,
+        pub own_dy: TensorMap,
+        pub keys: TensorMap,
+        pub gradient: TensorMap,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionBackwardQ72 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.own),
+                Arg::Map(self.own_dy),
+                Arg::Map(self.keys),
+                Arg::Map(self.gradient),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_72, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_72, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_72, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_72, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_q_64", arch: 90 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64`].
+    pub struct AttentionBackwardQ64 {
+        pub own: TensorMap,
+        pub own_dy: TensorMap,
+        pub keys: TensorMap,
+        pub gradient: TensorMap,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionBackwardQ64 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.own),
+                Arg::Map(self.own_dy),
+                Arg::Map(self.keys),
+                Arg::Map(self.gradient),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_72: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_72", arch: 90 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_72`].
+    pub struct AttentionBackwardKv72 {
+        pub own: TensorMap,
+        pub queries: TensorMap,
+        pub dy: TensorMap,
+        pub gradient: TensorMap,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionBackwardKv72 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.own),
+                Arg::Map(self.queries),
+                Arg::Map(self.dy),
+                Arg::Map(self.gradient),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_72, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_72, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_72_WIDE: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_72_wide", arch: 90 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_72_WIDE`].
+    pub struct AttentionBackwardKv72Wide {
+        pub own: TensorMap,
+        pub queries: TensorMap,
+        pub dy: TensorMap,
+        pub gradient: TensorMap,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionBackwardKv72Wide {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.own),
+                Arg::Map(self.queries),
+                Arg::Map(self.dy),
+                Arg::Map(self.gradient),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_72_WIDE, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_72_WIDE, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64: Kernel = Kernel { op: "attention", source: "attention_backward_sm90.cu", name: "attention_backward_kv_64", arch: 90 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64`].
+    pub struct AttentionBackwardKv64 {
+        pub own: TensorMap,
+        pub queries: TensorMap,
+        pub dy: TensorMap,
+        pub gradient: TensorMap,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionBackwardKv64 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.own),
+                Arg::Map(self.queries),
+                Arg::Map(self.dy),
+                Arg::Map(self.gradient),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128X64_E64`].
+    pub struct AttentionForward128x64E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward128x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128X64_E64, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E64, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e72", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128X64_E72`].
+    pub struct AttentionForward128x64E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward128x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128X64_E72, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E72, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128X64_E80: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e80", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128X64_E80`].
+    pub struct AttentionForward128x64E80<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward128x64E80<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128X64_E80, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E80, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E80, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E80, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e96", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128X64_E96`].
+    pub struct AttentionForward128x64E96<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward128x64E96<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128X64_E96, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E96, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E96, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E96, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_128x64_e128", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128X64_E128`].
+    pub struct AttentionForward128x64E128<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward128x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128X64_E128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e32", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64X64_E32`].
+    pub struct AttentionForward64x64E32<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64X64_E64`].
+    pub struct AttentionForward64x64E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e72", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64X64_E72`].
+    pub struct AttentionForward64x64E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e96", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64X64_E96`].
+    pub struct AttentionForward64x64E96<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward64x64E96<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64X64_E96, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E96, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E96, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E96, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_64x64_e128", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64X64_E128`].
+    pub struct AttentionForward64x64E128<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForward64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_WHOLE_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_whole_e64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_WHOLE_E64`].
+    pub struct AttentionForwardWholeE64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForwardWholeE64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_WHOLE_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_forward_whole_e72", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_WHOLE_E72`].
+    pub struct AttentionForwardWholeE72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForwardWholeE72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e32", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E32`].
+    pub struct AttentionBackwardQ64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardQ64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e32", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E32`].
+    pub struct AttentionBackwardKv64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardKv64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E64`].
+    pub struct AttentionBackwardQ64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardQ64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E64`].
+    pub struct AttentionBackwardKv64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardKv64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e72", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E72`].
+    pub struct AttentionBackwardQ64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardQ64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e72", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E72`].
+    pub struct AttentionBackwardKv64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardKv64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e96", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E96`].
+    pub struct AttentionBackwardQ64x64E96<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardQ64x64E96<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E96, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E96, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E96, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E96, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64X64_E96: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e96", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E96`].
+    pub struct AttentionBackwardKv64x64E96<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardKv64x64E96<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E96, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E96, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E96, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E96, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_q_64x64_e128", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_Q_64X64_E128`].
+    pub struct AttentionBackwardQ64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardQ64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "attention", source: "attention_mma.cu", name: "attention_backward_kv_64x64_e128", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_KV_64X64_E128`].
+    pub struct AttentionBackwardKv64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardKv64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192`].
+    pub struct AttentionForward72128x192 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192_EXACT: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_exact", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192_EXACT`].
+    pub struct AttentionForward72128x192Exact {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192Exact {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_EXACT, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_EXACT, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192_WIDE: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_wide", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192_WIDE`].
+    pub struct AttentionForward72128x192Wide {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192Wide {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_WIDE, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_WIDE, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X192_CLUSTER2: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x192_cluster2", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X192_CLUSTER2`].
+    pub struct AttentionForward72128x192Cluster2 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x192Cluster2 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X192_CLUSTER2, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X192_CLUSTER2, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_192X112: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_192x112", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_192X112`].
+    pub struct AttentionForward72192x112 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72192x112 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_192X112, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X112, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_128x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_128X128`].
+    pub struct AttentionForward72128x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72128x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_128X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_128X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_128X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_128X128, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_64_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_64_128x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_64_128X128`].
+    pub struct AttentionForward64128x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward64128x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_64_128X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_64_128X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_64_128X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_64_128X128, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_128_128X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_128_128x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_128_128X128`].
+    pub struct AttentionForward128128x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward128128x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_128_128X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_128_128X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_128_128X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128_128X128, element: element, shape, args: &args })
         }
     }
 }
@@ -1666,6 +2940,586 @@ pub mod cross_attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_RESIDENT_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_resident_e64", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_RESIDENT_E64`].
+    pub struct CrossAttentionForwardResidentE64<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForwardResidentE64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_RESIDENT_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_resident_e72", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_RESIDENT_E72`].
+    pub struct CrossAttentionForwardResidentE72<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForwardResidentE72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_RESIDENT_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_resident_e128", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_RESIDENT_E128`].
+    pub struct CrossAttentionForwardResidentE128<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForwardResidentE128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e32", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E32`].
+    pub struct CrossAttentionForward64x64E32<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForward64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e32", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E32`].
+    pub struct CrossAttentionBackwardQ64x64E32<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dq: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardQ64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dq.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e32", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E32`].
+    pub struct CrossAttentionBackwardKv64x64E32<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dkv: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardKv64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dkv.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e64", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E64`].
+    pub struct CrossAttentionForward64x64E64<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForward64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e64", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E64`].
+    pub struct CrossAttentionBackwardQ64x64E64<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dq: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardQ64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dq.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e64", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E64`].
+    pub struct CrossAttentionBackwardKv64x64E64<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dkv: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardKv64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dkv.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e72", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E72`].
+    pub struct CrossAttentionForward64x64E72<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForward64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e72", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E72`].
+    pub struct CrossAttentionBackwardQ64x64E72<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dq: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardQ64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dq.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e72", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E72`].
+    pub struct CrossAttentionBackwardKv64x64E72<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dkv: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardKv64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dkv.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_forward_64x64_e128", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_FORWARD_64X64_E128`].
+    pub struct CrossAttentionForward64x64E128<T> {
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionForward64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_q_64x64_e128", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_Q_64X64_E128`].
+    pub struct CrossAttentionBackwardQ64x64E128<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dq: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardQ64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dq.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CROSS_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "cross_attention", source: "cross_attention.cu", name: "cross_attention_backward_kv_64x64_e128", arch: 80 };
+
+    /// Arguments of [`CROSS_ATTENTION_BACKWARD_KV_64X64_E128`].
+    pub struct CrossAttentionBackwardKv64x64E128<T> {
+        pub dy: In<T>,
+        pub q: In<T>,
+        pub kv: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dkv: Out<T>,
+        pub n: usize,
+        pub m: usize,
+        pub r: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> CrossAttentionBackwardKv64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.q.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dkv.address()),
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "m", self.m)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "r", self.r)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
+                int(queue, &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &CROSS_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -3810,6 +5664,773 @@ pub mod gemm {
             queue.launch(&Launch { kernel: &GEMM_BACKWARD_POS, element: T::TYPE, shape, args: &args })
         }
     }
+
+    pub const GEMM_MMA_128X128: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x128", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X128`].
+    pub struct GemmMma128x128<T> {
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X128, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X128, "n", self.n)?,
+                int(queue, &GEMM_MMA_128X128, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X128, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X128, "c", self.c)?,
+                int(queue, &GEMM_MMA_128X128, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_MMA_128X128, "act", self.act)?,
+                int(queue, &GEMM_MMA_128X128, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_MMA_128X64: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x64", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X64`].
+    pub struct GemmMma128x64<T> {
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X64, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X64, "n", self.n)?,
+                int(queue, &GEMM_MMA_128X64, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X64, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X64, "c", self.c)?,
+                int(queue, &GEMM_MMA_128X64, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_MMA_128X64, "act", self.act)?,
+                int(queue, &GEMM_MMA_128X64, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_FINISH: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_finish", arch: 80 };
+
+    /// Arguments of [`GEMM_FINISH`].
+    pub struct GemmFinish<T> {
+        pub partials: In<f32>,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmFinish<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.partials.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                int(queue, &GEMM_FINISH, "rows", self.rows)?,
+                int(queue, &GEMM_FINISH, "n", self.n)?,
+                int(queue, &GEMM_FINISH, "f", self.f)?,
+                int(queue, &GEMM_FINISH, "c", self.c)?,
+                int(queue, &GEMM_FINISH, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_FINISH, "act", self.act)?,
+                int(queue, &GEMM_FINISH, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FINISH, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_MMA_128X128_X: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x128_x", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X128_X`].
+    pub struct GemmMma128x128X<T> {
+        pub du: In<T>,
+        pub w: In<T>,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x128X<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X128_X, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X128_X, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X128_X, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X128_X, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X128_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_MMA_128X64_X: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x64_x", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X64_X`].
+    pub struct GemmMma128x64X<T> {
+        pub du: In<T>,
+        pub w: In<T>,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x64X<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X64_X, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X64_X, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X64_X, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X64_X, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X64_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_MMA_128X128_W: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x128_w", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X128_W`].
+    pub struct GemmMma128x128W<T> {
+        pub du: In<T>,
+        pub x: In<T>,
+        pub dw: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x128W<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.dw.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X128_W, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X128_W, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X128_W, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X128_W, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X128_W, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_MMA_128X64_W: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_mma_128x64_w", arch: 80 };
+
+    /// Arguments of [`GEMM_MMA_128X64_W`].
+    pub struct GemmMma128x64W<T> {
+        pub du: In<T>,
+        pub x: In<T>,
+        pub dw: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+    }
+
+    impl<T: Element> GemmMma128x64W<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.du.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.dw.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_MMA_128X64_W, "rows", self.rows)?,
+                int(queue, &GEMM_MMA_128X64_W, "k", self.k)?,
+                int(queue, &GEMM_MMA_128X64_W, "f", self.f)?,
+                int(queue, &GEMM_MMA_128X64_W, "part", self.part)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_MMA_128X64_W, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_U8: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_backward_u8", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_U8`].
+    pub struct GemmBackwardU8<T> {
+        pub dy: In<T>,
+        pub pre: In<T>,
+        pub gate: In<T>,
+        pub du: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> GemmBackwardU8<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.du.address()),
+                int(queue, &GEMM_BACKWARD_U8, "rows", self.rows)?,
+                int(queue, &GEMM_BACKWARD_U8, "n", self.n)?,
+                int(queue, &GEMM_BACKWARD_U8, "f", self.f)?,
+                int(queue, &GEMM_BACKWARD_U8, "c", self.c)?,
+                int(queue, &GEMM_BACKWARD_U8, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_BACKWARD_U8, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_U8, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X256: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x256", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X256`].
+    pub struct GemmWgmma128x256<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x256<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X256, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X256, "n", self.n)?,
+                int(queue, &GEMM_WGMMA_128X256, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X256, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X256, "c", self.c)?,
+                int(queue, &GEMM_WGMMA_128X256, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_WGMMA_128X256, "act", self.act)?,
+                int(queue, &GEMM_WGMMA_128X256, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X256, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X256, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X192: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x192", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X192`].
+    pub struct GemmWgmma128x192<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x192<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X192, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X192, "n", self.n)?,
+                int(queue, &GEMM_WGMMA_128X192, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X192, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X192, "c", self.c)?,
+                int(queue, &GEMM_WGMMA_128X192, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_WGMMA_128X192, "act", self.act)?,
+                int(queue, &GEMM_WGMMA_128X192, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X192, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X192, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_256X192: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_256x192", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_256X192`].
+    pub struct GemmWgmma256x192<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma256x192<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_256X192, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_256X192, "n", self.n)?,
+                int(queue, &GEMM_WGMMA_256X192, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_256X192, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_256X192, "c", self.c)?,
+                int(queue, &GEMM_WGMMA_256X192, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_WGMMA_256X192, "act", self.act)?,
+                int(queue, &GEMM_WGMMA_256X192, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_256X192, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_256X192, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X128: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x128", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X128`].
+    pub struct GemmWgmma128x128<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub bias: In<T>,
+        pub pos: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub pre: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.pos.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.pre.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X128, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X128, "n", self.n)?,
+                int(queue, &GEMM_WGMMA_128X128, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X128, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X128, "c", self.c)?,
+                int(queue, &GEMM_WGMMA_128X128, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_WGMMA_128X128, "act", self.act)?,
+                int(queue, &GEMM_WGMMA_128X128, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X128, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X192_X: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x192_x", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X192_X`].
+    pub struct GemmWgmma128x192X<T> {
+        pub du: TensorMap,
+        pub w: TensorMap,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x192X<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.du),
+                Arg::Map(self.w),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X192_X, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X192_X, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X192_X, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X192_X, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X192_X, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X192_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X192_W: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x192_w", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X192_W`].
+    pub struct GemmWgmma128x192W<T> {
+        pub du: TensorMap,
+        pub x: TensorMap,
+        pub dw: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x192W<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.du),
+                Arg::Map(self.x),
+                Arg::Address(self.dw.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X192_W, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X192_W, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X192_W, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X192_W, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X192_W, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X192_W, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X128_X: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x128_x", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X128_X`].
+    pub struct GemmWgmma128x128X<T> {
+        pub du: TensorMap,
+        pub w: TensorMap,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x128X<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.du),
+                Arg::Map(self.w),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X128_X, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X128_X, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X128_X, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X128_X, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X128_X, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X128_X, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_WGMMA_128X128_W: Kernel = Kernel { op: "gemm", source: "gemm_sm90.cu", name: "gemm_wgmma_128x128_w", arch: 90 };
+
+    /// Arguments of [`GEMM_WGMMA_128X128_W`].
+    pub struct GemmWgmma128x128W<T> {
+        pub du: TensorMap,
+        pub x: TensorMap,
+        pub dw: Out<T>,
+        pub partials: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub f: usize,
+        pub part: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> GemmWgmma128x128W<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.du),
+                Arg::Map(self.x),
+                Arg::Address(self.dw.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &GEMM_WGMMA_128X128_W, "rows", self.rows)?,
+                int(queue, &GEMM_WGMMA_128X128_W, "k", self.k)?,
+                int(queue, &GEMM_WGMMA_128X128_W, "f", self.f)?,
+                int(queue, &GEMM_WGMMA_128X128_W, "part", self.part)?,
+                int(queue, &GEMM_WGMMA_128X128_W, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_WGMMA_128X128_W, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `gemm_fp8`.
+pub mod gemm_fp8 {
+    use super::*;
+
+    pub const GEMM_FP8_ROUND: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8.cu", name: "gemm_fp8_round", arch: 80 };
+
+    /// Arguments of [`GEMM_FP8_ROUND`].
+    pub struct GemmFp8Round<T> {
+        pub x: In<T>,
+        pub to: Out<u8>,
+        pub scales: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub stride: usize,
+    }
+
+    impl<T: Element> GemmFp8Round<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.to.address()),
+                Arg::Address(self.scales.address()),
+                int(queue, &GEMM_FP8_ROUND, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_ROUND, "k", self.k)?,
+                int(queue, &GEMM_FP8_ROUND, "stride", self.stride)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_ROUND, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_FP8_FORWARD: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8.cu", name: "gemm_fp8_forward", arch: 80 };
+
+    /// Arguments of [`GEMM_FP8_FORWARD`].
+    pub struct GemmFp8Forward<T> {
+        pub x: In<u8>,
+        pub w: In<u8>,
+        pub x_scales: In<f32>,
+        pub w_scales: In<f32>,
+        pub bias: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub stride: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> GemmFp8Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.x_scales.address()),
+                Arg::Address(self.w_scales.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GEMM_FP8_FORWARD, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_FORWARD, "n", self.n)?,
+                int(queue, &GEMM_FP8_FORWARD, "k", self.k)?,
+                int(queue, &GEMM_FP8_FORWARD, "stride", self.stride)?,
+                int(queue, &GEMM_FP8_FORWARD, "f", self.f)?,
+                int(queue, &GEMM_FP8_FORWARD, "c", self.c)?,
+                int(queue, &GEMM_FP8_FORWARD, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_FP8_FORWARD, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_FP8_ROUND_SM90: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8_sm90.cu", name: "gemm_fp8_round_sm90", arch: 90 };
+
+    /// Arguments of [`GEMM_FP8_ROUND_SM90`].
+    pub struct GemmFp8RoundSm90<T> {
+        pub x: In<T>,
+        pub to: Out<u8>,
+        pub scales: Out<f32>,
+        pub rows: usize,
+        pub k: usize,
+        pub stride: usize,
+    }
+
+    impl<T: Element> GemmFp8RoundSm90<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.to.address()),
+                Arg::Address(self.scales.address()),
+                int(queue, &GEMM_FP8_ROUND_SM90, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_ROUND_SM90, "k", self.k)?,
+                int(queue, &GEMM_FP8_ROUND_SM90, "stride", self.stride)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_ROUND_SM90, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_FP8_WGMMA_128X192: Kernel = Kernel { op: "gemm_fp8", source: "gemm_fp8_sm90.cu", name: "gemm_fp8_wgmma_128x192", arch: 90 };
+
+    /// Arguments of [`GEMM_FP8_WGMMA_128X192`].
+    pub struct GemmFp8Wgmma128x192<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub x_scales: In<f32>,
+        pub w_scales: In<f32>,
+        pub bias: In<T>,
+        pub gate: In<T>,
+        pub residual: In<T>,
+        pub y: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+        pub gate_row: usize,
+        pub act: usize,
+    }
+
+    impl<T: Element> GemmFp8Wgmma128x192<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.x_scales.address()),
+                Arg::Address(self.w_scales.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.gate.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GEMM_FP8_WGMMA_128X192, "rows", self.rows)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "n", self.n)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "k", self.k)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "f", self.f)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "c", self.c)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_FP8_WGMMA_128X192, "act", self.act)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_FP8_WGMMA_128X192, element: T::TYPE, shape, args: &args })
+        }
+    }
 }
 
 /// Kernels of `group_norm_silu`.
@@ -4801,6 +7422,390 @@ pub mod linear_attention {
             queue.launch(&Launch { kernel: &LINEAR_ATTENTION_BACKWARD_V, element: T::TYPE, shape, args: &args })
         }
     }
+
+    pub const LINEAR_ATTENTION_MMA_STATE_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_state_32", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_STATE_32`].
+    pub struct LinearAttentionMmaState32<T> {
+        pub qkv: In<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaState32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_32, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_STATE_32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_STATE_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_state_64", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_STATE_64`].
+    pub struct LinearAttentionMmaState64<T> {
+        pub qkv: In<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaState64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_64, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_STATE_64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_STATE_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_state_72", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_STATE_72`].
+    pub struct LinearAttentionMmaState72<T> {
+        pub qkv: In<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaState72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_STATE_72, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_STATE_72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_FORWARD_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_forward_32", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_FORWARD_32`].
+    pub struct LinearAttentionMmaForward32<T> {
+        pub qkv: In<T>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub y: Out<T>,
+        pub norm: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub eps: f32,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaForward32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "map", self.map)?,
+                Arg::F32(self.eps),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_32, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_FORWARD_32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_FORWARD_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_forward_64", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_FORWARD_64`].
+    pub struct LinearAttentionMmaForward64<T> {
+        pub qkv: In<T>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub y: Out<T>,
+        pub norm: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub eps: f32,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaForward64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "map", self.map)?,
+                Arg::F32(self.eps),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_64, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_FORWARD_64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_FORWARD_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_forward_72", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_FORWARD_72`].
+    pub struct LinearAttentionMmaForward72<T> {
+        pub qkv: In<T>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub y: Out<T>,
+        pub norm: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub eps: f32,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaForward72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "map", self.map)?,
+                Arg::F32(self.eps),
+                int(queue, &LINEAR_ATTENTION_MMA_FORWARD_72, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_FORWARD_72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_Q_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_q_32", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_Q_32`].
+    pub struct LinearAttentionMmaBackwardQ32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub norm: In<f32>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub dqkv: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardQ32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.dqkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_Q_32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_Q_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_q_64", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_Q_64`].
+    pub struct LinearAttentionMmaBackwardQ64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub norm: In<f32>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub dqkv: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardQ64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.dqkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_Q_64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_Q_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_q_72", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_Q_72`].
+    pub struct LinearAttentionMmaBackwardQ72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub norm: In<f32>,
+        pub state: In<f32>,
+        pub total: In<f32>,
+        pub dqkv: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardQ72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::Address(self.dqkv.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_Q_72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_KV_32: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_kv_32", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_KV_32`].
+    pub struct LinearAttentionMmaBackwardKv32<T> {
+        pub qkv: In<T>,
+        pub dstate: In<f32>,
+        pub dtotal: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardKv32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.dstate.address()),
+                Arg::Address(self.dtotal.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_KV_32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_KV_64: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_kv_64", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_KV_64`].
+    pub struct LinearAttentionMmaBackwardKv64<T> {
+        pub qkv: In<T>,
+        pub dstate: In<f32>,
+        pub dtotal: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardKv64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.dstate.address()),
+                Arg::Address(self.dtotal.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_KV_64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_MMA_BACKWARD_KV_72: Kernel = Kernel { op: "linear_attention", source: "linear_attention_mma.cu", name: "linear_attention_mma_backward_kv_72", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_MMA_BACKWARD_KV_72`].
+    pub struct LinearAttentionMmaBackwardKv72<T> {
+        pub qkv: In<T>,
+        pub dstate: In<f32>,
+        pub dtotal: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub map: usize,
+        pub parts: usize,
+    }
+
+    impl<T: Element> LinearAttentionMmaBackwardKv72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.dstate.address()),
+                Arg::Address(self.dtotal.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, "parts", self.parts)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_MMA_BACKWARD_KV_72, element: T::TYPE, shape, args: &args })
+        }
+    }
 }
 
 /// Kernels of `ln_modulate`.
@@ -5291,6 +8296,216 @@ pub mod long_conv {
                 int(queue, &LONG_CONV_BACKWARD_ADD, "parts", self.parts)?,
             ];
             queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_ADD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_ROOTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_roots", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_ROOTS`].
+    pub struct LongConvRoots {
+        pub table: Out<f32>,
+        pub bits: usize,
+    }
+
+    impl LongConvRoots {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.table.address()),
+                int(queue, &LONG_CONV_ROOTS, "bits", self.bits)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_ROOTS, element: element, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_ROWS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_rows", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_ROWS`].
+    pub struct LongConvRows<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub dy: In<T>,
+        pub u: Out<f32>,
+        pub dm: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvRows<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.u.address()),
+                Arg::Address(self.dm.address()),
+                int(queue, &LONG_CONV_ROWS, "n", self.n)?,
+                int(queue, &LONG_CONV_ROWS, "c", self.c)?,
+                int(queue, &LONG_CONV_ROWS, "k", self.k)?,
+                int(queue, &LONG_CONV_ROWS, "lead", self.lead)?,
+                int(queue, &LONG_CONV_ROWS, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_ROWS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_RESULTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_results", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_RESULTS`].
+    pub struct LongConvResults<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub m: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvResults<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.m.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &LONG_CONV_RESULTS, "n", self.n)?,
+                int(queue, &LONG_CONV_RESULTS, "c", self.c)?,
+                int(queue, &LONG_CONV_RESULTS, "k", self.k)?,
+                int(queue, &LONG_CONV_RESULTS, "lead", self.lead)?,
+                int(queue, &LONG_CONV_RESULTS, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_RESULTS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_BACKWARD_RESULTS: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_backward_results", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_BACKWARD_RESULTS`].
+    pub struct LongConvBackwardResults<T> {
+        pub dy: In<T>,
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub m: In<f32>,
+        pub du: In<f32>,
+        pub d: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub k: usize,
+        pub lead: usize,
+        pub reversed: usize,
+    }
+
+    impl<T: Element> LongConvBackwardResults<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.m.address()),
+                Arg::Address(self.du.address()),
+                Arg::Address(self.d.address()),
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "n", self.n)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "c", self.c)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "k", self.k)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "lead", self.lead)?,
+                int(queue, &LONG_CONV_BACKWARD_RESULTS, "reversed", self.reversed)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_BACKWARD_RESULTS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_TRANSFORM: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_transform", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_TRANSFORM`].
+    pub struct LongConvTransform<T> {
+        pub filter: In<T>,
+        pub skip: In<T>,
+        pub table: In<f32>,
+        pub spectra: Out<f32>,
+        pub u: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub l: usize,
+        pub centre: usize,
+        pub bits: usize,
+        pub slots: usize,
+    }
+
+    impl<T: Element> LongConvTransform<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.filter.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.table.address()),
+                Arg::Address(self.spectra.address()),
+                Arg::Address(self.u.address()),
+                int(queue, &LONG_CONV_TRANSFORM, "b", self.b)?,
+                int(queue, &LONG_CONV_TRANSFORM, "n", self.n)?,
+                int(queue, &LONG_CONV_TRANSFORM, "c", self.c)?,
+                int(queue, &LONG_CONV_TRANSFORM, "l", self.l)?,
+                int(queue, &LONG_CONV_TRANSFORM, "centre", self.centre)?,
+                int(queue, &LONG_CONV_TRANSFORM, "bits", self.bits)?,
+                int(queue, &LONG_CONV_TRANSFORM, "slots", self.slots)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_TRANSFORM, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LONG_CONV_TRANSFORM_BACKWARD: Kernel = Kernel { op: "long_conv", source: "long_conv_transform.cu", name: "long_conv_transform_backward", arch: 80 };
+
+    /// Arguments of [`LONG_CONV_TRANSFORM_BACKWARD`].
+    pub struct LongConvTransformBackward<T> {
+        pub filter: In<T>,
+        pub skip: In<T>,
+        pub table: In<f32>,
+        pub spectra: Out<f32>,
+        pub u: Out<f32>,
+        pub dm: Out<f32>,
+        pub taps: Out<f32>,
+        pub dfilter: Out<T>,
+        pub dskip: Out<T>,
+        pub b: usize,
+        pub n: usize,
+        pub c: usize,
+        pub l: usize,
+        pub centre: usize,
+        pub bits: usize,
+        pub slots: usize,
+    }
+
+    impl<T: Element> LongConvTransformBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.filter.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.table.address()),
+                Arg::Address(self.spectra.address()),
+                Arg::Address(self.u.address()),
+                Arg::Address(self.dm.address()),
+                Arg::Address(self.taps.address()),
+                Arg::Address(self.dfilter.address()),
+                Arg::Address(self.dskip.address()),
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "b", self.b)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "n", self.n)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "c", self.c)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "l", self.l)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "centre", self.centre)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "bits", self.bits)?,
+                int(queue, &LONG_CONV_TRANSFORM_BACKWARD, "slots", self.slots)?,
+            ];
+            queue.launch(&Launch { kernel: &LONG_CONV_TRANSFORM_BACKWARD, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -5794,6 +9009,166 @@ pub mod mamba2 {
             queue.launch(&Launch { kernel: &MAMBA2_BACKWARD_BC, element: T::TYPE, shape, args: &args })
         }
     }
+
+    pub const MAMBA2_MMA_STATES: Kernel = Kernel { op: "mamba2", source: "mamba2_mma.cu", name: "mamba2_mma_states", arch: 80 };
+
+    /// Arguments of [`MAMBA2_MMA_STATES`].
+    pub struct Mamba2MmaStates<T> {
+        pub values: In<T>,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub states: Out<f32>,
+        pub decays: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+        pub back: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> Mamba2MmaStates<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.values.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.decays.address()),
+                int(queue, &MAMBA2_MMA_STATES, "n", self.n)?,
+                int(queue, &MAMBA2_MMA_STATES, "w", self.w)?,
+                int(queue, &MAMBA2_MMA_STATES, "h", self.h)?,
+                int(queue, &MAMBA2_MMA_STATES, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_MMA_STATES, "reverse", self.reverse)?,
+                int(queue, &MAMBA2_MMA_STATES, "back", self.back)?,
+                int(queue, &MAMBA2_MMA_STATES, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_MMA_STATES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_MMA_WALK: Kernel = Kernel { op: "mamba2", source: "mamba2_mma.cu", name: "mamba2_mma_walk", arch: 80 };
+
+    /// Arguments of [`MAMBA2_MMA_WALK`].
+    pub struct Mamba2MmaWalk<T> {
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub residual: In<T>,
+        pub states: In<f32>,
+        pub y: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> Mamba2MmaWalk<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.residual.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &MAMBA2_MMA_WALK, "n", self.n)?,
+                int(queue, &MAMBA2_MMA_WALK, "w", self.w)?,
+                int(queue, &MAMBA2_MMA_WALK, "h", self.h)?,
+                int(queue, &MAMBA2_MMA_WALK, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_MMA_WALK, "reverse", self.reverse)?,
+                int(queue, &MAMBA2_MMA_WALK, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_MMA_WALK, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_MMA_BACKWARD: Kernel = Kernel { op: "mamba2", source: "mamba2_mma_backward.cu", name: "mamba2_mma_backward", arch: 80 };
+
+    /// Arguments of [`MAMBA2_MMA_BACKWARD`].
+    pub struct Mamba2MmaBackward<T> {
+        pub dy: In<T>,
+        pub xbc: In<T>,
+        pub p: In<T>,
+        pub dt_bias: In<T>,
+        pub a_log: In<T>,
+        pub skip: In<T>,
+        pub states: In<f32>,
+        pub dstates: In<f32>,
+        pub dxbc: Out<T>,
+        pub dp: Out<T>,
+        pub shares: Out<f32>,
+        pub partials: Out<f32>,
+        pub b: usize,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub dt_offset: usize,
+        pub reverse: usize,
+        pub chunks: usize,
+    }
+
+    impl<T: Element> Mamba2MmaBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.xbc.address()),
+                Arg::Address(self.p.address()),
+                Arg::Address(self.dt_bias.address()),
+                Arg::Address(self.a_log.address()),
+                Arg::Address(self.skip.address()),
+                Arg::Address(self.states.address()),
+                Arg::Address(self.dstates.address()),
+                Arg::Address(self.dxbc.address()),
+                Arg::Address(self.dp.address()),
+                Arg::Address(self.shares.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &MAMBA2_MMA_BACKWARD, "b", self.b)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "n", self.n)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "w", self.w)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "h", self.h)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "dt_offset", self.dt_offset)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "reverse", self.reverse)?,
+                int(queue, &MAMBA2_MMA_BACKWARD, "chunks", self.chunks)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_MMA_BACKWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const MAMBA2_MMA_SHARES: Kernel = Kernel { op: "mamba2", source: "mamba2_mma_backward.cu", name: "mamba2_mma_shares", arch: 80 };
+
+    /// Arguments of [`MAMBA2_MMA_SHARES`].
+    pub struct Mamba2MmaShares<T> {
+        pub shares: In<f32>,
+        pub dxbc: Out<T>,
+        pub rows: u64,
+        pub h: usize,
+        pub groups: usize,
+    }
+
+    impl<T: Element> Mamba2MmaShares<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.shares.address()),
+                Arg::Address(self.dxbc.address()),
+                Arg::U64(self.rows),
+                int(queue, &MAMBA2_MMA_SHARES, "h", self.h)?,
+                int(queue, &MAMBA2_MMA_SHARES, "groups", self.groups)?,
+            ];
+            queue.launch(&Launch { kernel: &MAMBA2_MMA_SHARES, element: T::TYPE, shape, args: &args })
+        }
+    }
 }
 
 /// Kernels of `neighborhood_attention`.
@@ -5929,6 +9304,430 @@ pub mod neighborhood_attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e32", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32`].
+    pub struct NeighborhoodAttentionForward64x64E32<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionForward64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e32", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32`].
+    pub struct NeighborhoodAttentionBackwardQ64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e32", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32`].
+    pub struct NeighborhoodAttentionBackwardKv64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e64", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64`].
+    pub struct NeighborhoodAttentionForward64x64E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionForward64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e64", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64`].
+    pub struct NeighborhoodAttentionBackwardQ64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e64", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64`].
+    pub struct NeighborhoodAttentionBackwardKv64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e72", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72`].
+    pub struct NeighborhoodAttentionForward64x64E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionForward64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e72", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72`].
+    pub struct NeighborhoodAttentionBackwardQ64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e72", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72`].
+    pub struct NeighborhoodAttentionBackwardKv64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_forward_64x64_e128", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128`].
+    pub struct NeighborhoodAttentionForward64x64E128<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionForward64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_q_64x64_e128", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128`].
+    pub struct NeighborhoodAttentionBackwardQ64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardQ64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "neighborhood_attention", source: "neighborhood_attention.cu", name: "neighborhood_attention_backward_kv_64x64_e128", arch: 80 };
+
+    /// Arguments of [`NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128`].
+    pub struct NeighborhoodAttentionBackwardKv64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub k: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> NeighborhoodAttentionBackwardKv64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "gh", self.gh)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "gw", self.gw)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "k", self.k)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
+                int(queue, &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &NEIGHBORHOOD_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -6628,6 +10427,430 @@ pub mod relative_attention {
                 int(queue, &RELATIVE_ATTENTION_BACKWARD_BIAS, "slots", self.slots)?,
             ];
             queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_BIAS, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e32", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E32`].
+    pub struct RelativeAttentionForward64x64E32<T> {
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionForward64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e32", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32`].
+    pub struct RelativeAttentionBackwardQ64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardQ64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e32", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32`].
+    pub struct RelativeAttentionBackwardKv64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardKv64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e64", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E64`].
+    pub struct RelativeAttentionForward64x64E64<T> {
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionForward64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e64", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64`].
+    pub struct RelativeAttentionBackwardQ64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardQ64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e64", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64`].
+    pub struct RelativeAttentionBackwardKv64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardKv64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e72", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E72`].
+    pub struct RelativeAttentionForward64x64E72<T> {
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionForward64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e72", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72`].
+    pub struct RelativeAttentionBackwardQ64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardQ64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e72", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72`].
+    pub struct RelativeAttentionBackwardKv64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardKv64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_forward_64x64_e128", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_FORWARD_64X64_E128`].
+    pub struct RelativeAttentionForward64x64E128<T> {
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionForward64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_q_64x64_e128", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128`].
+    pub struct RelativeAttentionBackwardQ64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardQ64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "relative_attention", source: "relative_attention.cu", name: "relative_attention_backward_kv_64x64_e128", arch: 80 };
+
+    /// Arguments of [`RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128`].
+    pub struct RelativeAttentionBackwardKv64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub bias: In<T>,
+        pub counts: In<i32>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> RelativeAttentionBackwardKv64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.counts.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
+                int(queue, &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &RELATIVE_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -7395,6 +11618,586 @@ pub mod window_attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_64X64_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e32", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E32`].
+    pub struct WindowAttentionForward64x64E32<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForward64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e32", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E32`].
+    pub struct WindowAttentionBackwardQ64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardQ64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e32", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E32`].
+    pub struct WindowAttentionBackwardKv64x64E32<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardKv64x64E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_64X64_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e64", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E64`].
+    pub struct WindowAttentionForward64x64E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForward64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e64", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E64`].
+    pub struct WindowAttentionBackwardQ64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardQ64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e64", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E64`].
+    pub struct WindowAttentionBackwardKv64x64E64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardKv64x64E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_64X64_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e72", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E72`].
+    pub struct WindowAttentionForward64x64E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForward64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e72", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E72`].
+    pub struct WindowAttentionBackwardQ64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardQ64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e72", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E72`].
+    pub struct WindowAttentionBackwardKv64x64E72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardKv64x64E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_64X64_E128: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_64x64_e128", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_64X64_E128`].
+    pub struct WindowAttentionForward64x64E128<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForward64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_Q_64X64_E128: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_q_64x64_e128", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_Q_64X64_E128`].
+    pub struct WindowAttentionBackwardQ64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub delta: Out<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardQ64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_Q_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_BACKWARD_KV_64X64_E128: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_backward_kv_64x64_e128", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_BACKWARD_KV_64X64_E128`].
+    pub struct WindowAttentionBackwardKv64x64E128<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub lse: In<f32>,
+        pub delta: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionBackwardKv64x64E128<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_BACKWARD_KV_64X64_E128, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING32_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring32_e32", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING32_E32`].
+    pub struct WindowAttentionForwardRing32E32<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing32E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING32_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring32_e64", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING32_E64`].
+    pub struct WindowAttentionForwardRing32E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing32E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING32_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring32_e72", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING32_E72`].
+    pub struct WindowAttentionForwardRing32E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing32E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING80_E32: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring80_e32", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING80_E32`].
+    pub struct WindowAttentionForwardRing80E32<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing80E32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E32, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING80_E64: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring80_e64", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING80_E64`].
+    pub struct WindowAttentionForwardRing80E64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing80E64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const WINDOW_ATTENTION_FORWARD_RING80_E72: Kernel = Kernel { op: "window_attention", source: "window_attention.cu", name: "window_attention_forward_ring80_e72", arch: 80 };
+
+    /// Arguments of [`WINDOW_ATTENTION_FORWARD_RING80_E72`].
+    pub struct WindowAttentionForwardRing80E72<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub w: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> WindowAttentionForwardRing80E72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "n", self.n)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "w", self.w)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "h", self.h)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E72, element: T::TYPE, shape, args: &args })
         }
     }
 }

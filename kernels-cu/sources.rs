@@ -17,8 +17,12 @@ pub const COMMON: &[File] = &[
     ("elementwise.cuh", include_str!("common/elementwise.cuh")),
     ("fragments.cuh", include_str!("common/fragments.cuh")),
     ("gated_window.cuh", include_str!("common/gated_window.cuh")),
+    ("linear.cuh", include_str!("common/linear.cuh")),
+    ("linear_sm90.cuh", include_str!("common/linear_sm90.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
+    ("mma_attention.cuh", include_str!("common/mma_attention.cuh")),
+    ("mma_attention_backward.cuh", include_str!("common/mma_attention_backward.cuh")),
     ("mma_tile.cuh", include_str!("common/mma_tile.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
     ("patches.cuh", include_str!("common/patches.cuh")),
@@ -59,7 +63,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "attention_int8", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "norm_silu_conv2d", "patchify", "philox", "probes", "qk_norm", "relative_attention", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "attention_int8", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "gemm_fp8", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "norm_silu_conv2d", "patchify", "philox", "probes", "qk_norm", "relative_attention", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -73,6 +77,7 @@ pub fn operator(op: &str) -> &'static [File] {
         "attention" => &[
             ("attention.cu", include_str!("attention/attention.cu")),
             ("attention_backward_sm90.cu", include_str!("attention/attention_backward_sm90.cu")),
+            ("attention_mma.cu", include_str!("attention/attention_mma.cu")),
             ("attention_sm90.cu", include_str!("attention/attention_sm90.cu")),
             ("attention_sm90.cuh", include_str!("attention/attention_sm90.cuh")),
         ],
@@ -121,6 +126,14 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "gemm" => &[
             ("gemm.cu", include_str!("gemm/gemm.cu")),
+            ("gemm_mma.cu", include_str!("gemm/gemm_mma.cu")),
+            ("gemm_sm90.cu", include_str!("gemm/gemm_sm90.cu")),
+            ("mma.cuh", include_str!("gemm/mma.cuh")),
+        ],
+        "gemm_fp8" => &[
+            ("gemm_fp8.cu", include_str!("gemm_fp8/gemm_fp8.cu")),
+            ("gemm_fp8_sm90.cu", include_str!("gemm_fp8/gemm_fp8_sm90.cu")),
+            ("round.cuh", include_str!("gemm_fp8/round.cuh")),
         ],
         "group_norm_silu" => &[
             ("group_norm_silu.cu", include_str!("group_norm_silu/group_norm_silu.cu")),
