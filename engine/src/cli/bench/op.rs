@@ -9,7 +9,7 @@ use crate::ops::check::{CaseRow, time_cases};
 use crate::report::bench::Row;
 use crate::tensor::DType;
 use graft_kernels::Tier;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::time::Duration;
 
 /// What to measure.
