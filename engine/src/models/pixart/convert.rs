@@ -199,11 +199,10 @@ mod tests {
     #[test]
     fn checkpoints_of_the_original_become_folders_of_diffusers() {
         let dir = test_dir("pixart_convert_pth");
-        let case = golden("pixart_original/head_dim_72_interp4/model");
-        let pth =
-            crate::io::files::list(&case).unwrap().into_iter().find(|p| p.extension().is_some_and(|e| e == "pth"));
-        convert(&pth.unwrap(), &dir.join("a"), Layout::Diffusers, None).unwrap();
-        let want = golden("pixart_diffusers/head_dim_72_interp4/model/diffusion_pytorch_model.safetensors");
+        let checkpoint = golden("pixart_original/interp_half_square/model/model.pth");
+        let done = convert(&checkpoint, &dir.join("a"), Layout::Diffusers, None).unwrap();
+        assert_eq!(done.left_out, ["pos_embed", "y_embedder.y_embedding"]);
+        let want = golden("pixart_diffusers/interp_half_square/model/diffusion_pytorch_model.safetensors");
         assert!(contents(&want) == contents(&dir.join("a/diffusion_pytorch_model.safetensors")));
     }
 }
