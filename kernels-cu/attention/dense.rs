@@ -3,17 +3,27 @@
 //! Every query is summed in the same order whatever the split over threads, so results do not depend on it.
 
 use super::layout::{RowsMut, blocks, with_scratch, write};
-use super::tiles::{Rows, Sum, TILE, WIDTH, pack, pack_transposed, padded, product, product_transposed};
+use super::tiles::{Rows, Sum, TILE, WIDTH, copy, pack, pack_transposed, padded, product, product_transposed};
 use crate::simd::{exp_decay, reduce, sum_by, vectorised};
 
 /// Most keys of a block: keys, values and scores of a block stay in the second-level cache.
 const KEYS: usize = 256;
+/// Widest head for which so many keys do.
+const WIDTH_OF_KEYS: usize = 128;
 /// Most queries of a block.
 const QUERIES: usize = 60;
 
 /// A score that does not count. Finite, so that a block of nothing else makes no NaN: what it adds is lost in rounding
 /// as soon as a score that counts comes.
 pub const HIDDEN: f32 = -1e30;
+
+/// Most keys of a block for a head of width `e`; the order of the sums of a query follows from it.
+fn block_of_keys(e: usize) -> usize {
+    match e {
+        ..=WIDTH_OF_KEYS => KEYS,
+        _ => (KEYS * WIDTH_OF_KEYS / e).max(WIDTH).next_multiple_of(WIDTH),
+    }
+}
 
 /// For [`forward`] and [`backward`] where every key counts.
 pub fn all(_query: usize, _first: usize, _scores: &mut [f32]) {}
@@ -35,12 +45,19 @@ pub fn forward(
         lse.fill(f32::NEG_INFINITY);
         return;
     }
-    let (wide_e, wide_keys) = (padded(e), padded(keys.min(KEYS)));
-    let lengths = [e * wide_keys, wide_keys * wide_e, QUERIES * wide_keys, queries * wide_e, queries, queries];
-    with_scratch(lengths, |[packed_k, packed_v, scores, sums, max, total]| {
+    let most = block_of_keys(e);
+    let (wide_e, wide_keys) = (padded(e), padded(keys.min(most)));
+    // The queries are read once for every block of keys. Where they lie far apart, each on a page of its own, they are
+    // drawn together first.
+    let gathered = if keys > most && q.stride > e { queries * e } else { 0 };
+    let lengths =
+        [e * wide_keys, wide_keys * wide_e, QUERIES * wide_keys, queries * wide_e, queries, queries, gathered];
+    with_scratch(lengths, |[packed_k, packed_v, scores, sums, max, total, near]| {
         max.fill(f32::NEG_INFINITY);
         total.fill(0.0);
-        for (first, count) in blocks(keys, KEYS, WIDTH) {
+        near.chunks_exact_mut(e).enumerate().for_each(|(i, row)| copy(q.row(i), row));
+        let q = if gathered > 0 { Rows { data: near, stride: e, width: e } } else { q };
+        for (first, count) in blocks(keys, most, WIDTH) {
             let wide = padded(count);
             pack_transposed(k.from(first), count, packed_k);
             pack(v.from(first), count, packed_v);

@@ -12,6 +12,8 @@ use std::ops::Range;
 
 /// Queries of one task where heads alone are too few for the threads.
 pub const TASK: usize = 192;
+/// Most values of the queries of one task, 2 MiB: they and their sums are walked through once for every block of keys.
+const TASK_VALUES: usize = 1 << 19;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -99,7 +101,7 @@ pub fn forward(
     }
     // [B, H, N, E]: every task writes one piece, and the rows are laid out as [B, N, H, E] afterwards.
     with_results(b * h * n * e, |results| {
-        let queries = if b * h >= 2 * rayon::current_num_threads() { n } else { TASK };
+        let queries = queries_of_task(n, e, b * h);
         results.par_chunks_mut(n * e).zip(rows.par_chunks_mut(n)).enumerate().for_each(|(index, (y, rows))| {
             y.par_chunks_mut(queries * e).zip(rows.par_chunks_mut(queries)).enumerate().for_each(|(i, (y, rows))| {
                 let range = i * queries..i * queries + rows.len();
@@ -114,6 +116,16 @@ pub fn forward(
             }
         });
     });
+}
+
+/// Queries of one task of `heads` heads of `n` queries of width `e`: all of a head's where heads are enough for the
+/// threads; in long sequences as many as the caches take, because every task packs the keys of its head again.
+fn queries_of_task(n: usize, e: usize, heads: usize) -> usize {
+    let most = (TASK_VALUES / e.max(1)).max(TASK) / TASK * TASK;
+    match heads >= 2 * rayon::current_num_threads() {
+        true => n.min(most),
+        false => (n / (8 * rayon::current_num_threads()) / TASK * TASK).clamp(TASK, most),
+    }
 }
 
 /// Memory for results by head. Taken out of its cell, so that a call that this thread picks up while it waits finds an

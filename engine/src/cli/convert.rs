@@ -4,14 +4,15 @@ use super::model_args::{CLASS_NAMES_KEY, class_names};
 use super::{Dtype, out};
 use crate::error::{Error, Result};
 use crate::models::dit::{self, Conversion, Layout, SaveAs};
+use crate::models::{component, pixart};
 use serde_json::json;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Arguments.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Model folder, or checkpoint (.pt, safetensors); one without a plan has its operators read off its tensors.
+    /// Model folder, or checkpoint (.pt, .pth, safetensors); one without a plan has its operators read off its tensors.
     input: PathBuf,
     /// Folder to write; must be new or empty.
     output: PathBuf,
@@ -35,10 +36,47 @@ enum LayoutArg {
     Diffusers,
 }
 
+impl Args {
+    fn save_as(&self) -> Option<SaveAs> {
+        self.dtype.map(|dtype| match dtype {
+            Dtype::F32 => SaveAs::F32,
+            Dtype::Bf16 => SaveAs::Bf16,
+        })
+    }
+}
+
+/// Converts a PixArt transformer.
+fn pixart(args: &Args, transformer: &Path, as_json: bool) -> Result<()> {
+    if args.window.is_some() {
+        return Err(Error::usage("--window", "a PixArt transformer has no sliding windows").must("absent"));
+    }
+    let layout = match args.to {
+        LayoutArg::Original => pixart::Layout::Original,
+        LayoutArg::Diffusers => pixart::Layout::Diffusers,
+    };
+    let done = pixart::convert(transformer, &args.output, layout, args.save_as())?;
+    let layout = format!("{:?}", args.to).to_lowercase();
+    let dtypes: Vec<&str> = done.dtypes.iter().map(|dtype| dtype.name()).collect();
+    if as_json {
+        let record = json!({ "output": args.output.display().to_string(), "layout": layout, "dtypes": dtypes, "depth": done.config.depth(), "left_out": done.left_out });
+        return out::line(format!("{record:#}"));
+    }
+    let place = args.output.display();
+    out::line(format!("{place}: {} blocks, {layout} names, {}", done.config.depth(), dtypes.join(" and ")))?;
+    if done.left_out.is_empty() {
+        return Ok(());
+    }
+    out::line(format!("left out, as only training uses it: {}", done.left_out.join(", ")))
+}
+
 /// Runs the command.
 pub fn run(args: &Args, as_json: bool) -> Result<()> {
     if args.window == Some(0) {
         return Err(Error::usage("--window", "no window").is(0).must("at least 1"));
+    }
+    let transformer = component(&args.input, "transformer");
+    if pixart::is_pixart(&transformer)? {
+        return pixart(args, &transformer, as_json);
     }
     let mut extra = BTreeMap::new();
     // A table beside the model would be left behind.
@@ -53,10 +91,7 @@ pub fn run(args: &Args, as_json: bool) -> Result<()> {
             LayoutArg::Original => Layout::Original,
             LayoutArg::Diffusers => Layout::Diffusers,
         },
-        dtype: args.dtype.map(|dtype| match dtype {
-            Dtype::F32 => SaveAs::F32,
-            Dtype::Bf16 => SaveAs::Bf16,
-        }),
+        dtype: args.save_as(),
         options: args.window.map(|w| ("window".to_string(), w as f64)).into_iter().collect(),
         extra,
     };

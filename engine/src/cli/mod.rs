@@ -26,6 +26,7 @@ mod sample;
 mod sample_sources;
 mod sample_text;
 mod science;
+mod stages;
 mod table;
 mod texts;
 mod verify;

@@ -2,6 +2,7 @@
 
 use super::sample::{self, Args, Target};
 use super::sample_sources::{self, Sources};
+use super::stages::{self, Laps, Planned, Stages};
 use super::texts::{self, Compat, Encoding, PartArgs, Texts};
 use super::{Dtype, model_args, pictures, progress};
 use crate::error::{Error, Result};
@@ -9,8 +10,9 @@ use crate::io::png::Image;
 use crate::io::{hub, json};
 use crate::models::pipeline::Components;
 use crate::models::pixart::{self, PixArt, PixArtConfig, Semantics};
+use crate::models::t5::{self, Residence, T5Config};
 use crate::models::vae::{self, Decoder, Given, Vae, VaeConfig};
-use crate::models::{component, lora, t5};
+use crate::models::{component, lora};
 use crate::sample::bins;
 use crate::sample::config::SolverConfig;
 use crate::sample::dpm::DpmEndPoint;
@@ -72,6 +74,9 @@ pub struct TextArgs {
     /// PixArt-Σ-XL/2 and its autoencoder with random weights, and random features of a text: to measure.
     #[arg(long, conflicts_with_all = ["prompt", "embeddings"])]
     random_weights: bool,
+    /// Append times and memory of every stage to a file, as a line of JSON.
+    #[arg(long, value_name = "FILE")]
+    measure: Option<PathBuf>,
 }
 
 /// Width and height.
@@ -117,6 +122,11 @@ pub fn is_for(args: &Args) -> Result<bool> {
     }
 }
 
+/// Names of the stages.
+const TEXT: &str = "text encoder";
+const TRANSFORMER: &str = "transformer";
+const DECODER: &str = "decoder";
+
 /// What is settled before anything is loaded.
 struct Job<'a> {
     args: &'a Args,
@@ -138,21 +148,30 @@ pub fn run(args: &Args) -> Result<()> {
     let job = Job::new(args)?;
     let count = args.text.prompt.len().max(1) * args.n;
     let target = job.target(count)?;
+    let planned = job.planned()?;
     if args.plan_memory {
-        return job.plan_memory();
+        let lines = stages::told(&planned).into_iter().chain(job.released()?);
+        return lines.into_iter().try_for_each(super::out::line);
     }
-    let texts = job.texts()?;
+    let mut stages = Stages::begin(planned);
+    let texts = stages.run(TEXT, &job.device, |_| job.texts())?;
     let sources = job.sources(texts.prompts.len())?;
     let request = job.request(texts, &sources)?;
+    let latents = stages.run(TRANSFORMER, &job.device, |laps| job.denoise(&request, laps))?;
+    // After the weights were read, whose bytes it reads again.
     let record = job.record(&request)?;
-    let latents = job.denoise(&request)?;
-    job.device.trim();
     if args.seed == -1 {
         eprintln!("seed {}", job.seed);
     }
     sample::write_latents(args, &latents, &record)?;
+    let images = match &target {
+        None => Vec::new(),
+        Some(_) => stages.run(DECODER, &job.device, |laps| job.decode(&latents, &sources, laps))?,
+    };
+    if let Some(path) = &args.text.measure {
+        stages.keep(path, &record, &job.device)?;
+    }
     let Some(target) = target else { return Ok(()) };
-    let images = job.decode(&latents, &sources)?;
     match target {
         Target::Sheet(path) => {
             let [only] = images.as_slice() else {
@@ -358,7 +377,7 @@ impl<'a> Job<'a> {
     fn transformer(&self) -> Result<PixArt> {
         let bf16 = self.args.run.dtype == Dtype::Bf16;
         let mut model = match &self.components {
-            None => PixArt::random(self.config.clone(), &self.device, self.seed)?,
+            None => PixArt::random_in(self.config.clone(), &self.device, self.seed, bf16)?,
             Some(components) => {
                 pixart::load(&components.transformer, &self.device, bf16 && self.args.text.lora.is_empty())?
             }
@@ -368,7 +387,7 @@ impl<'a> Job<'a> {
             crate::nn::lora::merge(&mut model.params)?;
             eprintln!("{count} adapters of {} merged", path.display());
         }
-        if bf16 && (self.components.is_none() || !self.args.text.lora.is_empty()) {
+        if bf16 && !self.args.text.lora.is_empty() {
             model.round_to_bf16()?;
         }
         Ok(model)
@@ -387,8 +406,9 @@ impl<'a> Job<'a> {
         self.args.text.lora.iter().map(parse).collect()
     }
 
-    fn denoise(&self, request: &Request) -> Result<Tensor> {
+    fn denoise(&self, request: &Request, laps: &mut Laps) -> Result<Tensor> {
         let model = self.transformer()?;
+        laps.end("weights");
         let steps = text::step_count(&model, request)?;
         let preview = match (&self.args.text.preview, &self.args.text.preview_decoder) {
             (Some(path), Some(decoder)) => Some((path, Decoder::load(decoder, &self.device, self.given())?)),
@@ -399,6 +419,7 @@ impl<'a> Job<'a> {
         let channels = self.config.in_channels;
         let result = text::generate(&model, request, &mut |p, x0| {
             bar.set_position((p.images * steps + p.batch * p.step) as u64);
+            laps.end("step");
             let Some((path, decoder)) = &preview else { return Ok(()) };
             let first = Tensor::from_f32(&self.device, &[1, channels, h, w], &x0.values()?[..channels * h * w])?;
             let picture = decoder.decode(&first, request.precision, &mut |_, _| {})?;
@@ -406,13 +427,11 @@ impl<'a> Job<'a> {
             crate::io::png::write(path, &image, &std::collections::BTreeMap::new())
         });
         bar.finish_and_clear();
-        let memory = self.device.memory();
-        eprintln!("transformer: {:.2} GiB at most", memory.peak as f64 / f64::from(1 << 30));
         result
     }
 
     /// Pictures of the latents, in the size that was asked for.
-    fn decode(&self, latents: &Tensor, sources: &Sources) -> Result<Vec<Image>> {
+    fn decode(&self, latents: &Tensor, sources: &Sources, laps: &mut Laps) -> Result<Vec<Image>> {
         let decoder = match &self.components {
             Some(components) => Decoder::load(components.vae()?, &self.device, self.given())?,
             None => Decoder::Kl(Box::new(Vae::new(VaeConfig::released(0.13025), &self.device, self.seed)?)),
@@ -422,16 +441,15 @@ impl<'a> Job<'a> {
         {
             eprintln!("note: the autoencoder states a scale of {scaling}; PixArt-Σ has 0.13025, PixArt-α 0.18215");
         }
-        self.device.reset_peak();
+        laps.end("weights");
         let bar = progress::bar(1, "decode");
         let decoded = decoder.decode(latents, self.args.run.dtype.into(), &mut |done, all| {
+            laps.end("part");
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         });
         bar.finish_and_clear();
         let decoded = decoded?;
-        let memory = self.device.memory();
-        eprintln!("decoder: {:.2} GiB at most", memory.peak as f64 / f64::from(1 << 30));
         let each = decoded.len() / decoded.dim(0).max(1);
         let image = |values: &[f32]| {
             let mut values = values.to_vec();
@@ -444,38 +462,59 @@ impl<'a> Job<'a> {
         decoded.values()?.chunks(each).map(image).collect()
     }
 
-    /// Prints the memory of every stage; they follow one another, so the largest counts.
-    fn plan_memory(&self) -> Result<()> {
-        let bf16 = self.args.run.dtype == Dtype::Bf16;
-        let mut stages: Vec<(&str, usize, String)> = Vec::new();
-        if let (Some(components), None) = (&self.components, &self.args.text.embeddings) {
-            let bytes = t5::plan_memory(components.text()?.0, bf16, self.args.text.parts.residence())?;
-            stages.push(("text encoder", bytes, String::new()));
+    /// Of the released model, whose files need not be here: the memory of its text encoder, and what the files take.
+    fn released(&self) -> Result<Vec<String>> {
+        if self.components.is_some() {
+            return Ok(Vec::new());
         }
+        let gib = |bytes: usize| format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30));
+        let bf16 = self.args.run.dtype == Dtype::Bf16;
+        let encoder = |bf16, residence| Ok::<_, Error>(gib(t5::memory_of(&T5Config::xxl(), bf16, residence)?));
+        let transformer = 4 * PixArt::unset(self.config.clone(), &Device::dry())?.params.elements();
+        let vae = 4 * Vae::new(VaeConfig::released(0.13025), &Device::dry(), 0)?.params.elements();
+        Ok(vec![
+            format!(
+                "text encoder of the released model: {}, or {} with --text-encoder stream",
+                encoder(bf16, Residence::Memory)?,
+                encoder(bf16, Residence::Stream)?
+            ),
+            format!(
+                "files in f32: transformer {}, text encoder {}, autoencoder {}; in 16 bits half",
+                gib(transformer),
+                encoder(false, Residence::Memory)?,
+                gib(vae)
+            ),
+        ])
+    }
+
+    /// The memory that every stage will hold.
+    fn planned(&self) -> Result<Vec<Planned>> {
+        let args = self.args;
+        let bf16 = args.run.dtype == Dtype::Bf16;
+        let mut stages = Vec::new();
+        if let (Some(components), None) = (&self.components, &args.text.embeddings) {
+            let bytes = t5::plan_memory(components.text()?.0, bf16, args.text.parts.residence())?;
+            stages.push(Planned { name: TEXT, bytes, parts: None });
+        }
+        let count = args.text.prompt.len().max(1) * args.n;
         let texts = Texts {
-            prompts: vec![Device::dry().empty(&[self.config.max_tokens, self.config.caption_channels])?; self.args.n],
-            nulls: vec![Device::dry().empty(&[1, self.config.caption_channels])?; self.args.n],
+            prompts: vec![Device::dry().empty(&[self.config.max_tokens, self.config.caption_channels])?; count],
+            nulls: vec![Device::dry().empty(&[1, self.config.caption_channels])?; count],
         };
-        let plan = text::plan_memory(&self.config, &self.request(texts, &Sources::default())?)?;
-        stages.push(("transformer", plan.total(), plan.to_string()));
-        if self.args.output_latents.is_none() || self.args.output.is_some() {
+        let request = Request { latents: None, ..self.request(texts, &Sources::default())? };
+        stages.push(Planned::of(TRANSFORMER, text::plan_memory(&self.config, &request)?));
+        if args.output_latents.is_none() || args.output.is_some() {
             let config = match &self.components {
                 None => Some(VaeConfig::released(0.13025)),
                 // The small decoder needs a fraction of what the transformer does.
                 Some(components) => vae::describe(components.vae()?, self.given()).ok(),
             };
             if let Some(config) = config {
-                let plan = vae::plan_memory(&config, self.latent_size(), self.args.n, self.args.run.dtype.into())?;
-                stages.push(("decoder", plan.total(), plan.to_string()));
+                let plan = vae::plan_memory(&config, self.latent_size(), count, args.run.dtype.into())?;
+                stages.push(Planned::of(DECODER, plan));
             }
         }
-        let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
-        for (stage, bytes, parts) in &stages {
-            let parts = if parts.is_empty() { String::new() } else { format!(" ({parts})") };
-            super::out::line(format!("{stage}: {:.2} GiB{parts}", gib(*bytes)))?;
-        }
-        let most = stages.iter().map(|(_, bytes, _)| *bytes).max().unwrap_or(0);
-        super::out::line(format!("at most {:.2} GiB, as the stages follow one another", gib(most)))
+        Ok(stages)
     }
 
     /// Everything that is needed to make the same pictures again.

@@ -92,7 +92,13 @@ impl Compat {
     pub fn clean(self, prompt: &str) -> String {
         match self {
             Compat::Diffusers => captions::clean(prompt),
-            Compat::Official => prompt.trim().to_string(),
+            Compat::Official => {
+                let (text, flag) = captions::original(prompt);
+                if let Some(flag) = flag {
+                    eprintln!("note: {flag} in the prompt is not read; the size is given by --size");
+                }
+                text
+            }
         }
     }
 }

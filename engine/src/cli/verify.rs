@@ -1,6 +1,7 @@
 //! `graft verify DIR…`.
 
 use super::{Dtype, out, table};
+use crate::backend;
 use crate::error::{Error, Result};
 use crate::verify::{self, Outcome, Verdict};
 use serde_json::{Value, json};
@@ -15,12 +16,15 @@ pub struct Args {
     /// Arithmetic; bf16 where a case has a tolerance for it.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
+    /// What computes the models: cpu, oracle, emu or cuda.
+    #[arg(long, default_value = "cpu", value_name = "NAME")]
+    backend: String,
 }
 
 /// Runs the command.
 pub fn run(args: &Args, json: bool) -> Result<()> {
     let mut table = table::Table::new(&["case", "tensor", "worst", "rel rms", "tolerance", "verdict"]);
-    let outcomes = verify::run(&args.folders, args.dtype.into(), &mut |outcome| {
+    let outcomes = verify::run_on(&backend::open(&args.backend)?, &args.folders, args.dtype.into(), &mut |outcome| {
         if !json {
             rows(&mut table, outcome);
         }

@@ -15,8 +15,14 @@ use crate::error::{Error, Result};
 ///
 /// Other programs must not shorten the file while it is mapped; this program's own writers never do, they replace
 /// files by renaming ([`crate::io::atomic`]), which leaves an existing map intact.
+///
+/// The file stays open beside its map, for readers that want many bytes at a known place: a positioned read into memory
+/// of their own costs less than a page fault for each page.
 #[derive(Debug)]
-pub struct Mapped(Mmap);
+pub struct Mapped {
+    map: Mmap,
+    file: File,
+}
 
 impl Mapped {
     /// Maps the file at `path`.
@@ -34,7 +40,12 @@ impl Mapped {
         // on other programs and is documented on the type; every user of these bytes validates what it reads and
         // keeps no derived invariant whose violation would be undefined behaviour.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, "map", &e))?;
-        Ok(Mapped(map))
+        Ok(Mapped { map, file })
+    }
+
+    /// The open file; its position means nothing.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Gives the pages that were read so far back to the system; they are read again when they are used again.
@@ -43,7 +54,7 @@ impl Mapped {
         // SAFETY: the map is backed by a file and never written to, so a dropped page holds nothing that the file
         // does not; a later read brings the same bytes, under the duty stated in `open`.
         #[cfg(unix)]
-        let advised = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        let advised = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
         // Only advice: when the system refuses, the pages merely stay.
         #[cfg(unix)]
         let _ = advised;
@@ -52,7 +63,7 @@ impl Mapped {
 
 impl AsRef<[u8]> for Mapped {
     fn as_ref(&self) -> &[u8] {
-        &self.0
+        &self.map
     }
 }
 

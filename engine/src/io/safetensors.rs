@@ -7,6 +7,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -24,6 +25,8 @@ pub struct TensorFile<B: AsRef<[u8]> = Mapped> {
     data: usize,
     entries: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
+    /// The file itself, where the bytes are a map of it.
+    file: Option<File>,
 }
 
 /// One tensor of a file, borrowing its bytes.
@@ -38,6 +41,8 @@ pub struct TensorView<'a> {
     pub shape: &'a [usize],
     /// Little-endian elements in row-major order, of any alignment.
     pub bytes: &'a [u8],
+    /// Where the file has the bytes.
+    file: Option<(&'a File, u64)>,
 }
 
 impl TensorFile {
@@ -46,7 +51,9 @@ impl TensorFile {
     /// # Errors
     /// When the file cannot be opened or is malformed; the problem names the kind, e.g. "data truncated".
     pub fn open(path: &Path) -> Result<Self> {
-        Self::parse(&path.display().to_string(), Mapped::open(path)?)
+        let mapped = Mapped::open(path)?;
+        let file = mapped.file().try_clone().map_err(|e| Error::io(path, "open", &e))?;
+        Ok(TensorFile { file: Some(file), ..Self::parse(&path.display().to_string(), mapped)? })
     }
 
     /// As [`Mapped::release`].
@@ -62,7 +69,7 @@ impl<B: AsRef<[u8]>> TensorFile<B> {
     /// When the bytes are malformed; memory use is bounded by a multiple of their length.
     pub fn parse(place: &str, bytes: B) -> Result<Self> {
         let Header { data, entries, metadata } = header::read(place, bytes.as_ref())?;
-        Ok(TensorFile { place: place.to_owned(), bytes, data, entries, metadata })
+        Ok(TensorFile { place: place.to_owned(), bytes, data, entries, metadata, file: None })
     }
 
     /// The file's name in messages.
@@ -94,7 +101,8 @@ impl<B: AsRef<[u8]>> TensorFile<B> {
     fn view<'a>(&'a self, name: &'a str, entry: &'a Entry) -> TensorView<'a> {
         // In range: `check_entry` compared `end` with the length of the data section.
         let bytes = &self.bytes.as_ref()[self.data + entry.begin..self.data + entry.end];
-        TensorView { place: &self.place, name, dtype: entry.dtype, shape: &entry.shape, bytes }
+        let file = self.file.as_ref().map(|file| (file, (self.data + entry.begin) as u64));
+        TensorView { place: &self.place, name, dtype: entry.dtype, shape: &entry.shape, bytes, file }
     }
 }
 
@@ -112,6 +120,65 @@ impl TensorView<'_> {
         self.dtype.decode_f32(self.bytes, &self.place())
     }
 
+    /// Where the bytes lie in their file; 0 where there is none.
+    pub fn offset(&self) -> u64 {
+        self.file.map_or(0, |(_, offset)| offset)
+    }
+
+    /// Elements as `f32` into memory of the caller, as [`TensorView::to_f32`] gives them. The bytes are read from the
+    /// file, in pieces where they must be converted, and never all held beside the result.
+    ///
+    /// # Errors
+    /// As [`TensorView::to_f32`]; a target of another length; a file that cannot be read any more.
+    pub fn read_f32(&self, target: &mut [f32]) -> Result<()> {
+        let width = self.dtype.bits() / 8;
+        if width == 0 || self.bytes.len() / width != target.len() {
+            return Err(Error::failure(self.place(), "wrong number of elements")
+                .is(format!("{} bytes of {}", self.bytes.len(), self.dtype))
+                .must(format!("{} elements", target.len())));
+        }
+        match self.file {
+            // Little-endian f32 are what this machine has in memory.
+            Some((file, offset)) if self.dtype == FileDtype::F32 && cfg!(target_endian = "little") => {
+                read_at(file, offset, bytemuck::cast_slice_mut(target)).map_err(|e| self.unreadable(&e))
+            }
+            _ => {
+                let mut at = 0;
+                self.pieces(&mut |values| {
+                    target[at..at + values.len()].copy_from_slice(values);
+                    at += values.len();
+                    Ok(())
+                })
+            }
+        }
+    }
+
+    /// Elements as `f32` in pieces, from the first to the last, each read from the file as it comes.
+    ///
+    /// # Errors
+    /// As [`TensorView::read_f32`], and those of `each`.
+    pub fn pieces(&self, each: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
+        let width = (self.dtype.bits() / 8).max(1);
+        let mut held = vec![0u8; if self.file.is_some() { (PIECE * width).min(self.bytes.len()) } else { 0 }];
+        for (index, piece) in self.bytes.chunks(PIECE * width).enumerate() {
+            let piece = match self.file {
+                None => piece,
+                Some((file, offset)) => {
+                    let held = &mut held[..piece.len()];
+                    let place = offset + (index * PIECE * width) as u64;
+                    read_at(file, place, held).map_err(|e| self.unreadable(&e))?;
+                    held
+                }
+            };
+            each(&self.dtype.decode_f32(piece, &self.place())?)?;
+        }
+        Ok(())
+    }
+
+    fn unreadable(&self, e: &std::io::Error) -> Error {
+        Error::failure(self.place(), format!("cannot read: {e}")).fix("the file was changed or cut while it was read")
+    }
+
     /// Integer elements as `i64`, exactly.
     ///
     /// # Errors
@@ -119,6 +186,27 @@ impl TensorView<'_> {
     pub fn to_i64(&self) -> Result<Vec<i64>> {
         self.dtype.decode_i64(self.bytes, &self.place())
     }
+}
+
+/// Elements that are converted at a time.
+const PIECE: usize = 1 << 18;
+
+/// Fills `target` from a place in a file.
+#[cfg(unix)]
+fn read_at(file: &File, offset: u64, target: &mut [u8]) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, target, offset)
+}
+
+/// Fills `target` from a place in a file.
+#[cfg(windows)]
+fn read_at(file: &File, mut offset: u64, mut target: &mut [u8]) -> std::io::Result<()> {
+    while !target.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, target, offset)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            read => (offset, target) = (offset + read as u64, &mut target[read..]),
+        }
+    }
+    Ok(())
 }
 
 /// A tensor to be written.

@@ -7,8 +7,24 @@ use crate::io::files;
 
 /// Bytes of memory that this process holds; nothing where the system does not tell.
 pub fn resident() -> Option<usize> {
+    stated("VmRSS:")
+}
+
+/// Most bytes that this process held since its start or the last [`forget_peak`]; nothing where the system does not
+/// tell.
+pub fn peak_resident() -> Option<usize> {
+    stated("VmHWM:")
+}
+
+/// Has [`peak_resident`] count anew from what is held now, where the system allows it.
+pub fn forget_peak() {
+    // Only a convenience: where it is refused, the peak of the whole run is what is told.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+fn stated(field: &str) -> Option<usize> {
     let status = files::read_text(Path::new("/proc/self/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     Some(line.trim().trim_end_matches(" kB").parse::<usize>().ok()? << 10)
 }
 
@@ -17,6 +33,11 @@ pub fn processor() -> String {
     let info = files::read_text(Path::new("/proc/cpuinfo")).unwrap_or_default();
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     model.map_or_else(|| std::env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
+}
+
+/// Processes that wanted a processor over the last minute, on average; nothing where the system does not tell.
+pub fn load_average() -> Option<f64> {
+    files::read_text(Path::new("/proc/loadavg")).ok()?.split_whitespace().next()?.parse().ok()
 }
 
 /// Bytes that may still be written to the disk of an existing folder; nothing where the system does not tell.
@@ -49,6 +70,7 @@ mod tests {
         let touched = vec![1u8; 64 << 20];
         let after = resident().unwrap();
         assert!(after >= before + (48 << 20), "{before} {after} {}", touched[1 << 20]);
+        assert!(peak_resident().unwrap() >= after);
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! Filling a model's parameters from a file, after all names were checked: nothing is half-loaded.
 
-use super::source::{Source, read_weight};
+use super::source::{Source, read_weight, read_weight_into, read_weight_rounded};
 use crate::autograd::{ParamId, ParamStore};
 use crate::error::{Error, Result};
-use crate::tensor::Device;
+use crate::tensor::{DType, Device, Tensor};
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Where a parameter is found.
 pub(super) struct Place {
@@ -53,25 +54,77 @@ pub(super) fn fill(params: &mut ParamStore, source: &dyn Source, device: &Device
                 "check that the checkpoint is of this kind of model, and its config.json the one that belongs to it",
             ));
     }
-    for (id, place) in &wanted {
-        let bf16 = how.bf16 && !(how.exact)(&params.get(*id).name);
-        read_into(params, *id, source, device, place, bf16)?;
+    // In the order of the file, so that it is read from front to back.
+    let offset = |place: &Place| place.parts.first().and_then(|n| source.tensor(n)).map_or(0, |t| t.offset());
+    let job = |(id, place): (ParamId, Place)| {
+        let bf16 = how.bf16 && !(how.exact)(&params.get(id).name);
+        (offset(&place), id, place, bf16)
+    };
+    let mut jobs: Vec<(u64, ParamId, Place, bool)> = wanted.into_iter().map(job).collect();
+    jobs.sort_by_key(|(offset, id, ..)| (*offset, id.index()));
+    let held = &*params;
+    let read = |(_, id, place, bf16): &(u64, ParamId, Place, bool)| -> Result<(ParamId, Tensor)> {
+        let value = read_one(held, *id, source, device, place, *bf16)?;
         // Else the whole file would stay in memory beside its copy.
         source.release();
-    }
+        Ok((*id, value))
+    };
+    // A device with memory of its own is fed by one thread.
+    let readers = if device.is_host() { READERS.min(jobs.len()) } else { 1 };
+    let values = in_parallel(&jobs, readers, &read)?;
+    values.into_iter().try_for_each(|(id, value)| params.set(id, value))?;
     device.trim();
     Ok(())
 }
 
-/// Sets one parameter.
-fn read_into(
-    params: &mut ParamStore,
+/// Threads that read weights: enough to keep a disk busy while others convert.
+const READERS: usize = 4;
+
+/// What `work` makes of every job, by several threads that take them in order; the first error of the earliest job.
+fn in_parallel<J: Sync, R: Send>(
+    jobs: &[J],
+    threads: usize,
+    work: &(dyn Fn(&J) -> Result<R> + Sync),
+) -> Result<Vec<R>> {
+    if threads < 2 {
+        return jobs.iter().map(work).collect();
+    }
+    let next = AtomicUsize::new(0);
+    let run = || {
+        let mut done = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(job) = jobs.get(index) else { return done };
+            let result = work(job);
+            let failed = result.is_err();
+            done.push((index, result));
+            if failed {
+                // Nobody begins another; those before it are under way and finish.
+                next.store(jobs.len(), Ordering::Relaxed);
+            }
+        }
+    };
+    let all = std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        readers.into_iter().map(|reader| reader.join()).collect::<Vec<_>>()
+    });
+    let mut done = Vec::with_capacity(jobs.len());
+    for reader in all {
+        done.extend(reader.map_err(|_| Error::failure("weights", "a thread that reads them stopped"))?);
+    }
+    done.sort_by_key(|(index, _)| *index);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
+/// The value of one parameter.
+fn read_one(
+    params: &ParamStore,
     id: ParamId,
     source: &dyn Source,
     device: &Device,
     place: &Place,
     bf16: bool,
-) -> Result<()> {
+) -> Result<Tensor> {
     let param = params.get(id);
     let (shape, is_product) = (param.value.shape(), is_product(&param.name, param.value.shape().dims()));
     let mut stored = shape.dims().to_vec();
@@ -79,22 +132,33 @@ fn read_into(
     if let (true, &[f, h, w, c]) = (place.filters, stored.as_slice()) {
         stored = vec![f, c, h, w];
     }
+    let chunk = (param.value.len() / place.parts.len().max(1)).max(1);
+    // A matrix may be stored as a convolution of one pixel.
+    let in_file = |name: &str| -> Vec<usize> {
+        let found = source.tensor(name).map(|t| t.shape().to_vec()).unwrap_or_default();
+        let pixel = found.len() == stored.len() + 2 && found.ends_with(&[1, 1]) && found.starts_with(&stored);
+        if pixel { found } else { stored.clone() }
+    };
+    let bf16 = bf16 && is_product;
+    if bf16 && device.is_host() && !place.filters {
+        let mut value = device.empty_of(shape.dims(), DType::BF16)?;
+        for (name, target) in place.parts.iter().zip(value.bf16s_mut()?.chunks_mut(chunk)) {
+            read_weight_rounded(source, name, &in_file(name), target)?;
+        }
+        return Ok(value);
+    }
     let mut value = device.empty(shape.dims())?;
     value.edit(|target| -> Result<()> {
-        let chunk = (target.len() / place.parts.len().max(1)).max(1);
         for (name, target) in place.parts.iter().zip(target.chunks_mut(chunk)) {
-            // A matrix may be stored as a convolution of one pixel.
-            let found = source.tensor(name).map(|t| t.shape().to_vec()).unwrap_or_default();
-            let pixel = found.len() == stored.len() + 2 && found.ends_with(&[1, 1]) && found.starts_with(&stored);
-            let values = read_weight(source, name, if pixel { &found } else { &stored })?;
+            let stored = in_file(name);
             match (place.filters, stored.as_slice()) {
-                (true, &[f, c, h, w]) => turn_filters(&values, [f, c, h * w], target),
-                _ => target.copy_from_slice(&values),
+                (true, &[f, c, h, w]) => turn_filters(&read_weight(source, name, &stored)?, [f, c, h * w], target),
+                _ => read_weight_into(source, name, &stored, target)?,
             }
         }
         Ok(())
     })??;
-    params.set(id, if bf16 && is_product { value.to_bf16()? } else { value })
+    if bf16 { value.to_bf16() } else { Ok(value) }
 }
 
 /// `[F, C, K]` to `[F, K, C]`.
@@ -116,6 +180,21 @@ pub(super) fn is_product(name: &str, shape: &[usize]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn jobs_keep_their_order_and_the_earliest_error_counts() {
+        let jobs: Vec<usize> = (0..100).collect();
+        let double = |job: &usize| Ok(2 * job);
+        for threads in [1, 3, 8] {
+            let done = in_parallel(&jobs, threads, &double).unwrap();
+            assert_eq!(done, jobs.iter().map(|job| 2 * job).collect::<Vec<_>>());
+            let fail = |job: &usize| match job {
+                ..40 => Ok(()),
+                _ => Err(Error::failure(format!("job {job}"), "wrong")),
+            };
+            assert_eq!(in_parallel(&jobs, threads, &fail).unwrap_err().to_string(), "job 40: wrong");
+        }
+    }
 
     #[test]
     fn filters_turn_by_hand() {

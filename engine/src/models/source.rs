@@ -6,6 +6,7 @@ use crate::io::safetensors::TensorFile;
 use crate::io::torch_zip::{TorchFile, TorchTensor};
 use crate::io::weights::ShardedFile;
 use crate::nn::operators::Shapes;
+use half::bf16;
 use std::collections::BTreeSet;
 
 /// A tensor found in a file.
@@ -21,10 +22,30 @@ pub trait StoredTensor {
     /// # Errors
     /// When they cannot be read.
     fn values(&self) -> Result<Vec<f32>>;
+    /// Values as f32 into memory of the caller, of as many elements.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    fn read(&self, target: &mut [f32]) -> Result<()> {
+        let values = self.values()?;
+        target.copy_from_slice(values.get(..target.len()).unwrap_or_default());
+        Ok(())
+    }
+    /// Values as f32 in pieces, from the first to the last
+    ///
+    /// # Errors
+    /// When they cannot be read, and those of `each`.
+    fn pieces(&self, each: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
+        each(&self.values()?)
+    }
+    /// Where the tensor lies in its file, to read many in order.
+    fn offset(&self) -> u64 {
+        0
+    }
 }
 
-/// A set of named tensors, read tensor by tensor.
-pub trait Source {
+/// A set of named tensors, read tensor by tensor; several threads may.
+pub trait Source: Sync {
     /// The file or folder, for messages.
     fn place(&self) -> String;
     /// All names.
@@ -51,6 +72,15 @@ impl StoredTensor for crate::io::safetensors::TensorView<'_> {
     }
     fn values(&self) -> Result<Vec<f32>> {
         self.to_f32()
+    }
+    fn read(&self, target: &mut [f32]) -> Result<()> {
+        self.read_f32(target)
+    }
+    fn pieces(&self, each: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
+        crate::io::safetensors::TensorView::pieces(self, each)
+    }
+    fn offset(&self) -> u64 {
+        crate::io::safetensors::TensorView::offset(self)
     }
 }
 
@@ -134,8 +164,8 @@ impl Source for TorchWeights {
     }
 }
 
-/// Reads a weight and checks presence, dtype, shape and finiteness.
-pub(crate) fn read_weight(source: &dyn Source, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+/// Finds a weight and checks presence, dtype and shape.
+fn find_weight<'s>(source: &'s dyn Source, name: &str, shape: &[usize]) -> Result<Box<dyn StoredTensor + 's>> {
     let place = || format!("{}: {name}", source.place());
     let tensor = source.tensor(name).ok_or_else(|| {
         Error::failure(place(), "missing tensor")
@@ -152,12 +182,45 @@ pub(crate) fn read_weight(source: &dyn Source, name: &str, shape: &[usize]) -> R
             .is(format!("{:?}", tensor.shape()))
             .must(format!("{shape:?}")));
     }
-    let values = tensor.values()?;
+    Ok(tensor)
+}
+
+/// Error unless all values of a weight are finite.
+fn check_finite(source: &dyn Source, name: &str, values: &[f32]) -> Result<()> {
+    // Without an early end, so that it runs in vectors: the exponent of what is not finite is all ones.
+    let is_finite = values.iter().fold(true, |all, v| all & v.is_finite());
+    if is_finite {
+        return Ok(());
+    }
     match values.iter().position(|v| !v.is_finite()) {
-        None => Ok(values),
-        Some(at) => Err(Error::failure(place(), "non-finite weights")
+        None => Ok(()),
+        Some(at) => Err(Error::failure(format!("{}: {name}", source.place()), "non-finite weights")
             .is(format!("{} at element {at}", values[at]))
             .must("finite numbers")
             .fix("the checkpoint is damaged or its training diverged: use another one")),
     }
+}
+
+/// Reads a weight and checks presence, dtype, shape and finiteness.
+pub(crate) fn read_weight(source: &dyn Source, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+    let values = find_weight(source, name, shape)?.values()?;
+    check_finite(source, name, &values)?;
+    Ok(values)
+}
+
+/// As [`read_weight`], rounded to bf16 piece by piece, so that it is never whole in f32.
+pub(crate) fn read_weight_rounded(source: &dyn Source, name: &str, shape: &[usize], target: &mut [bf16]) -> Result<()> {
+    let mut rest = target;
+    find_weight(source, name, shape)?.pieces(&mut |values| {
+        check_finite(source, name, values)?;
+        let now = rest.split_off_mut(..values.len().min(rest.len())).unwrap_or_default();
+        now.iter_mut().zip(values).for_each(|(to, from)| *to = bf16::from_f32(*from));
+        Ok(())
+    })
+}
+
+/// As [`read_weight`], into memory of the caller.
+pub(crate) fn read_weight_into(source: &dyn Source, name: &str, shape: &[usize], target: &mut [f32]) -> Result<()> {
+    find_weight(source, name, shape)?.read(target)?;
+    check_finite(source, name, target)
 }

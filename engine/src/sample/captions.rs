@@ -1,8 +1,9 @@
 //! How diffusers cleans a prompt before PixArt's text encoder reads it: captions of the training data were web texts,
-//! and went the same way. The rules are those of its pipeline in their order; what its library for broken encodings
-//! repairs is left as it is, which for plain text is no difference.
+//! and went the same way. The rules are those of its pipeline in their order; [`super::repair`] stands for its library
+//! for broken text.
 
 use super::pattern::Pattern;
+use super::repair;
 
 /// Ideographs and their marks, which the rules drop, as pairs of first and last.
 const IDEOGRAPHS: [(char, char); 7] = [
@@ -53,6 +54,23 @@ pub fn clean(prompt: &str) -> String {
     once(&once(prompt))
 }
 
+/// Options that the original program reads out of a prompt.
+const FLAGS: [&str; 3] = ["--aspect_ratio", "--ar", "--hw"];
+
+/// A prompt as the original program encodes it: as it is, up to the options that it reads the size from. Also that
+/// option, where there is one.
+pub fn original(prompt: &str) -> (String, Option<&str>) {
+    let found = FLAGS.iter().filter_map(|flag| Some((at_word(prompt, flag)?, *flag))).min();
+    let text = found.map_or(prompt, |(at, _)| &prompt[..at]);
+    (text.trim().to_string(), found.map(|(_, flag)| flag))
+}
+
+/// Where a flag stands as a word of its own.
+fn at_word(text: &str, flag: &str) -> Option<usize> {
+    let ends = |at: &usize| text[at + flag.len()..].chars().next().is_none_or(char::is_whitespace);
+    text.match_indices(flag).map(|(at, _)| at).find(ends)
+}
+
 fn once(prompt: &str) -> String {
     let text = unquote(prompt).trim().to_lowercase().replace("<person>", "person");
     let mut text: Vec<char> = text.chars().collect();
@@ -72,7 +90,7 @@ fn once(prompt: &str) -> String {
     if joints.count(&text) > 3 {
         text = joints.replace(&text, |_| " ".into());
     }
-    let resolved = unescape(&unescape(&text.iter().collect::<String>()));
+    let resolved = unescape(&unescape(&repair::fix(&text.iter().collect::<String>())));
     text = resolved.chars().collect();
     for (pattern, with) in LAST {
         text = apply(&text, pattern, with);
@@ -181,6 +199,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_original_reads_prompts_as_they_are() {
+        for (prompt, want, flag) in [
+            ("  A Red Fox, https://example.com ", "A Red Fox, https://example.com", None),
+            ("a fox --ar 16:9", "a fox", Some("--ar")),
+            ("a fox --aspect_ratio 1:2 --hw 512:512", "a fox", Some("--aspect_ratio")),
+            ("a fox--area", "a fox--area", None),
+        ] {
+            assert_eq!(original(prompt), (want.to_string(), flag));
+        }
+    }
+
+    #[test]
     fn captions_by_hand() {
         for (prompt, want) in [
             ("  A Red Fox ", "a red fox"),
@@ -200,6 +230,7 @@ mod tests {
             ("a fox:", "a fox"),
             ("lighting (4k:1.2), art by SenseiJaye, f/1.8, 35mm", "lighting 4k:1.2 , art by senseijaye, f 1.8, 35mm"),
             ("a cat--with 3.5mm 1.2.3.4 at 12:30 ", "a cat-with 3.5mm at 12:30"),
+            ("an o\u{fb03}ce \u{e2}\u{20ac}\u{a6} fox", "an office … fox"),
         ] {
             assert_eq!(clean(prompt), want, "{prompt}");
         }

@@ -16,6 +16,7 @@ pub mod dpm;
 pub mod inpaint;
 mod pattern;
 pub mod pipeline;
+mod repair;
 pub mod respacing;
 pub mod schedule;
 pub mod solver;

@@ -1,6 +1,7 @@
 //! The sampling loop of a model that reads text: features and seeds in, latents out.
 //!
-//! Image i of a request uses seed + i whatever the batch. Keys and values of the texts are made once for all steps.
+//! Image i of a request uses seed + i whatever the batch. Keys and values of the texts are made once for all steps, and
+//! so is what follows from the timesteps; where no step reads the variance, it is not computed.
 //! The prompted and the null half run one after the other, so that a null text of one token costs no attention; guidance
 //! and the solver are one operator in f32.
 
@@ -11,7 +12,7 @@ use super::solver::{NoiseScale, Plan, Sampler, Variance};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::cpu::on_workers;
 use crate::error::{Error, Result};
-use crate::models::pixart::{Keys, MicroConditions, PixArt, PixArtConfig, Run, Semantics, Text};
+use crate::models::pixart::{Keys, MicroConditions, Moments, Outputs, PixArt, PixArtConfig, Run, Semantics, Text};
 use crate::ops::solver_step;
 use crate::tensor::{Device, MemoryPlan, Tensor};
 use graft_kernels::rng::{LATENT_STREAM, image_seed, step_stream};
@@ -96,8 +97,9 @@ pub fn generate(model: &PixArt, request: &Request, watch: &mut Watch<'_>) -> Res
     let (n, image) = (request.prompts.len(), model.config.in_channels * h * w);
     let mut all = model.device().empty(&[n, model.config.in_channels, h, w])?;
     on_workers(|| -> Result<()> {
+        let moments = moments(model, request, &plan)?;
         for done in (0..n).step_by(request.batch) {
-            let mut batch = Batch::new(model, request, &plan, done, first)?;
+            let mut batch = Batch::new(model, request, (&plan, &moments), done, first)?;
             for step in first..plan.steps.len() {
                 let rounds = request.known.as_ref().map_or(1, |known| known.rounds(&plan, step));
                 for round in 0..rounds {
@@ -204,6 +206,23 @@ fn check(model: &PixArt, request: &Request) -> Result<Plan> {
     Ok(plan)
 }
 
+/// What follows from the timesteps of a plan, for all of its steps.
+fn moments(model: &PixArt, request: &Request, plan: &Plan) -> Result<Moments> {
+    let (device, count, [h, w]) = (model.device(), plan.steps.len(), request.size);
+    let times: Vec<f32> = plan.steps.iter().map(|step| step.timestep as f32).collect();
+    let micro = match model.config.micro_conditions {
+        false => None,
+        true => {
+            let pixels = [h, w].map(|side| (side * request.factor) as f32);
+            let aspect = fill(device, count, h as f32 / w as f32)?;
+            Some(MicroConditions { size: Tensor::from_f32(device, &[count, 2], &pixels.repeat(count))?, aspect })
+        }
+    };
+    let outputs = if plan.needs_variance() { Outputs::All } else { Outputs::Noise };
+    let graph = Graph::inference(request.precision);
+    model.moments(&graph, &Tensor::from_f32(device, &[count], &times)?, micro.as_ref(), outputs)
+}
+
 /// Keys of the texts of a batch, each made on its own, so that they do not depend on the others.
 fn keys<'m>(model: &'m PixArt, g: &Graph<'m>, texts: &[Tensor], constant: bool) -> Result<Keys> {
     let one = |features: &Tensor| {
@@ -234,11 +253,17 @@ struct Batch<'a> {
     noise: Option<Tensor>,
     /// Keys of the prompts, and of what is guided away from.
     keys: Vec<Keys>,
-    micro: Option<MicroConditions>,
+    moments: &'a Moments,
 }
 
 impl<'a> Batch<'a> {
-    fn new(model: &'a PixArt, request: &'a Request, plan: &'a Plan, first: usize, step: usize) -> Result<Self> {
+    fn new(
+        model: &'a PixArt,
+        request: &'a Request,
+        (plan, moments): (&'a Plan, &'a Moments),
+        first: usize,
+        step: usize,
+    ) -> Result<Self> {
         let (c, device, [h, w]) = (&model.config, model.device(), request.size);
         let count = request.batch.min(request.prompts.len() - first);
         let flat = [count, c.in_channels, h * w];
@@ -270,27 +295,17 @@ impl<'a> Batch<'a> {
             let constant = request.nulls.iter().all(|null| null.dim(0) == 1);
             halves.push(keys(model, &graph, &request.nulls[first..first + count], constant)?);
         }
-        let micro = match c.micro_conditions {
-            false => None,
-            true => {
-                let pixels = [h, w].map(|side| (side * request.factor) as f32);
-                let aspect = fill(device, count, h as f32 / w as f32)?;
-                Some(MicroConditions { size: Tensor::from_f32(device, &[count, 2], &pixels.repeat(count))?, aspect })
-            }
-        };
         let noisy = plan.needs_noise() || request.known.is_some();
         let noise = if noisy { Some(device.empty(&flat)?) } else { None };
-        Ok(Batch { model, plan, request, graph, first, seed, count, x, x0: None, noise, keys: halves, micro })
+        Ok(Batch { model, plan, request, graph, first, seed, count, x, x0: None, noise, keys: halves, moments })
     }
 
     /// One evaluation of both halves and the update that follows; `round` counts repetitions of a step.
     fn step(&mut self, index: usize, round: usize) -> Result<()> {
-        let c = &self.model.config;
         let step = &self.plan.steps[index];
-        let times = fill(self.model.device(), self.count, step.timestep as f32)?;
         let mut halves = Vec::with_capacity(2);
         for keys in &self.keys {
-            halves.push(self.predict(keys, &times, index)?);
+            halves.push(self.predict(keys, index)?);
         }
         let noise = match &mut self.noise {
             Some(noise) if step.coefs.noise != NoiseScale::None => {
@@ -300,7 +315,8 @@ impl<'a> Batch<'a> {
             }
             _ => None,
         };
-        let guided = self.request.guided.unwrap_or(c.out_channels);
+        let channels = self.moments.channels();
+        let guided = self.request.guided.map_or(channels, |guided| guided.min(channels));
         let params = step.coefs.params(self.request.guidance, guided);
         let previous = self.x0.as_ref().filter(|_| step.coefs.c1 != 0.0);
         // A picture that enters in the middle has no estimate before its first step.
@@ -314,19 +330,20 @@ impl<'a> Batch<'a> {
     }
 
     /// The prediction of one half, `[B, Co, h·w]`.
-    fn predict(&self, keys: &Keys, times: &Tensor, index: usize) -> Result<Tensor> {
+    fn predict(&self, keys: &Keys, index: usize) -> Result<Tensor> {
         let (c, [h, w]) = (&self.model.config, self.request.size);
         let x = Var::constant(self.x.reshape(&[self.count, c.in_channels, h, w])?);
         let run = Run { semantics: self.request.semantics, checkpoint: false };
-        let out = self.model.forward(&self.graph, &x, times, keys, self.micro.as_ref(), run)?.into_tensor();
+        let at = (self.moments, index);
+        let out = self.model.forward_at(&self.graph, &x, at, keys, run, None)?.into_tensor();
         if !self.model.device().is_dry() && out.values()?.iter().any(|v| !v.is_finite()) {
-            return Err(self.find_fault(&x, keys, times, index));
+            return Err(self.find_fault(&x, keys, index));
         }
-        out.into_shape(&[self.count, c.out_channels, h * w])
+        out.into_shape(&[self.count, self.moments.channels(), h * w])
     }
 
     /// Says where the first value that is not finite comes from.
-    fn find_fault(&self, x: &Var, keys: &Keys, times: &Tensor, index: usize) -> Error {
+    fn find_fault(&self, x: &Var, keys: &Keys, index: usize) -> Error {
         let place = |place: String, value: f32| {
             Error::failure(format!("step {} of {}, {place}", index + 1, self.plan.steps.len()), "value is not finite")
                 .is(value)
@@ -338,8 +355,7 @@ impl<'a> Batch<'a> {
             first.map_or(Ok(()), |value| Err(place(format!("block {block}"), value)))
         };
         let run = Run { semantics: self.request.semantics, checkpoint: false };
-        let (graph, micro) = (&self.graph, self.micro.as_ref());
-        match self.model.forward_watched(graph, x, times, keys, micro, run, &mut watch) {
+        match self.model.forward_at(&self.graph, x, (self.moments, index), keys, run, Some(&mut watch)) {
             Err(e) => e,
             Ok(_) => place("last layer".into(), f32::NAN),
         }

@@ -118,13 +118,17 @@ impl Buffer {
             if pool.gpu.as_ref().is_some_and(|gpu| !gpu.recycles()) {
                 return;
             }
-            pool.lock().entry(buffer.lines()).or_default().push(Recycled(buffer));
+            let mut free = pool.lock();
+            pool.waiting.fetch_add(1, Ordering::Relaxed);
+            free.entry(buffer.lines()).or_default().push(Recycled(buffer));
+            drop(free);
+            pool.abandon(1);
         }
     }
 }
 
 /// A buffer waiting in the pool. Its device handle points back at the pool, which is broken up by `Device::trim`
-/// or when the last outside handle goes.
+/// or when the last outside handle goes ([`Pool::abandon`]).
 struct Recycled(Arc<Buffer>);
 
 struct Pool {
@@ -134,6 +138,8 @@ struct Pool {
     /// The type in which it computes where a call does not say.
     element: DType,
     free: Mutex<HashMap<usize, Vec<Recycled>>>,
+    /// Buffers in `free`.
+    waiting: AtomicUsize,
     live: AtomicUsize,
     peak: AtomicUsize,
     poison: AtomicBool,
@@ -143,6 +149,31 @@ impl Pool {
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<usize, Vec<Recycled>>> {
         // The map is whole between operations, so a panic elsewhere while it was held leaves it usable.
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Frees the waiting buffers.
+    fn empty(&self) {
+        let mut free = self.lock();
+        self.waiting.store(0, Ordering::Relaxed);
+        let pooled = std::mem::take(&mut *free);
+        // Their handles come back here as they go.
+        drop(free);
+        drop(pooled);
+    }
+
+    /// Frees the waiting buffers where nobody but them, and the caller with `own` handles, has a handle on the pool:
+    /// they would keep each other. Where others come and go meanwhile it may free once too often, which only costs time.
+    fn abandon(self: &Arc<Self>, own: usize) {
+        let waiting = self.waiting.load(Ordering::Relaxed);
+        if waiting > 0 && Arc::strong_count(self) == waiting + own {
+            self.empty();
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.0.abandon(1);
     }
 }
 
@@ -189,6 +220,7 @@ impl Device {
             gpu,
             element,
             free: Mutex::new(HashMap::new()),
+            waiting: AtomicUsize::new(0),
             live: AtomicUsize::new(0),
             peak: AtomicUsize::new(0),
             poison: AtomicBool::new(false),
@@ -327,7 +359,12 @@ impl Device {
     pub(crate) fn buffer(&self, shape: Shape, dtype: DType) -> Result<Arc<Buffer>> {
         let bytes = shape.len() * dtype.size();
         let lines = bytes.div_ceil(64);
-        let recycled = self.0.lock().get_mut(&lines).and_then(Vec::pop);
+        let mut free = self.0.lock();
+        let recycled = free.get_mut(&lines).and_then(Vec::pop);
+        if recycled.is_some() {
+            self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+        drop(free);
         let mut buffer = match recycled {
             Some(Recycled(buffer)) => buffer,
             None => self.allocate(lines, bytes)?,
@@ -385,7 +422,33 @@ impl Device {
 
     /// Frees the pooled buffers.
     pub fn trim(&self) {
-        let pooled = std::mem::take(&mut *self.0.lock());
-        drop(pooled);
+        self.0.empty();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever goes last, the device or a tensor, the pool goes too.
+    #[test]
+    fn a_pool_without_handles_is_freed() {
+        for device_first in [true, false] {
+            let device = Device::cpu();
+            let pool = Arc::downgrade(&device.0);
+            drop((device.empty(&[100]).unwrap(), device.empty(&[5000]).unwrap()));
+            let (kept, clone) = (device.empty(&[100]).unwrap(), device.clone());
+            assert!(device.memory().pooled >= 20_000 && pool.strong_count() > 0);
+            drop(clone);
+            assert!(device.memory().pooled >= 20_000, "a handle of several emptied the pool");
+            if device_first {
+                drop(device);
+                drop(kept);
+            } else {
+                drop(kept);
+                drop(device);
+            }
+            assert_eq!(pool.strong_count(), 0, "device first: {device_first}");
+        }
     }
 }

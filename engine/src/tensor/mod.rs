@@ -272,6 +272,16 @@ impl Tensor {
         Ok(&mut self.floats_mut()?[..len])
     }
 
+    /// Mutable bf16 values.
+    ///
+    /// # Errors
+    /// As [`Tensor::f32s_mut`].
+    pub fn bf16s_mut(&mut self) -> Result<&mut [bf16]> {
+        self.want(DType::BF16)?;
+        let len = self.len();
+        Ok(&mut bytemuck::cast_slice_mut(self.floats_mut()?)[..len])
+    }
+
     /// Mutable i32 values.
     ///
     /// # Errors

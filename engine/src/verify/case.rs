@@ -20,6 +20,8 @@ pub struct Case {
     pub config: Value,
     /// Tolerances by `<tensor> (<dtype>)`.
     pub tolerance: Value,
+    /// What computes the models of the case.
+    pub device: Device,
     inputs: Option<TensorFile>,
     expected: Option<TensorFile>,
 }
@@ -37,11 +39,11 @@ pub struct Values {
 }
 
 impl Case {
-    /// Reads the case in `folder`.
+    /// Reads the case in `folder`, whose models `device` computes.
     ///
     /// # Errors
     /// When a file is damaged, or the family is not stated.
-    pub fn open(folder: &Path) -> Result<Case> {
+    pub fn open(folder: &Path, device: &Device) -> Result<Case> {
         let path = folder.join("case.json");
         let value = json::read(&path)?;
         let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_string);
@@ -60,6 +62,7 @@ impl Case {
             name: text("case").or(folder_name).unwrap_or_default(),
             config: part("config"),
             tolerance: part("tolerance"),
+            device: device.clone(),
             inputs: tensors("inputs.safetensors")?,
             expected: tensors("expected.safetensors")?,
         })

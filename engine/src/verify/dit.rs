@@ -39,13 +39,13 @@ pub fn original(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
         return Ok(());
     }
     if checkpoints.is_empty() {
-        return results(case, checks, &dit::load(&case.model(), &Device::cpu())?);
+        return results(case, checks, &dit::load(&case.model(), &case.device)?);
     }
     for path in checkpoints {
         if let Some(name) = path.file_name() {
             checks.label(&name.to_string_lossy());
         }
-        results(case, checks, &dit::load(&path, &Device::cpu())?)?;
+        results(case, checks, &dit::load(&path, &case.device)?)?;
     }
     Ok(())
 }
@@ -113,7 +113,7 @@ fn gradients(case: &Case, checks: &mut Checks<'_>, model: &Dit, inputs: &Inputs)
 
 /// `dit_diffusers`: one folder under both semantics.
 pub fn diffusers(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
-    folder(case, checks, &dit::load(&case.model(), &Device::cpu())?)
+    folder(case, checks, &dit::load(&case.model(), &case.device)?)
 }
 
 /// Outputs of a folder in original and in diffusers' semantics.

@@ -6,11 +6,11 @@ use super::pixart::{Inputs, forward};
 use crate::error::Result;
 use crate::models::lora;
 use crate::models::pixart::{self, PixArt, Semantics, diffusers_parts};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::Tensor;
 
 /// Outputs without, with and after merging the adapter, and the merged weights.
 pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
-    let device = Device::cpu();
+    let device = case.device.clone();
     let mut model = pixart::load(&case.model().join("base"), &device, false)?;
     let inputs = Inputs::read(case, &device)?;
     let output = |model: &PixArt, checks: &Checks<'_>| -> Result<Tensor> {

@@ -22,6 +22,7 @@ pub use checks::{Row, Verdict};
 use crate::autograd::Precision;
 use crate::error::{Error, Result};
 use crate::io::files;
+use crate::tensor::Device;
 use case::Case;
 use checks::Checks;
 use std::path::{Path, PathBuf};
@@ -74,14 +75,28 @@ impl Outcome {
     }
 }
 
-/// Runs every case below `folders`, in order of their paths; `report` sees each as it is done.
+/// Runs every case below `folders` on the CPU, in order of their paths; `report` sees each as it is done.
+///
+/// # Errors
+/// As [`run_on`].
+pub fn run(folders: &[PathBuf], precision: Precision, report: &mut dyn FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+    run_on(&Device::cpu(), folders, precision, report)
+}
+
+/// As [`run`], with the models of transformers, text encoders and autoencoders on `device`; what has no model, and
+/// single operators, stay on the CPU.
 ///
 /// With [`Precision::Bf16`], results that have a bf16 tolerance are computed with bf16 products, the rest in f32.
 ///
 /// # Errors
 /// A folder that is missing or unreadable, or no case at all. A case that cannot be read or computed is a failed
 /// outcome, not an error.
-pub fn run(folders: &[PathBuf], precision: Precision, report: &mut dyn FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+pub fn run_on(
+    device: &Device,
+    folders: &[PathBuf],
+    precision: Precision,
+    report: &mut dyn FnMut(&Outcome),
+) -> Result<Vec<Outcome>> {
     let mut found = Vec::new();
     for folder in folders {
         if !folder.is_dir() {
@@ -100,7 +115,7 @@ pub fn run(folders: &[PathBuf], precision: Precision, report: &mut dyn FnMut(&Ou
     Ok(found
         .iter()
         .map(|folder| {
-            let outcome = run_case(folder, precision);
+            let outcome = run_case(device, folder, precision);
             report(&outcome);
             outcome
         })
@@ -126,13 +141,13 @@ fn find(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-fn run_case(folder: &Path, precision: Precision) -> Outcome {
+fn run_case(device: &Device, folder: &Path, precision: Precision) -> Outcome {
     let failed = |name: String, what: &str, error: &Error| Outcome {
         folder: folder.to_path_buf(),
         rows: vec![Row::failure(what, error.to_string())],
         name,
     };
-    let case = match Case::open(folder) {
+    let case = match Case::open(folder, device) {
         Ok(case) => case,
         Err(e) => return failed(folder.display().to_string(), "case.json", &e),
     };

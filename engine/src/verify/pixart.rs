@@ -44,7 +44,7 @@ impl Inputs {
 
 /// `pixart_original`: every checkpoint in the model folder gives the same results.
 pub fn original(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
-    let device = Device::cpu();
+    let device = case.device.clone();
     for path in pickles(case)? {
         if let Some(name) = path.file_name() {
             checks.label(&name.to_string_lossy());
@@ -57,7 +57,7 @@ pub fn original(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
 
 /// `pixart_diffusers`: one folder under both semantics, which agree here.
 pub fn diffusers(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
-    results(case, checks, &pixart::load(&case.model(), &Device::cpu(), false)?, Layout::Diffusers)
+    results(case, checks, &pixart::load(&case.model(), &case.device, false)?, Layout::Diffusers)
 }
 
 fn results(case: &Case, checks: &mut Checks<'_>, model: &PixArt, layout: Layout) -> Result<()> {

@@ -5,7 +5,6 @@ use super::checks::Checks;
 use crate::autograd::Precision;
 use crate::error::{Error, Result};
 use crate::models::t5::{self, Residence, Tokenizer, Tokens};
-use crate::tensor::Device;
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -39,7 +38,7 @@ fn encoder(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
     for (label, residence) in [("in memory", Residence::Memory), ("streamed", Residence::Stream)] {
         checks.label(label);
         let load =
-            |precision: Precision| t5::load(&case.model(), &Device::cpu(), precision == Precision::Bf16, residence);
+            |precision: Precision| t5::load(&case.model(), &case.device, precision == Precision::Bf16, residence);
         let precision = checks.precision("hidden");
         let model = load(precision)?;
         let d = model.config.width;

@@ -5,13 +5,12 @@ use super::checks::Checks;
 use crate::error::Result;
 use crate::io::files;
 use crate::models::vae::{self, Given, Tiny, Vae};
-use crate::tensor::Device;
 use serde_json::Value;
 use std::path::PathBuf;
 
 /// Decodes, and encodes where the case has a picture.
 pub fn run(case: &Case, checks: &mut Checks<'_>) -> Result<()> {
-    let device = Device::cpu();
+    let device = case.device.clone();
     let latent = case.input_f32(&device, "latent")?;
     let precision = checks.precision("decoded");
     let path = weights(case)?;

@@ -14,7 +14,7 @@ use serde_json::Value;
 use std::path::Path;
 
 /// What training and other programs put before every name.
-const PREFIXES: [&str; 3] = ["model.diffusion_model.", "base_model.", "model."];
+pub(super) const PREFIXES: [&str; 3] = ["model.diffusion_model.", "base_model.", "model."];
 
 /// Loads a transformer from a diffusers folder, an original `.pth`, or a safetensors file; `bf16` rounds the weights of
 /// products as they are read.

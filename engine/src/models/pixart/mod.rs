@@ -5,20 +5,24 @@
 
 mod block;
 mod config;
+mod convert;
 mod load;
+mod moments;
 mod names;
 #[cfg(test)]
 mod tests;
 mod text;
 
 pub use config::PixArtConfig;
+pub use convert::{Converted, convert};
 pub use load::{describe, is_pixart, load};
+pub use moments::{Moments, Outputs};
 pub use names::{Layout, diffusers_parts, from_diffusers};
 pub use text::{Keys, Text};
 
 use super::fill::is_product;
 use super::positions;
-use crate::autograd::{Graph, ParamId, ParamStore, Var};
+use crate::autograd::{Graph, ParamId, ParamStore, Precision, Var};
 use crate::error::{Error, Result};
 use crate::models::dit::FREQUENCIES;
 use crate::nn::operators::{Operator, Site};
@@ -119,16 +123,33 @@ impl PixArt {
     /// # Errors
     /// As [`PixArt::new`].
     pub fn random(config: PixArtConfig, device: &Device, seed: u64) -> Result<PixArt> {
-        let mut model = PixArt::new(config, device, seed)?;
-        let zero = |name: &str| name.ends_with("bias") || name.contains("cross_attn.proj.") || name.contains("linear.");
-        let ids: Vec<ParamId> = model.params.iter().filter(|(_, p)| zero(&p.name)).map(|(id, _)| id).collect();
-        for id in ids.into_iter().filter(|_| !device.is_dry()) {
-            let mut value = device.empty(model.params.get(id).value.shape().dims())?;
-            value.edit(|values| {
-                Philox::new(seed, RANDOM_STREAMS + id.index() as u64).fill_normal(values);
-                values.iter_mut().for_each(|v| *v *= 0.02);
-            })?;
-            model.params.set(id, value)?;
+        PixArt::random_in(config, device, seed, false)
+    }
+
+    /// As [`PixArt::random`]; `bf16` rounds the weights of products one by one, so that only one is ever there in f32.
+    ///
+    /// # Errors
+    /// As [`PixArt::new`].
+    pub fn random_in(config: PixArtConfig, device: &Device, seed: u64, bf16: bool) -> Result<PixArt> {
+        let mut model = PixArt::unset(config, &Device::dry())?;
+        let ids: Vec<ParamId> = model.params.iter().map(|(id, _)| id).collect();
+        for id in ids {
+            let param = model.params.get(id);
+            let (shape, product) = (param.value.shape(), is_product(&param.name, param.value.shape().dims()));
+            // Products keep the size of what goes in; the rest is small beside it.
+            let inputs = shape.dims()[1..].iter().product::<usize>().max(1);
+            let deviation = if product { 1.0 / (inputs as f32).sqrt() } else { 0.02 };
+            let mut value = device.empty(shape.dims())?;
+            if !device.is_dry() {
+                value.edit(|values| {
+                    Philox::new(seed, RANDOM_STREAMS + id.index() as u64).fill_normal(values);
+                    values.iter_mut().for_each(|v| *v *= deviation);
+                })?;
+            }
+            model.params.set(id, if bf16 && product { value.to_bf16()? } else { value })?;
+            if bf16 && product {
+                device.trim();
+            }
         }
         Ok(model)
     }
@@ -239,23 +260,6 @@ impl PixArt {
         Ok(Keys { blocks: self.blocks.iter().map(of).collect::<Result<_>>()?, counts })
     }
 
-    /// As [`PixArt::forward`], and shows `watch` the residual stream `[B, N, D]` after every block.
-    ///
-    /// # Errors
-    /// As [`PixArt::forward`], and those of `watch`.
-    pub fn forward_watched<'m>(
-        &'m self,
-        g: &Graph<'m>,
-        x: &Var,
-        t: &Tensor,
-        keys: &Keys,
-        micro: Option<&MicroConditions>,
-        run: Run,
-        watch: &mut Watch<'_>,
-    ) -> Result<Var> {
-        self.run(g, x, t, keys, micro, run, Some(watch))
-    }
-
     /// Predicts noise (and variance values where the model has them).
     ///
     /// `x [B, C, H, W]` noisy latents, `t [B]` f32 timesteps in 0..1000 (fractions allowed), `keys` those of B texts,
@@ -272,16 +276,48 @@ impl PixArt {
         micro: Option<&MicroConditions>,
         run: Run,
     ) -> Result<Var> {
-        self.run(g, x, t, keys, micro, run, None)
+        let moments = self.moments_of(g, x, t, micro)?;
+        self.run(g, x, &moments, keys, run, None)
+    }
+
+    /// As [`PixArt::forward`] for step `index` of timesteps that [`PixArt::moments`] embedded, the same for all
+    /// samples; only the channels that were asked for there come out. `watch` sees the residual stream `[B, N, D]`
+    /// after every block.
+    ///
+    /// # Errors
+    /// As [`PixArt::forward`], an index that was not made, and those of `watch`.
+    pub fn forward_at<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        x: &Var,
+        (moments, index): (&Moments, usize),
+        keys: &Keys,
+        run: Run,
+        watch: Option<&mut Watch<'_>>,
+    ) -> Result<Var> {
+        self.run(g, x, &moments.at(g, index, x.dim(0))?, keys, run, watch)
+    }
+
+    /// The timesteps `t [B]` of a batch.
+    fn moments_of<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        x: &Var,
+        t: &Tensor,
+        micro: Option<&MicroConditions>,
+    ) -> Result<Moments> {
+        if t.shape().dims() != [x.dim(0)] {
+            return Err(Error::failure("pixart: t", "wrong shape").is(t.shape()).must(format!("[{}]", x.dim(0))));
+        }
+        self.moments(g, t, micro, Outputs::All)
     }
 
     fn run<'m>(
         &'m self,
         g: &Graph<'m>,
         x: &Var,
-        t: &Tensor,
+        moments: &Moments,
         keys: &Keys,
-        micro: Option<&MicroConditions>,
         run: Run,
         mut watch: Option<&mut Watch<'_>>,
     ) -> Result<Var> {
@@ -290,10 +326,10 @@ impl PixArt {
         let &[b, channels, height, width] = shape.dims() else {
             return Err(Error::failure("pixart: x", "wrong rank").is(shape).must("[B, C, H, W]"));
         };
-        if channels != c.in_channels || t.shape().dims() != [b] || keys.counts.dim(0) != b {
+        if channels != c.in_channels || moments.len() != b || keys.counts.dim(0) != b {
             return Err(Error::failure("pixart: x, t, text", "shapes do not fit")
-                .is(format!("{shape}, {}, {} texts", t.shape(), keys.counts.dim(0)))
-                .must(format!("[B, {}, H, W], [B], B texts", c.in_channels)));
+                .is(format!("{shape}, {} timesteps, {} texts", moments.len(), keys.counts.dim(0)))
+                .must(format!("[B, {}, H, W], B timesteps, B texts", c.in_channels)));
         }
         let grid = c.grid(height, width)?;
         let (n, device) = (grid[0] * grid[1], x.tensor().device().clone());
@@ -301,14 +337,10 @@ impl PixArt {
         let tokens = g.patchify(x, c.patch, grid[0], grid[1], contracts::patchify::Params {})?;
         let mut h = self.embed(g, &tokens, &Var::constant(self.positions(&device, grid)?))?;
 
-        let t = self.time(g, t, micro)?;
+        let (t, modulation) = (&moments.time, &moments.modulation);
         let rows = |of: &dyn Fn(usize) -> usize, len: usize| -> Result<Tensor> {
             Tensor::from_i32(&device, &[len], &(0..len).map(|i| of(i) as i32).collect::<Vec<_>>())
         };
-        let activated = g.embed(&t, &rows(&|i| i, b)?, None, contracts::embed::Params { act: act::SILU })?;
-        let activated = g.reshape(&activated, &[b, 1, c.width])?;
-        let modulation = self.t_block.forward(g, &self.params, &activated, act::NONE)?;
-        let modulation = g.reshape(&modulation, &[b, 6 * c.width])?;
         let (zeros, samples) = (rows(&|_| 0, b)?, rows(&|i| i / n, b * n)?);
         let eps = if run.semantics == Semantics::Diffusers { c.norm_eps } else { EPS };
 
@@ -325,7 +357,7 @@ impl PixArt {
                 Key::Tokens(kv) if run.checkpoint && g.is_recording() => {
                     let (block, zeros, samples, counts) =
                         (Arc::clone(block), zeros.clone(), samples.clone(), keys.counts.clone());
-                    g.checkpoint(&[&h, &modulation, kv], move |g, inputs| {
+                    g.checkpoint(&[&h, modulation, kv], move |g, inputs| {
                         let modulation = inputs[1].clone();
                         let shared = Shared { modulation, zeros: &zeros, samples: &samples, counts: &counts, eps };
                         block.forward(g, &self.params, &inputs[0], &Key::Tokens(inputs[2].clone()), &shared)
@@ -342,13 +374,20 @@ impl PixArt {
             }
         }
         // Shift and scale of the last norm: the timestep itself on both rows of a table.
-        let twice = g.embed(&t, &rows(&|i| i / 2, 2 * b)?, None, none)?;
+        let twice = g.embed(t, &rows(&|i| i / 2, 2 * b)?, None, none)?;
         let table = g.param(&self.params, self.final_table);
         let last = g.embed(&table, &rows(&|i| i % 2, 2 * b)?, Some(&twice), none)?;
         let last = g.reshape(&last, &[b, 2, c.width])?;
         let h = g.ln_modulate(&h, &last, contracts::ln_modulate::Params { shift: 0, scale: 1, eps })?;
-        let out = self.final_linear.forward(g, &self.params, &h, act::NONE)?;
-        g.unpatchify(&out, c.out_channels, c.patch, grid[0], grid[1], contracts::unpatchify::Params {})
+        let out = match &moments.last {
+            None => self.final_linear.forward(g, &self.params, &h, act::NONE)?,
+            Some((weight, bias)) => {
+                let bf16 = g.precision() == Precision::Bf16;
+                let settings = contracts::gemm::Params { act: act::NONE, gate_row: 0, bf16 };
+                g.gemm(&h, weight, Some(bias), None, None, None, settings)?
+            }
+        };
+        g.unpatchify(&out, moments.channels, c.patch, grid[0], grid[1], contracts::unpatchify::Params {})
     }
 
     fn embed(&self, g: &Graph<'_>, tokens: &Var, pos: &Var) -> Result<Var> {

@@ -133,3 +133,52 @@ fn the_published_sizes() {
         assert!((table[i] - want).abs() < 1e-6, "{i}: {}", table[i]);
     }
 }
+
+/// Timesteps that are embedded together, and the noise alone, give the bits of a forward pass on its own.
+#[test]
+fn steps_made_at_once_keep_their_bits() {
+    for bf16 in [false, true] {
+        let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
+        let mut config = PixArtConfig { sample_size: 8, caption_channels: 10, ..PixArtConfig::plain(2, 24, 3) };
+        config.blocks[1].attn = Spec::new("mha_qk_norm").with("heads", 3.0);
+        let device = Device::cpu();
+        let model = PixArt::random_in(config, &device, 9, bf16).unwrap();
+        let draw = |shape: &[usize], seed: u64| {
+            let mut t = device.empty(shape).unwrap();
+            Philox::new(seed, 0).fill_normal(t.f32s_mut().unwrap());
+            t
+        };
+        let g = Graph::inference(precision);
+        let text = Text::new(&g, &Var::constant(draw(&[2, 5, 10], 1)), None).unwrap();
+        let (keys, x) = (model.keys(&g, &text).unwrap(), Var::constant(draw(&[2, 4, 8, 6], 2)));
+        let times = [999.0, 500.0, 49.95, 0.0];
+        let t = Tensor::from_f32(&device, &[4], &times).unwrap();
+        let [all, noise] = [Outputs::All, Outputs::Noise].map(|outputs| model.moments(&g, &t, None, outputs).unwrap());
+        assert_eq!((all.len(), all.channels(), noise.channels()), (4, 8, 4));
+        for (step, time) in times.into_iter().enumerate() {
+            let one = Tensor::from_f32(&device, &[2], &[time; 2]).unwrap();
+            let alone = model.forward(&g, &x, &one, &keys, None, Run::default()).unwrap().tensor().to_vec().unwrap();
+            let mut seen = Vec::new();
+            let mut watch = |block: usize, _: &Tensor| {
+                seen.push(block);
+                Ok(())
+            };
+            let at = |moments: &Moments, watch: Option<&mut Watch<'_>>| {
+                model
+                    .forward_at(&g, &x, (moments, step), &keys, Run::default(), watch)
+                    .unwrap()
+                    .tensor()
+                    .to_vec()
+                    .unwrap()
+            };
+            assert!(at(&all, Some(&mut watch)) == alone, "step {step}, bf16 {bf16}");
+            assert_eq!(seen, [0, 1]);
+            let noise = at(&noise, None);
+            // Channels 0 to 3 of 8, of two samples of 48 pixels.
+            let want: Vec<f32> = alone.chunks(8 * 48).flat_map(|sample| sample[..4 * 48].to_vec()).collect();
+            assert!(noise == want, "step {step}, bf16 {bf16}");
+        }
+        let beyond = model.forward_at(&g, &x, (&all, 4), &keys, Run::default(), None).unwrap_err().to_string();
+        assert!(beyond.contains("beyond the timesteps that were made; is 4; must be below 4"), "{beyond}");
+    }
+}

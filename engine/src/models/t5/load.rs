@@ -60,7 +60,14 @@ fn examine(path: &Path) -> Result<(T5Config, Box<dyn Source>)> {
 /// # Errors
 /// As [`load`].
 pub fn plan_memory(path: &Path, bf16: bool, residence: Residence) -> Result<usize> {
-    let (config, _) = examine(path)?;
+    memory_of(&examine(path)?.0, bf16, residence)
+}
+
+/// As [`plan_memory`], of an encoder of given sizes.
+///
+/// # Errors
+/// Sizes that cannot be.
+pub fn memory_of(config: &T5Config, bf16: bool, residence: Residence) -> Result<usize> {
     let whole = T5::build(config.clone(), &Device::dry(), (&Device::dry(), 0, Scheme::Unset), true)?;
     let held =
         |name: &str, len: usize| len * if bf16 && !is_exact(name) && !name.ends_with("norm.weight") { 2 } else { 4 };

@@ -8,7 +8,7 @@ mod charsmap;
 mod load;
 mod tokenizer;
 
-pub use load::{Residence, load, plan_memory};
+pub use load::{Residence, load, memory_of, plan_memory};
 pub use tokenizer::{Encoded, Tokenizer};
 
 use crate::autograd::{Graph, ParamId, ParamStore, Precision, Var};

@@ -19,6 +19,10 @@ use crate::error::{Error, Result};
 use crate::nn::{Builder, Scheme};
 use crate::tensor::{Device, MemoryPlan, Tensor};
 use layers::{Attention, Before, Conv, Norm, Resnet, Run, channels_first, channels_last};
+use std::fmt;
+
+/// Is shown what a layer, by its name in files, makes of a picture.
+type Seen<'s> = dyn FnMut(fmt::Arguments<'_>, &Tensor) -> Result<()> + 's;
 
 /// Sizes of an autoencoder.
 #[derive(Clone, Debug, PartialEq)]
@@ -308,32 +312,59 @@ impl Vae {
                 device.trim();
             };
             let each = c.latent * h * w;
-            let mut x = channels_last(&one(latents, image, each, [c.latent, h, w])?)?;
-            if let Some(quant) = &half.quant {
-                x = quant.plain(run, &x, false)?;
-            }
-            x = half.first.forward(run, &x, Before::Nothing)?;
-            x = half.middle.forward(run, x)?;
-            step();
-            for (resnets, change) in &half.levels {
-                for resnet in resnets {
-                    x = resnet.forward(run, x)?;
-                }
-                if let Some(change) = change {
-                    x = change.forward(run, &x, Before::Upsample)?;
-                }
-                step();
-            }
-            let x = half.last.forward(run, &x, Before::Norm(&half.norm))?;
-            let picture = channels_first(&x)?;
-            finite("vae: picture", &picture)?;
+            let latent = one(latents, image, each, [c.latent, h, w])?;
+            let picture = self.picture(run, &latent, &mut step, &mut |_, _| Ok(()))?;
             if !device.is_dry() {
-                let (first, picture) = (image * picture.len(), picture.values()?);
-                out.edit(|out| out[first..][..picture.len()].copy_from_slice(&picture))?;
+                let values = picture.values()?;
+                if let Some(value) = values.iter().find(|v| !v.is_finite()) {
+                    return Err(self.find_fault(run, &latent, *value));
+                }
+                out.edit(|out| out[image * values.len()..][..values.len()].copy_from_slice(&values))?;
+            }
+        }
+        Ok(out)
+    }
+
+    /// The picture `[1, 3, f·h, f·w]` of one latent; `step` is called after each part, `seen` shown what every layer
+    /// makes.
+    fn picture(&self, run: Run<'_>, latent: &Tensor, step: &mut dyn FnMut(), seen: &mut Seen<'_>) -> Result<Tensor> {
+        let half = &self.decoder;
+        let mut x = channels_last(latent)?;
+        if let Some(quant) = &half.quant {
+            x = quant.plain(run, &x, false)?;
+        }
+        x = half.first.forward(run, &x, Before::Nothing)?;
+        seen(format_args!("decoder.conv_in"), &x)?;
+        x = half.middle.forward(run, x)?;
+        seen(format_args!("decoder.mid_block"), &x)?;
+        step();
+        for (level, (resnets, change)) in half.levels.iter().enumerate() {
+            for (layer, resnet) in resnets.iter().enumerate() {
+                x = resnet.forward(run, x)?;
+                seen(format_args!("decoder.up_blocks.{level}.resnets.{layer}"), &x)?;
+            }
+            if let Some(change) = change {
+                x = change.forward(run, &x, Before::Upsample)?;
+                seen(format_args!("decoder.up_blocks.{level}.upsamplers.0"), &x)?;
             }
             step();
         }
-        Ok(out)
+        let x = half.last.forward(run, &x, Before::Norm(&half.norm))?;
+        let picture = channels_first(&x)?;
+        step();
+        Ok(picture)
+    }
+
+    /// Says which layer the first value that is not finite comes from, by decoding again and looking.
+    fn find_fault(&self, run: Run<'_>, latent: &Tensor, value: f32) -> Error {
+        let found = finite("vae: latents", latent).and_then(|()| {
+            let seen = &mut |layer: fmt::Arguments<'_>, x: &Tensor| finite(&format!("vae: {layer}"), x);
+            self.picture(run, latent, &mut || {}, seen)
+        });
+        match found {
+            Err(e) => e,
+            Ok(_) => not_finite("vae: decoder.conv_out", value),
+        }
     }
 
     /// Mean and log variance `[B, C, h, w]` of the network's latents of pictures `[B, 3, f·h, f·w]`; log variances are
@@ -414,11 +445,15 @@ fn finite(what: &str, x: &Tensor) -> Result<()> {
     }
     match x.values()?.iter().find(|v| !v.is_finite()) {
         None => Ok(()),
-        Some(value) => Err(Error::failure(what, "result is not finite")
-            .is(value)
-            .must("finite")
-            .fix("check the latents; use f32 or bf16, which 16-bit floats of 5 exponent bits do not replace")),
+        Some(value) => Err(not_finite(what, *value)),
     }
+}
+
+fn not_finite(what: &str, value: f32) -> Error {
+    Error::failure(what, "result is not finite")
+        .is(value)
+        .must("finite")
+        .fix("check the weights and latents; use f32 or bf16, which 16-bit floats of 5 exponent bits do not replace")
 }
 
 #[cfg(test)]
@@ -470,6 +505,22 @@ mod tests {
                 again.f32s().unwrap().iter().zip(mean.f32s().unwrap()).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
             assert!(worst <= 2e-5, "{strip}: {worst}");
         }
+    }
+
+    /// A weight that overflows in the middle is found there, not in the picture.
+    #[test]
+    fn a_layer_that_is_not_finite_is_named() {
+        let mut vae = small();
+        let id = vae.params.find("decoder.up_blocks.1.resnets.0.conv2.bias").unwrap();
+        let mut value = vae.params.get(id).value.copy().unwrap();
+        value.f32s_mut().unwrap()[3] = f32::INFINITY;
+        vae.params.set(id, value).unwrap();
+        let message = |latent: f32| {
+            let latents = Tensor::from_f32(&vae.device(), &[1, 4, 2, 2], &[latent; 16]).unwrap();
+            vae.decode(&latents, Precision::F32, &mut |_, _| {}).unwrap_err().to_string()
+        };
+        assert!(message(0.1).starts_with("vae: decoder.up_blocks.1.resnets.0: result is not finite; is inf"));
+        assert!(message(f32::NAN).starts_with("vae: latents: result is not finite; is NaN"));
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub fn recognisable(site: Site) -> Vec<&'static str> {
 
 /// An operator without values, and the shapes of its tensors.
 fn blank(kind: &Kind, spec: &Spec, dims: BlockDims) -> Option<(Box<dyn Operator>, Shapes)> {
-    let (mut params, device) = (ParamStore::default(), Device::cpu());
+    let (mut params, device) = (ParamStore::default(), Device::dry());
     // An operator that cannot take these sizes is not the one that was found.
     let operator = build(spec, kind.site, dims, &mut Builder::new(&mut params, &device, 0, Scheme::Unset)).ok()?;
     let shapes = params.iter().map(|(_, p)| (p.name.clone(), p.value.shape().dims().to_vec())).collect();
