@@ -120,17 +120,53 @@ pub struct Encoding<'e> {
 }
 
 impl Encoding<'_> {
+    /// Loads tokenizer and text encoder.
+    ///
+    /// # Errors
+    /// A part that is missing or does not load, or parts that do not belong together.
+    pub fn open(&self) -> Result<Encoder> {
+        let (encoder, tokenizer) = self.components.text()?;
+        let tokenizer = Tokenizer::open(tokenizer)?;
+        let bf16 = self.run.dtype == Dtype::Bf16;
+        let model = t5::load(encoder, &self.run.device()?, bf16, self.residence)?;
+        if tokenizer.size() > model.config.vocabulary {
+            return Err(Error::failure("text encoder", "smaller than the tokenizer's vocabulary")
+                .is(model.config.vocabulary)
+                .must(format!("at least {}", tokenizer.size()))
+                .fix("use the tokenizer that belongs to it"));
+        }
+        let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
+        Ok(Encoder { tokenizer, model, most: self.most, compat: self.compat, precision })
+    }
+
+    /// As [`Encoder::encode`], with an encoder that is forgotten afterwards.
+    ///
+    /// # Errors
+    /// As [`Encoding::open`] and [`Encoder::encode`].
+    pub fn encode(&self, prompts: &[String], negatives: &[String]) -> Result<Texts> {
+        self.open()?.encode(prompts, negatives)
+    }
+}
+
+/// A text encoder with its tokenizer.
+pub struct Encoder {
+    tokenizer: Tokenizer,
+    model: t5::T5,
+    most: usize,
+    compat: Compat,
+    precision: Precision,
+}
+
+impl Encoder {
     /// Encodes prompts and their negative prompts, where an empty one is the null text; each different text once. Says
     /// what did not fit.
     ///
     /// # Errors
-    /// A part that is missing or does not load.
+    /// When memory runs out, or a layer that streams cannot be read.
     pub fn encode(&self, prompts: &[String], negatives: &[String]) -> Result<Texts> {
-        let (encoder, tokenizer) = self.components.text()?;
-        let tokenizer = Tokenizer::open(tokenizer)?;
         let mut jobs: Vec<Tokens> = Vec::new();
         let mut job = |text: &str, padded: bool| -> usize {
-            let encoded = tokenizer.encode_at_most(&self.compat.clean(text), self.most);
+            let encoded = self.tokenizer.encode_at_most(&self.compat.clean(text), self.most);
             if let Some(cut) = &encoded.cut {
                 eprintln!("note: the prompt is longer than {} tokens; not read: {cut:?}", self.most);
             }
@@ -145,17 +181,7 @@ impl Encoding<'_> {
         let masked = |text: &String| self.compat == Compat::Official && text.is_empty();
         let of_nulls: Vec<(usize, bool)> =
             negatives.iter().map(|text| (job(text, masked(text)), masked(text))).collect();
-        let bf16 = self.run.dtype == Dtype::Bf16;
-        let device = self.run.device()?;
-        let model = t5::load(encoder, &device, bf16, self.residence)?;
-        if tokenizer.size() > model.config.vocabulary {
-            return Err(Error::failure("text encoder", "smaller than the tokenizer's vocabulary")
-                .is(model.config.vocabulary)
-                .must(format!("at least {}", tokenizer.size()))
-                .fix("use the tokenizer that belongs to it"));
-        }
-        let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
-        let features = model.encode(&jobs, precision)?;
+        let features = self.model.encode(&jobs, self.precision)?;
         let prompts: Vec<Tensor> = of_prompts.iter().map(|&job| features[job].clone()).collect();
         let nulls = of_nulls.iter().zip(&prompts).map(|(&(job, masked), prompt)| match masked {
             false => Ok(features[job].clone()),

@@ -3,11 +3,12 @@
 use super::assemble::Stage as ModelStage;
 use super::distill::HELD_OUT_LOG;
 use super::evaluate::{Evaluated, Evaluation};
+use super::fidelity;
 use super::run::RunFolder;
 use super::summary::{Summary, read_log};
 use crate::error::Result;
 use crate::report::chart::{LineChart, Series};
-use crate::report::graft_run::{Cost, Figure, GraftRun, SiteResidual, Stage, Unit};
+use crate::report::graft_run::{Cost, Figure, GraftRun, SiteResidual, Stage, Table, Unit};
 use crate::train::trainer::LOSS_LOG;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -46,7 +47,7 @@ pub fn page(run: &RunFolder, summary: &Summary, evaluation: &Evaluation) -> Resu
             })
             .collect(),
         curves: curves(run)?,
-        tables: Vec::new(),
+        tables: tables(evaluation),
         plan: run.plan.text().to_string(),
         facts: facts(run, summary, evaluation),
     })
@@ -58,7 +59,21 @@ fn stage(s: &Evaluated, summary: &Summary) -> Stage {
         "finetuned" => format!("the whole model is trained on: {} updates", summary.finetune.map_or(0, |f| f.steps)),
         _ => "as it was pretrained".to_string(),
     };
-    Stage { name: s.name.clone(), note, samples: Some(s.sheet.clone()), score: s.score }
+    Stage { name: s.name.clone(), note, samples: (!s.sheet.is_empty()).then(|| s.sheet.clone()), score: s.score }
+}
+
+/// How near the stages of a model that reads text are to the base.
+fn tables(evaluation: &Evaluation) -> Vec<Table> {
+    let rows: Vec<Vec<String>> = evaluation.stages.iter().filter_map(fidelity::row).collect();
+    let Some(first) = evaluation.stages.iter().find_map(|s| s.fidelity) else { return Vec::new() };
+    let caption = format!(
+        "On pairs that were kept back: mean diffusion loss of {} noised latents; distance of the predicted noise, and \
+         of {} samples with the same prompts and seeds, to those of the base model, relative to their size: 0 is the \
+         base itself.",
+        first.questions, first.samples
+    );
+    let header = fidelity::HEADER.map(str::to_owned).to_vec();
+    vec![Table { title: "Nearness to the base model".into(), caption, header, rows }]
 }
 
 fn costs(summary: &Summary, evaluation: &Evaluation) -> Vec<Cost> {

@@ -8,6 +8,7 @@ use super::plan::Assignment;
 use crate::error::{Error, Result};
 use crate::io::jsonl::{self, JsonLog};
 use crate::io::{atomic, files};
+use crate::models::sites::SiteModel;
 use crate::train::checkpoint::{self, CHECKPOINT, LOSS_LOG};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -97,7 +98,13 @@ pub(super) fn begun(stage: &Path) -> Result<Vec<usize>> {
 ///
 /// # Errors
 /// A part that is missing, not finished, in use, or of another run: nothing is written then.
-pub(super) fn gather(whole: &mut Distiller<'_>, stage: &Path, of: usize, steps: u64, run: &str) -> Result<()> {
+pub(super) fn gather<M: SiteModel>(
+    whole: &mut Distiller<'_, M>,
+    stage: &Path,
+    of: usize,
+    steps: u64,
+    run: &str,
+) -> Result<()> {
     let parts: Vec<Part> = (0..of).map(|index| Part { index, of }).collect();
     let mut locks = Vec::new();
     for part in &parts {

@@ -27,7 +27,7 @@ use super::text::SourceText;
 use crate::autograd::ParamStore;
 use crate::error::{Error, Result};
 use crate::io::files;
-use crate::models::dit::DitConfig;
+use crate::models::sites::SiteConfig;
 use crate::nn::operators::{self, BlockDims, Operator, OptionValue, REGISTRY, Site, Spec};
 use crate::nn::{Builder, Scheme};
 use crate::tensor::Device;
@@ -207,14 +207,14 @@ impl Plan {
     /// # Errors
     /// A layer that the base does not have, a site that two grafts claim, an operator that cannot take the base's
     /// sizes or has nothing to take from the teacher, or layers that the base model has yet to decide.
-    pub fn resolve(&self, base: &DitConfig) -> Result<Vec<Assignment>> {
+    pub fn resolve<C: SiteConfig>(&self, base: &C) -> Result<Vec<Assignment>> {
         let mut sites: BTreeMap<(usize, Site), Assignment> = BTreeMap::new();
         for graft in &self.grafts {
             let (start, span) = (*graft.start.get_ref(), graft.start.span());
             let spec = match graft.site {
                 Site::BlockPair => graft.operator.get_ref().clone(),
                 _ => {
-                    let operator = operator(graft.operator.get_ref(), graft.site, base.block_dims())
+                    let operator = operator(graft.operator.get_ref(), graft.site, base.dims())
                         .map_err(|e| e.context(self.source.place(&graft.operator.span())))?;
                     if start == Start::Teacher && operator.teacher_names().is_empty() {
                         let kind = &graft.operator.get_ref().kind;
@@ -227,9 +227,12 @@ impl Plan {
                 }
             };
             for (block, span) in self.layers(graft, graft.site.count(base.depth()))? {
-                if graft.site == Site::BlockPair && base.pairs.contains(&block) {
-                    let problem = format!("pair {block} of the base runs in parallel already");
-                    return Err(self.source.error(&span, problem).must("a pair that runs in sequence"));
+                if graft.site == Site::BlockPair {
+                    if base.pairs().contains(&block) {
+                        let problem = format!("pair {block} of the base runs in parallel already");
+                        return Err(self.source.error(&span, problem).must("a pair that runs in sequence"));
+                    }
+                    base.clone().add_pair(block).map_err(|e| e.context(self.source.place(&span)))?;
                 }
                 let assignment = Assignment { block, site: graft.site, spec: spec.clone(), start, loss: graft.loss };
                 if let Some(first) = sites.insert((*assignment.blocks().end(), graft.site), assignment) {
@@ -404,6 +407,7 @@ pub(super) fn operator(spec: &Spec, site: Site, dims: BlockDims) -> Result<Box<d
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::models::dit::DitConfig;
 
     /// A plan for tests: `grafts` is the text of its `[[graft]]` tables and of what follows.
     pub fn plan(grafts: &str) -> Result<Plan> {

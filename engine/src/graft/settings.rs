@@ -255,7 +255,7 @@ pub struct LoraConfig {
     /// The addition is scaled by alpha over rank; equal to the rank where not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alpha: Option<f64>,
-    /// Layers, by the ends of their names; [`super::finetune::DEFAULT_MODULES`] where none is given.
+    /// Layers, by the ends of their names; [`crate::models::sites::SiteModel::ADAPTED`] where none is given.
     pub modules: Vec<String>,
     /// Grafted operators train in full; otherwise they get adapters like the rest.
     pub train_grafts: bool,

@@ -8,13 +8,47 @@ use graft_kernels::rng::Philox;
 /// Base of the random streams that shuffle epochs.
 const SHUFFLE_STREAMS: u64 = 1 << 40;
 
-/// Shuffled passes over a data set, addressed by step: the same seed gives the same batches, whatever ran before.
-pub struct Batches<'d> {
-    data: &'d ImageSet,
+/// Shuffled passes over `n` examples, addressed by step: the same seed gives the same batches, whatever ran before.
+pub struct Order {
     batch: usize,
     seed: u64,
     epoch: Option<u64>,
     order: Vec<u32>,
+}
+
+impl Order {
+    /// Batches of `batch` examples; the last, incomplete one of an epoch is left out.
+    ///
+    /// # Errors
+    /// When there are fewer examples than a batch, or the batch is empty.
+    pub fn new(n: usize, batch: usize, seed: u64) -> Result<Order> {
+        if batch == 0 || batch > n {
+            return Err(Error::usage("batch", "does not fit the data set").is(batch).must(format!("1 to {n}")));
+        }
+        Ok(Order { batch, seed, epoch: None, order: (0..n as u32).collect() })
+    }
+
+    /// Steps in an epoch.
+    pub fn per_epoch(&self) -> u64 {
+        (self.order.len() / self.batch) as u64
+    }
+
+    /// The examples of a step.
+    pub fn at(&mut self, step: u64) -> &[u32] {
+        let (epoch, within) = (step / self.per_epoch(), (step % self.per_epoch()) as usize);
+        if self.epoch != Some(epoch) {
+            (0..).zip(&mut self.order).for_each(|(i, slot)| *slot = i);
+            Philox::new(self.seed, SHUFFLE_STREAMS + epoch).shuffle(&mut self.order);
+            self.epoch = Some(epoch);
+        }
+        &self.order[within * self.batch..][..self.batch]
+    }
+}
+
+/// Shuffled passes over a data set of images.
+pub struct Batches<'d> {
+    data: &'d ImageSet,
+    order: Order,
 }
 
 /// Images in [−1, 1] and labels.
@@ -31,15 +65,12 @@ impl<'d> Batches<'d> {
     /// # Errors
     /// When the data set has fewer images than a batch, or the batch is empty.
     pub fn new(data: &'d ImageSet, batch: usize, seed: u64) -> Result<Self> {
-        if batch == 0 || batch > data.n {
-            return Err(Error::usage("batch", "does not fit the data set").is(batch).must(format!("1 to {}", data.n)));
-        }
-        Ok(Batches { data, batch, seed, epoch: None, order: (0..data.n as u32).collect() })
+        Ok(Batches { data, order: Order::new(data.n, batch, seed)? })
     }
 
     /// Steps in an epoch.
     pub fn per_epoch(&self) -> u64 {
-        (self.data.n / self.batch) as u64
+        self.order.per_epoch()
     }
 
     /// The batch of a step.
@@ -47,14 +78,7 @@ impl<'d> Batches<'d> {
     /// # Errors
     /// When memory runs out.
     pub fn get(&mut self, device: &Device, step: u64) -> Result<Batch> {
-        let (epoch, within) = (step / self.per_epoch(), (step % self.per_epoch()) as usize);
-        if self.epoch != Some(epoch) {
-            (0..).zip(&mut self.order).for_each(|(i, slot)| *slot = i);
-            Philox::new(self.seed, SHUFFLE_STREAMS + epoch).shuffle(&mut self.order);
-            self.epoch = Some(epoch);
-        }
-        let chosen = &self.order[within * self.batch..][..self.batch];
-        images(device, self.data, chosen)
+        images(device, self.data, self.order.at(step))
     }
 }
 

@@ -6,7 +6,9 @@
 pub mod batches;
 pub mod checkpoint;
 pub mod config;
+pub mod examples;
 pub mod objective;
 pub mod optimizer;
+pub mod pairs;
 pub mod teacher;
 pub mod trainer;

@@ -1,15 +1,14 @@
 //! The training loop: one diffusion step after another, with checkpoints, a loss log and a word to the caller.
 
-use super::batches::Batches;
 use super::checkpoint::Home;
 pub use super::checkpoint::{CHECKPOINT, LOSS_LOG};
-use super::objective::{diffusion_loss, noise_batch};
+use super::examples::{Draw, Examples, Stream};
+use super::objective::diffusion_loss;
 use super::optimizer::{AdamW, AdamWSettings};
 use super::teacher::{Teacher, Terms, taught_loss};
 use crate::autograd::{Graph, Precision};
 use crate::error::{Error, Result};
-use crate::io::datasets::ImageSet;
-use crate::models::dit::{Dit, Run};
+use crate::models::sites::SiteModel;
 use crate::sample::schedule::Schedule;
 use crate::tensor::Device;
 use serde::Serialize;
@@ -57,32 +56,32 @@ pub struct Progress {
 }
 
 /// A model in training.
-pub struct Trainer {
+pub struct Trainer<M: SiteModel> {
     /// The model; its parameters are the raw, not the averaged ones.
-    pub model: Dit,
+    pub model: M,
     /// Who adds terms to the loss.
-    pub teacher: Option<Teacher>,
+    pub teacher: Option<Teacher<M>>,
     optimiser: AdamW,
     settings: LoopSettings,
     schedule: Schedule,
     home: Option<Home>,
 }
 
-impl Trainer {
+impl<M: SiteModel> Trainer<M> {
     /// A trainer in a run folder, resumed from its checkpoint where there is one. `fingerprint` tells runs apart.
     ///
     /// # Errors
     /// A folder that cannot be written or that another process uses, or a checkpoint of another run.
     pub fn open(
-        model: Dit,
+        model: M,
         optimiser: AdamWSettings,
         settings: LoopSettings,
         folder: &Path,
         fingerprint: String,
-    ) -> Result<Trainer> {
+    ) -> Result<Trainer<M>> {
         let home = Home::open(folder, fingerprint)?;
         let mut trainer = Trainer::homeless(model, optimiser, settings)?;
-        home.restore(&mut [(&mut trainer.model.params, &mut trainer.optimiser)])?;
+        home.restore(&mut [(trainer.model.params_mut(), &mut trainer.optimiser)])?;
         Ok(Trainer { home: Some(home), ..trainer })
     }
 
@@ -90,8 +89,8 @@ impl Trainer {
     ///
     /// # Errors
     /// Settings out of range, or too little memory.
-    pub fn homeless(model: Dit, optimiser: AdamWSettings, settings: LoopSettings) -> Result<Trainer> {
-        let optimiser = AdamW::new(optimiser, &model.params)?;
+    pub fn homeless(model: M, optimiser: AdamWSettings, settings: LoopSettings) -> Result<Trainer<M>> {
+        let optimiser = AdamW::new(optimiser, model.params())?;
         Ok(Trainer { model, teacher: None, optimiser, settings, schedule: Schedule::default(), home: None })
     }
 
@@ -109,19 +108,19 @@ impl Trainer {
     ///
     /// # Errors
     /// A loss that is not finite (the last good checkpoint stays), or a full disk.
-    pub fn run(&mut self, data: &ImageSet, report: &mut dyn FnMut(&Progress) -> ControlFlow<()>) -> Result<()> {
-        let mut batches = Batches::new(data, self.settings.batch, self.settings.seed)?;
+    pub fn run(&mut self, data: &dyn Examples<M>, report: &mut dyn FnMut(&Progress) -> ControlFlow<()>) -> Result<()> {
+        let mut batches = data.stream(self.settings.batch, self.settings.seed)?;
         let mut log = match &self.home {
             Some(home) => home.loss_log(self.optimiser.step)?,
             None => return Err(Error::failure("training", "no run folder").must("a trainer that was opened in one")),
         };
         while self.optimiser.step < self.settings.steps {
-            let progress = self.update(&mut batches)?;
+            let progress = self.update(batches.as_mut())?;
             log.append(&progress)?;
             let stop = report(&progress).is_break();
             if stop || progress.step % self.settings.checkpoint_every == 0 || progress.step == self.settings.steps {
                 let home = self.home.as_ref();
-                home.map_or(Ok(()), |home| home.save([(&self.model.params, &self.optimiser)]))?;
+                home.map_or(Ok(()), |home| home.save([(self.model.params(), &self.optimiser)]))?;
             }
             if stop {
                 break;
@@ -134,19 +133,19 @@ impl Trainer {
     ///
     /// # Errors
     /// A loss or gradient that is not finite, naming the step: nothing is changed then.
-    pub fn update(&mut self, batches: &mut Batches<'_>) -> Result<Progress> {
+    pub fn update(&mut self, batches: &mut dyn Stream<M>) -> Result<Progress> {
         let start = Instant::now();
         let (s, step) = (&self.settings, self.optimiser.step);
-        let device = self.model.device().clone();
-        let batch = batches.get(&device, step)?;
-        let null = self.model.config.classes as i32;
-        let noised = noise_batch(&device, &self.schedule, &batch, null, s.label_dropout, s.seed, step)?;
-        let run = Run { checkpoint: s.activation_checkpointing, ..Run::default() };
+        let (schedule, dropout) = (&self.schedule, s.label_dropout);
+        let noised = batches.noised(&self.model, &Draw { schedule, dropout, seed: s.seed, place: step, step })?;
+        let checkpoint = s.activation_checkpointing;
         let (loss, terms, grads) = {
             let g = Graph::training(s.precision);
             let (loss, terms) = match &self.teacher {
-                Some(teacher) => taught_loss(&g, &self.model, &noised, run, teacher).map(|(l, terms)| (l, Some(terms))),
-                None => diffusion_loss(&g, &self.model, &noised, run).map(|loss| (loss, None)),
+                Some(teacher) => {
+                    taught_loss(&g, &self.model, &noised, checkpoint, teacher).map(|(l, terms)| (l, Some(terms)))
+                }
+                None => diffusion_loss(&g, &self.model, &noised, checkpoint).map(|loss| (loss, None)),
             }?;
             let value = f64::from(loss.tensor().values()?[0]);
             if !value.is_finite() {
@@ -158,7 +157,7 @@ impl Trainer {
             (value, terms, g.backward(&loss)?)
         };
         let lr = self.optimiser.settings.lr_at(step, s.steps);
-        let grad_norm = self.optimiser.update(&mut self.model.params, &grads, lr)?;
+        let grad_norm = self.optimiser.update(self.model.params_mut(), &grads, lr)?;
         let seconds = start.elapsed().as_secs_f64();
         Ok(Progress {
             step: step + 1,
@@ -175,14 +174,15 @@ impl Trainer {
     ///
     /// # Errors
     /// When memory runs out.
-    pub fn averaged(&self) -> Result<Dit> {
+    pub fn averaged(&self) -> Result<M> {
         // Every parameter is replaced, so none needs memory of its own.
-        let mut model = Dit::unset(self.model.config.clone(), &Device::dry())?;
-        model.params = self.model.params.duplicate();
+        let mut model = M::unset(self.model.config().clone(), &Device::dry())?;
+        *model.params_mut() = self.model.params().duplicate();
         for slot in self.optimiser.slots() {
             if let Some(ema) = &slot.ema {
-                let shape = model.params.get(slot.id).value.shape();
-                model.params.set(slot.id, ema.copy()?.into_shape(shape.dims())?)?;
+                let params = model.params_mut();
+                let shape = params.get(slot.id).value.shape();
+                params.set(slot.id, ema.copy()?.into_shape(shape.dims())?)?;
             }
         }
         Ok(model)

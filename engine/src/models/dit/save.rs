@@ -1,17 +1,11 @@
 //! Saving: the diffusers folder, or the names of the original in a folder of the same kind.
 
-use super::load::{OPERATORS_KEY, PAIRS_KEY};
+use super::load::PAIRS_KEY;
 use super::names::{Layout, POSITIONS, diffusers_copies, diffusers_parts};
 use super::{Dit, DitConfig, position_table};
 use crate::error::Result;
-use crate::io::dtype::FileDtype;
-use crate::io::safetensors::{self, TensorRecord};
-use crate::io::{atomic, json};
-use crate::nn::operators::Site;
-use crate::tensor::{DType, Tensor};
-use half::bf16;
+use crate::models::folder::{self, Named, values};
 use serde_json::{Value, json};
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -23,10 +17,6 @@ pub enum SaveAs {
     /// bfloat16, half the size.
     Bf16,
 }
-
-/// Name, shape and values of a tensor to be saved. Values that are f32 already are borrowed: a large model is not held
-/// twice while it is written.
-type Named<'m> = (String, Vec<usize>, Cow<'m, [f32]>);
 
 /// Writes `config.json` and `diffusion_pytorch_model.safetensors` to `folder`, in diffusers' names (its copies of the
 /// embedders included, so that it can load a plain model). Operators and `extra` go to the metadata.
@@ -45,56 +35,32 @@ pub(super) fn save_in(
     dtype: SaveAs,
     extra: &BTreeMap<String, String>,
 ) -> Result<()> {
-    atomic::ensure_writable_dir(folder)?;
     let c = &model.config;
     let tensors = match layout {
         Layout::Original => original(model)?,
         Layout::Diffusers => diffusers(model)?,
     };
-    let specs: Vec<_> = (0..c.depth())
-        .map(|i| {
-            let spec = |site| model.operator(i, site).map(|o| o.spec());
-            json!({ "attn": spec(Site::Attn), "mlp": spec(Site::Mlp) })
-        })
-        .collect();
     let mut metadata = extra.clone();
     metadata.insert("format".into(), "pt".into());
-    metadata.insert(OPERATORS_KEY.into(), json!(specs).to_string());
+    metadata.insert(folder::OPERATORS_KEY.into(), folder::operators(model));
     metadata.remove(PAIRS_KEY);
     if !c.pairs.is_empty() {
         metadata.insert(PAIRS_KEY.into(), json!(c.pairs).to_string());
     }
-    let records = tensors.iter().map(|(name, shape, values)| match dtype {
-        SaveAs::Bf16 if !is_positions(name) => {
-            let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-            TensorRecord {
-                name: name.clone(),
-                dtype: FileDtype::Bf16,
-                shape: shape.clone(),
-                bytes: Cow::Owned(bytemuck::cast_slice(&rounded).to_vec()),
-            }
-        }
-        _ => TensorRecord::f32(name.clone(), shape, &values[..]),
+    let records = tensors.iter().map(|named| match is_positions(&named.0) {
+        true => folder::record(named, SaveAs::F32),
+        false => folder::record(named, dtype),
     });
     let (file, config) = match layout {
         Layout::Original => ("model.safetensors", original_config(c)),
         Layout::Diffusers => ("diffusion_pytorch_model.safetensors", diffusers_config(c)),
     };
-    safetensors::write(&folder.join(file), records, &metadata)?;
-    // Last, so that a folder with a configuration is a complete one.
-    json::write(&folder.join("config.json"), &config)
+    folder::write(folder, file, records, &metadata, &config)
 }
 
 /// Whether a tensor is the fixed position table, which is never rounded.
 pub(super) fn is_positions(name: &str) -> bool {
     name == "pos_embed" || name == POSITIONS
-}
-
-fn values(tensor: &Tensor) -> Result<Cow<'_, [f32]>> {
-    Ok(match tensor.dtype() {
-        DType::F32 => tensor.values()?,
-        _ => Cow::Owned(tensor.to_vec()?),
-    })
 }
 
 fn original(model: &Dit) -> Result<Vec<Named<'_>>> {
@@ -107,21 +73,13 @@ fn diffusers(model: &Dit) -> Result<Vec<Named<'_>>> {
     let mut tensors: Vec<Named<'_>> = Vec::new();
     for (_, param) in model.params.iter() {
         let mut parts = diffusers_parts(&param.name);
-        let mut shape = param.value.shape().dims().to_vec();
-        let values = values(&param.value)?;
         if parts.is_empty() {
-            if *values == position_table(c.grid(), c.width) {
+            if *values(&param.value)? == position_table(c.grid(), c.width) {
                 continue;
             }
             parts.push(POSITIONS.to_string());
         }
-        shape[0] /= parts.len();
-        let chunk = (values.len() / parts.len()).max(1);
-        let values: Vec<Cow<'_, [f32]>> = match values {
-            Cow::Borrowed(all) => all.chunks(chunk).map(Cow::Borrowed).collect(),
-            Cow::Owned(all) => all.chunks(chunk).map(|part| Cow::Owned(part.to_vec())).collect(),
-        };
-        tensors.extend(parts.into_iter().zip(values).map(|(name, values)| (name, shape.clone(), values)));
+        tensors.extend(folder::split(parts, &param.value)?);
     }
     for (copy, original) in diffusers_copies(c) {
         let found = tensors.iter().find(|(name, ..)| *name == original).map(|(_, s, v)| (s.clone(), v.clone()));

@@ -7,6 +7,8 @@ mod block;
 mod config;
 mod load;
 mod names;
+mod save;
+mod sites;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -14,6 +16,8 @@ mod text;
 pub use config::PixArtConfig;
 pub use load::{describe, is_pixart, load};
 pub use names::{Layout, diffusers_parts, from_diffusers};
+pub use save::{SaveAs, save};
+pub use sites::TextCondition;
 pub use text::{Keys, Text};
 
 use super::fill::is_product;
@@ -21,6 +25,7 @@ use super::positions;
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::models::dit::FREQUENCIES;
+use crate::models::sites::Observer;
 use crate::nn::operators::{Operator, Site};
 use crate::nn::{Builder, Init, Linear, Scheme};
 use crate::ops::{act, contracts, sinusoid};
@@ -57,6 +62,16 @@ pub struct Run {
 
 /// Sees the residual stream `[B, N, D]` after a block.
 pub type Watch<'w> = dyn FnMut(usize, &Tensor) -> Result<()> + 'w;
+
+/// Who looks on while a forward pass runs.
+enum Look<'l, 'w> {
+    /// Nobody.
+    Nobody,
+    /// Sees the stream after every block.
+    Blocks(&'l mut Watch<'w>),
+    /// Is shown every site.
+    Sites(&'l mut Observer<'w>),
+}
 
 /// Size and aspect ratio that PixArt-α at 1024 pixels is told.
 #[derive(Clone, Debug)]
@@ -253,7 +268,23 @@ impl PixArt {
         run: Run,
         watch: &mut Watch<'_>,
     ) -> Result<Var> {
-        self.run(g, x, t, keys, micro, run, Some(watch))
+        self.run(g, x, t, keys, micro, run, Look::Blocks(watch))
+    }
+
+    /// As [`PixArt::forward`], and shows every site to `observer`; nothing is then computed twice.
+    ///
+    /// # Errors
+    /// As [`PixArt::forward`], and those of the observer.
+    pub fn forward_observed<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        x: &Var,
+        t: &Tensor,
+        keys: &Keys,
+        micro: Option<&MicroConditions>,
+        observer: &mut Observer<'_>,
+    ) -> Result<Var> {
+        self.run(g, x, t, keys, micro, Run::default(), Look::Sites(observer))
     }
 
     /// Predicts noise (and variance values where the model has them).
@@ -272,7 +303,7 @@ impl PixArt {
         micro: Option<&MicroConditions>,
         run: Run,
     ) -> Result<Var> {
-        self.run(g, x, t, keys, micro, run, None)
+        self.run(g, x, t, keys, micro, run, Look::Nobody)
     }
 
     fn run<'m>(
@@ -283,7 +314,7 @@ impl PixArt {
         keys: &Keys,
         micro: Option<&MicroConditions>,
         run: Run,
-        mut watch: Option<&mut Watch<'_>>,
+        mut look: Look<'_, '_>,
     ) -> Result<Var> {
         let c = &self.config;
         let shape = x.tensor().shape();
@@ -322,22 +353,26 @@ impl PixArt {
         };
         for (index, (block, key)) in blocks.iter().zip(&keys.blocks).enumerate() {
             h = match key {
-                Key::Tokens(kv) if run.checkpoint && g.is_recording() => {
+                Key::Tokens(kv) if run.checkpoint && g.is_recording() && !matches!(look, Look::Sites(_)) => {
                     let (block, zeros, samples, counts) =
                         (Arc::clone(block), zeros.clone(), samples.clone(), keys.counts.clone());
                     g.checkpoint(&[&h, &modulation, kv], move |g, inputs| {
                         let modulation = inputs[1].clone();
                         let shared = Shared { modulation, zeros: &zeros, samples: &samples, counts: &counts, eps };
-                        block.forward(g, &self.params, &inputs[0], &Key::Tokens(inputs[2].clone()), &shared)
+                        block.forward(g, &self.params, &inputs[0], &Key::Tokens(inputs[2].clone()), &shared, None)
                     })?
                 }
                 key => {
                     let modulation = modulation.clone();
                     let shared = Shared { modulation, zeros: &zeros, samples: &samples, counts: &keys.counts, eps };
-                    block.forward(g, &self.params, &h, key, &shared)?
+                    let observer = match &mut look {
+                        Look::Sites(observer) => Some(observer),
+                        _ => None,
+                    };
+                    block.forward(g, &self.params, &h, key, &shared, observer)?
                 }
             };
-            if let Some(watch) = &mut watch {
+            if let Look::Blocks(watch) = &mut look {
                 watch(index, h.tensor())?;
             }
         }

@@ -1,0 +1,121 @@
+//! The data of a run, and with it the kind of model that it grafts.
+
+use super::choose;
+use super::evaluate::{self, Evaluation};
+use super::plan::Plan;
+use super::run::RunFolder;
+use crate::error::Result;
+use crate::io::datasets::{ImageSet, Split};
+use crate::io::hub;
+use crate::models::dit::{Dit, DitConfig};
+use crate::models::sites::SiteModel;
+use crate::models::{component, pixart};
+use crate::tensor::Device;
+use crate::train::config::DataConfig;
+use crate::train::examples::{Examples, blank_images};
+use std::path::Path;
+
+/// Examples for both stages and for the comparison after them.
+pub trait RunSource: Sized + Sync {
+    /// What they train.
+    type Model: SiteModel;
+
+    /// Reads the data that a plan names.
+    ///
+    /// # Errors
+    /// Data of another kind, or a file that is missing or damaged.
+    fn load(config: &DataConfig) -> Result<Self>;
+
+    /// What both stages train on.
+    fn train(&self) -> &dyn Examples<Self::Model>;
+
+    /// What residuals are measured on.
+    fn held_out(&self) -> &dyn Examples<Self::Model>;
+
+    /// As many blank examples as a batch needs, to rehearse with.
+    fn blank(base: &<Self::Model as SiteModel>::Config, n: usize) -> Box<dyn Examples<Self::Model>>;
+
+    /// As [`choose::choose`].
+    ///
+    /// # Errors
+    /// Those of the choice; layers that are decided by what cannot be measured of this kind of model.
+    fn choose(
+        plan: &Plan,
+        base: &Self::Model,
+        folder: Option<&Path>,
+        data: Option<&Self>,
+        report: &mut choose::Report<'_>,
+    ) -> Result<Option<Plan>>;
+
+    /// Compares the models of a finished run.
+    ///
+    /// # Errors
+    /// A model that cannot be read.
+    fn evaluate(&self, run: &RunFolder, device: &Device, report: &mut evaluate::Report<'_>) -> Result<Evaluation>;
+}
+
+/// Whether the base model of a plan reads text, so that it is grafted on [`super::text_source::TextData`].
+///
+/// # Errors
+/// A base model that cannot be opened.
+pub fn reads_text(plan: &Plan) -> Result<bool> {
+    let found = hub::resolve(&plan.base).and_then(|path| pixart::is_pixart(&component(&path, "transformer")));
+    found.map_err(|e| e.context(plan.name()))
+}
+
+/// Labelled images.
+pub struct RunData {
+    /// What both stages train on.
+    pub train: ImageSet,
+    /// What residuals are measured on.
+    pub held_out: ImageSet,
+}
+
+impl RunData {
+    /// Train and test split of a data set.
+    ///
+    /// # Errors
+    /// An unknown kind, or a file that is missing or damaged.
+    pub fn load(config: &DataConfig) -> Result<RunData> {
+        Ok(RunData { train: config.load(Split::Train)?, held_out: config.load(Split::Test)? })
+    }
+
+    /// Number of classes.
+    pub fn class_count(&self) -> usize {
+        self.train.class_names.len()
+    }
+}
+
+impl RunSource for RunData {
+    type Model = Dit;
+
+    fn load(config: &DataConfig) -> Result<RunData> {
+        RunData::load(config)
+    }
+
+    fn train(&self) -> &dyn Examples<Dit> {
+        &self.train
+    }
+
+    fn held_out(&self) -> &dyn Examples<Dit> {
+        &self.held_out
+    }
+
+    fn blank(base: &DitConfig, n: usize) -> Box<dyn Examples<Dit>> {
+        Box::new(blank_images(base.in_channels, base.input_size, n))
+    }
+
+    fn choose(
+        plan: &Plan,
+        base: &Dit,
+        folder: Option<&Path>,
+        data: Option<&RunData>,
+        report: &mut choose::Report<'_>,
+    ) -> Result<Option<Plan>> {
+        choose::choose(plan, base, folder, data, report)
+    }
+
+    fn evaluate(&self, run: &RunFolder, device: &Device, report: &mut evaluate::Report<'_>) -> Result<Evaluation> {
+        evaluate::evaluate(run, self, device, report)
+    }
+}
