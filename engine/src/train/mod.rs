@@ -6,7 +6,9 @@
 pub mod batches;
 pub mod checkpoint;
 pub mod config;
+pub mod learner;
 pub mod objective;
 pub mod optimizer;
 pub mod teacher;
+pub mod text;
 pub mod trainer;

@@ -24,6 +24,32 @@ pub enum SaveAs {
     Bf16,
 }
 
+impl SaveAs {
+    /// A tensor as it is written; f32 values are borrowed.
+    pub(in crate::models) fn record<'v>(self, name: String, shape: &[usize], values: &'v [f32]) -> TensorRecord<'v> {
+        match self {
+            SaveAs::F32 => TensorRecord::f32(name, shape, values),
+            SaveAs::Bf16 => {
+                let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
+                let bytes = Cow::Owned(bytemuck::cast_slice(&rounded).to_vec());
+                TensorRecord { name, dtype: FileDtype::Bf16, shape: shape.to_vec(), bytes }
+            }
+        }
+    }
+
+    /// A parameter as tensors of these names, equal parts of it along the first axis.
+    pub(in crate::models) fn split(self, names: Vec<String>, value: &Tensor) -> Result<Vec<TensorRecord<'static>>> {
+        let (values, mut shape) = (value.to_vec()?, value.shape().dims().to_vec());
+        shape[0] /= names.len().max(1);
+        let each = (values.len() / names.len().max(1)).max(1);
+        let record = |(name, values)| {
+            let TensorRecord { name, dtype, shape, bytes } = self.record(name, &shape, values);
+            TensorRecord { name, dtype, shape, bytes: Cow::Owned(bytes.into_owned()) }
+        };
+        Ok(names.into_iter().zip(values.chunks(each)).map(record).collect())
+    }
+}
+
 /// Name, shape and values of a tensor to be saved. Values that are f32 already are borrowed: a large model is not held
 /// twice while it is written.
 type Named<'m> = (String, Vec<usize>, Cow<'m, [f32]>);
@@ -64,17 +90,9 @@ pub(super) fn save_in(
     if !c.pairs.is_empty() {
         metadata.insert(PAIRS_KEY.into(), json!(c.pairs).to_string());
     }
-    let records = tensors.iter().map(|(name, shape, values)| match dtype {
-        SaveAs::Bf16 if !is_positions(name) => {
-            let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-            TensorRecord {
-                name: name.clone(),
-                dtype: FileDtype::Bf16,
-                shape: shape.clone(),
-                bytes: Cow::Owned(bytemuck::cast_slice(&rounded).to_vec()),
-            }
-        }
-        _ => TensorRecord::f32(name.clone(), shape, &values[..]),
+    let records = tensors.iter().map(|(name, shape, values)| {
+        let dtype = if is_positions(name) { SaveAs::F32 } else { dtype };
+        dtype.record(name.clone(), shape, &values[..])
     });
     let (file, config) = match layout {
         Layout::Original => ("model.safetensors", original_config(c)),

@@ -7,6 +7,7 @@ mod block;
 mod config;
 mod load;
 mod names;
+mod save;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -14,6 +15,7 @@ mod text;
 pub use config::PixArtConfig;
 pub use load::{describe, is_pixart, load};
 pub use names::{Layout, diffusers_parts, from_diffusers};
+pub use save::save;
 pub use text::{Keys, Text};
 
 use super::fill::is_product;
@@ -202,6 +204,15 @@ impl PixArt {
             }
         }
         Ok(model)
+    }
+
+    /// The same model with a store of its own that shares the values: setting one leaves the other as it is.
+    ///
+    /// # Errors
+    /// As [`PixArt::unset`].
+    pub fn duplicate(&self) -> Result<PixArt> {
+        let twin = PixArt::unset(self.config.clone(), &Device::dry())?;
+        Ok(PixArt { params: self.params.duplicate(), ..twin })
     }
 
     /// Device that holds the parameters.

@@ -1,0 +1,207 @@
+//! Training of models that read text: a transformer with its text encoder from captions, or a transformer alone on
+//! latents and features that were made before.
+
+use super::batches::{Batch, Examples, images};
+use super::learner::{Learner, Step};
+use super::objective::{Noised, noise_batch};
+use super::teacher::Terms;
+use crate::autograd::{Graph, ParamStore, Var};
+use crate::error::{Error, Result};
+use crate::io::datasets::ImageSet;
+use crate::models::pixart::{PixArt, Run, Text};
+use crate::models::t5::T5;
+use crate::tensor::{Device, Tensor};
+
+/// Stands for the empty text where a sample's number would.
+const NULL: i32 = -1;
+
+/// Pictures with the ids of their captions.
+#[derive(Clone, Debug)]
+pub struct Captioned {
+    /// The pictures; their labels are not read.
+    pub images: ImageSet,
+    /// Ids of every picture's caption, the end token last.
+    pub captions: Vec<Vec<u32>>,
+    /// Ids of the empty text.
+    pub null: Vec<u32>,
+}
+
+impl Examples for Captioned {
+    fn count(&self) -> usize {
+        self.images.n.min(self.captions.len())
+    }
+}
+
+/// A transformer and the text encoder that it reads.
+pub struct TextToImage {
+    /// The transformer.
+    pub transformer: PixArt,
+    /// The encoder, with all blocks in memory.
+    pub encoder: T5,
+}
+
+impl TextToImage {
+    /// Features of texts given by their ids, padded to the longest.
+    fn read<'m>(&'m self, g: &Graph<'m>, texts: &[&[u32]]) -> Result<Text> {
+        let longest = texts.iter().map(|ids| ids.len()).max().unwrap_or(0);
+        let padded = texts.iter().flat_map(|ids| {
+            let ids = ids.iter().map(|&id| i32::try_from(id).unwrap_or(i32::MAX));
+            ids.chain(std::iter::repeat(0)).take(longest)
+        });
+        let device = self.encoder.device();
+        let ids = Tensor::from_i32(device, &[texts.len(), longest], &padded.collect::<Vec<i32>>())?;
+        let counts: Vec<usize> = texts.iter().map(|ids| ids.len()).collect();
+        let counted: Vec<i32> = counts.iter().map(|&count| count as i32).collect();
+        let features = self.encoder.forward(g, &ids, &Tensor::from_i32(device, &[texts.len()], &counted)?)?;
+        Ok(Text { features, counts, constant: false })
+    }
+}
+
+impl Learner for TextToImage {
+    type Data = Captioned;
+    type Teacher = std::convert::Infallible;
+
+    fn device(&self) -> &Device {
+        self.transformer.device()
+    }
+
+    fn stores(&self) -> Vec<&ParamStore> {
+        vec![&self.transformer.params, &self.encoder.params]
+    }
+
+    fn stores_mut(&mut self) -> Vec<&mut ParamStore> {
+        vec![&mut self.transformer.params, &mut self.encoder.params]
+    }
+
+    fn loss<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        step: &Step<'_, Captioned>,
+        _teacher: Option<&Self::Teacher>,
+    ) -> Result<(Var, Option<Terms>)> {
+        let batch = images(self.device(), &step.data.images, step.chosen)?;
+        let noised = noise(self.device(), step, batch.images)?;
+        let rows = texts(&noised, step.chosen)?;
+        let read = |row: &Option<usize>| row.map_or(&step.data.null[..], |row| &step.data.captions[row]);
+        let text = self.read(g, &rows.iter().map(read).collect::<Vec<_>>())?;
+        Ok((text_loss(g, &self.transformer, &noised, &text, step.settings.activation_checkpointing)?, None))
+    }
+
+    fn duplicate(&self) -> Result<TextToImage> {
+        Ok(TextToImage { transformer: self.transformer.duplicate()?, encoder: self.encoder.duplicate()? })
+    }
+}
+
+/// Latents with the features of their texts.
+pub struct Encoded {
+    /// `[n, C, h, w]` latents of the transformer.
+    pub latents: Tensor,
+    /// `[L, C]` features of every latent's text.
+    pub texts: Vec<Tensor>,
+    /// `[L, C]` features of the empty text.
+    pub null: Tensor,
+}
+
+impl Examples for Encoded {
+    fn count(&self) -> usize {
+        self.latents.dim(0).min(self.texts.len())
+    }
+}
+
+impl Learner for PixArt {
+    type Data = Encoded;
+    type Teacher = std::convert::Infallible;
+
+    fn device(&self) -> &Device {
+        PixArt::device(self)
+    }
+
+    fn stores(&self) -> Vec<&ParamStore> {
+        vec![&self.params]
+    }
+
+    fn stores_mut(&mut self) -> Vec<&mut ParamStore> {
+        vec![&mut self.params]
+    }
+
+    fn loss<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        step: &Step<'_, Encoded>,
+        _teacher: Option<&Self::Teacher>,
+    ) -> Result<(Var, Option<Terms>)> {
+        let (device, data) = (PixArt::device(self), step.data);
+        let mut shape = data.latents.shape().dims().to_vec();
+        shape[0] = step.chosen.len();
+        let (mut latents, from) = (device.empty(&shape)?, data.latents.values()?);
+        let each = shape[1..].iter().product::<usize>().max(1);
+        latents.edit(|to| {
+            for (to, &index) in to.chunks_mut(each).zip(step.chosen) {
+                to.copy_from_slice(&from[index as usize * each..][..each]);
+            }
+        })?;
+        let noised = noise(device, step, latents)?;
+        let rows = texts(&noised, step.chosen)?;
+        let features: Vec<&Tensor> = rows.iter().map(|row| row.map_or(&data.null, |row| &data.texts[row])).collect();
+        let text = pad(device, &features)?;
+        Ok((text_loss(g, self, &noised, &text, step.settings.activation_checkpointing)?, None))
+    }
+
+    fn duplicate(&self) -> Result<PixArt> {
+        PixArt::duplicate(self)
+    }
+}
+
+/// The loss of a transformer on noised latents `[B, C, h, w]` with their texts, a scalar on the graph; `checkpoint`
+/// computes blocks again in the backward pass.
+///
+/// # Errors
+/// When a shape does not fit.
+pub fn text_loss<'m>(
+    g: &Graph<'m>,
+    model: &'m PixArt,
+    noised: &Noised,
+    text: &Text,
+    checkpoint: bool,
+) -> Result<Var> {
+    let keys = model.keys(g, text)?;
+    let run = Run { checkpoint, ..Run::default() };
+    let out = model.forward(g, &Var::constant(noised.x_t.clone()), &noised.t, &keys, None, run)?;
+    noised.loss(g, &out, model.config.out_channels == 2 * model.config.in_channels)
+}
+
+/// Noises the latents of a step; a label says which of them keeps its text.
+fn noise<D>(device: &Device, step: &Step<'_, D>, images: Tensor) -> Result<Noised> {
+    let (s, labels) = (step.settings, (0..images.dim(0) as i32).collect());
+    noise_batch(device, step.schedule, &Batch { images, labels }, NULL, s.label_dropout, s.seed, step.number)
+}
+
+/// The example whose text every sample keeps; none where it was dropped.
+fn texts(noised: &Noised, chosen: &[u32]) -> Result<Vec<Option<usize>>> {
+    let kept = noised.y.i32s()?.iter().map(|&row| chosen.get(usize::try_from(row).ok()?).map(|&i| i as usize));
+    Ok(kept.collect())
+}
+
+/// Features of several texts as one batch, `[B, L, C]` with zeros behind the shorter ones.
+///
+/// # Errors
+/// No text, or features of different widths.
+pub fn pad(device: &Device, texts: &[&Tensor]) -> Result<Text> {
+    let width = texts.first().map_or(0, |text| text.dim(1));
+    if let Some(other) = texts.iter().find(|text| text.dim(1) != width || text.dim(0) == 0) {
+        return Err(Error::failure("texts", "features do not fit each other")
+            .is(other.shape())
+            .must(format!("[L, {width}]")));
+    }
+    let counts: Vec<usize> = texts.iter().map(|text| text.dim(0)).collect();
+    let longest = counts.iter().copied().max().unwrap_or(1);
+    let values = texts.iter().map(|text| text.values()).collect::<Result<Vec<_>>>()?;
+    let mut features = device.empty(&[texts.len(), longest, width])?;
+    features.edit(|to| {
+        to.fill(0.0);
+        for (to, from) in to.chunks_mut((longest * width).max(1)).zip(&values) {
+            to[..from.len()].copy_from_slice(from);
+        }
+    })?;
+    Ok(Text { features: Var::constant(features), counts, constant: false })
+}
