@@ -16,10 +16,10 @@ use crate::io::atomic::{RunLock, ensure_writable_dir, remove_leftovers};
 use crate::io::dtype::FileDtype;
 use crate::io::safetensors::{self, TensorFile, TensorRecord};
 use crate::io::{files, system};
-use crate::models::sites::{SiteConfig, SiteModel};
+use crate::models::sites::SiteConfig as _;
 use crate::tensor::{Device, Tensor};
 use crate::train::config::Dtype;
-use crate::train::examples::Examples;
+use crate::train::sites::SiteLearner;
 use graft_kernels::rng::Philox;
 use half::bf16;
 use std::borrow::Cow;
@@ -101,10 +101,10 @@ impl Cache {
     ///
     /// # Errors
     /// A folder that cannot be written, or whose sites another process uses.
-    pub fn open<M: SiteModel>(
+    pub fn open<M: SiteLearner>(
         config: &DistillConfig,
         teacher: &M,
-        data: &dyn Examples<M>,
+        data: &M::Data,
         sites: &[String],
     ) -> Result<Option<Cache>> {
         let Some(folder) = &config.cache else { return Ok(None) };
@@ -117,7 +117,7 @@ impl Cache {
         }
         let identity = [
             ("base", assemble::digest(teacher)?),
-            ("data", data.digest()?),
+            ("data", M::digest(data)),
             ("seed", config.seed.to_string()),
             ("batch", config.batch.to_string()),
             ("products", format!("{:?}", config.dtype)),

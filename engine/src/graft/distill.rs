@@ -15,9 +15,10 @@ use crate::error::{Error, Result};
 use crate::io::jsonl::{self, JsonLog};
 use crate::models::sites::{Seen, SiteModel};
 use crate::sample::schedule::Schedule;
+use crate::train::batches::{Batches, Examples as _};
 use crate::train::checkpoint::Home;
-use crate::train::examples::{Draw, Examples, Stream};
 use crate::train::optimizer::AdamW;
+use crate::train::sites::{Draw, SiteLearner};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -62,7 +63,7 @@ pub(super) struct HeldOut {
 }
 
 /// The sites of a plan in training beside their teacher.
-pub struct Distiller<'t, M: SiteModel> {
+pub struct Distiller<'t, M: SiteLearner> {
     teacher: &'t M,
     assignments: Vec<Assignment>,
     pub(super) students: Vec<Student>,
@@ -72,7 +73,7 @@ pub struct Distiller<'t, M: SiteModel> {
     pub(super) home: Option<Home>,
 }
 
-impl<'t, M: SiteModel> Distiller<'t, M> {
+impl<'t, M: SiteLearner> Distiller<'t, M> {
     /// New sites in a folder, resumed from its checkpoint where there is one. `fingerprint` tells runs apart.
     ///
     /// # Errors
@@ -146,20 +147,16 @@ impl<'t, M: SiteModel> Distiller<'t, M> {
     ///
     /// # Errors
     /// Images that do not fit the teacher; a disk that is too small or full; a cache of something else.
-    pub fn fill_cache(
-        &mut self,
-        data: &dyn Examples<M>,
-        report: &mut dyn FnMut(&Filling) -> ControlFlow<()>,
-    ) -> Result<bool> {
-        data.check(self.teacher)?;
+    pub fn fill_cache(&mut self, data: &M::Data, report: &mut dyn FnMut(&Filling) -> ControlFlow<()>) -> Result<bool> {
+        self.teacher.check(data)?;
         let sites: Vec<String> = self.students.iter().map(|s| s.assignment.to_string()).collect();
         let Some(mut cache) = Cache::open(&self.config, self.teacher, data, &sites)? else { return Ok(true) };
-        let mut batches = data.stream(self.config.batch, self.config.seed)?;
+        let mut batches = Batches::new(data, self.config.batch, self.config.seed)?;
         for (shard, missing) in cache.missing(&sites)? {
             if report(&cache.filling(shard)).is_break() {
                 return Ok(false);
             }
-            self.teach(batches.as_mut(), shard, &mut |student, lesson| {
+            self.teach(&mut batches, shard, &mut |student, lesson| {
                 let site = student.assignment.to_string();
                 if missing.contains(&site) { cache.store(&site, shard, lesson) } else { Ok(()) }
             })?;
@@ -177,20 +174,20 @@ impl<'t, M: SiteModel> Distiller<'t, M> {
     /// stays); a full disk.
     pub fn run(
         &mut self,
-        data: &dyn Examples<M>,
-        held_out: &dyn Examples<M>,
+        data: &M::Data,
+        held_out: &M::Data,
         report: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<()> {
-        data.check(self.teacher)?;
-        held_out.check(self.teacher)?;
-        let mut batches = data.stream(self.config.batch, self.config.seed)?;
+        self.teacher.check(data)?;
+        self.teacher.check(held_out)?;
+        let mut batches = Batches::new(data, self.config.batch, self.config.seed)?;
         let mut losses = match &self.home {
             Some(home) => home.loss_log(self.step())?,
             None => return Err(Error::failure("stage 1", "no run folder").must("a distiller that was opened in one")),
         };
         self.log_residuals(held_out)?;
         while self.step() < self.config.steps {
-            let progress = self.update(batches.as_mut())?;
+            let progress = self.update(&mut batches)?;
             losses.append(&progress)?;
             // Before the checkpoint: who resumes there finds the line.
             self.log_residuals(held_out)?;
@@ -209,7 +206,7 @@ impl<'t, M: SiteModel> Distiller<'t, M> {
     ///
     /// # Errors
     /// A loss or gradient that is not finite, naming site and step: that site is not changed then.
-    pub fn update(&mut self, batches: &mut dyn Stream<M>) -> Result<Progress> {
+    pub fn update(&mut self, batches: &mut Batches<'_, M::Data>) -> Result<Progress> {
         let start = Instant::now();
         let (step, steps) = (self.step(), self.config.steps);
         let lr = self.config.optimizer.lr_at(step, steps);
@@ -223,7 +220,8 @@ impl<'t, M: SiteModel> Distiller<'t, M> {
             Some(cache) => {
                 let samples = cache.samples(step).to_vec();
                 for student in &mut self.students {
-                    let kept = cache.recall(self.teacher.device(), &student.assignment.to_string(), &samples)?;
+                    let kept =
+                        cache.recall(SiteModel::device(self.teacher), &student.assignment.to_string(), &samples)?;
                     learn(student, &kept.lesson())?;
                 }
             }
@@ -235,14 +233,15 @@ impl<'t, M: SiteModel> Distiller<'t, M> {
     /// One teacher pass over the batch of a step that shows every student its lesson.
     pub(super) fn teach(
         &mut self,
-        batches: &mut dyn Stream<M>,
+        batches: &mut Batches<'_, M::Data>,
         step: u64,
         show: &mut dyn FnMut(&mut Student, &Lesson<'_>) -> Result<()>,
     ) -> Result<()> {
         let (teacher, students) = (self.teacher, &mut self.students);
         // Held-out steps begin far out; the data order only needs their position among themselves.
-        let (schedule, seed, place) = (&self.schedule, self.config.seed, step % HELD_OUT_STEPS);
-        let noised = batches.noised(teacher, &Draw { schedule, dropout: 0.0, seed, place, step })?;
+        let (data, chosen) = (batches.data(), batches.chosen(step % HELD_OUT_STEPS));
+        let draw = Draw { schedule: &self.schedule, dropout: 0.0, seed: self.config.seed, step };
+        let noised = teacher.noised(data, chosen, &draw)?;
         let g = Graph::inference(self.config.dtype.into());
         let mut observer = |seen: &Seen<'_>| match students
             .iter_mut()
@@ -260,11 +259,11 @@ impl<'t, M: SiteModel> Distiller<'t, M> {
     ///
     /// # Errors
     /// Images that do not fit, or too little memory.
-    pub fn residuals(&mut self, held_out: &dyn Examples<M>) -> Result<BTreeMap<String, Residual>> {
-        let mut batches = held_out.stream(self.config.batch.min(held_out.count()), self.config.seed)?;
+    pub fn residuals(&mut self, held_out: &M::Data) -> Result<BTreeMap<String, Residual>> {
+        let mut batches = Batches::new(held_out, self.config.batch.min(held_out.count()), self.config.seed)?;
         let mut sums: BTreeMap<String, ResidualSums> = BTreeMap::new();
         for i in 0..self.config.held_out {
-            self.teach(batches.as_mut(), HELD_OUT_STEPS + i, &mut |student, lesson| {
+            self.teach(&mut batches, HELD_OUT_STEPS + i, &mut |student, lesson| {
                 student.measure(lesson, sums.entry(student.assignment.to_string()).or_default())
             })?;
         }
@@ -272,7 +271,7 @@ impl<'t, M: SiteModel> Distiller<'t, M> {
     }
 
     /// Measures and writes the residuals where they are due at this step and not yet written.
-    fn log_residuals(&mut self, held_out: &dyn Examples<M>) -> Result<()> {
+    fn log_residuals(&mut self, held_out: &M::Data) -> Result<()> {
         let (step, every) = (self.step(), self.config.held_out_every);
         let due = step == 0 || step == self.config.steps || every > 0 && step.is_multiple_of(every);
         let Some(home) = self.home.as_ref().filter(|_| due) else { return Ok(()) };

@@ -20,7 +20,8 @@ use crate::sample::pipeline::to_pixels;
 use crate::sample::schedule::Schedule;
 use crate::sample::text::{self, Request};
 use crate::tensor::{Device, Tensor};
-use crate::train::examples::{Draw, Examples};
+use crate::train::batches::Batches;
+use crate::train::sites::{Draw, SiteLearner as _};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -133,12 +134,12 @@ impl Exam<'_> {
 
     fn denoise(&self, model: &PixArt) -> Result<(f64, Vec<Vec<f32>>)> {
         let (settings, schedule) = (&self.run.plan.distill, Schedule::default());
-        let mut stream = Examples::stream(&self.data.held_out, self.batch(), settings.seed)?;
+        let mut batches = Batches::new(&self.data.held_out, self.batch(), settings.seed)?;
         let [channels, side] = model.config.picture();
         let (mut loss, mut predictions) = (0.0, Vec::new());
         for i in 0..settings.held_out {
-            let draw = Draw { schedule: &schedule, dropout: 0.0, seed: settings.seed, place: i, step: STEPS + i };
-            let noised = stream.noised(model, &draw)?;
+            let draw = Draw { schedule: &schedule, dropout: 0.0, seed: settings.seed, step: STEPS + i };
+            let noised = model.noised(&self.data.held_out, batches.chosen(i), &draw)?;
             let g = Graph::inference(self.precision());
             let x = Var::constant(noised.x_t.clone());
             let out = model.predict(&g, &x, &noised.t, &noised.condition, false, None)?;

@@ -7,16 +7,15 @@ use super::plan::Assignment;
 use super::settings::{FinetuneConfig, Method};
 use crate::error::{Error, Result};
 use crate::models::adapter;
-use crate::models::sites::SiteModel;
 use crate::nn::lora::{self, Lora};
-use crate::train::examples::Examples;
+use crate::train::sites::SiteLearner;
 use crate::train::teacher::Teacher;
 use crate::train::trainer::{Progress, Trainer};
 use std::ops::ControlFlow;
 use std::path::Path;
 
 /// A grafted model in training.
-pub struct Finetuner<M: SiteModel> {
+pub struct Finetuner<M: SiteLearner> {
     trainer: Trainer<M>,
     steps: u64,
     /// Sites that train in full beside adapters.
@@ -33,7 +32,7 @@ pub struct Start<'s, M> {
     pub base: Option<M>,
 }
 
-impl<M: SiteModel> Finetuner<M> {
+impl<M: SiteLearner> Finetuner<M> {
     /// Starts from `start`, or resumes from the checkpoint in `folder`. The moving average starts at the grafted model.
     ///
     /// # Errors
@@ -71,12 +70,8 @@ impl<M: SiteModel> Finetuner<M> {
     ///
     /// # Errors
     /// Images that do not fit, a loss that is not finite (the last good checkpoint stays), or a full disk.
-    pub fn run(
-        &mut self,
-        data: &dyn Examples<M>,
-        report: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
-    ) -> Result<bool> {
-        data.check(&self.trainer.model)?;
+    pub fn run(&mut self, data: &M::Data, report: &mut dyn FnMut(&Progress) -> ControlFlow<()>) -> Result<bool> {
+        self.trainer.model.check(data)?;
         self.trainer.run(data, report)?;
         Ok(self.trainer.step() >= self.steps)
     }
@@ -102,7 +97,10 @@ impl<M: SiteModel> Finetuner<M> {
 
 /// The model that trains, with its adapters; the frozen base, where its terms are asked for; and the names of the sites
 /// that train in full beside adapters.
-fn prepare<M: SiteModel>(start: Start<'_, M>, config: &FinetuneConfig) -> Result<(M, Option<Teacher<M>>, Vec<String>)> {
+fn prepare<M: SiteLearner>(
+    start: Start<'_, M>,
+    config: &FinetuneConfig,
+) -> Result<(M, Option<Teacher<M>>, Vec<String>)> {
     let Start { mut grafted, sites, base } = start;
     let whole = match config.method {
         Method::Full => Vec::new(),
@@ -124,7 +122,7 @@ fn prepare<M: SiteModel>(start: Start<'_, M>, config: &FinetuneConfig) -> Result
 }
 
 /// Attaches adapters; returns the names of the sites that train in full.
-fn adapt<M: SiteModel>(grafted: &mut M, sites: &[Assignment], config: &FinetuneConfig) -> Result<Vec<String>> {
+fn adapt<M: SiteLearner>(grafted: &mut M, sites: &[Assignment], config: &FinetuneConfig) -> Result<Vec<String>> {
     let settings = config.lora();
     let whole: Vec<String> =
         if settings.train_grafts { sites.iter().map(ToString::to_string).collect() } else { vec![] };

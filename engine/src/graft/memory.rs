@@ -12,7 +12,9 @@ use crate::io::system;
 use crate::models::sites::{SiteConfig, SiteModel};
 use crate::nn::operators::Site;
 use crate::tensor::{Device, MemoryPlan, Tensor};
+use crate::train::batches::Batches;
 use crate::train::optimizer::AdamW;
+use crate::train::sites::SiteLearner;
 
 /// Updates of a rehearsal: the second still finds buffers of new sizes where the first had gradients to keep.
 const UPDATES: u64 = 3;
@@ -25,7 +27,7 @@ const PROGRAM: usize = 16 << 20;
 
 /// What this process takes besides the stages, now that the data is read and before they begin.
 pub fn program<D: RunSource>(data: &D, device: &Device) -> usize {
-    let images = [data.train(), data.held_out()].map(|set| set.bytes());
+    let images = [data.train(), data.held_out()].map(D::Model::bytes);
     let resident = system::resident().map_or(PROGRAM + images.iter().sum::<usize>(), |r| r - device.held().min(r));
     resident + rayon::current_num_threads() * PER_THREAD
 }
@@ -61,16 +63,16 @@ fn distill<D: RunSource>(
     found.add("optimiser", optimiser);
     drop(distiller.initial_model()?);
     let before = device.memory().live;
-    let images = D::blank(base, config.batch);
-    let mut batches = images.stream(config.batch, config.seed)?;
+    let images = D::Model::blank(base, config.batch);
+    let mut batches = Batches::new(&images, config.batch, config.seed)?;
     device.reset_peak();
-    distiller.teach(batches.as_mut(), 0, &mut |_, _| Ok(()))?;
+    distiller.teach(&mut batches, 0, &mut |_, _| Ok(()))?;
     let activations = device.memory().peak - before;
     found.add("activations of the teacher", activations);
-    distiller.residuals(images.as_ref())?;
+    distiller.residuals(&images)?;
     for _ in 0..UPDATES {
         match &config.cache {
-            None => distiller.update(batches.as_mut()).map(drop)?,
+            None => distiller.update(&mut batches).map(drop)?,
             Some(_) => learn_from_cache(&mut distiller, base, config.batch, &device)?,
         }
     }
@@ -79,7 +81,7 @@ fn distill<D: RunSource>(
 }
 
 /// An update that reads its lessons instead of running the teacher.
-fn learn_from_cache<M: SiteModel>(
+fn learn_from_cache<M: SiteLearner>(
     distiller: &mut Distiller<'_, M>,
     base: &M::Config,
     batch: usize,
@@ -113,11 +115,11 @@ fn finetune<D: RunSource>(
     found.add("optimiser", moments);
     found.add("moving average", average);
     let before = device.memory().live;
-    let images = D::blank(base, config.batch);
-    let mut batches = images.stream(config.batch, config.seed)?;
+    let images = D::Model::blank(base, config.batch);
+    let mut batches = Batches::new(&images, config.batch, config.seed)?;
     device.reset_peak();
     for _ in 0..UPDATES {
-        finetuner.trainer_mut().update(batches.as_mut())?;
+        finetuner.trainer_mut().update(&mut batches)?;
     }
     drop(finetuner.model()?);
     found.add_work("tape and gradients", &device, before);

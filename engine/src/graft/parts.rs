@@ -8,8 +8,8 @@ use super::plan::Assignment;
 use crate::error::{Error, Result};
 use crate::io::jsonl::{self, JsonLog};
 use crate::io::{atomic, files};
-use crate::models::sites::SiteModel;
 use crate::train::checkpoint::{self, CHECKPOINT, LOSS_LOG};
+use crate::train::sites::SiteLearner;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
@@ -98,7 +98,7 @@ pub(super) fn begun(stage: &Path) -> Result<Vec<usize>> {
 ///
 /// # Errors
 /// A part that is missing, not finished, in use, or of another run: nothing is written then.
-pub(super) fn gather<M: SiteModel>(
+pub(super) fn gather<M: SiteLearner>(
     whole: &mut Distiller<'_, M>,
     stage: &Path,
     of: usize,

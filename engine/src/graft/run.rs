@@ -32,6 +32,7 @@ use crate::io::atomic::{self, RunLock, ensure_writable_dir, remove_leftovers};
 use crate::io::{hash, json};
 use crate::models::sites::SiteModel;
 use crate::tensor::{Device, MemoryPlan};
+use crate::train::sites::SiteLearner;
 use crate::train::trainer;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -293,7 +294,7 @@ fn finetune_all<D: RunSource>(
 ///
 /// # Errors
 /// A model that cannot be read, and those of [`Finetuner::open`].
-pub(super) fn stage2<M: SiteModel>(run: &RunFolder, from: &Path, to: &Path, device: &Device) -> Result<Finetuner<M>> {
+pub(super) fn stage2<M: SiteLearner>(run: &RunFolder, from: &Path, to: &Path, device: &Device) -> Result<Finetuner<M>> {
     let plan = &run.plan;
     let grafted = M::load(from, device)?;
     let mut fingerprint = fingerprint(plan, &assemble::digest(&grafted)?);

@@ -7,18 +7,18 @@ use super::run::RunFolder;
 use crate::error::Result;
 use crate::io::datasets::{ImageSet, Split};
 use crate::io::hub;
-use crate::models::dit::{Dit, DitConfig};
-use crate::models::sites::SiteModel;
+use crate::models::dit::Dit;
 use crate::models::{component, pixart};
 use crate::tensor::Device;
 use crate::train::config::DataConfig;
-use crate::train::examples::{Examples, blank_images};
+use crate::train::learner::Learner;
+use crate::train::sites::SiteLearner;
 use std::path::Path;
 
 /// Examples for both stages and for the comparison after them.
 pub trait RunSource: Sized + Sync {
     /// What they train.
-    type Model: SiteModel;
+    type Model: SiteLearner;
 
     /// Reads the data that a plan names.
     ///
@@ -27,13 +27,10 @@ pub trait RunSource: Sized + Sync {
     fn load(config: &DataConfig) -> Result<Self>;
 
     /// What both stages train on.
-    fn train(&self) -> &dyn Examples<Self::Model>;
+    fn train(&self) -> &<Self::Model as Learner>::Data;
 
     /// What residuals are measured on.
-    fn held_out(&self) -> &dyn Examples<Self::Model>;
-
-    /// As many blank examples as a batch needs, to rehearse with.
-    fn blank(base: &<Self::Model as SiteModel>::Config, n: usize) -> Box<dyn Examples<Self::Model>>;
+    fn held_out(&self) -> &<Self::Model as Learner>::Data;
 
     /// As [`choose::choose`].
     ///
@@ -93,16 +90,12 @@ impl RunSource for RunData {
         RunData::load(config)
     }
 
-    fn train(&self) -> &dyn Examples<Dit> {
+    fn train(&self) -> &ImageSet {
         &self.train
     }
 
-    fn held_out(&self) -> &dyn Examples<Dit> {
+    fn held_out(&self) -> &ImageSet {
         &self.held_out
-    }
-
-    fn blank(base: &DitConfig, n: usize) -> Box<dyn Examples<Dit>> {
-        Box::new(blank_images(base.in_channels, base.input_size, n))
     }
 
     fn choose(

@@ -7,11 +7,10 @@ use super::plan::Plan;
 use super::run::RunFolder;
 use super::source::RunSource;
 use crate::error::{Error, Result};
-use crate::models::pixart::{PixArt, PixArtConfig};
+use crate::models::pixart::PixArt;
 use crate::tensor::Device;
 use crate::train::config::DataConfig;
-use crate::train::examples::Examples;
-use crate::train::pairs::{BlankPairs, Pairs};
+use crate::train::pairs::Pairs;
 use std::path::Path;
 
 /// Name of this kind of data in a plan.
@@ -38,16 +37,12 @@ impl RunSource for TextData {
         Ok(TextData { train, held_out })
     }
 
-    fn train(&self) -> &dyn Examples<PixArt> {
+    fn train(&self) -> &Pairs {
         &self.train
     }
 
-    fn held_out(&self) -> &dyn Examples<PixArt> {
+    fn held_out(&self) -> &Pairs {
         &self.held_out
-    }
-
-    fn blank(_base: &PixArtConfig, n: usize) -> Box<dyn Examples<PixArt>> {
-        Box::new(BlankPairs { n })
     }
 
     fn choose(

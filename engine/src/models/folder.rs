@@ -18,10 +18,6 @@ use std::path::Path;
 /// Metadata key under which a folder carries the operators of its blocks.
 pub(super) const OPERATORS_KEY: &str = "graft.operators";
 
-/// Name, shape and values of a tensor to be saved. Values that are f32 already are borrowed: a large model is not held
-/// twice while it is written.
-pub(super) type Named<'m> = (String, Vec<usize>, Cow<'m, [f32]>);
-
 /// Values of a tensor as f32.
 pub(super) fn values(tensor: &Tensor) -> Result<Cow<'_, [f32]>> {
     Ok(match tensor.dtype() {
@@ -30,29 +26,31 @@ pub(super) fn values(tensor: &Tensor) -> Result<Cow<'_, [f32]>> {
     })
 }
 
-/// A tensor as equal parts along its first axis, with their names.
-pub(super) fn split(parts: Vec<String>, tensor: &Tensor) -> Result<Vec<Named<'_>>> {
-    let (mut shape, values) = (tensor.shape().dims().to_vec(), values(tensor)?);
-    if let [only] = parts.as_slice() {
-        return Ok(vec![(only.clone(), shape, values)]);
+impl SaveAs {
+    /// A tensor as it is written. Values that are f32 already are borrowed: a large model is not held twice while it is
+    /// written.
+    fn record<'v>(self, name: String, shape: &[usize], values: Cow<'v, [f32]>) -> TensorRecord<'v> {
+        match self {
+            SaveAs::F32 => TensorRecord::f32(name, shape, values),
+            SaveAs::Bf16 => {
+                let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
+                let bytes = Cow::Owned(bytemuck::cast_slice(&rounded).to_vec());
+                TensorRecord { name, dtype: FileDtype::Bf16, shape: shape.to_vec(), bytes }
+            }
+        }
     }
-    shape[0] /= parts.len().max(1);
-    let chunk = (values.len() / parts.len().max(1)).max(1);
-    let values: Vec<Cow<'_, [f32]>> = match values {
-        Cow::Borrowed(all) => all.chunks(chunk).map(Cow::Borrowed).collect(),
-        Cow::Owned(all) => all.chunks(chunk).map(|part| Cow::Owned(part.to_vec())).collect(),
-    };
-    Ok(parts.into_iter().zip(values).map(|(name, values)| (name, shape.clone(), values)).collect())
-}
 
-/// A tensor as it is written.
-pub(super) fn record<'n>((name, shape, values): &'n Named<'_>, dtype: SaveAs) -> TensorRecord<'n> {
-    if dtype == SaveAs::F32 {
-        return TensorRecord::f32(name.clone(), shape, &values[..]);
+    /// A parameter as tensors of these names, equal parts of it along the first axis.
+    pub(super) fn split(self, names: Vec<String>, value: &Tensor) -> Result<Vec<TensorRecord<'_>>> {
+        let (values, mut shape) = (values(value)?, value.shape().dims().to_vec());
+        shape[0] /= names.len().max(1);
+        let each = (values.len() / names.len().max(1)).max(1);
+        let parts: Vec<Cow<'_, [f32]>> = match values {
+            Cow::Borrowed(all) => all.chunks(each).map(Cow::Borrowed).collect(),
+            Cow::Owned(all) => all.chunks(each).map(|part| Cow::Owned(part.to_vec())).collect(),
+        };
+        Ok(names.into_iter().zip(parts).map(|(name, values)| self.record(name, &shape, values)).collect())
     }
-    let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-    let bytes = Cow::Owned(bytemuck::cast_slice(&rounded).to_vec());
-    TensorRecord { name: name.clone(), dtype: FileDtype::Bf16, shape: shape.clone(), bytes }
 }
 
 /// The operators of every block, as they stand in the metadata.

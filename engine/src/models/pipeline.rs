@@ -2,7 +2,8 @@
 //! elsewhere, or each on its own.
 
 use crate::error::{Error, Result};
-use crate::io::hub;
+use crate::io::{atomic, hub, json};
+use serde_json::json;
 use std::path::{Path, PathBuf};
 
 /// Parts that the caller names; each goes before what a folder has.
@@ -105,6 +106,39 @@ impl Components {
                 .fix(format!("give the folder of the other parts with --components, or {what} with {option}"))
         })
     }
+}
+
+/// Writes `model_index.json` and the scheduler of a text-to-image model without an autoencoder, whose other parts lie in
+/// the folder: DPM-Solver++ on the linear schedule of PixArt.
+///
+/// # Errors
+/// When the folder cannot be written.
+pub fn write_index(folder: &Path) -> Result<()> {
+    let scheduler = json!({
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "final_sigmas_type": "zero",
+        "lower_order_final": true,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "timestep_spacing": "linspace",
+    });
+    atomic::ensure_writable_dir(&folder.join("scheduler"))?;
+    json::write(&folder.join("scheduler/scheduler_config.json"), &scheduler)?;
+    let index = json!({
+        "_class_name": "PixArtSigmaPipeline",
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "PixArtTransformer2DModel"],
+        "vae": [null, null],
+    });
+    json::write(&folder.join("model_index.json"), &index)
 }
 
 #[cfg(test)]

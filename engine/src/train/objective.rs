@@ -1,6 +1,6 @@
 //! The diffusion objective: noised images in, a scalar out (arXiv 2102.09672 with DiT's settings).
 
-use super::examples::Draw;
+use super::sites::Draw;
 use crate::autograd::{Graph, Var};
 use crate::error::{Error, Result};
 use crate::models::sites::{SiteConfig, SiteModel};

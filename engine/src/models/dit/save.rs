@@ -4,7 +4,9 @@ use super::load::PAIRS_KEY;
 use super::names::{Layout, POSITIONS, diffusers_copies, diffusers_parts};
 use super::{Dit, DitConfig, position_table};
 use crate::error::Result;
-use crate::models::folder::{self, Named, values};
+use crate::io::safetensors::TensorRecord;
+use crate::models::folder::{self, values};
+use crate::tensor::Tensor;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -36,9 +38,9 @@ pub(super) fn save_in(
     extra: &BTreeMap<String, String>,
 ) -> Result<()> {
     let c = &model.config;
-    let tensors = match layout {
-        Layout::Original => original(model)?,
-        Layout::Diffusers => diffusers(model)?,
+    let records = match layout {
+        Layout::Original => original(model, dtype)?,
+        Layout::Diffusers => diffusers(model, dtype)?,
     };
     let mut metadata = extra.clone();
     metadata.insert("format".into(), "pt".into());
@@ -47,10 +49,6 @@ pub(super) fn save_in(
     if !c.pairs.is_empty() {
         metadata.insert(PAIRS_KEY.into(), json!(c.pairs).to_string());
     }
-    let records = tensors.iter().map(|named| match is_positions(&named.0) {
-        true => folder::record(named, SaveAs::F32),
-        false => folder::record(named, dtype),
-    });
     let (file, config) = match layout {
         Layout::Original => ("model.safetensors", original_config(c)),
         Layout::Diffusers => ("diffusion_pytorch_model.safetensors", diffusers_config(c)),
@@ -63,14 +61,23 @@ pub(super) fn is_positions(name: &str) -> bool {
     name == "pos_embed" || name == POSITIONS
 }
 
-fn original(model: &Dit) -> Result<Vec<Named<'_>>> {
-    let own = model.params.iter();
-    own.map(|(_, p)| Ok((p.name.clone(), p.value.shape().dims().to_vec(), values(&p.value)?))).collect()
+/// Parts of a parameter as they are written.
+fn split(names: Vec<String>, value: &Tensor, dtype: SaveAs) -> Result<Vec<TensorRecord<'_>>> {
+    let dtype = if names.iter().any(|name| is_positions(name)) { SaveAs::F32 } else { dtype };
+    dtype.split(names, value)
 }
 
-fn diffusers(model: &Dit) -> Result<Vec<Named<'_>>> {
+fn original(model: &Dit, dtype: SaveAs) -> Result<Vec<TensorRecord<'_>>> {
+    let mut records = Vec::new();
+    for (_, param) in model.params.iter() {
+        records.extend(split(vec![param.name.clone()], &param.value, dtype)?);
+    }
+    Ok(records)
+}
+
+fn diffusers(model: &Dit, dtype: SaveAs) -> Result<Vec<TensorRecord<'_>>> {
     let c = &model.config;
-    let mut tensors: Vec<Named<'_>> = Vec::new();
+    let mut records: Vec<TensorRecord<'_>> = Vec::new();
     for (_, param) in model.params.iter() {
         let mut parts = diffusers_parts(&param.name);
         if parts.is_empty() {
@@ -79,13 +86,13 @@ fn diffusers(model: &Dit) -> Result<Vec<Named<'_>>> {
             }
             parts.push(POSITIONS.to_string());
         }
-        tensors.extend(folder::split(parts, &param.value)?);
+        records.extend(split(parts, &param.value, dtype)?);
     }
     for (copy, original) in diffusers_copies(c) {
-        let found = tensors.iter().find(|(name, ..)| *name == original).map(|(_, s, v)| (s.clone(), v.clone()));
-        tensors.extend(found.map(|(shape, values)| (copy, shape, values)));
+        let found = records.iter().find(|record| record.name == original).cloned();
+        records.extend(found.map(|record| TensorRecord { name: copy, ..record }));
     }
-    Ok(tensors)
+    Ok(records)
 }
 
 fn original_config(c: &DitConfig) -> Value {

@@ -219,6 +219,15 @@ impl PixArt {
         Ok(model)
     }
 
+    /// The same model with a store of its own that shares the values: setting one leaves the other as it is.
+    ///
+    /// # Errors
+    /// As [`PixArt::unset`].
+    pub fn duplicate(&self) -> Result<PixArt> {
+        let twin = PixArt::unset(self.config.clone(), &Device::dry())?;
+        Ok(PixArt { params: self.params.duplicate(), ..twin })
+    }
+
     /// Device that holds the parameters.
     pub fn device(&self) -> &Device {
         self.params.get(self.final_table).value.device()

@@ -15,14 +15,13 @@ use std::path::Path;
 /// # Errors
 /// When the folder cannot be written; an older file is never left half-overwritten.
 pub fn save(model: &PixArt, folder: &Path, dtype: SaveAs, extra: &BTreeMap<String, String>) -> Result<()> {
-    let mut tensors = Vec::new();
+    let mut records = Vec::new();
     for (_, param) in model.params.iter() {
-        tensors.extend(folder::split(diffusers_parts(&param.name), &param.value)?);
+        records.extend(dtype.split(diffusers_parts(&param.name), &param.value)?);
     }
     let mut metadata = extra.clone();
     metadata.insert("format".into(), "pt".into());
     metadata.insert(folder::OPERATORS_KEY.into(), folder::operators(model));
-    let records = tensors.iter().map(|named| folder::record(named, dtype));
     folder::write(folder, "diffusion_pytorch_model.safetensors", records, &metadata, &config(&model.config))
 }
 

@@ -12,7 +12,7 @@
 
 mod stream;
 
-pub use stream::{BlankPairs, Pairs};
+pub use stream::Pairs;
 
 use crate::error::{Error, Result};
 use crate::io::dtype::FileDtype;

@@ -1,16 +1,19 @@
 //! Training on pairs: a folder of them, or a part of it, as noised batches.
 
 use super::{ABOUT, About, Half, PROMPTS, SUM, open};
-use crate::autograd::Var;
+use crate::autograd::{Graph, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::io::dtype::FileDtype;
 use crate::io::hash;
 use crate::io::safetensors::TensorFile;
-use crate::models::pixart::{MicroConditions, PixArt, Text, TextCondition};
+use crate::models::pixart::{MicroConditions, PixArt, PixArtConfig, TextCondition};
 use crate::tensor::{Device, Tensor};
-use crate::train::batches::Order;
-use crate::train::examples::{Draw, Examples, Stream};
+use crate::train::batches::Examples;
+use crate::train::learner::{Learner, Step};
 use crate::train::objective::{Noised, noise_batch};
+use crate::train::sites::{Draw, SiteLearner, site_loss};
+use crate::train::teacher::{Teacher, Terms};
+use crate::train::text::pad;
 use half::bf16;
 use std::ops::Range;
 use std::path::Path;
@@ -32,6 +35,8 @@ pub struct Pairs {
     pub about: About,
     shards: Arc<Vec<Shard>>,
     range: Range<usize>,
+    /// Tokens of every text, where there are no shards and all values are zero: to rehearse with.
+    blank: usize,
 }
 
 impl Pairs {
@@ -66,7 +71,7 @@ impl Pairs {
             shards.push(Shard { latents, texts, rows });
         }
         let range = 0..about.count;
-        Ok(Pairs { about, shards: Arc::new(shards), range })
+        Ok(Pairs { about, shards: Arc::new(shards), range, blank: 0 })
     }
 
     /// All but the last tenth, to train on, and that tenth (at least one pair), to be kept back.
@@ -98,9 +103,10 @@ impl Pairs {
         self.about.seed.wrapping_add((self.range.start + index) as u64)
     }
 
-    fn find(&self, index: usize) -> (&Shard, usize) {
+    /// The shard of a pair and its number there; nothing where all are blank.
+    fn find(&self, index: usize) -> Option<(&Shard, usize)> {
         let global = self.range.start + index;
-        (&self.shards[global / self.about.shard], global % self.about.shard)
+        Some((self.shards.get(global / self.about.shard)?, global % self.about.shard))
     }
 
     /// Rows `from..to` of a tensor of a file that was checked.
@@ -116,8 +122,11 @@ impl Pairs {
 
     /// Values of a pair's latent.
     fn latent(&self, index: usize) -> Vec<f32> {
-        let (shard, at) = self.find(index);
-        Pairs::rows(&shard.latents, "latents", self.about.latent.iter().product(), at..at + 1)
+        let len = self.about.latent.iter().product();
+        match self.find(index) {
+            Some((shard, at)) => Pairs::rows(&shard.latents, "latents", len, at..at + 1),
+            None => vec![0.0; len],
+        }
     }
 
     /// Features of a pair's text, `[L, C]`.
@@ -125,8 +134,10 @@ impl Pairs {
     /// # Errors
     /// When memory runs out.
     pub fn text(&self, index: usize, device: &Device) -> Result<Tensor> {
-        let values = self.text_values(Some(index));
-        Tensor::from_f32(device, &[values.len() / self.about.features, self.about.features], &values)
+        let read = |(shard, at): (&Shard, usize)| {
+            Pairs::rows(&shard.texts, "features", self.about.features, shard.rows[at]..shard.rows[at + 1])
+        };
+        self.features(self.find(index).map(read), device)
     }
 
     /// Features of the null text, `[L, C]`.
@@ -134,158 +145,140 @@ impl Pairs {
     /// # Errors
     /// When memory runs out.
     pub fn null(&self, device: &Device) -> Result<Tensor> {
-        let values = self.text_values(None);
-        Tensor::from_f32(device, &[values.len() / self.about.features, self.about.features], &values)
+        let read = |shard: &Shard| {
+            let rows = shard.texts.get("null").map_or(0, |view| view.shape[0]);
+            Pairs::rows(&shard.texts, "null", self.about.features, 0..rows)
+        };
+        self.features(self.shards.first().map(read), device)
     }
 
-    fn text_values(&self, index: Option<usize>) -> Vec<f32> {
+    fn features(&self, values: Option<Vec<f32>>, device: &Device) -> Result<Tensor> {
         let width = self.about.features;
-        match index {
-            Some(index) => {
-                let (shard, at) = self.find(index);
-                Pairs::rows(&shard.texts, "features", width, shard.rows[at]..shard.rows[at + 1])
-            }
-            None => {
-                let (shard, _) = self.find(0);
-                let rows = shard.texts.get("null").map_or(0, |view| view.shape[0]);
-                Pairs::rows(&shard.texts, "null", width, 0..rows)
-            }
+        match values {
+            Some(values) => Tensor::from_f32(device, &[values.len() / width, width], &values),
+            None => Tensor::zeros(device, &[self.blank, width]),
         }
     }
 
     /// The prompt of a pair.
     pub fn prompt(&self, index: usize) -> String {
-        let (shard, at) = self.find(index);
+        let Some((shard, at)) = self.find(index) else { return String::new() };
         let prompts = shard.texts.metadata().get(PROMPTS);
         let prompts: Vec<String> = prompts.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
         prompts.into_iter().nth(at).unwrap_or_default()
     }
 }
 
-impl Examples<PixArt> for Pairs {
+impl Examples for Pairs {
     fn count(&self) -> usize {
         self.len()
     }
+}
 
-    fn bytes(&self) -> usize {
-        // The files are mapped: what is read of them the system may take back.
-        0
+impl Learner for PixArt {
+    type Data = Pairs;
+    type Teacher = Teacher<PixArt>;
+
+    fn device(&self) -> &Device {
+        PixArt::device(self)
     }
 
-    fn digest(&self) -> Result<String> {
-        let sums = self.shards.iter().flat_map(|shard| [&shard.texts, &shard.latents]);
-        let sums: Vec<&str> = sums.map(|file| file.metadata().get(SUM).map_or("", String::as_str)).collect();
-        Ok(hash::sha256(format!("{sums:?} {:?}", self.range).as_bytes()))
+    fn stores(&self) -> Vec<&ParamStore> {
+        vec![&self.params]
     }
 
-    fn check(&self, model: &PixArt) -> Result<()> {
-        let c = &model.config;
+    fn stores_mut(&mut self) -> Vec<&mut ParamStore> {
+        vec![&mut self.params]
+    }
+
+    fn loss<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        step: &Step<'_, Pairs>,
+        teacher: Option<&Teacher<PixArt>>,
+    ) -> Result<(Var, Option<Terms>)> {
+        site_loss(g, self, step, teacher)
+    }
+
+    fn duplicate(&self) -> Result<PixArt> {
+        PixArt::duplicate(self)
+    }
+}
+
+impl SiteLearner for PixArt {
+    fn noised(&self, pairs: &Pairs, chosen: &[u32], draw: &Draw<'_>) -> Result<Noised<TextCondition>> {
+        let (device, [c, h, w]) = (PixArt::device(self), pairs.about.latent);
+        let mut images = device.empty(&[chosen.len(), c, h, w])?;
+        images.edit(|images| {
+            for (image, index) in images.chunks_mut(c * h * w).zip(chosen) {
+                image.copy_from_slice(&pairs.latent(*index as usize));
+            }
+        })?;
+        noise_batch(device, &images, draw, |dropped| {
+            let text = |(index, dropped): (&u32, &bool)| match dropped {
+                true => pairs.null(device),
+                false => pairs.text(*index as usize, device),
+            };
+            let texts: Vec<Tensor> = chosen.iter().zip(dropped).map(text).collect::<Result<_>>()?;
+            let text = pad(device, &texts.iter().collect::<Vec<_>>())?;
+            Ok(TextCondition { text, micro: self.micro(pairs, chosen.len())? })
+        })
+    }
+
+    fn check(&self, pairs: &Pairs) -> Result<()> {
+        let c = &self.config;
         let want = ([c.in_channels, c.sample_size, c.sample_size], c.caption_channels);
-        if (self.about.latent, self.about.features) == want {
+        if (pairs.about.latent, pairs.about.features) == want {
             return Ok(());
         }
         let say = |(latent, width): ([usize; 3], usize)| format!("latents {latent:?}, features of {width}");
         Err(Error::usage("data", "the pairs do not fit the model")
-            .is(say((self.about.latent, self.about.features)))
+            .is(say((pairs.about.latent, pairs.about.features)))
             .must(say(want))
             .fix("make the pairs with the base model, at the size that it was trained at"))
     }
 
-    fn stream(&self, batch: usize, seed: u64) -> Result<Box<dyn Stream<PixArt> + '_>> {
-        Ok(Box::new(PairStream { pairs: self, order: Order::new(self.len(), batch, seed)? }))
-    }
-}
-
-struct PairStream<'p> {
-    pairs: &'p Pairs,
-    order: Order,
-}
-
-impl Stream<PixArt> for PairStream<'_> {
-    fn noised(&mut self, model: &PixArt, draw: &Draw<'_>) -> Result<Noised<TextCondition>> {
-        let (pairs, device) = (self.pairs, model.device());
-        let chosen: Vec<usize> = self.order.at(draw.place).iter().map(|i| *i as usize).collect();
-        let [c, h, w] = pairs.about.latent;
-        let mut images = device.empty(&[chosen.len(), c, h, w])?;
-        images.edit(|images| {
-            for (image, index) in images.chunks_mut(c * h * w).zip(&chosen) {
-                image.copy_from_slice(&pairs.latent(*index));
-            }
-        })?;
-        noise_batch(device, &images, draw, |dropped| {
-            let text = |(index, dropped): (&usize, &bool)| pairs.text_values((!dropped).then_some(*index));
-            let texts: Vec<Vec<f32>> = chosen.iter().zip(dropped).map(text).collect();
-            condition(model, &texts, [h, w].map(|side| side * pairs.about.factor))
-        })
-    }
-}
-
-/// What a model reads of texts, each `[L, C]`, beside pictures of a size in pixels.
-fn condition(model: &PixArt, texts: &[Vec<f32>], pixels: [usize; 2]) -> Result<TextCondition> {
-    let (device, width, b) = (model.device(), model.config.caption_channels, texts.len());
-    let counts: Vec<usize> = texts.iter().map(|text| text.len() / width).collect();
-    let longest = counts.iter().copied().max().unwrap_or(1).max(1);
-    let mut features = device.empty(&[b, longest, width])?;
-    features.edit(|features| {
-        for (row, text) in features.chunks_mut(longest * width).zip(texts) {
-            row[..text.len()].copy_from_slice(text);
-            row[text.len()..].fill(0.0);
-        }
-    })?;
-    let micro = match model.config.micro_conditions {
-        false => None,
-        true => {
-            let aspect = vec![pixels[0] as f32 / pixels[1] as f32; b];
-            let size: Vec<f32> = pixels.map(|side| side as f32).repeat(b);
-            Some(MicroConditions {
-                size: Tensor::from_f32(device, &[b, 2], &size)?,
-                aspect: Tensor::from_f32(device, &[b], &aspect)?,
-            })
-        }
-    };
-    Ok(TextCondition { text: Text { features: Var::constant(features), counts, constant: false }, micro })
-}
-
-/// Blank pairs for a model, with the longest texts: to rehearse with.
-#[derive(Debug)]
-pub struct BlankPairs {
-    /// How many.
-    pub n: usize,
-}
-
-impl Examples<PixArt> for BlankPairs {
-    fn count(&self) -> usize {
-        self.n
-    }
-
-    fn bytes(&self) -> usize {
+    fn bytes(_pairs: &Pairs) -> usize {
+        // The files are mapped: what is read of them the system may take back.
         0
     }
 
-    fn digest(&self) -> Result<String> {
-        Ok(String::new())
+    fn digest(pairs: &Pairs) -> String {
+        let sums = pairs.shards.iter().flat_map(|shard| [&shard.texts, &shard.latents]);
+        let sums: Vec<&str> = sums.map(|file| file.metadata().get(SUM).map_or("", String::as_str)).collect();
+        hash::sha256(format!("{sums:?} {:?}", pairs.range).as_bytes())
     }
 
-    fn check(&self, _model: &PixArt) -> Result<()> {
-        Ok(())
-    }
-
-    fn stream(&self, batch: usize, _seed: u64) -> Result<Box<dyn Stream<PixArt> + '_>> {
-        Ok(Box::new(BlankStream { batch }))
+    fn blank(config: &PixArtConfig, n: usize) -> Pairs {
+        let side = config.sample_size;
+        let about = About {
+            transformer: String::new(),
+            prompts: String::new(),
+            count: n,
+            shard: n.max(1),
+            latent: [config.in_channels, side, side],
+            features: config.caption_channels,
+            factor: 1,
+            seed: 0,
+            sampling: String::new(),
+            dtype: "f32".into(),
+        };
+        Pairs { about, shards: Arc::new(Vec::new()), range: 0..n, blank: config.max_tokens }
     }
 }
 
-struct BlankStream {
-    batch: usize,
-}
-
-impl Stream<PixArt> for BlankStream {
-    fn noised(&mut self, model: &PixArt, draw: &Draw<'_>) -> Result<Noised<TextCondition>> {
-        let (c, b, device) = (&model.config, self.batch, model.device());
-        let images = Tensor::zeros(device, &[b, c.in_channels, c.sample_size, c.sample_size])?;
-        noise_batch(device, &images, draw, |_| {
-            let text = vec![0.0; c.max_tokens * c.caption_channels];
-            condition(model, &vec![text; b], [c.sample_size; 2])
-        })
+impl PixArt {
+    /// Size and aspect ratio of the pairs' pictures, where the model is told them.
+    fn micro(&self, pairs: &Pairs, batch: usize) -> Result<Option<MicroConditions>> {
+        if !self.config.micro_conditions {
+            return Ok(None);
+        }
+        let [_, height, width] = pairs.about.latent;
+        let pixels = [height, width].map(|side| (side * pairs.about.factor) as f32);
+        let device = PixArt::device(self);
+        Ok(Some(MicroConditions {
+            size: Tensor::from_f32(device, &[batch, 2], &pixels.repeat(batch))?,
+            aspect: Tensor::from_f32(device, &[batch], &vec![pixels[0] / pixels[1]; batch])?,
+        }))
     }
 }
