@@ -2,7 +2,7 @@
 //!
 //! `graft distill --sites 0/4` trains a quarter of the sites; when all four are done, `graft distill` gathers them.
 
-use super::progress;
+use super::{progress, synthesize};
 use crate::backend::Device;
 use crate::error::Result;
 use crate::graft::assemble::Stage;
@@ -53,7 +53,7 @@ pub struct RunArgs {
 /// Runs `graft run`.
 pub fn run(args: &PlanArgs) -> Result<()> {
     let plan = Plan::read(&args.plan)?;
-    match reads_text(&plan)? {
+    match reads_text(&plan) {
         false => run_on::<RunData>(plan, &args.common),
         true => run_on::<TextData>(plan, &args.common),
     }
@@ -62,6 +62,9 @@ pub fn run(args: &PlanArgs) -> Result<()> {
 fn run_on<D: RunSource>(plan: Plan, args: &RunArgs) -> Result<()> {
     let device = Device::cpu();
     let folder = RunFolder::create(plan, &args.run)?;
+    if let Some(config) = &folder.plan.synthesize {
+        synthesize::for_plan(&folder.plan, config)?;
+    }
     let mut bars = Bars::new(steps(&folder), &device, args.stop_after);
     let data = D::load(&folder.plan.data)?;
     let summary = run::run(&folder, &data, &device, &mut |e| bars.report(e))?;
@@ -74,7 +77,7 @@ pub fn distill(args: &DistillArgs) -> Result<()> {
     let (sites, args) = (&args.sites, &args.plan);
     let part = sites.as_deref().filter(|text| *text != "merge").map(str::parse::<Part>).transpose()?;
     let plan = Plan::read(&args.plan)?;
-    match (reads_text(&plan)?, part) {
+    match (reads_text(&plan), part) {
         (false, Some(part)) => distill_part::<RunData>(plan, &args.common, part),
         (true, Some(part)) => distill_part::<TextData>(plan, &args.common, part),
         (false, None) => stage(&RunFolder::create(plan, &args.common.run)?, &args.common, run::distill::<RunData>),
@@ -103,7 +106,7 @@ fn distill_part<D: RunSource>(plan: Plan, args: &RunArgs, part: Part) -> Result<
 /// Runs `graft finetune`.
 pub fn finetune(args: &RunArgs) -> Result<()> {
     let folder = RunFolder::open(&args.run)?;
-    match reads_text(&folder.plan)? {
+    match reads_text(&folder.plan) {
         false => stage(&folder, args, run::finetune::<RunData>),
         true => stage(&folder, args, run::finetune::<TextData>),
     }

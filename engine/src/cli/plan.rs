@@ -87,7 +87,7 @@ fn as_json(text: &str) -> Result<Value> {
 
 fn check(args: &CheckArgs, as_json: bool) -> Result<()> {
     let plan = Plan::read(&args.plan)?;
-    match reads_text(&plan)? {
+    match reads_text(&plan) {
         false => check_on::<RunData>(plan, args, as_json),
         true => check_on::<TextData>(plan, args, as_json),
     }

@@ -5,15 +5,18 @@ use super::Dtype;
 use super::model_args::RunArgs;
 use crate::autograd::Precision;
 use crate::error::{Error, Result};
+use crate::io::files;
 use crate::io::safetensors::TensorFile;
 use crate::models::pipeline::{Components, Overrides};
+use crate::models::pixart::PixArtConfig;
+use crate::models::vae::Decoder;
 use crate::models::t5::{self, Residence, Tokenizer, Tokens};
 use crate::sample::captions;
 use crate::tensor::{Device, Tensor};
 use std::path::{Path, PathBuf};
 
 /// Where the parts of a model are.
-#[derive(clap::Args)]
+#[derive(Default, clap::Args)]
 pub struct PartArgs {
     /// Folder with the parts that the model's folder has not: vae, text_encoder, tokenizer, scheduler.
     #[arg(long, value_name = "DIR")]
@@ -196,6 +199,32 @@ fn first_rows(features: &Tensor, count: usize) -> Result<Tensor> {
     let width = features.dim(1);
     let count = count.min(features.dim(0));
     Tensor::from_f32(features.device(), &[count, width], &features.values()?[..count * width])
+}
+
+/// The texts of a file, one on every line; empty lines are left out.
+///
+/// # Errors
+/// A file that cannot be read, or without a text.
+pub fn lines(path: &Path) -> Result<Vec<String>> {
+    let text = files::read_text(path)?;
+    let found: Vec<String> = text.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_string).collect();
+    match found.is_empty() {
+        true => Err(Error::usage(path.display().to_string(), "no text").must("a text on every line")),
+        false => Ok(found),
+    }
+}
+
+/// Pixels along a side of a latent's pixel: those of the autoencoder; 1 where the latents of three channels are pictures
+/// themselves. Where nothing decodes, latents are as those of the released autoencoder.
+///
+/// # Errors
+/// An autoencoder that cannot be described.
+pub fn factor(components: &Components, config: &PixArtConfig) -> Result<usize> {
+    match components.vae.as_deref() {
+        Some(vae) => Decoder::factor_of(vae),
+        None if config.in_channels == 3 => Ok(1),
+        None => Ok(8),
+    }
 }
 
 /// Reads features that `graft encode` wrote: those of the prompts, and of what they are guided away from.

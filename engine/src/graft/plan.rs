@@ -17,12 +17,12 @@
 //! ```
 //!
 //! A graft of site `block-pair` has no operator: its layers count pairs, and the blocks 2j and 2j + 1 of a pair get the
-//! same input and run in parallel. `[distill]`, `[finetune]`, `[eval]` and `[select]` may follow; see
+//! same input and run in parallel. `[distill]`, `[finetune]`, `[eval]`, `[select]` and `[synthesize]` may follow; see
 //! [`super::settings`]. Layers count from 0. A plan may hold any
 //! number of grafts, so operators can be mixed in one model. What is wrong is said with file, line and column.
 
 use super::select::{Layers, Measured};
-use super::settings::{DistillConfig, EvalConfig, FinetuneConfig, Loss, SelectConfig, Start};
+use super::settings::{DistillConfig, EvalConfig, FinetuneConfig, Loss, SelectConfig, Start, SynthesizeConfig};
 use super::text::SourceText;
 use crate::autograd::ParamStore;
 use crate::error::{Error, Result};
@@ -53,6 +53,8 @@ pub struct Plan {
     pub eval: EvalConfig,
     /// How layers are measured that the base model decides.
     pub select: SelectConfig,
+    /// How the data is made, where the base makes its own.
+    pub synthesize: Option<SynthesizeConfig>,
     pub(super) grafts: Vec<Graft>,
     source: SourceText,
 }
@@ -136,6 +138,7 @@ struct PlanText {
     finetune: Option<Spanned<FinetuneConfig>>,
     eval: Option<Spanned<EvalConfig>>,
     select: Option<Spanned<SelectConfig>>,
+    synthesize: Option<Spanned<SynthesizeConfig>>,
 }
 
 #[derive(Deserialize)]
@@ -182,6 +185,7 @@ impl Plan {
             finetune: section(&source, raw.finetune, FinetuneConfig::check)?,
             eval: section(&source, raw.eval, EvalConfig::check)?,
             select: section(&source, raw.select, SelectConfig::check)?,
+            synthesize: raw.synthesize.map(|given| checked(&source, given, SynthesizeConfig::check)).transpose()?,
             grafts,
             source,
         })
@@ -312,7 +316,11 @@ impl Plan {
 
 /// A section's settings (the published ones where it is absent), checked.
 fn section<T: Default>(source: &SourceText, given: Option<Spanned<T>>, check: fn(&T) -> Result<()>) -> Result<T> {
-    let Some(given) = given else { return Ok(T::default()) };
+    given.map_or_else(|| Ok(T::default()), |given| checked(source, given, check))
+}
+
+/// A section's settings that are there, checked.
+fn checked<T>(source: &SourceText, given: Spanned<T>, check: fn(&T) -> Result<()>) -> Result<T> {
     check(given.get_ref()).map_err(|e| e.context(source.place(&given.span())))?;
     Ok(given.into_inner())
 }

@@ -31,13 +31,13 @@ use crate::error::{Error, Result};
 use crate::io::atomic::{self, RunLock, ensure_writable_dir, remove_leftovers};
 use crate::io::{hash, json};
 use crate::models::sites::SiteModel;
+use crate::models::{PLAN, STAGES, pipeline};
 use crate::tensor::{Device, MemoryPlan};
 use crate::train::sites::SiteLearner;
 use crate::train::trainer;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-const PLAN: &str = "plan.toml";
 const SUMMARY: &str = "summary.json";
 /// The page that people look at.
 pub const REPORT: &str = "report.html";
@@ -140,8 +140,8 @@ impl RunFolder {
     pub fn model_folder(&self, stage: Stage) -> PathBuf {
         self.dir.join(match stage {
             Stage::Random => "random",
-            Stage::Distilled => "stage1",
-            Stage::Finetuned => "stage2",
+            Stage::Distilled => STAGES[1],
+            Stage::Finetuned => STAGES[0],
         })
     }
 
@@ -159,7 +159,12 @@ impl RunFolder {
     }
 
     fn save<M: SiteModel>(&self, model: &M, stage: Stage) -> Result<()> {
-        assemble::save(model, &self.model_folder(stage), &self.decided()?, stage)
+        let folder = self.model_folder(stage);
+        if M::HAS_PARTS {
+            // Before the configuration, which says that the folder is complete.
+            pipeline::write_base(&folder, &self.plan.base)?;
+        }
+        assemble::save(model, &folder, &self.decided()?, stage)
     }
 }
 

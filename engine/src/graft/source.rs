@@ -52,12 +52,10 @@ pub trait RunSource: Sized + Sync {
 }
 
 /// Whether the base model of a plan reads text, so that it is grafted on [`super::text_source::TextData`].
-///
-/// # Errors
-/// A base model that cannot be opened.
-pub fn reads_text(plan: &Plan) -> Result<bool> {
+/// What is wrong with one that cannot be opened, its loader says.
+pub fn reads_text(plan: &Plan) -> bool {
     let found = hub::resolve(&plan.base).and_then(|path| pixart::is_pixart(&component(&path, "transformer")));
-    found.map_err(|e| e.context(plan.name()))
+    found.unwrap_or(false)
 }
 
 /// Labelled images.

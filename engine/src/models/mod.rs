@@ -18,6 +18,6 @@ mod source;
 pub mod t5;
 pub mod vae;
 
-pub use open::{Opened, component, open};
+pub use open::{Opened, PLAN, STAGES, component, last_stage, open};
 pub(crate) use source::read_weight;
 pub use source::{Source, StoredTensor};

@@ -6,6 +6,34 @@ use crate::io::{atomic, hub, json};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
+/// File in the folder of a grafted transformer that names the model whose other parts it shares.
+const BASE: &str = "base.json";
+
+/// Says in the folder of a grafted transformer whose other parts it shares.
+///
+/// # Errors
+/// When the folder cannot be written.
+pub fn write_base(folder: &Path, base: &Path) -> Result<()> {
+    // A run folder may be used from another working directory.
+    let base = hub::resolve(base)?;
+    let base = std::path::absolute(&base).unwrap_or(base);
+    atomic::ensure_writable_dir(folder)?;
+    json::write(&folder.join(BASE), &json!({ "model": base }))
+}
+
+/// The model whose other parts a grafted transformer shares, where its folder names one.
+fn read_base(folder: &Path) -> Result<Option<PathBuf>> {
+    let path = folder.join(BASE);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let value = json::read(&path)?;
+    let model = value["model"].as_str().map(PathBuf::from);
+    model.map(Some).ok_or_else(|| {
+        Error::failure(path.display().to_string(), "names no model").must("\"model\": the folder of the base model")
+    })
+}
+
 /// Parts that the caller names; each goes before what a folder has.
 #[derive(Clone, Debug, Default)]
 pub struct Overrides {
@@ -52,11 +80,16 @@ impl Components {
                 }
             }
         };
-        let model = hub::resolve(model)?;
+        let model = super::last_stage(&hub::resolve(model)?);
         let components = given(&overrides.components, "--components")?;
         // A transformer inside a pipeline has its siblings beside it.
-        let above = model.parent().filter(|p| p.join("model_index.json").is_file()).map(Path::to_path_buf);
-        let roots: Vec<PathBuf> = [components, Some(model.clone()), above].into_iter().flatten().collect();
+        let above = |path: &Path| {
+            path.parent().filter(|p| p.join("model_index.json").is_file()).map(Path::to_path_buf)
+        };
+        let base = read_base(&model)?;
+        let beside_base = base.as_deref().and_then(above);
+        let roots = [components, Some(model.clone()), above(&model), base, beside_base];
+        let roots: Vec<PathBuf> = roots.into_iter().flatten().collect();
         let part = |name: &str| roots.iter().map(|root| root.join(name)).find(|path| path.is_dir());
         let pick = |given: Option<PathBuf>, name: &str| {
             // A whole pipeline may stand where one of its parts is asked for.
@@ -180,6 +213,16 @@ mod tests {
         assert_eq!(split.vae, Some(dir.join("whole/vae")));
         assert_eq!(split.text().unwrap().0, dir.join("other/text_encoder"));
         assert!(split.scheduler.is_some());
+        // A grafted transformer alone, and the run that it belongs to.
+        touch(dir.join("run/stage1/config.json"));
+        write_base(&dir.join("run/stage1"), &dir.join("whole")).unwrap();
+        touch(dir.join("run/plan.toml"));
+        for model in ["run/stage1", "run"] {
+            let grafted = find(model, &Overrides::default());
+            assert_eq!((grafted.transformer, grafted.vae), (dir.join("run/stage1"), whole.vae.clone()), "{model}");
+        }
+        touch(dir.join("run/stage2/config.json"));
+        assert_eq!(find("run", &Overrides::default()).transformer, dir.join("run/stage2"));
         let none = Overrides { vae: Some(dir.join("none")), ..Overrides::default() };
         assert!(Components::find(&dir.join("whole"), &none).unwrap_err().to_string().contains("--vae"));
     }

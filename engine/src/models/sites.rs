@@ -117,6 +117,9 @@ pub trait SiteModel: Debug + Sized + Sync {
     /// What messages and reports call it.
     const KIND: &'static str;
 
+    /// Whether it is one part of a pipeline, whose others a grafted model shares with its base.
+    const HAS_PARTS: bool;
+
     /// Layers with adapters where a plan names none, by the ends of their names.
     const ADAPTED: &'static [&'static str];
 

@@ -74,6 +74,7 @@ impl SiteModel for Dit {
     type Condition = Tensor;
 
     const KIND: &'static str = "DiT";
+    const HAS_PARTS: bool = false;
 
     /// The projections of attention, of grafted operators and of the MLP, and the modulation.
     const ADAPTED: &'static [&'static str] =

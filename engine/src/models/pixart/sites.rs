@@ -92,6 +92,7 @@ impl SiteModel for PixArt {
     type Condition = TextCondition;
 
     const KIND: &'static str = "PixArt";
+    const HAS_PARTS: bool = true;
 
     /// The projections of both attentions, of grafted operators and of the MLP; one modulation serves all blocks.
     const ADAPTED: &'static [&'static str] = &[

@@ -63,3 +63,6 @@ impl RunSource for TextData {
         fidelity::evaluate(run, self, device, report)
     }
 }
+
+#[cfg(test)]
+mod tests;
