@@ -157,13 +157,7 @@ impl Learner for PixArt {
 ///
 /// # Errors
 /// When a shape does not fit.
-pub fn text_loss<'m>(
-    g: &Graph<'m>,
-    model: &'m PixArt,
-    noised: &Noised,
-    text: &Text,
-    checkpoint: bool,
-) -> Result<Var> {
+pub fn text_loss<'m>(g: &Graph<'m>, model: &'m PixArt, noised: &Noised, text: &Text, checkpoint: bool) -> Result<Var> {
     let keys = model.keys(g, text)?;
     let run = Run { checkpoint, ..Run::default() };
     let out = model.forward(g, &Var::constant(noised.x_t.clone()), &noised.t, &keys, None, run)?;
