@@ -25,6 +25,7 @@ mod sample;
 mod sample_sources;
 mod sample_text;
 mod science;
+mod shipped;
 mod synthesize;
 mod table;
 mod texts;

@@ -1,9 +1,9 @@
 //! `graft sample -p "…"`: pictures from text. Encode, forget the encoder; denoise, forget the transformer; decode.
 
 use super::sample::{self, Args, Target};
-use super::sample_sources::{self, Sources};
+use super::sample_sources::{self, Sources, Space};
 use super::texts::{self, Compat, Encoding, PartArgs, Texts};
-use super::{Dtype, model_args, pictures, progress};
+use super::{Dtype, model_args, pictures, progress, shipped};
 use crate::error::{Error, Result};
 use crate::io::png::Image;
 use crate::io::{hub, json};
@@ -26,8 +26,11 @@ use std::path::{Path, PathBuf};
 #[derive(clap::Args)]
 pub struct TextArgs {
     /// Text to draw; may be given several times.
-    #[arg(short, long, value_name = "TEXT", conflicts_with_all = ["class_labels", "grid"])]
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "class_labels")]
     prompt: Vec<String>,
+    /// Draw every prompt in each of these styles, as "PROMPT, STYLE style"; with --grid a column each.
+    #[arg(long, value_name = "STYLE,...", value_delimiter = ',', requires = "prompt")]
+    styles: Vec<String>,
     /// What to stay away from, for all prompts.
     #[arg(long, value_name = "TEXT", requires = "prompt")]
     negative_prompt: Option<String>,
@@ -74,6 +77,9 @@ pub struct TextArgs {
     random_weights: bool,
 }
 
+/// Images that a model of pixels draws together, where nothing else is asked for: they are small.
+const PIXEL_BATCH: usize = 16;
+
 /// Width and height.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Size {
@@ -100,6 +106,9 @@ pub fn is_for(args: &Args) -> Result<bool> {
         return Ok(true);
     }
     let asked = !text.prompt.is_empty() || text.embeddings.is_some();
+    if asked && args.model.is_none() && text.parts.names_transformer().is_none() {
+        return Ok(true);
+    }
     let path = match (&args.model, text.parts.names_transformer()) {
         (_, Some(path)) => path,
         (Some(model), None) => model,
@@ -123,7 +132,11 @@ struct Job<'a> {
     device: Device,
     /// Absent with random weights.
     components: Option<Components>,
+    /// Every prompt in every style.
+    prompts: Vec<String>,
     config: PixArtConfig,
+    /// Whether the transformer works on pixels: there is no autoencoder.
+    pixels: bool,
     /// Pixels along a side of a latent's pixel.
     factor: usize,
     /// Height and width that are drawn, and that are asked for.
@@ -136,7 +149,7 @@ struct Job<'a> {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let job = Job::new(args)?;
-    let count = args.text.prompt.len().max(1) * args.n;
+    let count = job.prompts.len().max(1) * args.n;
     let target = job.target(count)?;
     if args.plan_memory {
         return job.plan_memory();
@@ -154,6 +167,10 @@ pub fn run(args: &Args) -> Result<()> {
     let Some(target) = target else { return Ok(()) };
     let images = job.decode(&latents, &sources)?;
     match target {
+        Target::Sheet(path) if args.grid.is_some() => {
+            let columns = args.text.styles.len().max(1) * args.n;
+            pictures::write(&path, &pictures::sheet(&images, columns, args.text.prompt.clone())?, &record)
+        }
         Target::Sheet(path) => {
             let [only] = images.as_slice() else {
                 return Err(Error::failure("pictures", "several for one file").is(images.len()).must("one"));
@@ -165,7 +182,7 @@ pub fn run(args: &Args) -> Result<()> {
                 let own = image_seed(job.seed, i as u64);
                 let mut one = record.clone();
                 one["seed"] = json!(own);
-                if let Some(prompt) = args.text.prompt.get(i / args.n) {
+                if let Some(prompt) = job.prompts.get(i / args.n) {
                     one["prompts"] = json!([prompt]);
                 }
                 pictures::write(&PathBuf::from(pattern.replace("%seed%", &own.to_string())), image, &one)?;
@@ -187,22 +204,32 @@ impl<'a> Job<'a> {
             (None, None, None) => None,
             _ => return Err(Error::usage("--width, --height", "only one is given").must("both, or --size")),
         };
-        let (components, config, factor) = match text.random_weights {
+        let (components, config) = match text.random_weights {
             true => {
                 let longest = asked.map_or(1024, |[h, w]| h.max(w));
                 let side = [256, 512, 1024].into_iter().find(|side| *side >= longest).unwrap_or(2048);
-                (None, PixArtConfig::sigma_xl(side)?, 8)
+                (None, PixArtConfig::sigma_xl(side)?)
             }
             false => {
                 if text.prompt.is_empty() && text.embeddings.is_none() {
                     return Err(Error::usage("--prompt", "not given").must("a text, or features with --embeddings"));
                 }
-                let model = args.model.as_deref().or(text.parts.names_transformer()).unwrap_or(Path::new("."));
-                let found = text.parts.find(model)?;
+                let found = match args.model.as_deref().or(text.parts.names_transformer()) {
+                    Some(model) => text.parts.find(model)?,
+                    None => text.parts.find(&shipped::text_to_image()?)?,
+                };
                 let config = pixart::describe(&found.transformer)?;
-                // Where nothing decodes, latents are as those of the released autoencoder.
-                let factor = found.vae.as_deref().map_or(Ok(8), Decoder::factor_of)?;
-                (Some(found), config, factor)
+                (Some(found), config)
+            }
+        };
+        let vae = components.as_ref().and_then(|found| found.vae.as_deref());
+        let pixels = components.is_some() && vae.is_none() && config.in_channels == 3;
+        let factor = components.as_ref().map_or(Ok(8), |found| texts::factor(found, &config))?;
+        let prompts = match text.styles.is_empty() {
+            true => text.prompt.clone(),
+            false => {
+                let in_all = |prompt| text.styles.iter().map(move |style| format!("{prompt}, {style} style"));
+                text.prompt.iter().flat_map(in_all).collect()
             }
         };
         let side = config.sample_size * factor;
@@ -242,7 +269,7 @@ impl<'a> Job<'a> {
         }
         solver.sampler = sample::with_eta(solver.sampler, args.eta)?;
         let (device, seed) = (args.run.device()?, sample::first_seed(args)?);
-        Ok(Job { args, device, components, config, factor, drawn, wanted, solver, seed })
+        Ok(Job { args, device, components, prompts, config, pixels, factor, drawn, wanted, solver, seed })
     }
 
     /// Where pictures go; none where only latents are asked for.
@@ -255,15 +282,15 @@ impl<'a> Job<'a> {
             (None, Some(_)) => return Ok(None),
             (path, _) => path.clone().unwrap_or_else(|| PathBuf::from("sample.png")),
         };
-        if let Some(components) = &self.components {
+        if let (Some(components), false) = (&self.components, self.pixels) {
             components.vae()?;
         }
-        if count > 1 && path.as_os_str() == "-" {
+        if count > 1 && args.grid.is_none() && path.as_os_str() == "-" {
             return Err(Error::usage("--output", "standard output takes one picture")
                 .is(count)
                 .must("a file or folder"));
         }
-        sample::place(args, path, args.separate || count > 1).map(Some)
+        sample::place(args, path, args.separate || (count > 1 && args.grid.is_none())).map(Some)
     }
 
     fn guidance(&self) -> f64 {
@@ -289,7 +316,7 @@ impl<'a> Job<'a> {
                     compat: text.compat,
                     run: &self.args.run,
                 };
-                encoding.encode(&text.prompt, &vec![negative; text.prompt.len()])?
+                encoding.encode(&self.prompts, &vec![negative; self.prompts.len()])?
             }
         };
         let each = |all: Vec<Tensor>| all.into_iter().flat_map(|t| vec![t; self.args.n]).collect();
@@ -317,15 +344,18 @@ impl<'a> Job<'a> {
                 Error::usage("--random-weights", "knows no pictures").must("without --init-image and --inpaint")
             );
         };
-        let vae = vae::load(components.vae()?, &self.device, self.given())?;
+        let space = match self.pixels {
+            true => Space::Pixels(self.device.clone()),
+            false => Space::Latents(Box::new(vae::load(components.vae()?, &self.device, self.given())?)),
+        };
         let precision = args.run.dtype.into();
         let read = |path: &Path| sample_sources::picture(path, self.drawn);
         let mut sources = Sources::default();
         if let Some(path) = &args.text.init_image {
-            sources.start = Some(sample_sources::latents(&vae, &read(path)?, self.drawn, count, precision)?);
+            sources.start = Some(sample_sources::latents(&space, &read(path)?, self.drawn, count, precision)?);
         }
         if let Some((image, mask)) = known {
-            sources.inpaint(&vae, &read(image)?, &read(mask)?, (self.drawn, count, args.rounds), precision)?;
+            sources.inpaint(&space, &read(image)?, &read(mask)?, (self.drawn, count, args.rounds), precision)?;
         }
         Ok(sources)
     }
@@ -343,7 +373,7 @@ impl<'a> Job<'a> {
             steps: args.steps,
             guidance: self.guidance(),
             guided: args.cfg_channels.map(|c| c.count(self.config.out_channels)),
-            batch: args.batch.unwrap_or(1),
+            batch: args.batch.unwrap_or(if self.pixels { PIXEL_BATCH } else { 1 }),
             precision: args.run.dtype.into(),
             semantics,
             latents: args.latents.as_deref().map(|p| sample::read_latents(p, &self.device)).transpose()?,
@@ -413,6 +443,21 @@ impl<'a> Job<'a> {
 
     /// Pictures of the latents, in the size that was asked for.
     fn decode(&self, latents: &Tensor, sources: &Sources) -> Result<Vec<Image>> {
+        let decoded = if self.pixels { latents.clone() } else { self.decode_latents(latents)? };
+        let each = decoded.len() / decoded.dim(0).max(1);
+        let image = |values: &[f32]| {
+            let mut values = values.to_vec();
+            sources.restore(&mut values);
+            if self.wanted != self.drawn {
+                values = bins::resize_and_crop(&values, self.drawn, self.wanted);
+            }
+            sample_sources::to_image(&values, self.wanted[0], self.wanted[1])
+        };
+        decoded.values()?.chunks(each).map(image).collect()
+    }
+
+    /// Pixels `[n, 3, H, W]` of latents.
+    fn decode_latents(&self, latents: &Tensor) -> Result<Tensor> {
         let decoder = match &self.components {
             Some(components) => Decoder::load(components.vae()?, &self.device, self.given())?,
             None => Decoder::Kl(Box::new(Vae::new(VaeConfig::released(0.13025), &self.device, self.seed)?)),
@@ -432,16 +477,7 @@ impl<'a> Job<'a> {
         let decoded = decoded?;
         let memory = self.device.memory();
         eprintln!("decoder: {:.2} GiB at most", memory.peak as f64 / f64::from(1 << 30));
-        let each = decoded.len() / decoded.dim(0).max(1);
-        let image = |values: &[f32]| {
-            let mut values = values.to_vec();
-            sources.restore(&mut values);
-            if self.wanted != self.drawn {
-                values = bins::resize_and_crop(&values, self.drawn, self.wanted);
-            }
-            sample_sources::to_image(&values, self.wanted[0], self.wanted[1])
-        };
-        decoded.values()?.chunks(each).map(image).collect()
+        Ok(decoded)
     }
 
     /// Prints the memory of every stage; they follow one another, so the largest counts.
@@ -458,7 +494,7 @@ impl<'a> Job<'a> {
         };
         let plan = text::plan_memory(&self.config, &self.request(texts, &Sources::default())?)?;
         stages.push(("transformer", plan.total(), plan.to_string()));
-        if self.args.output_latents.is_none() || self.args.output.is_some() {
+        if !self.pixels && (self.args.output_latents.is_none() || self.args.output.is_some()) {
             let config = match &self.components {
                 None => Some(VaeConfig::released(0.13025)),
                 // The small decoder needs a fraction of what the transformer does.
@@ -484,7 +520,7 @@ impl<'a> Job<'a> {
         let (sampler, eta) = sample::sampler_name(request.sampler);
         let mut record = json!({
             "program": concat!("graft ", env!("CARGO_PKG_VERSION")),
-            "prompts": text.prompt,
+            "prompts": self.prompts,
             "negative_prompt": text.negative_prompt,
             "seed": self.seed,
             "images_per_prompt": args.n,
