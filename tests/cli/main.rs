@@ -8,4 +8,5 @@ mod reports;
 mod sampling;
 mod support;
 mod text;
+mod text_graft;
 mod training;

@@ -20,7 +20,7 @@ fn copy(from: &str, to: &Path) {
 }
 
 /// A whole small model: transformer in the original's names, text encoder, the recorded tokenizer and autoencoder.
-fn pipeline(here: &Path) {
+pub fn pipeline(here: &Path) {
     let device = Device::cpu();
     let config = PixArtConfig { sample_size: 8, caption_channels: 24, ..PixArtConfig::plain(2, 48, 3) };
     let model = PixArt::random(config, &device, 3).unwrap();

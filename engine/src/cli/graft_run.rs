@@ -3,7 +3,7 @@
 //! `graft distill --sites 0/4` trains a quarter of the sites; when all four are done, `graft distill` gathers them.
 
 use super::{progress, synthesize};
-use crate::backend::Device;
+use crate::backend::{self, Device};
 use crate::error::Result;
 use crate::graft::assemble::Stage;
 use crate::graft::parts::Part;
@@ -45,6 +45,9 @@ pub struct RunArgs {
     /// Stop after this many updates of this call.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     stop_after: Option<u64>,
+    /// What runs the operators: cpu, oracle, emu or cuda.
+    #[arg(long, default_value = "cpu", value_name = "NAME")]
+    backend: String,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -60,10 +63,10 @@ pub fn run(args: &PlanArgs) -> Result<()> {
 }
 
 fn run_on<D: RunSource>(plan: Plan, args: &RunArgs) -> Result<()> {
-    let device = Device::cpu();
+    let device = backend::open(&args.backend)?;
     let folder = RunFolder::create(plan, &args.run)?;
     if let Some(config) = &folder.plan.synthesize {
-        synthesize::for_plan(&folder.plan, config)?;
+        synthesize::for_plan(&folder.plan, config, &args.backend)?;
     }
     let mut bars = Bars::new(steps(&folder), &device, args.stop_after);
     let data = D::load(&folder.plan.data)?;
@@ -86,7 +89,7 @@ pub fn distill(args: &DistillArgs) -> Result<()> {
 }
 
 fn distill_part<D: RunSource>(plan: Plan, args: &RunArgs, part: Part) -> Result<()> {
-    let device = Device::cpu();
+    let device = backend::open(&args.backend)?;
     let folder = RunFolder::share(plan, &args.run)?;
     let mut bars = Bars::new(steps(&folder), &device, args.stop_after);
     let data = D::load(&folder.plan.data)?;
@@ -120,7 +123,7 @@ fn steps(folder: &RunFolder) -> [u64; 2] {
 type StageFn<D> = fn(&RunFolder, &D, &Device, &mut run::Report<'_>) -> Result<bool>;
 
 fn stage<D: RunSource>(folder: &RunFolder, args: &RunArgs, stage: StageFn<D>) -> Result<()> {
-    let device = Device::cpu();
+    let device = backend::open(&args.backend)?;
     let mut bars = Bars::new(steps(folder), &device, args.stop_after);
     let data = D::load(&folder.plan.data)?;
     let finished = stage(folder, &data, &device, &mut |e| bars.report(e))?;

@@ -45,9 +45,9 @@ enum SemanticsArg {
 }
 
 impl RunArgs {
-    /// On the processor, as the model was trained.
-    pub fn on_cpu(dtype: Dtype) -> RunArgs {
-        RunArgs { backend: "cpu".into(), dtype, semantics: SemanticsArg::Original }
+    /// On a backend, with the details of training.
+    pub fn new(backend: &str, dtype: Dtype) -> RunArgs {
+        RunArgs { backend: backend.into(), dtype, semantics: SemanticsArg::Original }
     }
 
     /// The device that runs the operators.

@@ -91,18 +91,18 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// Makes the pairs that a plan asks for, as far as they are not there.
+/// Makes the pairs that a plan asks for on a backend, as far as they are not there.
 ///
 /// # Errors
 /// As `graft synthesize`; a plan whose data is no pairs.
-pub fn for_plan(plan: &Plan, config: &SynthesizeConfig) -> Result<()> {
+pub fn for_plan(plan: &Plan, config: &SynthesizeConfig, backend: &str) -> Result<()> {
     if plan.data.kind != text_source::KIND {
         return Err(Error::usage("data: kind", "nothing is synthesized for this data")
             .is(&plan.data.kind)
             .must(format!("{:?}, or a plan without [synthesize]", text_source::KIND)));
     }
     let dtype = if config.dtype == crate::train::config::Dtype::Bf16 { Dtype::Bf16 } else { Dtype::F32 };
-    let (run, parts) = (RunArgs::on_cpu(dtype), PartArgs::default());
+    let (run, parts) = (RunArgs::new(backend, dtype), PartArgs::default());
     let job = Job { config, run: &run, parts: &parts, max_tokens: None };
     job.make(&plan.base, Path::new(&plan.data.dir), None).map(|_| ())
 }
@@ -163,10 +163,8 @@ impl Job<'_> {
             None => None,
         };
         let sampler: Option<Sampler> = self.config.sampler.as_deref().map(str::parse).transpose()?;
-        let usual = SolverConfig {
-            sampler: Sampler::DpmPlusPlus { end: DpmEndPoint::Zero },
-            schedule: Schedule::default(),
-        };
+        let usual =
+            SolverConfig { sampler: Sampler::DpmPlusPlus { end: DpmEndPoint::Zero }, schedule: Schedule::default() };
         let solver = match (stated, sampler) {
             (Some(Ok(solver)), _) => solver,
             (Some(Err(e)), None) => return Err(e),

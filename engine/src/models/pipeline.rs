@@ -83,9 +83,7 @@ impl Components {
         let model = super::last_stage(&hub::resolve(model)?);
         let components = given(&overrides.components, "--components")?;
         // A transformer inside a pipeline has its siblings beside it.
-        let above = |path: &Path| {
-            path.parent().filter(|p| p.join("model_index.json").is_file()).map(Path::to_path_buf)
-        };
+        let above = |path: &Path| path.parent().filter(|p| p.join("model_index.json").is_file()).map(Path::to_path_buf);
         let base = read_base(&model)?;
         let beside_base = base.as_deref().and_then(above);
         let roots = [components, Some(model.clone()), above(&model), base, beside_base];
