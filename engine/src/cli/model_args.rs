@@ -45,6 +45,11 @@ enum SemanticsArg {
 }
 
 impl RunArgs {
+    /// On the CPU, as trained.
+    pub fn on_cpu(dtype: Dtype) -> RunArgs {
+        RunArgs { backend: "cpu".into(), dtype, semantics: SemanticsArg::Original }
+    }
+
     /// The device that runs the operators.
     ///
     /// # Errors
