@@ -125,7 +125,10 @@ ITEMS = {
         client=npm,
         package_sha256="3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
         folder="package",
-        files={"icons.json": "9eac6ef4e7ec122b6f0e7ac281d61008afdbc720d0ce861e398b939daaa347c6"},
+        files={
+            "icons.json": "9eac6ef4e7ec122b6f0e7ac281d61008afdbc720d0ce861e398b939daaa347c6",
+            "metadata.json": "2c2aa0df0fc8371d08cb6183f8f45eec0d73dce85fc4bbc8e17980ba024c4d5c",
+        },
     ),
     "emoji-openmoji": Item(
         about="OpenMoji as vector pictures (CC-BY-SA-4.0)",

@@ -2,7 +2,8 @@
 //! `cargo run --release -p graft-tools --features emoji --bin emoji [CACHE]`.
 //!
 //! Reads `CACHE/emoji-<style>/icons.json` and writes `CACHE/emoji/sheet.png`, whose rows are pictures of 32x32, and
-//! `CACHE/emoji/captions.jsonl`, a line for every row: caption, concept, style, and whether the pair is held out.
+//! `CACHE/emoji/captions.jsonl`, a line for every row: caption, concept, style, and whether the pair is held out. The
+//! same for animals, plants, food and drink alone goes to `CACHE/emoji-nature`.
 
 use resvg::tiny_skia::{Color, Pixmap, Transform};
 use resvg::usvg::{Options, Tree};
@@ -17,6 +18,10 @@ const STYLES: [&str; 4] = ["fluent", "noto", "openmoji", "twemoji"];
 /// Side of a picture, and pixels rendered along a side of each of its pixels.
 const SIDE: usize = 32;
 const FINER: usize = 4;
+/// The set whose groups of concepts are used, and those of the smaller selection.
+const GROUPED: &str = "noto";
+const NATURE: [&str; 2] = ["Animals & Nature", "Food & Drink"];
+const FIX_FETCH: &str = "fix: fetch the emoji sets with tools/setup/fetch_data.py";
 /// Of 256 concepts so many have one style held out: 8 % of all pairs.
 const HELD_OUT: u8 = 82;
 
@@ -41,30 +46,70 @@ fn run(cache: &Path) -> Result<String, String> {
     for set in &sets[1..] {
         concepts = concepts.intersection(&set.names()).cloned().collect();
     }
-    let (mut pixels, mut lines, mut held) = (Vec::new(), String::new(), 0);
+    let members = nature(&cache.join(format!("emoji-{GROUPED}/metadata.json")))?;
+    let (mut all, mut some) = (Selection::default(), Selection::default());
     for concept in &concepts {
-        let without = held_out(concept);
         for (style, set) in sets.iter().enumerate() {
-            pixels.extend(set.render(concept)?);
-            let caption = format!("{}, {} style", concept.replace('-', " "), STYLES[style]);
-            let out = without == Some(style);
-            held += usize::from(out);
-            let line = json!({ "caption": caption, "concept": concept, "style": STYLES[style], "held_out": out });
-            lines.push_str(&format!("{line}\n"));
+            let picture = set.render(concept)?;
+            all.add(concept, style, &picture);
+            if members.contains(concept) {
+                some.add(concept, style, &picture);
+            }
         }
     }
-    let rows = concepts.len() * STYLES.len();
-    let folder = cache.join("emoji");
-    std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    replace(&folder.join("sheet.png"), &sheet(rows, &pixels)?)?;
-    replace(&folder.join("captions.jsonl"), lines.as_bytes())?;
-    Ok(format!("{}: {} concepts in {} styles, {held} pairs held out", folder.display(), concepts.len(), STYLES.len()))
+    Ok(format!("{}\n{}", all.write(&cache.join("emoji"))?, some.write(&cache.join("emoji-nature"))?))
+}
+
+/// Concepts of the groups of the smaller selection.
+fn nature(path: &Path) -> Result<BTreeSet<String>, String> {
+    let value = read_json(path)?;
+    let mut members = BTreeSet::new();
+    for group in NATURE {
+        let names = value["categories"][group].as_array();
+        let names = names.ok_or_else(|| format!("{}: no group {group}; {FIX_FETCH}", path.display()))?;
+        members.extend(names.iter().filter_map(Value::as_str).map(str::to_string));
+    }
+    Ok(members)
+}
+
+/// Pictures with captions.
+#[derive(Default)]
+struct Selection {
+    pixels: Vec<u8>,
+    lines: String,
+    rows: usize,
+    held_out: usize,
+}
+
+impl Selection {
+    fn add(&mut self, concept: &str, style: usize, picture: &[u8]) {
+        let out = held_out(concept) == Some(style);
+        let style = STYLES[style];
+        let caption = format!("{}, {style} style", concept.replace('-', " "));
+        let line = json!({ "caption": caption, "concept": concept, "style": style, "held_out": out });
+        self.pixels.extend_from_slice(picture);
+        self.lines.push_str(&format!("{line}\n"));
+        self.rows += 1;
+        self.held_out += usize::from(out);
+    }
+
+    fn write(&self, folder: &Path) -> Result<String, String> {
+        std::fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+        replace(&folder.join("sheet.png"), &sheet(self.rows, &self.pixels)?)?;
+        replace(&folder.join("captions.jsonl"), self.lines.as_bytes())?;
+        Ok(format!("{}: {} pictures, {} of them held out", folder.display(), self.rows, self.held_out))
+    }
 }
 
 /// The style that a concept is not shown in when a model trains: a function of its name.
 fn held_out(concept: &str) -> Option<usize> {
     let digest = Sha256::digest(concept.as_bytes());
     (digest[0] < HELD_OUT).then_some(usize::from(digest[1]) % STYLES.len())
+}
+
+fn read_json(path: &Path) -> Result<Value, String> {
+    let bytes = std::fs::read(path).map_err(|e| format!("{}: {e}; {FIX_FETCH}", path.display()))?;
+    serde_json::from_slice(&bytes).map_err(|e| format!("{}: {e}; {FIX_FETCH}", path.display()))
 }
 
 /// A set of vector pictures.
@@ -78,14 +123,12 @@ struct Set {
 impl Set {
     fn read(path: &Path) -> Result<Set, String> {
         let place = path.display().to_string();
-        let fix = "fix: fetch it with tools/setup/fetch_data.py";
-        let bytes = std::fs::read(path).map_err(|e| format!("{place}: {e}; {fix}"))?;
-        let mut value: Value = serde_json::from_slice(&bytes).map_err(|e| format!("{place}: {e}; {fix}"))?;
+        let mut value = read_json(path)?;
         let side = |name: &str| value.get(name).and_then(Value::as_f64).unwrap_or(16.0);
         let size = [side("width"), side("height")];
         match value["icons"].take() {
             Value::Object(icons) => Ok(Set { place, icons, size }),
-            _ => Err(format!("{place}: no icons; {fix}")),
+            _ => Err(format!("{place}: no icons; {FIX_FETCH}")),
         }
     }
 

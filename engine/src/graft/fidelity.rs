@@ -9,7 +9,9 @@ use super::evaluate::{Evaluated, Evaluation, Report, models};
 use super::run::RunFolder;
 use super::text_source::TextData;
 use crate::autograd::{Graph, Precision, Var};
+use super::lookup::Lookup;
 use crate::error::Result;
+use crate::eval::retrieval::Retrieval;
 use crate::io::grid::{self, Layout};
 use crate::io::png::{self, Image};
 use crate::models::pipeline::{Components, Overrides};
@@ -50,6 +52,9 @@ pub struct Fidelity {
     pub samples: usize,
     /// ‖x − x₀‖₂ / ‖x₀‖₂ of the samples against the base model's.
     pub sample: f64,
+    /// How pictures of captions that no training saw were found among real ones, where the plan names such.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retrieval: Option<Retrieval>,
 }
 
 /// What a model answers.
@@ -61,6 +66,7 @@ struct Answers {
     /// `[n, C, h, w]`.
     samples: Tensor,
     seconds_per_image: f64,
+    retrieval: Option<Retrieval>,
 }
 
 /// Measures the base and the models of a finished run, each against the base.
@@ -68,7 +74,9 @@ struct Answers {
 /// # Errors
 /// A model or an autoencoder that cannot be read.
 pub fn evaluate(run: &RunFolder, data: &TextData, device: &Device, report: &mut Report<'_>) -> Result<Evaluation> {
-    let exam = Exam { run, data, device };
+    let captions = run.plan.eval.captions.as_deref();
+    let lookup = captions.map(|folder| Lookup::new(&run.plan, folder, device)).transpose()?;
+    let exam = Exam { run, data, device, lookup };
     let decoder = exam.decoder()?;
     let folders = models(run);
     let work = exam.work();
@@ -92,6 +100,7 @@ struct Exam<'e> {
     run: &'e RunFolder,
     data: &'e TextData,
     device: &'e Device,
+    lookup: Option<Lookup>,
 }
 
 impl Exam<'_> {
@@ -109,7 +118,8 @@ impl Exam<'_> {
     }
 
     fn work(&self) -> u64 {
-        (self.count() * self.run.plan.eval.steps) as u64
+        let looked_up = self.lookup.as_ref().map_or(0, |lookup| lookup.prompts.len());
+        ((self.count() + looked_up) * self.run.plan.eval.steps) as u64
     }
 
     /// What turns latents into pictures; none where the latents are pictures, or nothing is there that could.
@@ -126,10 +136,20 @@ impl Exam<'_> {
         let model = PixArt::load(folder, self.device)?;
         let (loss, predictions) = self.denoise(&model)?;
         let start = Instant::now();
-        let samples = self.sample(&model, report)?;
+        let held_out = &self.data.held_out;
+        let prompts = (0..self.count()).map(|i| held_out.text(i, self.device)).collect::<Result<_>>()?;
+        let samples = self.sample(&model, prompts, &held_out.null(self.device)?, report)?;
         let seconds_per_image = start.elapsed().as_secs_f64() / self.count().max(1) as f64;
+        let retrieval = match &self.lookup {
+            None => None,
+            Some(lookup) => {
+                let before = (self.count() * self.run.plan.eval.steps) as u64;
+                let mut later = |done| report(before + done);
+                Some(lookup.find(&self.sample(&model, lookup.prompts.clone(), &lookup.null, &mut later)?)?)
+            }
+        };
         self.device.trim();
-        Ok(Answers { loss, predictions, samples, seconds_per_image })
+        Ok(Answers { loss, predictions, samples, seconds_per_image, retrieval })
     }
 
     fn denoise(&self, model: &PixArt) -> Result<(f64, Vec<Vec<f32>>)> {
@@ -151,10 +171,16 @@ impl Exam<'_> {
         Ok((loss / settings.held_out.max(1) as f64, predictions))
     }
 
-    fn sample(&self, model: &PixArt, report: &mut (dyn FnMut(u64) + Send)) -> Result<Tensor> {
+    fn sample(
+        &self,
+        model: &PixArt,
+        prompts: Vec<Tensor>,
+        null: &Tensor,
+        report: &mut (dyn FnMut(u64) + Send),
+    ) -> Result<Tensor> {
         let (settings, held_out) = (&self.run.plan.eval, &self.data.held_out);
         let prompts: Vec<Tensor> = (0..self.count()).map(|i| held_out.text(i, self.device)).collect::<Result<_>>()?;
-        let nulls = vec![held_out.null(self.device)?; prompts.len()];
+        let nulls = vec![null.clone(); prompts.len()];
         let [channels, height, width] = held_out.about.latent;
         let request = Request {
             sampler: settings.sampler.parse()?,
@@ -181,6 +207,7 @@ impl Exam<'_> {
             prediction,
             samples: self.count(),
             sample: relative(own.iter().copied().zip(theirs.iter().copied())),
+            retrieval: answers.retrieval,
         })
     }
 }

@@ -36,6 +36,7 @@ pub mod finetune;
 pub mod gpu;
 pub mod import;
 pub mod locality;
+mod lookup;
 pub mod memory;
 mod page;
 mod pair;

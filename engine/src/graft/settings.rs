@@ -409,6 +409,10 @@ pub struct EvalConfig {
     pub picture_guidance: f64,
     /// Folder of the classifier in whose feature space images are compared; without one nothing is scored.
     pub classifier: Option<PathBuf>,
+    /// Folder of pictures with captions among which those of a model that reads text are looked up; without one they
+    /// are not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub captions: Option<PathBuf>,
     /// Seed of the noise.
     pub seed: u64,
 }
@@ -423,6 +427,7 @@ impl Default for EvalConfig {
             guidance: 1.5,
             picture_guidance: 4.0,
             classifier: None,
+            captions: None,
             seed: 0,
         }
     }

@@ -119,3 +119,161 @@ pub fn pad(device: &Device, texts: &[&Tensor]) -> Result<Text> {
     })?;
     Ok(Text { features: Var::constant(features), counts, constant: false })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::autograd::{ParamId, Precision};
+    use crate::models::pixart::PixArtConfig;
+    use crate::models::t5::T5Config;
+    use crate::sample::schedule::Schedule;
+    use crate::train::batches::Batches;
+    use crate::train::optimizer::AdamWSettings;
+    use crate::train::trainer::{LoopSettings, Trainer};
+
+    fn settings(batch: usize) -> LoopSettings {
+        LoopSettings {
+            steps: 1000,
+            batch,
+            seed: 3,
+            label_dropout: 0.2,
+            precision: Precision::F32,
+            checkpoint_every: 1000,
+            activation_checkpointing: false,
+        }
+    }
+
+    /// A picture of one brightness for each of four captions, some of them longer.
+    fn data() -> Captioned {
+        let images = ImageSet {
+            n: 4,
+            channels: 1,
+            height: 8,
+            width: 8,
+            pixels: [0u8, 80, 170, 255].iter().flat_map(|v| [*v; 64]).collect(),
+            labels: vec![0; 4],
+            class_names: vec!["plain"],
+        };
+        Captioned { images, captions: vec![vec![3, 1], vec![4, 1], vec![3, 4, 1], vec![4, 4, 3, 1]], null: vec![1] }
+    }
+
+    fn model() -> TextToImage {
+        let config = PixArtConfig {
+            patch: 4,
+            sample_size: 8,
+            in_channels: 1,
+            out_channels: 2,
+            caption_channels: 16,
+            max_tokens: 6,
+            ..PixArtConfig::plain(1, 32, 2)
+        };
+        let sizes =
+            T5Config { width: 16, heads: 2, head_width: 8, hidden: 24, depth: 1, vocabulary: 5, ..T5Config::xxl() };
+        let device = Device::cpu();
+        TextToImage {
+            transformer: PixArt::random(config, &device, 1).unwrap(),
+            encoder: T5::new(sizes, &device, 2).unwrap(),
+        }
+    }
+
+    fn step<'s>(
+        data: &'s Captioned,
+        chosen: &'s [u32],
+        s: &'s LoopSettings,
+        schedule: &'s Schedule,
+    ) -> Step<'s, Captioned> {
+        Step { data, chosen, number: 0, settings: s, schedule }
+    }
+
+    /// The whole way from the ids to the loss, by differences: an error in any operator between would show.
+    #[test]
+    fn gradients_reach_the_text_encoder() {
+        let (mut model, data, settings, schedule) = (model(), data(), settings(4), Schedule::default());
+        let chosen = [0, 1, 2, 3];
+        let value = |model: &TextToImage| -> f64 {
+            let g = Graph::inference(Precision::F32);
+            let (loss, _) = model.loss(&g, &step(&data, &chosen, &settings, &schedule), None).unwrap();
+            f64::from(loss.tensor().values().unwrap()[0])
+        };
+        let grads = {
+            let g = Graph::training(Precision::F32);
+            let (loss, _) = model.loss(&g, &step(&data, &chosen, &settings, &schedule), None).unwrap();
+            g.backward(&loss).unwrap()
+        };
+        for (store, name) in [
+            (1, "shared.weight"),
+            (1, "encoder.block.0.layer.0.SelfAttention.qkv.weight"),
+            (1, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+            (1, "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"),
+            (1, "encoder.final_layer_norm.weight"),
+            (0, "y_embedder.y_proj.fc1.weight"),
+            (0, "blocks.0.cross_attn.kv_linear.weight"),
+            (0, "t_block.1.weight"),
+        ] {
+            let (id, gradient): (ParamId, Vec<f32>) = {
+                let store = model.stores()[store];
+                let id = store.find(name).unwrap();
+                (id, grads.param(store, id).unwrap().to_vec().unwrap())
+            };
+            // Along the gradient itself, where the slope is its norm.
+            let norm = gradient.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+            assert!(norm > 1e-6, "{name}: {norm}");
+            let start = model.stores()[store].get(id).value.to_vec().unwrap();
+            let mut at = |by: f64| {
+                let moved =
+                    start.iter().zip(&gradient).map(|(v, g)| (f64::from(*v) + by * f64::from(*g) / norm) as f32);
+                let moved = moved.collect::<Vec<f32>>();
+                model.stores_mut()[store].get_mut(id).value.edit(|v| v.copy_from_slice(&moved)).unwrap();
+                value(&model)
+            };
+            let h = 0.02;
+            let slope = (at(h) - at(-h)) / (2.0 * h);
+            at(0.0);
+            assert!((slope - norm).abs() < 0.05 * norm + 2e-5, "{name}: {slope} by differences, {norm} by the tape");
+        }
+    }
+
+    #[test]
+    fn a_caption_decides_what_is_predicted() {
+        let (data, settings, schedule) = (data(), settings(4), Schedule::default());
+        let optimiser = AdamWSettings { lr: 5e-3, ema: 0.9, ..AdamWSettings::default() };
+        let mut trainer = Trainer::homeless(model(), optimiser, settings.clone()).unwrap();
+        let mut batches = Batches::new(&data, 4, 3).unwrap();
+        for _ in 0..150 {
+            trainer.update(&mut batches).unwrap();
+        }
+        let model = trainer.averaged().unwrap();
+        let loss = |captions: [usize; 4]| -> f64 {
+            let captions = captions.map(|i| data.captions[i].clone()).to_vec();
+            let data = Captioned { captions, ..data.clone() };
+            let settings = LoopSettings { label_dropout: 0.0, ..settings.clone() };
+            let g = Graph::inference(Precision::F32);
+            let sum = (0..20).map(|number| {
+                let step = Step { number: 5000 + number, ..step(&data, &[0, 1, 2, 3], &settings, &schedule) };
+                f64::from(model.loss(&g, &step, None).unwrap().0.tensor().values().unwrap()[0])
+            });
+            sum.sum::<f64>() / 20.0
+        };
+        let (right, wrong) = (loss([0, 1, 2, 3]), loss([3, 2, 1, 0]));
+        assert!(right < 0.8 * wrong, "{right} with the right captions, {wrong} with others");
+    }
+
+    /// Features that are made before give the loss that the encoder gives in the loop.
+    #[test]
+    fn encoded_texts_train_the_transformer_alone() {
+        let (model, data, settings, schedule) = (model(), data(), settings(2), Schedule::default());
+        let g = Graph::inference(Precision::F32);
+        let chosen = [3, 1];
+        let (want, _) = model.loss(&g, &step(&data, &chosen, &settings, &schedule), None).unwrap();
+        let all: Vec<_> =
+            data.captions.iter().chain([&data.null]).cloned().map(crate::models::t5::Tokens::whole).collect();
+        let mut texts = model.encoder.encode(&all, Precision::F32).unwrap();
+        let null = texts.pop().unwrap();
+        let latents = images(&Device::cpu(), &data.images, &[0, 1, 2, 3]).unwrap().images;
+        let encoded = Encoded { latents, texts, null };
+        let alone = Step { data: &encoded, chosen: &chosen, number: 0, settings: &settings, schedule: &schedule };
+        let (found, _) = model.transformer.loss(&g, &alone, None).unwrap();
+        let [want, found] = [want, found].map(|v| v.tensor().values().unwrap()[0]);
+        assert!((want - found).abs() < 1e-4 * want, "{found} must be {want}");
+    }
+}
