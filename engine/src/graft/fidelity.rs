@@ -6,10 +6,10 @@
 
 use super::assemble::Stage as ModelStage;
 use super::evaluate::{Evaluated, Evaluation, Report, models};
+use super::lookup::Lookup;
 use super::run::RunFolder;
 use super::text_source::TextData;
 use crate::autograd::{Graph, Precision, Var};
-use super::lookup::Lookup;
 use crate::error::Result;
 use crate::eval::retrieval::Retrieval;
 use crate::io::grid::{self, Layout};
@@ -179,7 +179,6 @@ impl Exam<'_> {
         report: &mut (dyn FnMut(u64) + Send),
     ) -> Result<Tensor> {
         let (settings, held_out) = (&self.run.plan.eval, &self.data.held_out);
-        let prompts: Vec<Tensor> = (0..self.count()).map(|i| held_out.text(i, self.device)).collect::<Result<_>>()?;
         let nulls = vec![null.clone(); prompts.len()];
         let [channels, height, width] = held_out.about.latent;
         let request = Request {
@@ -243,24 +242,29 @@ fn sheet(samples: &Tensor, decoder: Option<&Decoder>, precision: Precision) -> R
     png::encode(&grid::grid(&images, &Layout { upscale, ..Layout::new(COLUMNS) })?, &BTreeMap::new())
 }
 
-/// Names of the columns of [`row`].
-pub(super) const HEADER: [&str; 5] =
-    ["model", "held-out loss", "prediction against the base", "samples against the base", "time a sample"];
-
-/// A stage as a row of a table.
-pub(super) fn row(stage: &Evaluated) -> Option<Vec<String>> {
-    let fidelity = stage.fidelity?;
-    let name = match stage.name.as_str() {
-        name if name == ModelStage::Random.name() => "new operators at random (control)".to_string(),
-        name => name.to_string(),
+/// Header and rows of a table of stages; nothing where none was measured like this.
+pub(super) fn table(stages: &[Evaluated]) -> Option<(Vec<String>, Vec<Vec<String>>)> {
+    let measured: Vec<(&Evaluated, Fidelity)> = stages.iter().filter_map(|s| Some((s, s.fidelity?))).collect();
+    let found = measured.first()?.1.retrieval.is_some();
+    let mut header = vec!["model", "held-out loss", "prediction", "samples"];
+    if found {
+        header.extend(["own picture nearest", "candidates nearer"]);
+    }
+    header.push("time a sample");
+    let row = |(stage, fidelity): &(&Evaluated, Fidelity)| {
+        let name = match stage.name == ModelStage::Random.name() {
+            true => "new operators at random (control)".to_string(),
+            false => stage.name.clone(),
+        };
+        let numbers = [fidelity.loss, fidelity.prediction, fidelity.sample].map(|number| format!("{number:.4}"));
+        let mut row: Vec<String> = [name].into_iter().chain(numbers).collect();
+        if let Some(retrieval) = fidelity.retrieval {
+            row.extend([retrieval.first, retrieval.nearer].map(|share| format!("{:.1} %", 100.0 * share)));
+        }
+        row.push(stage.seconds_per_image.map_or(String::new(), |s| format!("{s:.2} s")));
+        row
     };
-    Some(vec![
-        name,
-        format!("{:.4}", fidelity.loss),
-        format!("{:.4}", fidelity.prediction),
-        format!("{:.4}", fidelity.sample),
-        stage.seconds_per_image.map_or(String::new(), |s| format!("{:.2} s", s)),
-    ])
+    Some((header.into_iter().map(String::from).collect(), measured.iter().map(row).collect()))
 }
 
 #[cfg(test)]

@@ -39,9 +39,8 @@ impl Lookup {
         let (tokenizer, encoder) = (Tokenizer::open(tokenizer)?, t5::load(encoder, device, false, Residence::Memory)?);
         let count = plan.eval.samples.min(unseen.captions.len());
         let texts = unseen.captions[..count].iter().map(String::as_str).chain([""]);
-        let tokens = texts.map(|text| {
-            Tokens::whole(tokenizer.encode_at_most(&captions::clean(text), config.max_tokens).ids)
-        });
+        let tokens =
+            texts.map(|text| Tokens::whole(tokenizer.encode_at_most(&captions::clean(text), config.max_tokens).ids));
         let mut prompts = encoder.encode(&tokens.collect::<Vec<_>>(), plan.distill.dtype.into())?;
         let null = prompts.pop().ok_or_else(|| Error::failure("captions", "none").must("at least one"))?;
         let mut real = of_set(&seen)?;

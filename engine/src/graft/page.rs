@@ -64,15 +64,22 @@ fn stage(s: &Evaluated, summary: &Summary) -> Stage {
 
 /// How near the stages of a model that reads text are to the base.
 fn tables(evaluation: &Evaluation) -> Vec<Table> {
-    let rows: Vec<Vec<String>> = evaluation.stages.iter().filter_map(fidelity::row).collect();
+    let Some((header, rows)) = fidelity::table(&evaluation.stages) else { return Vec::new() };
     let Some(first) = evaluation.stages.iter().find_map(|s| s.fidelity) else { return Vec::new() };
-    let caption = format!(
-        "On pairs that were kept back: mean diffusion loss of {} noised latents; distance of the predicted noise, and \
-         of {} samples with the same prompts and seeds, to those of the base model, relative to their size: 0 is the \
-         base itself.",
+    let mut caption = format!(
+        "On pairs that were kept back: mean diffusion loss of {} noised latents; distance of the predicted noise, and of \
+         {} samples with the same prompts and seeds, to those of the base model, relative to their size: 0 is the base \
+         itself.",
         first.questions, first.samples
     );
-    let header = fidelity::HEADER.map(str::to_owned).to_vec();
+    if let Some(retrieval) = first.retrieval {
+        caption += &format!(
+            " Pictures of {} captions that no training saw are looked up by coarse colours among {:.0} real ones of their \
+             style: how often the one that was asked for is the nearest, and how many are nearer than it; half of them by \
+             chance.",
+            retrieval.n, retrieval.candidates
+        );
+    }
     vec![Table { title: "Nearness to the base model".into(), caption, header, rows }]
 }
 

@@ -124,11 +124,13 @@ pub fn pad(device: &Device, texts: &[&Tensor]) -> Result<Text> {
 mod tests {
     use super::*;
     use crate::autograd::{ParamId, Precision};
+    use crate::io::files::test_dir;
     use crate::models::pixart::PixArtConfig;
     use crate::models::t5::T5Config;
     use crate::sample::schedule::Schedule;
     use crate::train::batches::Batches;
     use crate::train::optimizer::AdamWSettings;
+    use crate::train::pairs::{self, About, Pairs, ShardTexts};
     use crate::train::trainer::{LoopSettings, Trainer};
 
     fn settings(batch: usize) -> LoopSettings {
@@ -260,18 +262,34 @@ mod tests {
 
     /// Features that are made before give the loss that the encoder gives in the loop.
     #[test]
-    fn encoded_texts_train_the_transformer_alone() {
+    fn pairs_train_the_transformer_alone() {
         let (model, data, settings, schedule) = (model(), data(), settings(2), Schedule::default());
-        let g = Graph::inference(Precision::F32);
+        let (g, folder) = (Graph::inference(Precision::F32), test_dir("text_pairs"));
         let chosen = [3, 1];
         let (want, _) = model.loss(&g, &step(&data, &chosen, &settings, &schedule), None).unwrap();
         let all: Vec<_> =
             data.captions.iter().chain([&data.null]).cloned().map(crate::models::t5::Tokens::whole).collect();
-        let mut texts = model.encoder.encode(&all, Precision::F32).unwrap();
-        let null = texts.pop().unwrap();
+        let mut features = model.encoder.encode(&all, Precision::F32).unwrap();
+        let null = features.pop().unwrap();
         let latents = images(&Device::cpu(), &data.images, &[0, 1, 2, 3]).unwrap().images;
-        let encoded = Encoded { latents, texts, null };
-        let alone = Step { data: &encoded, chosen: &chosen, number: 0, settings: &settings, schedule: &schedule };
+        let about = About {
+            transformer: String::new(),
+            prompts: String::new(),
+            count: 4,
+            shard: 4,
+            latent: [1, 8, 8],
+            features: 16,
+            factor: 1,
+            seed: 0,
+            sampling: String::new(),
+            dtype: "f32".into(),
+        };
+        about.write(&folder).unwrap();
+        let prompts = vec![String::new(); 4];
+        pairs::write_texts(&about, &folder, 0, &ShardTexts { prompts, features, null }).unwrap();
+        pairs::write_latents(&about, &folder, 0, &latents).unwrap();
+        let pairs = Pairs::open(&folder).unwrap();
+        let alone = Step { data: &pairs, chosen: &chosen, number: 0, settings: &settings, schedule: &schedule };
         let (found, _) = model.transformer.loss(&g, &alone, None).unwrap();
         let [want, found] = [want, found].map(|v| v.tensor().values().unwrap()[0]);
         assert!((want - found).abs() < 1e-4 * want, "{found} must be {want}");
