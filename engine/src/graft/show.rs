@@ -2,7 +2,8 @@
 
 use super::plan::{Assignment, Plan};
 use super::select::Layers;
-use super::settings::{DistillConfig, EvalConfig, FinetuneConfig, Loss, SelectConfig, Start, SynthesizeConfig};
+use super::settings::{DistillConfig, EvalConfig, FinetuneConfig, Loss, SelectConfig, Start};
+use super::synthesize::SynthesizeConfig;
 use crate::error::{Error, Result};
 use crate::nn::operators::{OptionValue, REGISTRY, Site, Spec};
 use crate::train::config::DataConfig;

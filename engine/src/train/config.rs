@@ -35,7 +35,7 @@ pub struct PretrainConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// `fashion-mnist`, `mnist` or `cifar10`; `emoji` for models that read text.
+    /// `fashion-mnist`, `mnist` or `cifar10`; for models that read text `emoji`, or `pairs` to graft them.
     pub kind: String,
     /// Folder that holds it; `graft data` or `make data` fills `data-cache/<kind>`.
     pub dir: String,

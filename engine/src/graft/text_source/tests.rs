@@ -42,11 +42,14 @@ fn data(dir: &Path) -> TextData {
     TextData::load(&plan(dir, HYENA).data).unwrap()
 }
 
-/// What a model predicts for a noised batch of the pairs.
+/// What a model predicts for noised pairs.
 fn predict(model: &PixArt, data: &TextData) -> Vec<f32> {
+    predict_for(model, &data.train, &[3, 11])
+}
+
+fn predict_for(model: &PixArt, pairs: &Pairs, chosen: &[u32]) -> Vec<f32> {
     let schedule = Schedule::default();
-    let noised =
-        model.noised(&data.train, &[3, 11], &Draw { schedule: &schedule, dropout: 0.0, seed: 1, step: 5 }).unwrap();
+    let noised = model.noised(pairs, chosen, &Draw { schedule: &schedule, dropout: 0.0, seed: 1, step: 5 }).unwrap();
     let (g, x) = (Graph::inference(Precision::F32), crate::autograd::Var::constant(noised.x_t.clone()));
     model.predict(&g, &x, &noised.t, &noised.condition, false, None).unwrap().tensor().to_vec().unwrap()
 }
@@ -212,4 +215,17 @@ fn memory_is_rehearsed() {
     let [one_wide, two_wide] = memory::plan::<TextData>(&wide, None, 1000).unwrap();
     assert!(one_wide.total() > one.total() && one_wide.total() < 2 * one.total());
     assert!(two_wide.total() > two.total() && two_wide.total() < 2 * two.total());
+}
+
+#[test]
+fn a_model_that_is_told_the_size_hears_that_of_the_pairs() {
+    let dir = test_dir("text_alpha");
+    let config = PixArtConfig { micro_conditions: true, ..model(2).config.clone() };
+    let base = PixArt::random(config, &Device::cpu(), 6).unwrap();
+    make(&dir.join("pairs"), about(6), &base, 99).unwrap();
+    let mut pairs = data(&dir).train;
+    let small = predict_for(&base, &pairs, &[0, 3]);
+    pairs.about.factor = 8;
+    let large = predict_for(&base, &pairs, &[0, 3]);
+    assert!(small.iter().all(|v| v.is_finite()) && small != large);
 }

@@ -221,7 +221,7 @@ impl SiteLearner for PixArt {
             };
             let texts: Vec<Tensor> = chosen.iter().zip(dropped).map(text).collect::<Result<_>>()?;
             let text = pad(device, &texts.iter().collect::<Vec<_>>())?;
-            Ok(TextCondition { text, micro: self.micro(pairs, chosen.len())? })
+            Ok(TextCondition { text, micro: micro(self, pairs, chosen.len())? })
         })
     }
 
@@ -267,18 +267,16 @@ impl SiteLearner for PixArt {
     }
 }
 
-impl PixArt {
-    /// Size and aspect ratio of the pairs' pictures, where the model is told them.
-    fn micro(&self, pairs: &Pairs, batch: usize) -> Result<Option<MicroConditions>> {
-        if !self.config.micro_conditions {
-            return Ok(None);
-        }
-        let [_, height, width] = pairs.about.latent;
-        let pixels = [height, width].map(|side| (side * pairs.about.factor) as f32);
-        let device = PixArt::device(self);
-        Ok(Some(MicroConditions {
-            size: Tensor::from_f32(device, &[batch, 2], &pixels.repeat(batch))?,
-            aspect: Tensor::from_f32(device, &[batch], &vec![pixels[0] / pixels[1]; batch])?,
-        }))
+/// Size and aspect ratio of the pairs' pictures, where the model is told them.
+fn micro(model: &PixArt, pairs: &Pairs, batch: usize) -> Result<Option<MicroConditions>> {
+    if !model.config.micro_conditions {
+        return Ok(None);
     }
+    let [_, height, width] = pairs.about.latent;
+    let pixels = [height, width].map(|side| (side * pairs.about.factor) as f32);
+    let device = PixArt::device(model);
+    Ok(Some(MicroConditions {
+        size: Tensor::from_f32(device, &[batch, 2], &pixels.repeat(batch))?,
+        aspect: Tensor::from_f32(device, &[batch], &vec![pixels[0] / pixels[1]; batch])?,
+    }))
 }

@@ -4,6 +4,10 @@
 //! one and appear whole: a call that was killed, or ran out of disk, leaves what it has finished, and the next one
 //! makes what is missing. Latent i starts from seed + i, whatever shard or batch it is in.
 
+mod settings;
+
+pub use settings::SynthesizeConfig;
+
 use crate::autograd::Precision;
 use crate::error::{Error, Result};
 use crate::io::atomic::{RunLock, ensure_writable_dir, remove_leftovers};
