@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::io::datasets::ImageSet;
 use crate::models::pixart::{PixArt, Run, Text};
 use crate::models::t5::T5;
+use crate::sample::solver::Prediction;
 use crate::tensor::{Device, Tensor};
 
 /// Stands for the empty text where a sample's number would.
@@ -38,6 +39,8 @@ pub struct TextToImage {
     pub transformer: PixArt,
     /// The encoder, with all blocks in memory.
     pub encoder: T5,
+    /// What the transformer predicts.
+    pub prediction: Prediction,
 }
 
 impl TextToImage {
@@ -80,7 +83,7 @@ impl Learner for TextToImage {
         _teacher: Option<&Self::Teacher>,
     ) -> Result<(Var, Option<Terms>)> {
         let batch = images(self.device(), &step.data.images, step.chosen)?;
-        let noised = noise(self.device(), step, batch.images)?;
+        let noised = noise(self.device(), step, batch.images, self.prediction)?;
         let rows = texts(&noised, step.chosen)?;
         let read = |row: &Option<usize>| row.map_or(&step.data.null[..], |row| &step.data.captions[row]);
         let text = self.read(g, &rows.iter().map(read).collect::<Vec<_>>())?;
@@ -88,7 +91,8 @@ impl Learner for TextToImage {
     }
 
     fn duplicate(&self) -> Result<TextToImage> {
-        Ok(TextToImage { transformer: self.transformer.duplicate()?, encoder: self.encoder.duplicate()? })
+        let (transformer, encoder) = (self.transformer.duplicate()?, self.encoder.duplicate()?);
+        Ok(TextToImage { transformer, encoder, prediction: self.prediction })
     }
 }
 
@@ -100,6 +104,8 @@ pub struct Encoded {
     pub texts: Vec<Tensor>,
     /// `[L, C]` features of the empty text.
     pub null: Tensor,
+    /// What the transformer predicts.
+    pub prediction: Prediction,
 }
 
 impl Examples for Encoded {
@@ -140,7 +146,7 @@ impl Learner for PixArt {
                 to.copy_from_slice(&from[index as usize * each..][..each]);
             }
         })?;
-        let noised = noise(device, step, latents)?;
+        let noised = noise(device, step, latents, data.prediction)?;
         let rows = texts(&noised, step.chosen)?;
         let features: Vec<&Tensor> = rows.iter().map(|row| row.map_or(&data.null, |row| &data.texts[row])).collect();
         let text = pad(device, &features)?;
@@ -165,9 +171,11 @@ pub fn text_loss<'m>(g: &Graph<'m>, model: &'m PixArt, noised: &Noised, text: &T
 }
 
 /// Noises the latents of a step; a label says which of them keeps its text.
-fn noise<D>(device: &Device, step: &Step<'_, D>, images: Tensor) -> Result<Noised> {
+fn noise<D>(device: &Device, step: &Step<'_, D>, images: Tensor, prediction: Prediction) -> Result<Noised> {
     let (s, labels) = (step.settings, (0..images.dim(0) as i32).collect());
-    noise_batch(device, step.schedule, &Batch { images, labels }, NULL, s.label_dropout, s.seed, step.number)
+    let batch = Batch { images, labels };
+    noise_batch(device, step.schedule, &batch, NULL, s.label_dropout, s.seed, step.number)?
+        .towards(prediction, step.schedule)
 }
 
 /// The example whose text every sample keeps; none where it was dropped.
@@ -253,6 +261,7 @@ mod tests {
         TextToImage {
             transformer: PixArt::random(config, &device, 1).unwrap(),
             encoder: T5::new(sizes, &device, 2).unwrap(),
+            prediction: Prediction::Velocity,
         }
     }
 
@@ -350,7 +359,7 @@ mod tests {
         let mut texts = model.encoder.encode(&all, Precision::F32).unwrap();
         let null = texts.pop().unwrap();
         let latents = images(&Device::cpu(), &data.images, &[0, 1, 2, 3]).unwrap().images;
-        let encoded = Encoded { latents, texts, null };
+        let encoded = Encoded { latents, texts, null, prediction: Prediction::Velocity };
         let alone = Step { data: &encoded, chosen: &chosen, number: 0, settings: &settings, schedule: &schedule };
         let (found, _) = model.transformer.loss(&g, &alone, None).unwrap();
         let [want, found] = [want, found].map(|v| v.tensor().values().unwrap()[0]);
