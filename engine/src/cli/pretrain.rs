@@ -9,6 +9,7 @@ use crate::models::pixart::{self, PixArt};
 use crate::models::t5::{self, T5, Tokenizer};
 use crate::models::{component, pipeline};
 use crate::sample::captions;
+use crate::sample::solver::Prediction;
 use crate::train::config::{PretrainConfig, TextConfig};
 use crate::train::learner::Learner;
 use crate::train::text::{Captioned, TextToImage};
@@ -79,11 +80,13 @@ fn run_text(args: &Args, config: &PretrainConfig, text: &TextConfig) -> Result<(
         None => TextToImage {
             transformer: PixArt::new(transformer, &device, config.train.seed)?,
             encoder: T5::new(encoder, &device, config.train.seed)?,
+            prediction: text.prediction,
         },
         Some(init) => {
             let found = TextToImage {
                 transformer: pixart::load(&component(init, "transformer"), &device, false)?,
                 encoder: t5::load(&init.join("text_encoder"), &device, false, t5::Residence::Memory)?,
+                prediction: text.prediction,
             };
             let same = found.transformer.config == transformer && found.encoder.config == encoder;
             same.then_some(found).ok_or_else(|| other_sizes(init))?
@@ -98,7 +101,7 @@ fn run_text(args: &Args, config: &PretrainConfig, text: &TextConfig) -> Result<(
         &BTreeMap::from([step_of(&trainer)]),
     )?;
     t5::save(&averaged.encoder, &folder.join("text_encoder"), SaveAs::Bf16)?;
-    pipeline::write_index(&folder)?;
+    pipeline::write_index(&folder, text.prediction == Prediction::Velocity)?;
     report(&trainer, &folder);
     Ok(())
 }

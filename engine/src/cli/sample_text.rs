@@ -15,7 +15,7 @@ use crate::sample::bins;
 use crate::sample::config::SolverConfig;
 use crate::sample::dpm::DpmEndPoint;
 use crate::sample::schedule::Schedule;
-use crate::sample::solver::Sampler;
+use crate::sample::solver::{Prediction, Sampler};
 use crate::sample::text::{self, Request};
 use crate::tensor::{Device, Tensor};
 use graft_kernels::rng::{Philox, image_seed};
@@ -253,15 +253,19 @@ impl<'a> Job<'a> {
         }
         let end = if text.compat == Compat::Official { DpmEndPoint::Official } else { DpmEndPoint::Zero };
         let stated = match components.as_ref().and_then(|c| c.scheduler.as_ref()) {
-            Some(path) => Some((SolverConfig::from_scheduler_json(&json::read(path)?), path)),
+            Some(path) => {
+                let value = json::read(path)?;
+                Some((SolverConfig::from_scheduler_json(&value), Prediction::stated(&value), path))
+            }
             None => None,
         };
+        let plain = |sampler, prediction| SolverConfig { sampler, schedule: Schedule::default(), prediction };
         let mut solver = match (stated, args.sampler) {
-            (None, _) => SolverConfig { sampler: Sampler::DpmPlusPlus { end }, schedule: Schedule::default() },
-            (Some((Ok(solver), _)), _) => solver,
+            (None, _) => plain(Sampler::DpmPlusPlus { end }, Prediction::Noise),
+            (Some((Ok(solver), ..)), _) => solver,
             // A scheduler that is not known matters only to those who do not choose another.
-            (Some((Err(_), _)), Some(sampler)) => SolverConfig { sampler, schedule: Schedule::default() },
-            (Some((Err(e), path)), None) => return Err(e.context(path.display().to_string())),
+            (Some((Err(_), prediction, _)), Some(sampler)) => plain(sampler, prediction),
+            (Some((Err(e), _, path)), None) => return Err(e.context(path.display().to_string())),
         };
         solver.sampler = args.sampler.unwrap_or(solver.sampler);
         if let Sampler::DpmPlusPlus { .. } = solver.sampler {
@@ -370,6 +374,7 @@ impl<'a> Job<'a> {
         Ok(Request {
             sampler: self.solver.sampler,
             schedule: self.solver.schedule.clone(),
+            prediction: self.solver.prediction,
             steps: args.steps,
             guidance: self.guidance(),
             guided: args.cfg_channels.map(|c| c.count(self.config.out_channels)),

@@ -14,7 +14,7 @@ use crate::models::pixart::{self, PixArtConfig, Semantics};
 use crate::sample::config::SolverConfig;
 use crate::sample::dpm::DpmEndPoint;
 use crate::sample::schedule::Schedule;
-use crate::sample::solver::Sampler;
+use crate::sample::solver::{Prediction, Sampler};
 use crate::train::pairs::{About, Half};
 use indicatif::ProgressBar;
 use std::ops::ControlFlow;
@@ -157,23 +157,30 @@ impl Job<'_> {
     fn sampling(&self, components: &Components) -> Result<Sampling> {
         let stated = match &components.scheduler {
             Some(path) => {
-                Some(SolverConfig::from_scheduler_json(&json::read(path)?).map_err(|e| e.context(path.display())))
+                let value = json::read(path)?;
+                let solver = SolverConfig::from_scheduler_json(&value).map_err(|e| e.context(path.display()));
+                Some((solver, Prediction::stated(&value)))
             }
             None => None,
         };
         let sampler: Option<Sampler> = self.config.sampler.as_deref().map(str::parse).transpose()?;
-        let usual =
-            SolverConfig { sampler: Sampler::DpmPlusPlus { end: DpmEndPoint::Zero }, schedule: Schedule::default() };
+        let usual = |prediction| SolverConfig {
+            sampler: Sampler::DpmPlusPlus { end: DpmEndPoint::Zero },
+            schedule: Schedule::default(),
+            prediction,
+        };
         let solver = match (stated, sampler) {
-            (Some(Ok(solver)), _) => solver,
-            (Some(Err(e)), None) => return Err(e),
+            (Some((Ok(solver), _)), _) => solver,
+            (Some((Err(e), _)), None) => return Err(e),
             // A scheduler that is not known matters only to those who do not choose another.
-            _ => usual,
+            (Some((Err(_), prediction)), Some(_)) => usual(prediction),
+            (None, _) => usual(Prediction::Noise),
         };
         let semantics = if self.run.as_diffusers() { Semantics::Diffusers } else { Semantics::Original };
         Ok(Sampling {
             sampler: sampler.unwrap_or(solver.sampler),
             schedule: solver.schedule,
+            prediction: solver.prediction,
             steps: self.config.steps,
             guidance: self.config.guidance,
             batch: self.config.batch,
@@ -213,6 +220,7 @@ impl Job<'_> {
             seed: self.config.seed,
             sampling: sampling.to_string(),
             dtype: if self.config.store == crate::train::config::Dtype::Bf16 { "bf16" } else { "f32" }.into(),
+            prediction: how.prediction,
         })
     }
 }

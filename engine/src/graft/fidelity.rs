@@ -188,6 +188,7 @@ impl Exam<'_> {
             batch: (BATCH_VALUES / (channels * height * width)).max(1),
             precision: self.precision(),
             factor: held_out.about.factor,
+            prediction: held_out.about.prediction,
             ..Request::new(prompts, nulls, [height, width], settings.seed)
         };
         text::generate(model, &request, &mut |p, _| {

@@ -140,11 +140,11 @@ impl Components {
 }
 
 /// Writes `model_index.json` and the scheduler of a text-to-image model without an autoencoder, whose other parts lie in
-/// the folder: DPM-Solver++ on the linear schedule of PixArt.
+/// the folder: DPM-Solver++ on the linear schedule of PixArt, for a transformer that predicts noise or `velocity`.
 ///
 /// # Errors
 /// When the folder cannot be written.
-pub fn write_index(folder: &Path) -> Result<()> {
+pub fn write_index(folder: &Path, velocity: bool) -> Result<()> {
     let scheduler = json!({
         "_class_name": "DPMSolverMultistepScheduler",
         "algorithm_type": "dpmsolver++",
@@ -154,7 +154,7 @@ pub fn write_index(folder: &Path) -> Result<()> {
         "final_sigmas_type": "zero",
         "lower_order_final": true,
         "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
+        "prediction_type": if velocity { "v_prediction" } else { "epsilon" },
         "solver_order": 2,
         "solver_type": "midpoint",
         "timestep_spacing": "linspace",

@@ -7,6 +7,7 @@ use crate::io::datasets::{self, ImageSet, Split};
 use crate::models::dit::DitConfig;
 use crate::models::pixart::PixArtConfig;
 use crate::models::t5::T5Config;
+use crate::sample::solver::Prediction;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -104,6 +105,9 @@ pub struct TextConfig {
     pub hidden: usize,
     /// Most tokens of a caption.
     pub max_tokens: usize,
+    /// What the model predicts: `noise` as PixArt does, or `velocity`.
+    #[serde(default)]
+    pub prediction: Prediction,
 }
 
 /// The loop.

@@ -5,6 +5,8 @@ use crate::autograd::{Graph, Var};
 use crate::error::{Error, Result};
 use crate::models::sites::{SiteConfig, SiteModel};
 use crate::ops::{add_noise, contracts, philox};
+use crate::sample::schedule::Schedule;
+use crate::sample::solver::Prediction;
 use crate::sample::vlb::LossCoefs;
 use crate::tensor::{Device, Tensor};
 use graft_kernels::rng::Philox;
@@ -23,7 +25,7 @@ pub struct Noised<C> {
     pub condition: C,
     /// `[B, C, H·W]` clean images.
     x0: Tensor,
-    /// `[B, C, H·W]` the noise.
+    /// `[B, C, H·W]` what is to be predicted: the noise, or what [`Noised::towards`] makes of it.
     noise: Tensor,
     /// `[B, 4]` coefficients of the loss.
     coefs: Tensor,
@@ -71,6 +73,30 @@ pub fn noise_batch<C>(
 }
 
 impl<C> Noised<C> {
+    /// The same inputs for a model that predicts something else than noise.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn towards(self, prediction: Prediction, schedule: &Schedule) -> Result<Noised<C>> {
+        if prediction == Prediction::Noise {
+            return Ok(self);
+        }
+        let device = self.x_t.device().clone();
+        let &[_, c, s] = self.x0.shape().dims() else { unreachable!("made by noise_batch") };
+        let (noise, x0, mut coefs) = (self.noise.values()?, self.x0.values()?, self.coefs.to_vec()?);
+        let mut target = Vec::with_capacity(noise.len());
+        let samples = self.t.to_vec()?.into_iter().zip(coefs.chunks_mut(4));
+        for ((t, row), (noise, x0)) in samples.zip(noise.chunks(c * s).zip(x0.chunks(c * s))) {
+            let [signal, sigma] = LossCoefs::new(schedule, t as usize)?.noise_row();
+            target.extend(noise.iter().zip(x0).map(|(noise, x0)| signal * noise - sigma * x0));
+            // A mean of the posterior is off by `gap` for each unit of noise, which is `signal` of velocity.
+            row[0] *= signal;
+        }
+        let noise = Tensor::from_f32(&device, self.noise.shape().dims(), &target)?;
+        let coefs = Tensor::from_f32(&device, self.coefs.shape().dims(), &coefs)?;
+        Ok(Noised { noise, coefs, ..self })
+    }
+
     /// The diffusion loss of a prediction `[B, out_channels, H, W]`, a scalar on the graph.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::io::datasets::ImageSet;
 use crate::models::pixart::{PixArt, Text, TextCondition};
 use crate::models::t5::T5;
+use crate::sample::solver::Prediction;
 use crate::tensor::{Device, Tensor};
 
 /// Pictures with the ids of their captions.
@@ -36,6 +37,8 @@ pub struct TextToImage {
     pub transformer: PixArt,
     /// The encoder, with all blocks in memory.
     pub encoder: T5,
+    /// What the transformer predicts.
+    pub prediction: Prediction,
 }
 
 impl TextToImage {
@@ -88,11 +91,13 @@ impl Learner for TextToImage {
             let text = self.read(g, &step.chosen.iter().zip(dropped).map(read).collect::<Vec<_>>())?;
             Ok(TextCondition { text, micro: None })
         })?;
+        let noised = noised.towards(self.prediction, step.schedule)?;
         Ok((diffusion_loss(g, &self.transformer, &noised, s.activation_checkpointing)?, None))
     }
 
     fn duplicate(&self) -> Result<TextToImage> {
-        Ok(TextToImage { transformer: self.transformer.duplicate()?, encoder: self.encoder.duplicate()? })
+        let (transformer, encoder) = (self.transformer.duplicate()?, self.encoder.duplicate()?);
+        Ok(TextToImage { transformer, encoder, prediction: self.prediction })
     }
 }
 
@@ -175,6 +180,7 @@ mod tests {
         TextToImage {
             transformer: PixArt::random(config, &device, 1).unwrap(),
             encoder: T5::new(sizes, &device, 2).unwrap(),
+            prediction: Prediction::Velocity,
         }
     }
 
@@ -283,6 +289,7 @@ mod tests {
             seed: 0,
             sampling: String::new(),
             dtype: "f32".into(),
+            prediction: Prediction::Velocity,
         };
         about.write(&folder).unwrap();
         let prompts = vec![String::new(); 4];

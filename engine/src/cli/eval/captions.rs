@@ -8,9 +8,11 @@ use crate::error::{Error, Result};
 use crate::eval::retrieval::{Drawn, Retrieval, of_drawn, of_set, retrieve};
 use crate::io::captioned::{self, CaptionedSet};
 use crate::io::datasets::Split;
+use crate::io::json as json_file;
 use crate::models::pipeline::{Components, Overrides};
 use crate::models::pixart::{self, PixArt};
 use crate::models::t5::Residence;
+use crate::sample::solver::Prediction;
 use crate::sample::text::{self, Request};
 use crate::tensor::Device;
 use graft_kernels::rng::Philox;
@@ -90,6 +92,7 @@ fn draw(
     };
     let texts = encoding.encode(&prompts, &vec![String::new(); prompts.len()])?;
     let side = set.images.height;
+    let stated = components.scheduler.as_deref().map(json_file::read).transpose()?;
     let request = Request {
         sampler: args.sampler.parse()?,
         steps: args.steps,
@@ -97,6 +100,7 @@ fn draw(
         batch: args.batch,
         precision: args.dtype.into(),
         factor: 1,
+        prediction: stated.as_ref().map_or(Prediction::Noise, Prediction::stated),
         ..Request::new(texts.prompts, texts.nulls, [side, side], args.seed)
     };
     let bar = progress::bar((order.len() * args.steps) as u64, "sample");

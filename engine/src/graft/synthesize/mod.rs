@@ -14,7 +14,7 @@ use crate::io::atomic::{RunLock, ensure_writable_dir, remove_leftovers};
 use crate::io::system;
 use crate::models::pixart::{PixArt, Semantics};
 use crate::sample::schedule::Schedule;
-use crate::sample::solver::Sampler;
+use crate::sample::solver::{Prediction, Sampler};
 use crate::sample::text::{self, Request};
 use crate::tensor::{Device, Tensor};
 use crate::train::pairs::{self, ABOUT, About, Half, ShardTexts};
@@ -29,6 +29,8 @@ pub struct Sampling {
     pub sampler: Sampler,
     /// Noise schedule of the model.
     pub schedule: Schedule,
+    /// What the model predicts.
+    pub prediction: Prediction,
     /// Model evaluations per latent and half.
     pub steps: usize,
     /// Scale of classifier-free guidance.
@@ -184,6 +186,7 @@ impl Synthesis {
         Ok(Request {
             sampler: how.sampler,
             schedule: how.schedule.clone(),
+            prediction: how.prediction,
             steps: how.steps,
             guidance: how.guidance,
             batch: how.batch,
@@ -256,6 +259,7 @@ pub(super) mod tests {
             seed: 5,
             sampling: "s".into(),
             dtype: "f32".into(),
+            prediction: Prediction::Noise,
         }
     }
 
@@ -263,6 +267,7 @@ pub(super) mod tests {
         Sampling {
             sampler: "ddim".parse().unwrap(),
             schedule: Schedule::default(),
+            prediction: Prediction::Noise,
             steps: 2,
             guidance: 2.0,
             batch: 2,

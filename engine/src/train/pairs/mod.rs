@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::io::dtype::FileDtype;
 use crate::io::safetensors::{self, TensorFile, TensorRecord};
 use crate::io::{hash, json};
+use crate::sample::solver::Prediction;
 use crate::tensor::{Device, Tensor};
 use half::bf16;
 use serde::{Deserialize, Serialize};
@@ -57,6 +58,9 @@ pub struct About {
     pub sampling: String,
     /// `f32` or `bf16`.
     pub dtype: String,
+    /// What the transformer predicts.
+    #[serde(default)]
+    pub prediction: Prediction,
 }
 
 impl About {

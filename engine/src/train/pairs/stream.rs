@@ -7,6 +7,7 @@ use crate::io::dtype::FileDtype;
 use crate::io::hash;
 use crate::io::safetensors::TensorFile;
 use crate::models::pixart::{MicroConditions, PixArt, PixArtConfig, TextCondition};
+use crate::sample::solver::Prediction;
 use crate::tensor::{Device, Tensor};
 use crate::train::batches::Examples;
 use crate::train::learner::{Learner, Step};
@@ -214,7 +215,7 @@ impl SiteLearner for PixArt {
                 image.copy_from_slice(&pairs.latent(*index as usize));
             }
         })?;
-        noise_batch(device, &images, draw, |dropped| {
+        let noised = noise_batch(device, &images, draw, |dropped| {
             let text = |(index, dropped): (&u32, &bool)| match dropped {
                 true => pairs.null(device),
                 false => pairs.text(*index as usize, device),
@@ -222,7 +223,8 @@ impl SiteLearner for PixArt {
             let texts: Vec<Tensor> = chosen.iter().zip(dropped).map(text).collect::<Result<_>>()?;
             let text = pad(device, &texts.iter().collect::<Vec<_>>())?;
             Ok(TextCondition { text, micro: micro(self, pairs, chosen.len())? })
-        })
+        })?;
+        noised.towards(pairs.about.prediction, draw.schedule)
     }
 
     fn check(&self, pairs: &Pairs) -> Result<()> {
@@ -262,6 +264,7 @@ impl SiteLearner for PixArt {
             seed: 0,
             sampling: String::new(),
             dtype: "f32".into(),
+            prediction: Prediction::Noise,
         };
         Pairs { about, shards: Arc::new(Vec::new()), range: 0..n, blank: config.max_tokens }
     }
