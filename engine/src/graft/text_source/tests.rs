@@ -1,3 +1,5 @@
+//! A model that reads text, grafted: identity, the whole path, what does not fit, and the published graft.
+
 use super::*;
 use crate::autograd::{Graph, ParamStore, Precision};
 use crate::graft::assemble::{self, Stage};
