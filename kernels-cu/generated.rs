@@ -5,6 +5,7 @@
 
 use crate::check::{self, Fill, GradCheck};
 use crate::launch::{ElementType, In, Out};
+use crate::ways::{Way, WayInfo};
 use crate::{Case, OpInfo, Tier, Weight};
 
 /// Every operator, by name.
@@ -209,17 +210,17 @@ pub mod adamw {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "first_step", tier: Tier::Tiny, dims: Dims { l: 37 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "no_ema", tier: Tier::Tiny, dims: Dims { l: 17 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &["ema"], bf16: &[], gradcheck: false },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { l: 1 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.9, bias2: 0.5, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "large_epsilon", tier: Tier::Tiny, dims: Dims { l: 22 }, params: Params { lr: 0.05, rate1: 0.1, rate2: 0.001, eps: 0.3, weight_decay: 0.01, bias1: 0.3, bias2: 0.5, grad_scale: 1.0, ema_rate: 0.01 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "clipped", tier: Tier::Tiny, dims: Dims { l: 1000 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.0, bias1: 0.5, bias2: 0.05, grad_scale: 0.125, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { l: 40000 }, params: Params { lr: 0.05, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 1.0, bias2: 1.0, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "dit_block", tier: Tier::Real, dims: Dims { l: 21255552 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "fashion", tier: Tier::Real, dims: Dims { l: 65536 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "first_step", tier: Tier::Tiny, shape: "L=37", dims: Dims { l: 37 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "no_ema", tier: Tier::Tiny, shape: "L=17", dims: Dims { l: 17 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &["ema"], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, shape: "L=1", dims: Dims { l: 1 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.9, bias2: 0.5, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "large_epsilon", tier: Tier::Tiny, shape: "L=22", dims: Dims { l: 22 }, params: Params { lr: 0.05, rate1: 0.1, rate2: 0.001, eps: 0.3, weight_decay: 0.01, bias1: 0.3, bias2: 0.5, grad_scale: 1.0, ema_rate: 0.01 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "clipped", tier: Tier::Tiny, shape: "L=1000", dims: Dims { l: 1000 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.0, bias1: 0.5, bias2: 0.05, grad_scale: 0.125, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "over_a_block", tier: Tier::Tiny, shape: "L=40000", dims: Dims { l: 40000 }, params: Params { lr: 0.05, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 1.0, bias2: 1.0, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_block", tier: Tier::Real, shape: "L=21255552", dims: Dims { l: 21255552 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "fashion", tier: Tier::Real, shape: "L=65536", dims: Dims { l: 65536 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "adamw", summary: "One AdamW step of one parameter tensor in place, with the moving average of the parameters.", backward: false, cases: &["first_step", "no_ema", "one", "large_epsilon", "clipped", "over_a_block", "dit_block", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
+    pub const INFO: OpInfo = OpInfo { name: "adamw", summary: "One AdamW step of one parameter tensor in place, with the moving average of the parameters.", backward: false, cases: &["first_step", "no_ema", "one", "large_epsilon", "clipped", "over_a_block", "dit_block", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
 
 }
 
@@ -275,14 +276,14 @@ pub mod add_noise {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, l: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, l: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 2, l: 4096 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 32, l: 4096 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, l: 784 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 L=37", dims: Dims { b: 3, l: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 L=1", dims: Dims { b: 1, l: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "wide", tier: Tier::Tiny, shape: "B=2 L=4096", dims: Dims { b: 2, l: 4096 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=32 L=4096", dims: Dims { b: 32, l: 4096 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "fashion", tier: Tier::Real, shape: "B=128 L=784", dims: Dims { b: 128, l: 784 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "add_noise", summary: "Noisy latents of the forward diffusion process.", backward: false, cases: &["odd", "one", "wide", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
+    pub const INFO: OpInfo = OpInfo { name: "add_noise", summary: "Noisy latents of the forward diffusion process.", backward: false, cases: &["odd", "one", "wide", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
 
 }
 
@@ -366,19 +367,19 @@ pub mod attention {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 523, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, n: 300, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "wide_head", tier: Tier::Tiny, dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 H=3 E=7", dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 H=1 E=1", dims: Dims { b: 1, n: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Tiny, shape: "B=2 N=49 H=4 E=32", dims: Dims { b: 2, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=65 H=2 E=72", dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=523 H=1 E=9", dims: Dims { b: 1, n: 523, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 N=300 H=2 E=8", dims: Dims { b: 1, n: 300, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_head", tier: Tier::Tiny, shape: "B=2 N=35 H=1 E=201", dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32", dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -449,13 +450,13 @@ pub mod axpy {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { l: 37 }, params: Params { alpha: -0.5 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { l: 1 }, params: Params { alpha: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { l: 70001 }, params: Params { alpha: 3.25 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "dit_block", tier: Tier::Real, dims: Dims { l: 21255552 }, params: Params { alpha: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "L=37", dims: Dims { l: 37 }, params: Params { alpha: -0.5 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, shape: "L=1", dims: Dims { l: 1 }, params: Params { alpha: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "over_a_block", tier: Tier::Tiny, shape: "L=70001", dims: Dims { l: 70001 }, params: Params { alpha: 3.25 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_block", tier: Tier::Real, shape: "L=21255552", dims: Dims { l: 21255552 }, params: Params { alpha: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "axpy", summary: "Adds a multiple of a tensor to another in place.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "axpy", summary: "Adds a multiple of a tensor to another in place.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
 }
 
@@ -536,13 +537,13 @@ pub mod branch_deltas {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, d: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 2, n: 33, d: 320 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, d: 1152 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 D=37", dims: Dims { b: 3, n: 5, d: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 N=1 D=1", dims: Dims { b: 1, n: 1, d: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide", tier: Tier::Tiny, shape: "B=2 N=33 D=320", dims: Dims { b: 2, n: 33, d: 320 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 D=1152", dims: Dims { b: 2, n: 256, d: 1152 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "branch_deltas", summary: "What two parallel blocks add to their common input, side by side: what the merge of a block pair reads.", backward: true, cases: &["odd", "one", "wide", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "branch_deltas", summary: "What two parallel blocks add to their common input, side by side: what the merge of a block pair reads.", backward: true, cases: &["odd", "one", "wide", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -640,28 +641,28 @@ pub mod conv2d {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, h: 1, w: 1, c: 1, f: 1, kh: 1, kw: 1, oh: 1, ow: 1 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
-        Case { name: "pointwise", tier: Tier::Tiny, dims: Dims { b: 2, h: 5, w: 7, c: 37, f: 19, kh: 1, kw: 1, oh: 5, ow: 7 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "pointwise_strided", tier: Tier::Tiny, dims: Dims { b: 2, h: 6, w: 5, c: 9, f: 33, kh: 1, kw: 1, oh: 3, ow: 3 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "stem", tier: Tier::Tiny, dims: Dims { b: 2, h: 19, w: 23, c: 3, f: 32, kh: 3, kw: 3, oh: 9, ow: 11 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "same_3x3", tier: Tier::Tiny, dims: Dims { b: 2, h: 9, w: 8, c: 20, f: 35, kh: 3, kw: 3, oh: 9, ow: 8 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "same_5x5", tier: Tier::Tiny, dims: Dims { b: 1, h: 7, w: 7, c: 48, f: 31, kh: 5, kw: 5, oh: 7, ow: 7 }, params: Params { stride: 1, pad_h: 2, pad_w: 2, relu: true, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
-        Case { name: "wide_kernel", tier: Tier::Tiny, dims: Dims { b: 2, h: 5, w: 11, c: 17, f: 16, kh: 1, kw: 7, oh: 5, ow: 11 }, params: Params { stride: 1, pad_h: 0, pad_w: 3, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "tall_kernel", tier: Tier::Tiny, dims: Dims { b: 2, h: 11, w: 5, c: 17, f: 16, kh: 7, kw: 1, oh: 11, ow: 5 }, params: Params { stride: 1, pad_h: 3, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "kernel_larger_than_image", tier: Tier::Tiny, dims: Dims { b: 1, h: 2, w: 3, c: 5, f: 4, kh: 7, kw: 7, oh: 2, ow: 3 }, params: Params { stride: 1, pad_h: 3, pad_w: 3, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "padded_below_only", tier: Tier::Tiny, dims: Dims { b: 2, h: 8, w: 6, c: 12, f: 14, kh: 3, kw: 3, oh: 4, ow: 3 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "long_k_blocks", tier: Tier::Tiny, dims: Dims { b: 3, h: 17, w: 17, c: 64, f: 40, kh: 3, kw: 3, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "bf16_products", tier: Tier::Tiny, dims: Dims { b: 2, h: 9, w: 7, c: 21, f: 34, kh: 3, kw: 3, oh: 9, ow: 7 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "bf16_weight", tier: Tier::Tiny, dims: Dims { b: 1, h: 6, w: 6, c: 70, f: 18, kh: 3, kw: 3, oh: 6, ow: 6 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
-        Case { name: "inception_stem", tier: Tier::Real, dims: Dims { b: 8, h: 147, w: 147, c: 32, f: 64, kh: 3, kw: 3, oh: 147, ow: 147 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "inception_3x3", tier: Tier::Real, dims: Dims { b: 8, h: 73, w: 73, c: 80, f: 192, kh: 3, kw: 3, oh: 71, ow: 71 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "inception_1x7", tier: Tier::Real, dims: Dims { b: 8, h: 17, w: 17, c: 192, f: 192, kh: 1, kw: 7, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 0, pad_w: 3, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "inception_1x1", tier: Tier::Real, dims: Dims { b: 8, h: 17, w: 17, c: 768, f: 192, kh: 1, kw: 1, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "vae_512", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "vae_512_bf16", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 H=1 W=1 C=1 F=1 Kh=1 Kw=1 Oh=1 Ow=1", dims: Dims { b: 1, h: 1, w: 1, c: 1, f: 1, kh: 1, kw: 1, oh: 1, ow: 1 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "pointwise", tier: Tier::Tiny, shape: "B=2 H=5 W=7 C=37 F=19 Kh=1 Kw=1 Oh=5 Ow=7", dims: Dims { b: 2, h: 5, w: 7, c: 37, f: 19, kh: 1, kw: 1, oh: 5, ow: 7 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "pointwise_strided", tier: Tier::Tiny, shape: "B=2 H=6 W=5 C=9 F=33 Kh=1 Kw=1 Oh=3 Ow=3", dims: Dims { b: 2, h: 6, w: 5, c: 9, f: 33, kh: 1, kw: 1, oh: 3, ow: 3 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "stem", tier: Tier::Tiny, shape: "B=2 H=19 W=23 C=3 F=32 Kh=3 Kw=3 Oh=9 Ow=11", dims: Dims { b: 2, h: 19, w: 23, c: 3, f: 32, kh: 3, kw: 3, oh: 9, ow: 11 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "same_3x3", tier: Tier::Tiny, shape: "B=2 H=9 W=8 C=20 F=35 Kh=3 Kw=3 Oh=9 Ow=8", dims: Dims { b: 2, h: 9, w: 8, c: 20, f: 35, kh: 3, kw: 3, oh: 9, ow: 8 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "same_5x5", tier: Tier::Tiny, shape: "B=1 H=7 W=7 C=48 F=31 Kh=5 Kw=5 Oh=7 Ow=7", dims: Dims { b: 1, h: 7, w: 7, c: 48, f: 31, kh: 5, kw: 5, oh: 7, ow: 7 }, params: Params { stride: 1, pad_h: 2, pad_w: 2, relu: true, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "wide_kernel", tier: Tier::Tiny, shape: "B=2 H=5 W=11 C=17 F=16 Kh=1 Kw=7 Oh=5 Ow=11", dims: Dims { b: 2, h: 5, w: 11, c: 17, f: 16, kh: 1, kw: 7, oh: 5, ow: 11 }, params: Params { stride: 1, pad_h: 0, pad_w: 3, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "tall_kernel", tier: Tier::Tiny, shape: "B=2 H=11 W=5 C=17 F=16 Kh=7 Kw=1 Oh=11 Ow=5", dims: Dims { b: 2, h: 11, w: 5, c: 17, f: 16, kh: 7, kw: 1, oh: 11, ow: 5 }, params: Params { stride: 1, pad_h: 3, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "kernel_larger_than_image", tier: Tier::Tiny, shape: "B=1 H=2 W=3 C=5 F=4 Kh=7 Kw=7 Oh=2 Ow=3", dims: Dims { b: 1, h: 2, w: 3, c: 5, f: 4, kh: 7, kw: 7, oh: 2, ow: 3 }, params: Params { stride: 1, pad_h: 3, pad_w: 3, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "padded_below_only", tier: Tier::Tiny, shape: "B=2 H=8 W=6 C=12 F=14 Kh=3 Kw=3 Oh=4 Ow=3", dims: Dims { b: 2, h: 8, w: 6, c: 12, f: 14, kh: 3, kw: 3, oh: 4, ow: 3 }, params: Params { stride: 2, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "long_k_blocks", tier: Tier::Tiny, shape: "B=3 H=17 W=17 C=64 F=40 Kh=3 Kw=3 Oh=17 Ow=17", dims: Dims { b: 3, h: 17, w: 17, c: 64, f: 40, kh: 3, kw: 3, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "bf16_products", tier: Tier::Tiny, shape: "B=2 H=9 W=7 C=21 F=34 Kh=3 Kw=3 Oh=9 Ow=7", dims: Dims { b: 2, h: 9, w: 7, c: 21, f: 34, kh: 3, kw: 3, oh: 9, ow: 7 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "bf16_weight", tier: Tier::Tiny, shape: "B=1 H=6 W=6 C=70 F=18 Kh=3 Kw=3 Oh=6 Ow=6", dims: Dims { b: 1, h: 6, w: 6, c: 70, f: 18, kh: 3, kw: 3, oh: 6, ow: 6 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
+        Case { name: "inception_stem", tier: Tier::Real, shape: "B=8 H=147 W=147 C=32 F=64 Kh=3 Kw=3 Oh=147 Ow=147", dims: Dims { b: 8, h: 147, w: 147, c: 32, f: 64, kh: 3, kw: 3, oh: 147, ow: 147 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "inception_3x3", tier: Tier::Real, shape: "B=8 H=73 W=73 C=80 F=192 Kh=3 Kw=3 Oh=71 Ow=71", dims: Dims { b: 8, h: 73, w: 73, c: 80, f: 192, kh: 3, kw: 3, oh: 71, ow: 71 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "inception_1x7", tier: Tier::Real, shape: "B=8 H=17 W=17 C=192 F=192 Kh=1 Kw=7 Oh=17 Ow=17", dims: Dims { b: 8, h: 17, w: 17, c: 192, f: 192, kh: 1, kw: 7, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 0, pad_w: 3, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "inception_1x1", tier: Tier::Real, shape: "B=8 H=17 W=17 C=768 F=192 Kh=1 Kw=1 Oh=17 Ow=17", dims: Dims { b: 8, h: 17, w: 17, c: 768, f: 192, kh: 1, kw: 1, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_512", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512 F=512 Kh=3 Kw=3 Oh=64 Ow=64", dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_512_bf16", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512 F=512 Kh=3 Kw=3 Oh=64 Ow=64", dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
 }
 
@@ -757,21 +758,21 @@ pub mod conv_silu {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, w: 53, c: 37, k: 4 }, params: Params { offset: 11, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "reversed", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, w: 53, c: 37, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "whole_row", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, w: 8, c: 8, k: 3 }, params: Params { offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "more_taps_than_tokens", tier: Tier::Tiny, dims: Dims { b: 3, n: 3, w: 6, c: 5, k: 7 }, params: Params { offset: 1, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token_one_tap", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, w: 3, c: 1, k: 1 }, params: Params { offset: 2, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, w: 149, c: 131, k: 4 }, params: Params { offset: 16, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks_reversed", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, w: 149, c: 131, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "vectors", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, w: 48, c: 24, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "vectors_3", tier: Tier::Tiny, dims: Dims { b: 1, n: 37, w: 24, c: 16, k: 3 }, params: Params { offset: 8, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, w: 656, c: 384, k: 4 }, params: Params { offset: 256, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=2 N=19 W=53 C=37 K=4", dims: Dims { b: 2, n: 19, w: 53, c: 37, k: 4 }, params: Params { offset: 11, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "reversed", tier: Tier::Tiny, shape: "B=2 N=19 W=53 C=37 K=4", dims: Dims { b: 2, n: 19, w: 53, c: 37, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_row", tier: Tier::Tiny, shape: "B=1 N=9 W=8 C=8 K=3", dims: Dims { b: 1, n: 9, w: 8, c: 8, k: 3 }, params: Params { offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "more_taps_than_tokens", tier: Tier::Tiny, shape: "B=3 N=3 W=6 C=5 K=7", dims: Dims { b: 3, n: 3, w: 6, c: 5, k: 7 }, params: Params { offset: 1, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token_one_tap", tier: Tier::Tiny, shape: "B=1 N=1 W=3 C=1 K=1", dims: Dims { b: 1, n: 1, w: 3, c: 1, k: 1 }, params: Params { offset: 2, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=150 W=149 C=131 K=4", dims: Dims { b: 1, n: 150, w: 149, c: 131, k: 4 }, params: Params { offset: 16, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks_reversed", tier: Tier::Tiny, shape: "B=1 N=150 W=149 C=131 K=4", dims: Dims { b: 1, n: 150, w: 149, c: 131, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vectors", tier: Tier::Tiny, shape: "B=2 N=70 W=48 C=24 K=4", dims: Dims { b: 2, n: 70, w: 48, c: 24, k: 4 }, params: Params { offset: 16, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vectors_3", tier: Tier::Tiny, shape: "B=1 N=37 W=24 C=16 K=3", dims: Dims { b: 1, n: 37, w: 24, c: 16, k: 3 }, params: Params { offset: 8, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 W=656 C=384 K=4", dims: Dims { b: 128, n: 49, w: 656, c: 384, k: 4 }, params: Params { offset: 256, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 W=4880 C=2432 K=4", dims: Dims { b: 2, n: 256, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 W=4880 C=2432 K=4", dims: Dims { b: 2, n: 16384, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "conv_silu", summary: "Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.", backward: true, cases: &["odd", "reversed", "whole_row", "more_taps_than_tokens", "one_token_one_tap", "blocks", "blocks_reversed", "vectors", "vectors_3", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 5e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "conv_silu", summary: "Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.", backward: true, cases: &["odd", "reversed", "whole_row", "more_taps_than_tokens", "one_token_one_tap", "blocks", "blocks_reversed", "vectors", "vectors_3", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 5e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -897,23 +898,23 @@ pub mod cross_attention {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, m: 7, r: 1, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "one_key", tier: Tier::Tiny, dims: Dims { b: 2, n: 4, m: 1, r: 1, h: 1, e: 3 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "one_of_each", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, m: 1, r: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "some_without_keys", tier: Tier::Tiny, dims: Dims { b: 9, n: 3, m: 2, r: 1, h: 2, e: 5 }, params: Params { scale: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "counted", tier: Tier::Tiny, dims: Dims { b: 4, n: 19, m: 37, r: 1, h: 2, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "packed_queries", tier: Tier::Tiny, dims: Dims { b: 2, n: 48, m: 12, r: 3, h: 5, e: 8 }, params: Params { scale: 0.35355338 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 2, n: 65, m: 20, r: 1, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 203, m: 523, r: 2, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "blocks_counted", tier: Tier::Tiny, dims: Dims { b: 2, n: 67, m: 600, r: 1, h: 1, e: 8 }, params: Params { scale: 0.35355338 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, m: 140, r: 1, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "wide_head", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, m: 35, r: 1, h: 2, e: 137 }, params: Params { scale: 0.08 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "compressed_dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, m: 64, r: 3, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "pixart_512", tier: Tier::Real, dims: Dims { b: 2, n: 1024, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k_text", tier: Tier::Real, dims: Dims { b: 1, n: 16384, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 M=7 R=1 H=3 E=7", dims: Dims { b: 3, n: 5, m: 7, r: 1, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "one_key", tier: Tier::Tiny, shape: "B=2 N=4 M=1 R=1 H=1 E=3", dims: Dims { b: 2, n: 4, m: 1, r: 1, h: 1, e: 3 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "one_of_each", tier: Tier::Tiny, shape: "B=1 N=1 M=1 R=1 H=1 E=1", dims: Dims { b: 1, n: 1, m: 1, r: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "some_without_keys", tier: Tier::Tiny, shape: "B=9 N=3 M=2 R=1 H=2 E=5", dims: Dims { b: 9, n: 3, m: 2, r: 1, h: 2, e: 5 }, params: Params { scale: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "counted", tier: Tier::Tiny, shape: "B=4 N=19 M=37 R=1 H=2 E=32", dims: Dims { b: 4, n: 19, m: 37, r: 1, h: 2, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "packed_queries", tier: Tier::Tiny, shape: "B=2 N=48 M=12 R=3 H=5 E=8", dims: Dims { b: 2, n: 48, m: 12, r: 3, h: 5, e: 8 }, params: Params { scale: 0.35355338 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, shape: "B=2 N=65 M=20 R=1 H=2 E=72", dims: Dims { b: 2, n: 65, m: 20, r: 1, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=203 M=523 R=2 H=1 E=9", dims: Dims { b: 1, n: 203, m: 523, r: 2, h: 1, e: 9 }, params: Params { scale: 0.33333334 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "blocks_counted", tier: Tier::Tiny, shape: "B=2 N=67 M=600 R=1 H=1 E=8", dims: Dims { b: 2, n: 67, m: 600, r: 1, h: 1, e: 8 }, params: Params { scale: 0.35355338 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 N=150 M=140 R=1 H=2 E=8", dims: Dims { b: 1, n: 150, m: 140, r: 1, h: 2, e: 8 }, params: Params { scale: 3.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "wide_head", tier: Tier::Tiny, shape: "B=2 N=70 M=35 R=1 H=2 E=137", dims: Dims { b: 2, n: 70, m: 35, r: 1, h: 2, e: 137 }, params: Params { scale: 0.08 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "compressed_dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 M=64 R=3 H=16 E=72", dims: Dims { b: 2, n: 256, m: 64, r: 3, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_512", tier: Tier::Real, shape: "B=2 N=1024 M=300 R=1 H=16 E=72", dims: Dims { b: 2, n: 1024, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k_text", tier: Tier::Real, shape: "B=1 N=16384 M=300 R=1 H=16 E=72", dims: Dims { b: 1, n: 16384, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "wide_head", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "wide_head", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1020,15 +1021,15 @@ pub mod cross_entropy {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "fashion", tier: Tier::Tiny, dims: Dims { b: 128, k: 10 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, k: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_sample", tier: Tier::Tiny, dims: Dims { b: 1, k: 17 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "over_a_lane", tier: Tier::Tiny, dims: Dims { b: 3, k: 33 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { b: 65, k: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "imagenet", tier: Tier::Real, dims: Dims { b: 256, k: 1000 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Tiny, shape: "B=128 K=10", dims: Dims { b: 128, k: 10 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 K=1", dims: Dims { b: 1, k: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_sample", tier: Tier::Tiny, shape: "B=1 K=17", dims: Dims { b: 1, k: 17 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_lane", tier: Tier::Tiny, shape: "B=3 K=33", dims: Dims { b: 3, k: 33 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_block", tier: Tier::Tiny, shape: "B=65 K=7", dims: Dims { b: 65, k: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "imagenet", tier: Tier::Real, shape: "B=256 K=1000", dims: Dims { b: 256, k: 1000 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "cross_entropy", summary: "Mean cross-entropy of softmax probabilities against class labels.", backward: true, cases: &["fashion", "one", "one_sample", "over_a_lane", "over_a_block", "imagenet"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
+    pub const INFO: OpInfo = OpInfo { name: "cross_entropy", summary: "Mean cross-entropy of softmax probabilities against class labels.", backward: true, cases: &["fashion", "one", "one_sample", "over_a_lane", "over_a_block", "imagenet"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1138,17 +1139,17 @@ pub mod embed {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "plain", tier: Tier::Tiny, dims: Dims { b: 3, v: 5, d: 7 }, params: Params { act: 0 }, absent: &["addend"], bf16: &[], gradcheck: true },
-        Case { name: "added", tier: Tier::Tiny, dims: Dims { b: 4, v: 3, d: 33 }, params: Params { act: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "silu", tier: Tier::Tiny, dims: Dims { b: 5, v: 2, d: 17 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "silu_bare", tier: Tier::Tiny, dims: Dims { b: 1, v: 1, d: 1 }, params: Params { act: 2 }, absent: &["addend"], bf16: &[], gradcheck: true },
-        Case { name: "shared_rows", tier: Tier::Tiny, dims: Dims { b: 17, v: 3, d: 384 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "many_samples", tier: Tier::Tiny, dims: Dims { b: 70, v: 3, d: 16 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl", tier: Tier::Real, dims: Dims { b: 32, v: 1001, d: 1152 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, v: 11, d: 128 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "plain", tier: Tier::Tiny, shape: "B=3 V=5 D=7", dims: Dims { b: 3, v: 5, d: 7 }, params: Params { act: 0 }, absent: &["addend"], bf16: &[], gradcheck: true },
+        Case { name: "added", tier: Tier::Tiny, shape: "B=4 V=3 D=33", dims: Dims { b: 4, v: 3, d: 33 }, params: Params { act: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "silu", tier: Tier::Tiny, shape: "B=5 V=2 D=17", dims: Dims { b: 5, v: 2, d: 17 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "silu_bare", tier: Tier::Tiny, shape: "B=1 V=1 D=1", dims: Dims { b: 1, v: 1, d: 1 }, params: Params { act: 2 }, absent: &["addend"], bf16: &[], gradcheck: true },
+        Case { name: "shared_rows", tier: Tier::Tiny, shape: "B=17 V=3 D=384", dims: Dims { b: 17, v: 3, d: 384 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "many_samples", tier: Tier::Tiny, shape: "B=70 V=3 D=16", dims: Dims { b: 70, v: 3, d: 16 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl", tier: Tier::Real, shape: "B=32 V=1001 D=1152", dims: Dims { b: 32, v: 1001, d: 1152 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Real, shape: "B=128 V=11 D=128", dims: Dims { b: 128, v: 11, d: 128 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "embed", summary: "Row of a table per sample, plus an addend, through an optional activation.", backward: true, cases: &["plain", "added", "silu", "silu_bare", "shared_rows", "many_samples", "dit_xl", "fashion"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 4e-3, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "embed", summary: "Row of a table per sample, plus an addend, through an optional activation.", backward: true, cases: &["plain", "added", "silu", "silu_bare", "shared_rows", "many_samples", "dit_xl", "fashion"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 4e-3, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1263,19 +1264,19 @@ pub mod feature_gated_conv {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, f: 37, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "golden", tier: Tier::Tiny, dims: Dims { b: 2, n: 16, f: 80, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "over_a_chunk", tier: Tier::Tiny, dims: Dims { b: 1, n: 3, f: 301, k: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "more_taps_than_features", tier: Tier::Tiny, dims: Dims { b: 2, n: 2, f: 2, k: 9 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_of_everything", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, f: 1, k: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 4, n: 1, f: 19, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "eight_taps", tier: Tier::Tiny, dims: Dims { b: 5, n: 2, f: 264, k: 8 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "two_samples_a_block", tier: Tier::Tiny, dims: Dims { b: 2, n: 265, f: 264, k: 2 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, f: 256, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, f: 2304, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 F=37 K=4", dims: Dims { b: 3, n: 5, f: 37, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "golden", tier: Tier::Tiny, shape: "B=2 N=16 F=80 K=4", dims: Dims { b: 2, n: 16, f: 80, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_chunk", tier: Tier::Tiny, shape: "B=1 N=3 F=301 K=7", dims: Dims { b: 1, n: 3, f: 301, k: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "more_taps_than_features", tier: Tier::Tiny, shape: "B=2 N=2 F=2 K=9", dims: Dims { b: 2, n: 2, f: 2, k: 9 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_of_everything", tier: Tier::Tiny, shape: "B=1 N=1 F=1 K=1", dims: Dims { b: 1, n: 1, f: 1, k: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=4 N=1 F=19 K=3", dims: Dims { b: 4, n: 1, f: 19, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "eight_taps", tier: Tier::Tiny, shape: "B=5 N=2 F=264 K=8", dims: Dims { b: 5, n: 2, f: 264, k: 8 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "two_samples_a_block", tier: Tier::Tiny, shape: "B=2 N=265 F=264 K=2", dims: Dims { b: 2, n: 265, f: 264, k: 2 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 F=256 K=4", dims: Dims { b: 128, n: 49, f: 256, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 F=2304 K=4", dims: Dims { b: 2, n: 256, f: 2304, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "feature_gated_conv", summary: "MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.", backward: true, cases: &["odd", "golden", "over_a_chunk", "more_taps_than_features", "one_of_everything", "one_token", "eight_taps", "two_samples_a_block", "fashion_b128", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "feature_gated_conv", summary: "MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.", backward: true, cases: &["odd", "golden", "over_a_chunk", "more_taps_than_features", "one_of_everything", "one_token", "eight_taps", "two_samples_a_block", "fashion_b128", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1376,13 +1377,13 @@ pub mod filter_window {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { l: 19, c: 37 }, params: Params { centre: 0, period: 37, slow: 0.01, fast: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "centred_two_periods", tier: Tier::Tiny, dims: Dims { l: 41, c: 23 }, params: Params { centre: 20, period: 12, slow: 0.0, fast: 0.3 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { l: 1, c: 1 }, params: Params { centre: 0, period: 1, slow: 1.0, fast: 2.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256_centred", tier: Tier::Real, dims: Dims { l: 511, c: 1152 }, params: Params { centre: 255, period: 1152, slow: 0.01, fast: 0.06 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "L=19 C=37", dims: Dims { l: 19, c: 37 }, params: Params { centre: 0, period: 37, slow: 0.01, fast: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "centred_two_periods", tier: Tier::Tiny, shape: "L=41 C=23", dims: Dims { l: 41, c: 23 }, params: Params { centre: 20, period: 12, slow: 0.0, fast: 0.3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, shape: "L=1 C=1", dims: Dims { l: 1, c: 1 }, params: Params { centre: 0, period: 1, slow: 1.0, fast: 2.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_centred", tier: Tier::Real, shape: "L=511 C=1152", dims: Dims { l: 511, c: 1152 }, params: Params { centre: 255, period: 1152, slow: 0.01, fast: 0.06 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "filter_window", summary: "Exponential window over implicit filters, which are turned from lags by channels to channels by lags.", backward: true, cases: &["odd", "centred_two_periods", "one", "dit_xl_256_centred"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "filter_window", summary: "Exponential window over implicit filters, which are turned from lags by channels to channels by lags.", backward: true, cases: &["odd", "centred_two_periods", "one", "dit_xl_256_centred"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1488,13 +1489,13 @@ pub mod gate_residual {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, c: 6, d: 37 }, params: Params { gate_row: 2 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, c: 1, d: 1 }, params: Params { gate_row: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "vectors", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, c: 3, d: 136 }, params: Params { gate_row: 1 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 6, d: 1152 }, params: Params { gate_row: 5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 C=6 D=37", dims: Dims { b: 3, n: 5, c: 6, d: 37 }, params: Params { gate_row: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 N=1 C=1 D=1", dims: Dims { b: 1, n: 1, c: 1, d: 1 }, params: Params { gate_row: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vectors", tier: Tier::Tiny, shape: "B=2 N=70 C=3 D=136", dims: Dims { b: 2, n: 70, c: 3, d: 136 }, params: Params { gate_row: 1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 C=6 D=1152", dims: Dims { b: 2, n: 256, c: 6, d: 1152 }, params: Params { gate_row: 5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gate_residual", summary: "Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.", backward: true, cases: &["odd", "one", "vectors", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "gate_residual", summary: "Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.", backward: true, cases: &["odd", "one", "vectors", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1630,40 +1631,40 @@ pub mod gated_conv {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "se_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, c: 37, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "se_centred", tier: Tier::Tiny, dims: Dims { b: 3, n: 11, c: 17, k: 7 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "x_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, c: 40, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "x_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 6, c: 5, k: 3 }, params: Params { lead: 1, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "y_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 9, c: 33, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
-        Case { name: "y_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 13, c: 3, k: 4 }, params: Params { lead: 1, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, c: 9, k: 3 }, params: Params { lead: 1, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_tap", tier: Tier::Tiny, dims: Dims { b: 1, n: 5, c: 1, k: 1 }, params: Params { lead: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "more_taps_than_tokens", tier: Tier::Tiny, dims: Dims { b: 2, n: 5, c: 8, k: 7 }, params: Params { lead: 6, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "anticausal", tier: Tier::Tiny, dims: Dims { b: 1, n: 8, c: 18, k: 3 }, params: Params { lead: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 301, c: 131, k: 4 }, params: Params { lead: 2, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "many_taps", tier: Tier::Tiny, dims: Dims { b: 1, n: 150, c: 19, k: 64 }, params: Params { lead: 63, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "se_bidirectional", tier: Tier::Tiny, dims: Dims { b: 2, n: 21, c: 37, k: 4 }, params: Params { lead: 3, reversed: 18 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "x_bidirectional", tier: Tier::Tiny, dims: Dims { b: 1, n: 70, c: 33, k: 5 }, params: Params { lead: 4, reversed: 17 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "y_all_reversed", tier: Tier::Tiny, dims: Dims { b: 2, n: 9, c: 5, k: 4 }, params: Params { lead: 2, reversed: 5 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
-        Case { name: "bidirectional_blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 301, c: 131, k: 4 }, params: Params { lead: 3, reversed: 65 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "bidirectional_more_taps_than_tokens", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, c: 8, k: 7 }, params: Params { lead: 5, reversed: 4 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "se_pairs_3", tier: Tier::Tiny, dims: Dims { b: 1, n: 67, c: 66, k: 3 }, params: Params { lead: 1, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "se_pairs_4", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, c: 36, k: 4 }, params: Params { lead: 3, reversed: 10 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "se_pairs_7", tier: Tier::Tiny, dims: Dims { b: 1, n: 71, c: 10, k: 7 }, params: Params { lead: 3, reversed: 4 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "x_pairs_3", tier: Tier::Tiny, dims: Dims { b: 1, n: 41, c: 6, k: 3 }, params: Params { lead: 2, reversed: 2 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "x_pairs_4", tier: Tier::Tiny, dims: Dims { b: 1, n: 41, c: 6, k: 4 }, params: Params { lead: 1, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "x_pairs_7", tier: Tier::Tiny, dims: Dims { b: 1, n: 41, c: 6, k: 7 }, params: Params { lead: 6, reversed: 6 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "y_pairs_3", tier: Tier::Tiny, dims: Dims { b: 2, n: 43, c: 6, k: 3 }, params: Params { lead: 0, reversed: 2 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
-        Case { name: "y_pairs_4", tier: Tier::Tiny, dims: Dims { b: 2, n: 43, c: 6, k: 4 }, params: Params { lead: 3, reversed: 2 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
-        Case { name: "y_pairs_7", tier: Tier::Tiny, dims: Dims { b: 2, n: 43, c: 6, k: 7 }, params: Params { lead: 2, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, c: 128, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256_x", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256_bidirectional", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_causal", tier: Tier::Tiny, shape: "B=2 N=19 C=37 K=4", dims: Dims { b: 2, n: 19, c: 37, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_centred", tier: Tier::Tiny, shape: "B=3 N=11 C=17 K=7", dims: Dims { b: 3, n: 11, c: 17, k: 7 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "x_causal", tier: Tier::Tiny, shape: "B=2 N=37 C=40 K=4", dims: Dims { b: 2, n: 37, c: 40, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "x_centred", tier: Tier::Tiny, shape: "B=1 N=6 C=5 K=3", dims: Dims { b: 1, n: 6, c: 5, k: 3 }, params: Params { lead: 1, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_causal", tier: Tier::Tiny, shape: "B=2 N=9 C=33 K=4", dims: Dims { b: 2, n: 9, c: 33, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_centred", tier: Tier::Tiny, shape: "B=1 N=13 C=3 K=4", dims: Dims { b: 1, n: 13, c: 3, k: 4 }, params: Params { lead: 1, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=2 N=1 C=9 K=3", dims: Dims { b: 2, n: 1, c: 9, k: 3 }, params: Params { lead: 1, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_tap", tier: Tier::Tiny, shape: "B=1 N=5 C=1 K=1", dims: Dims { b: 1, n: 5, c: 1, k: 1 }, params: Params { lead: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "more_taps_than_tokens", tier: Tier::Tiny, shape: "B=2 N=5 C=8 K=7", dims: Dims { b: 2, n: 5, c: 8, k: 7 }, params: Params { lead: 6, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "anticausal", tier: Tier::Tiny, shape: "B=1 N=8 C=18 K=3", dims: Dims { b: 1, n: 8, c: 18, k: 3 }, params: Params { lead: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=301 C=131 K=4", dims: Dims { b: 1, n: 301, c: 131, k: 4 }, params: Params { lead: 2, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "many_taps", tier: Tier::Tiny, shape: "B=1 N=150 C=19 K=64", dims: Dims { b: 1, n: 150, c: 19, k: 64 }, params: Params { lead: 63, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_bidirectional", tier: Tier::Tiny, shape: "B=2 N=21 C=37 K=4", dims: Dims { b: 2, n: 21, c: 37, k: 4 }, params: Params { lead: 3, reversed: 18 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "x_bidirectional", tier: Tier::Tiny, shape: "B=1 N=70 C=33 K=5", dims: Dims { b: 1, n: 70, c: 33, k: 5 }, params: Params { lead: 4, reversed: 17 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_all_reversed", tier: Tier::Tiny, shape: "B=2 N=9 C=5 K=4", dims: Dims { b: 2, n: 9, c: 5, k: 4 }, params: Params { lead: 2, reversed: 5 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "bidirectional_blocks", tier: Tier::Tiny, shape: "B=1 N=301 C=131 K=4", dims: Dims { b: 1, n: 301, c: 131, k: 4 }, params: Params { lead: 3, reversed: 65 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "bidirectional_more_taps_than_tokens", tier: Tier::Tiny, shape: "B=2 N=3 C=8 K=7", dims: Dims { b: 2, n: 3, c: 8, k: 7 }, params: Params { lead: 5, reversed: 4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_pairs_3", tier: Tier::Tiny, shape: "B=1 N=67 C=66 K=3", dims: Dims { b: 1, n: 67, c: 66, k: 3 }, params: Params { lead: 1, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_pairs_4", tier: Tier::Tiny, shape: "B=2 N=70 C=36 K=4", dims: Dims { b: 2, n: 70, c: 36, k: 4 }, params: Params { lead: 3, reversed: 10 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_pairs_7", tier: Tier::Tiny, shape: "B=1 N=71 C=10 K=7", dims: Dims { b: 1, n: 71, c: 10, k: 7 }, params: Params { lead: 3, reversed: 4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "x_pairs_3", tier: Tier::Tiny, shape: "B=1 N=41 C=6 K=3", dims: Dims { b: 1, n: 41, c: 6, k: 3 }, params: Params { lead: 2, reversed: 2 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "x_pairs_4", tier: Tier::Tiny, shape: "B=1 N=41 C=6 K=4", dims: Dims { b: 1, n: 41, c: 6, k: 4 }, params: Params { lead: 1, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "x_pairs_7", tier: Tier::Tiny, shape: "B=1 N=41 C=6 K=7", dims: Dims { b: 1, n: 41, c: 6, k: 7 }, params: Params { lead: 6, reversed: 6 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_pairs_3", tier: Tier::Tiny, shape: "B=2 N=43 C=6 K=3", dims: Dims { b: 2, n: 43, c: 6, k: 3 }, params: Params { lead: 0, reversed: 2 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_pairs_4", tier: Tier::Tiny, shape: "B=2 N=43 C=6 K=4", dims: Dims { b: 2, n: 43, c: 6, k: 4 }, params: Params { lead: 3, reversed: 2 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_pairs_7", tier: Tier::Tiny, shape: "B=2 N=43 C=6 K=7", dims: Dims { b: 2, n: 43, c: 6, k: 7 }, params: Params { lead: 2, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 C=128 K=4", dims: Dims { b: 128, n: 49, c: 128, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 C=1152 K=4", dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_x", tier: Tier::Real, shape: "B=2 N=256 C=1152 K=4", dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_bidirectional", tier: Tier::Real, shape: "B=2 N=256 C=1152 K=4", dims: Dims { b: 2, n: 256, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 C=1152 K=4", dims: Dims { b: 2, n: 16384, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "se_bidirectional", "x_bidirectional", "y_all_reversed", "bidirectional_blocks", "bidirectional_more_taps_than_tokens", "se_pairs_3", "se_pairs_4", "se_pairs_7", "x_pairs_3", "x_pairs_4", "x_pairs_7", "y_pairs_3", "y_pairs_4", "y_pairs_7", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "dit_xl_256_bidirectional", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "se_bidirectional", "x_bidirectional", "y_all_reversed", "bidirectional_blocks", "bidirectional_more_taps_than_tokens", "se_pairs_3", "se_pairs_4", "se_pairs_7", "x_pairs_3", "x_pairs_4", "x_pairs_7", "y_pairs_3", "y_pairs_4", "y_pairs_7", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "dit_xl_256_bidirectional", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1804,22 +1805,22 @@ pub mod gated_conv_2d {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "se_odd", tier: Tier::Tiny, dims: Dims { b: 2, gh: 5, gw: 7, c: 37, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "x_wide_grid", tier: Tier::Tiny, dims: Dims { b: 1, gh: 3, gw: 11, c: 18, k: 3 }, params: Params {  }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "y_tall_grid", tier: Tier::Tiny, dims: Dims { b: 2, gh: 9, gw: 2, c: 5, k: 3 }, params: Params {  }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
-        Case { name: "five_by_five", tier: Tier::Tiny, dims: Dims { b: 1, gh: 6, gw: 8, c: 19, k: 5 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "window_over_the_grid", tier: Tier::Tiny, dims: Dims { b: 2, gh: 2, gw: 3, c: 9, k: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, gh: 1, gw: 1, c: 9, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_tap", tier: Tier::Tiny, dims: Dims { b: 1, gh: 4, gw: 3, c: 1, k: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_row", tier: Tier::Tiny, dims: Dims { b: 1, gh: 1, gw: 13, c: 6, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, gh: 21, gw: 17, c: 131, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, gh: 7, gw: 7, c: 128, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, gh: 16, gw: 16, c: 1152, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256_x", tier: Tier::Real, dims: Dims { b: 2, gh: 16, gw: 16, c: 1152, k: 3 }, params: Params {  }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, gh: 128, gw: 128, c: 1152, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "se_odd", tier: Tier::Tiny, shape: "B=2 Gh=5 Gw=7 C=37 K=3", dims: Dims { b: 2, gh: 5, gw: 7, c: 37, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "x_wide_grid", tier: Tier::Tiny, shape: "B=1 Gh=3 Gw=11 C=18 K=3", dims: Dims { b: 1, gh: 3, gw: 11, c: 18, k: 3 }, params: Params {  }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "y_tall_grid", tier: Tier::Tiny, shape: "B=2 Gh=9 Gw=2 C=5 K=3", dims: Dims { b: 2, gh: 9, gw: 2, c: 5, k: 3 }, params: Params {  }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "five_by_five", tier: Tier::Tiny, shape: "B=1 Gh=6 Gw=8 C=19 K=5", dims: Dims { b: 1, gh: 6, gw: 8, c: 19, k: 5 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "window_over_the_grid", tier: Tier::Tiny, shape: "B=2 Gh=2 Gw=3 C=9 K=7", dims: Dims { b: 2, gh: 2, gw: 3, c: 9, k: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=2 Gh=1 Gw=1 C=9 K=3", dims: Dims { b: 2, gh: 1, gw: 1, c: 9, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_tap", tier: Tier::Tiny, shape: "B=1 Gh=4 Gw=3 C=1 K=1", dims: Dims { b: 1, gh: 4, gw: 3, c: 1, k: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_row", tier: Tier::Tiny, shape: "B=1 Gh=1 Gw=13 C=6 K=3", dims: Dims { b: 1, gh: 1, gw: 13, c: 6, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 Gh=21 Gw=17 C=131 K=3", dims: Dims { b: 1, gh: 21, gw: 17, c: 131, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 Gh=7 Gw=7 C=128 K=3", dims: Dims { b: 128, gh: 7, gw: 7, c: 128, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 Gh=16 Gw=16 C=1152 K=3", dims: Dims { b: 2, gh: 16, gw: 16, c: 1152, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_x", tier: Tier::Real, shape: "B=2 Gh=16 Gw=16 C=1152 K=3", dims: Dims { b: 2, gh: 16, gw: 16, c: 1152, k: 3 }, params: Params {  }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 Gh=128 Gw=128 C=1152 K=3", dims: Dims { b: 2, gh: 128, gw: 128, c: 1152, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gated_conv_2d", summary: "Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.", backward: true, cases: &["se_odd", "x_wide_grid", "y_tall_grid", "five_by_five", "window_over_the_grid", "one_token", "one_tap", "one_row", "blocks", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv_2d", summary: "Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.", backward: true, cases: &["se_odd", "x_wide_grid", "y_tall_grid", "five_by_five", "window_over_the_grid", "one_token", "one_tap", "one_row", "blocks", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1969,34 +1970,34 @@ pub mod gemm {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, k: 37, f: 67, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["gate", "residual", "pre"], bf16: &[], gradcheck: true },
-        Case { name: "plain_over_tile", tier: Tier::Tiny, dims: Dims { b: 2, n: 65, k: 129, f: 65, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
-        Case { name: "gelu", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
-        Case { name: "silu_vectors", tier: Tier::Tiny, dims: Dims { b: 3, n: 1, k: 130, f: 97, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
-        Case { name: "sine", tier: Tier::Tiny, dims: Dims { b: 1, n: 37, k: 17, f: 33, c: 0 }, params: Params { act: 3, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
-        Case { name: "gelu_residual_pos", tier: Tier::Tiny, dims: Dims { b: 2, n: 7, k: 19, f: 33, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["bias", "gate"], bf16: &[], gradcheck: true },
-        Case { name: "gate_residual", tier: Tier::Tiny, dims: Dims { b: 3, n: 17, k: 41, f: 48, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
-        Case { name: "gate_everything", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, k: 16, f: 31, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "gate_alone", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, k: 8, f: 5, c: 1 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "residual"], bf16: &[], gradcheck: true },
-        Case { name: "long_k", tier: Tier::Tiny, dims: Dims { b: 1, n: 11, k: 1500, f: 35, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "pre"], bf16: &[], gradcheck: true },
-        Case { name: "bf16_products", tier: Tier::Tiny, dims: Dims { b: 2, n: 33, k: 75, f: 101, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: true }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: false },
-        Case { name: "bf16_weight", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, k: 128, f: 129, c: 6 }, params: Params { act: 0, gate_row: 2, bf16: false }, absent: &["pos"], bf16: &["w"], gradcheck: false },
-        Case { name: "bf16_long_k", tier: Tier::Tiny, dims: Dims { b: 1, n: 19, k: 1537, f: 66, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
-        Case { name: "bf16_vectors", tier: Tier::Tiny, dims: Dims { b: 4, n: 1, k: 131, f: 70, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
-        Case { name: "bf16_one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
-        Case { name: "split_rows", tier: Tier::Tiny, dims: Dims { b: 2, n: 301, k: 9, f: 10, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: true },
-        Case { name: "fashion_qkv", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 128, f: 384, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
-        Case { name: "fashion_fc1", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
-        Case { name: "fashion_fc2", tier: Tier::Real, dims: Dims { b: 128, n: 49, k: 512, f: 128, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256_qkv", tier: Tier::Real, dims: Dims { b: 2, n: 256, k: 1152, f: 3456, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
-        Case { name: "dit_xl_256_fc1", tier: Tier::Real, dims: Dims { b: 2, n: 256, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
-        Case { name: "dit_xl_256_fc2", tier: Tier::Real, dims: Dims { b: 2, n: 256, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &["w"], gradcheck: false },
-        Case { name: "dit_xl_conditioning", tier: Tier::Real, dims: Dims { b: 2, n: 1, k: 1152, f: 6912, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
-        Case { name: "pixart_2k_fc1", tier: Tier::Real, dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 N=1 K=1 F=1 C=0", dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 K=37 F=67 C=0", dims: Dims { b: 3, n: 5, k: 37, f: 67, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "plain_over_tile", tier: Tier::Tiny, shape: "B=2 N=65 K=129 F=65 C=0", dims: Dims { b: 2, n: 65, k: 129, f: 65, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "gelu", tier: Tier::Tiny, shape: "B=2 N=49 K=128 F=512 C=0", dims: Dims { b: 2, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "silu_vectors", tier: Tier::Tiny, shape: "B=3 N=1 K=130 F=97 C=0", dims: Dims { b: 3, n: 1, k: 130, f: 97, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "sine", tier: Tier::Tiny, shape: "B=1 N=37 K=17 F=33 C=0", dims: Dims { b: 1, n: 37, k: 17, f: 33, c: 0 }, params: Params { act: 3, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "gelu_residual_pos", tier: Tier::Tiny, shape: "B=2 N=7 K=19 F=33 C=0", dims: Dims { b: 2, n: 7, k: 19, f: 33, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["bias", "gate"], bf16: &[], gradcheck: true },
+        Case { name: "gate_residual", tier: Tier::Tiny, shape: "B=3 N=17 K=41 F=48 C=6", dims: Dims { b: 3, n: 17, k: 41, f: 48, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
+        Case { name: "gate_everything", tier: Tier::Tiny, shape: "B=1 N=9 K=16 F=31 C=2", dims: Dims { b: 1, n: 9, k: 16, f: 31, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "gate_alone", tier: Tier::Tiny, shape: "B=2 N=3 K=8 F=5 C=1", dims: Dims { b: 2, n: 3, k: 8, f: 5, c: 1 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "long_k", tier: Tier::Tiny, shape: "B=1 N=11 K=1500 F=35 C=0", dims: Dims { b: 1, n: 11, k: 1500, f: 35, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "bf16_products", tier: Tier::Tiny, shape: "B=2 N=33 K=75 F=101 C=0", dims: Dims { b: 2, n: 33, k: 75, f: 101, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: true }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "bf16_weight", tier: Tier::Tiny, shape: "B=2 N=49 K=128 F=129 C=6", dims: Dims { b: 2, n: 49, k: 128, f: 129, c: 6 }, params: Params { act: 0, gate_row: 2, bf16: false }, absent: &["pos"], bf16: &["w"], gradcheck: false },
+        Case { name: "bf16_long_k", tier: Tier::Tiny, shape: "B=1 N=19 K=1537 F=66 C=0", dims: Dims { b: 1, n: 19, k: 1537, f: 66, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
+        Case { name: "bf16_vectors", tier: Tier::Tiny, shape: "B=4 N=1 K=131 F=70 C=0", dims: Dims { b: 4, n: 1, k: 131, f: 70, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "bf16_one", tier: Tier::Tiny, shape: "B=1 N=1 K=1 F=1 C=0", dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
+        Case { name: "split_rows", tier: Tier::Tiny, shape: "B=2 N=301 K=9 F=10 C=2", dims: Dims { b: 2, n: 301, k: 9, f: 10, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_qkv", tier: Tier::Real, shape: "B=128 N=49 K=128 F=384 C=0", dims: Dims { b: 128, n: 49, k: 128, f: 384, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_fc1", tier: Tier::Real, shape: "B=128 N=49 K=128 F=512 C=0", dims: Dims { b: 128, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_fc2", tier: Tier::Real, shape: "B=128 N=49 K=512 F=128 C=6", dims: Dims { b: 128, n: 49, k: 512, f: 128, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_qkv", tier: Tier::Real, shape: "B=2 N=256 K=1152 F=3456 C=0", dims: Dims { b: 2, n: 256, k: 1152, f: 3456, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_256_fc1", tier: Tier::Real, shape: "B=2 N=256 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 256, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_256_fc2", tier: Tier::Real, shape: "B=2 N=256 K=4608 F=1152 C=6", dims: Dims { b: 2, n: 256, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_conditioning", tier: Tier::Real, shape: "B=2 N=1 K=1152 F=6912 C=0", dims: Dims { b: 2, n: 1, k: 1152, f: 6912, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc1", tier: Tier::Real, shape: "B=2 N=16384 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2143,20 +2144,20 @@ pub mod group_norm_silu {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, h: 1, w: 1, c: 1, g: 1 }, params: Params { eps: 0.5, silu: false }, absent: &["stats"], bf16: &[], gradcheck: true },
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, h: 5, w: 7, c: 21, g: 3 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
-        Case { name: "one_group", tier: Tier::Tiny, dims: Dims { b: 2, h: 4, w: 3, c: 19, g: 1 }, params: Params { eps: 1e-6, silu: false }, absent: &["stats"], bf16: &[], gradcheck: true },
-        Case { name: "channel_groups", tier: Tier::Tiny, dims: Dims { b: 2, h: 6, w: 5, c: 17, g: 17 }, params: Params { eps: 1e-5, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
-        Case { name: "one_row", tier: Tier::Tiny, dims: Dims { b: 1, h: 1, w: 150, c: 64, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 2, h: 19, w: 31, c: 96, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
-        Case { name: "strip", tier: Tier::Tiny, dims: Dims { b: 2, h: 3, w: 9, c: 40, g: 8 }, params: Params { eps: 1e-6, silu: true }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "strip_plain", tier: Tier::Tiny, dims: Dims { b: 1, h: 2, w: 70, c: 36, g: 4 }, params: Params { eps: 1e-6, silu: false }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "vae_mid", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
-        Case { name: "vae_last", tier: Tier::Real, dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
-        Case { name: "vae_strip", tier: Tier::Real, dims: Dims { b: 1, h: 32, w: 2048, c: 256, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 H=1 W=1 C=1 G=1", dims: Dims { b: 1, h: 1, w: 1, c: 1, g: 1 }, params: Params { eps: 0.5, silu: false }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 H=5 W=7 C=21 G=3", dims: Dims { b: 3, h: 5, w: 7, c: 21, g: 3 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "one_group", tier: Tier::Tiny, shape: "B=2 H=4 W=3 C=19 G=1", dims: Dims { b: 2, h: 4, w: 3, c: 19, g: 1 }, params: Params { eps: 1e-6, silu: false }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "channel_groups", tier: Tier::Tiny, shape: "B=2 H=6 W=5 C=17 G=17", dims: Dims { b: 2, h: 6, w: 5, c: 17, g: 17 }, params: Params { eps: 1e-5, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "one_row", tier: Tier::Tiny, shape: "B=1 H=1 W=150 C=64 G=32", dims: Dims { b: 1, h: 1, w: 150, c: 64, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=2 H=19 W=31 C=96 G=32", dims: Dims { b: 2, h: 19, w: 31, c: 96, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "strip", tier: Tier::Tiny, shape: "B=2 H=3 W=9 C=40 G=8", dims: Dims { b: 2, h: 3, w: 9, c: 40, g: 8 }, params: Params { eps: 1e-6, silu: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "strip_plain", tier: Tier::Tiny, shape: "B=1 H=2 W=70 C=36 G=4", dims: Dims { b: 1, h: 2, w: 70, c: 36, g: 4 }, params: Params { eps: 1e-6, silu: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vae_mid", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512 G=32", dims: Dims { b: 1, h: 64, w: 64, c: 512, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "vae_last", tier: Tier::Real, shape: "B=1 H=512 W=512 C=128 G=32", dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &["stats"], bf16: &[], gradcheck: true },
+        Case { name: "vae_strip", tier: Tier::Real, shape: "B=1 H=32 W=2048 C=256 G=32", dims: Dims { b: 1, h: 32, w: 2048, c: 256, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "group_norm_silu", summary: "Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.", backward: true, cases: &["one", "odd", "one_group", "channel_groups", "one_row", "blocks", "strip", "strip_plain", "vae_mid", "vae_last", "vae_strip"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "group_norm_silu", summary: "Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.", backward: true, cases: &["one", "odd", "one_group", "channel_groups", "one_row", "blocks", "strip", "strip_plain", "vae_mid", "vae_last", "vae_strip"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2308,18 +2309,18 @@ pub mod kv_compress {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "golden_shape", tier: Tier::Tiny, dims: Dims { b: 2, gh: 6, gw: 8, r: 3, d: 40, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "odd_grid", tier: Tier::Tiny, dims: Dims { b: 3, gh: 5, gw: 7, r: 3, d: 37, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_square", tier: Tier::Tiny, dims: Dims { b: 1, gh: 2, gw: 2, r: 2, d: 8, k: 2 }, params: Params { first: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "every_token", tier: Tier::Tiny, dims: Dims { b: 2, gh: 3, gw: 2, r: 2, d: 5, k: 1 }, params: Params { first: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "thirds", tier: Tier::Tiny, dims: Dims { b: 2, gh: 7, gw: 6, r: 4, d: 33, k: 3 }, params: Params { first: 2, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "quarters", tier: Tier::Tiny, dims: Dims { b: 1, gh: 8, gw: 13, r: 3, d: 16, k: 4 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 2, gh: 4, gw: 4, r: 3, d: 384, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, gh: 16, gw: 16, r: 3, d: 1152, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, gh: 128, gw: 128, r: 3, d: 1152, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "golden_shape", tier: Tier::Tiny, shape: "B=2 Gh=6 Gw=8 R=3 D=40 K=2", dims: Dims { b: 2, gh: 6, gw: 8, r: 3, d: 40, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd_grid", tier: Tier::Tiny, shape: "B=3 Gh=5 Gw=7 R=3 D=37 K=2", dims: Dims { b: 3, gh: 5, gw: 7, r: 3, d: 37, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_square", tier: Tier::Tiny, shape: "B=1 Gh=2 Gw=2 R=2 D=8 K=2", dims: Dims { b: 1, gh: 2, gw: 2, r: 2, d: 8, k: 2 }, params: Params { first: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "every_token", tier: Tier::Tiny, shape: "B=2 Gh=3 Gw=2 R=2 D=5 K=1", dims: Dims { b: 2, gh: 3, gw: 2, r: 2, d: 5, k: 1 }, params: Params { first: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "thirds", tier: Tier::Tiny, shape: "B=2 Gh=7 Gw=6 R=4 D=33 K=3", dims: Dims { b: 2, gh: 7, gw: 6, r: 4, d: 33, k: 3 }, params: Params { first: 2, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "quarters", tier: Tier::Tiny, shape: "B=1 Gh=8 Gw=13 R=3 D=16 K=4", dims: Dims { b: 1, gh: 8, gw: 13, r: 3, d: 16, k: 4 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide", tier: Tier::Tiny, shape: "B=2 Gh=4 Gw=4 R=3 D=384 K=2", dims: Dims { b: 2, gh: 4, gw: 4, r: 3, d: 384, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 Gh=16 Gw=16 R=3 D=1152 K=2", dims: Dims { b: 2, gh: 16, gw: 16, r: 3, d: 1152, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 Gh=128 Gw=128 R=3 D=1152 K=2", dims: Dims { b: 1, gh: 128, gw: 128, r: 3, d: 1152, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "kv_compress", summary: "Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.", backward: true, cases: &["golden_shape", "odd_grid", "one_square", "every_token", "thirds", "quarters", "wide", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "kv_compress", summary: "Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.", backward: true, cases: &["golden_shape", "odd_grid", "one_square", "every_token", "thirds", "quarters", "wide", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2450,20 +2451,20 @@ pub mod linear_attention {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, h: 1, e: 1 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "relu", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, h: 5, e: 8 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_relu", tier: Tier::Tiny, dims: Dims { b: 1, n: 49, h: 4, e: 32 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 1037, h: 2, e: 9 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "wide_eps", tier: Tier::Tiny, dims: Dims { b: 1, n: 20, h: 2, e: 6 }, params: Params { map: 1, eps: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 H=3 E=7", dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=2 N=1 H=1 E=1", dims: Dims { b: 2, n: 1, h: 1, e: 1 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "relu", tier: Tier::Tiny, shape: "B=2 N=37 H=5 E=8", dims: Dims { b: 2, n: 37, h: 5, e: 8 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Tiny, shape: "B=2 N=49 H=4 E=32", dims: Dims { b: 2, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_relu", tier: Tier::Tiny, shape: "B=1 N=49 H=4 E=32", dims: Dims { b: 1, n: 49, h: 4, e: 32 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=65 H=2 E=72", dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=1037 H=2 E=9", dims: Dims { b: 1, n: 1037, h: 2, e: 9 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_eps", tier: Tier::Tiny, shape: "B=1 N=20 H=2 E=6", dims: Dims { b: 1, n: 20, h: 2, e: 6 }, params: Params { map: 1, eps: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32", dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2585,16 +2586,16 @@ pub mod ln_modulate {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, c: 6, d: 37 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "large_epsilon", tier: Tier::Tiny, dims: Dims { b: 2, n: 2, c: 3, d: 19 }, params: Params { shift: 2, scale: 0, eps: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, c: 2, d: 8 }, params: Params { shift: 1, scale: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_s", tier: Tier::Tiny, dims: Dims { b: 2, n: 17, c: 6, d: 384 }, params: Params { shift: 3, scale: 4, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, c: 6, d: 1152 }, params: Params { shift: 3, scale: 4, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 6, d: 1152 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 6, d: 1152 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 C=6 D=37", dims: Dims { b: 3, n: 5, c: 6, d: 37 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "large_epsilon", tier: Tier::Tiny, shape: "B=2 N=2 C=3 D=19", dims: Dims { b: 2, n: 2, c: 3, d: 19 }, params: Params { shift: 2, scale: 0, eps: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 C=2 D=8", dims: Dims { b: 1, n: 1, c: 2, d: 8 }, params: Params { shift: 1, scale: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_s", tier: Tier::Tiny, shape: "B=2 N=17 C=6 D=384", dims: Dims { b: 2, n: 17, c: 6, d: 384 }, params: Params { shift: 3, scale: 4, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl", tier: Tier::Tiny, shape: "B=2 N=19 C=6 D=1152", dims: Dims { b: 2, n: 19, c: 6, d: 1152 }, params: Params { shift: 3, scale: 4, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 C=6 D=1152", dims: Dims { b: 2, n: 256, c: 6, d: 1152 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 C=6 D=1152", dims: Dims { b: 2, n: 16384, c: 6, d: 1152 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "large_epsilon", "one_token", "dit_s", "dit_xl", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "large_epsilon", "one_token", "dit_s", "dit_xl", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2734,25 +2735,25 @@ pub mod long_conv {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 19, c: 37, k: 4, l: 19 }, params: Params { lead: 3, centre: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "centred", tier: Tier::Tiny, dims: Dims { b: 3, n: 13, c: 17, k: 3, l: 25 }, params: Params { lead: 1, centre: 12, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "bidirectional", tier: Tier::Tiny, dims: Dims { b: 2, n: 21, c: 35, k: 4, l: 21 }, params: Params { lead: 3, centre: 0, reversed: 17 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "no_short_filters", tier: Tier::Tiny, dims: Dims { b: 2, n: 11, c: 16, k: 0, l: 11 }, params: Params { lead: 0, centre: 0, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
-        Case { name: "filter_shorter_than_the_sequence", tier: Tier::Tiny, dims: Dims { b: 1, n: 23, c: 5, k: 2, l: 6 }, params: Params { lead: 1, centre: 2, reversed: 2 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "filter_longer_than_the_sequence", tier: Tier::Tiny, dims: Dims { b: 1, n: 5, c: 3, k: 7, l: 17 }, params: Params { lead: 6, centre: 4, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, c: 9, k: 3, l: 1 }, params: Params { lead: 1, centre: 0, reversed: 4 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "many_samples", tier: Tier::Tiny, dims: Dims { b: 19, n: 7, c: 4, k: 2, l: 7 }, params: Params { lead: 1, centre: 0, reversed: 2 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "by_transform_causal", tier: Tier::Tiny, dims: Dims { b: 2, n: 1030, c: 3, k: 4, l: 1030 }, params: Params { lead: 3, centre: 0, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "by_transform_centred", tier: Tier::Tiny, dims: Dims { b: 1, n: 700, c: 5, k: 3, l: 1399 }, params: Params { lead: 1, centre: 699, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "by_transform_short_filter", tier: Tier::Tiny, dims: Dims { b: 1, n: 2100, c: 2, k: 1, l: 900 }, params: Params { lead: 0, centre: 200, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, c: 128, k: 4, l: 49 }, params: Params { lead: 3, centre: 0, reversed: 64 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4, l: 256 }, params: Params { lead: 3, centre: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256_centred", tier: Tier::Real, dims: Dims { b: 2, n: 256, c: 1152, k: 4, l: 511 }, params: Params { lead: 1, centre: 255, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_512", tier: Tier::Real, dims: Dims { b: 2, n: 1024, c: 1152, k: 4, l: 1024 }, params: Params { lead: 3, centre: 0, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, c: 1152, k: 4, l: 16384 }, params: Params { lead: 3, centre: 0, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "causal", tier: Tier::Tiny, shape: "B=2 N=19 C=37 K=4 L=19", dims: Dims { b: 2, n: 19, c: 37, k: 4, l: 19 }, params: Params { lead: 3, centre: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "centred", tier: Tier::Tiny, shape: "B=3 N=13 C=17 K=3 L=25", dims: Dims { b: 3, n: 13, c: 17, k: 3, l: 25 }, params: Params { lead: 1, centre: 12, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "bidirectional", tier: Tier::Tiny, shape: "B=2 N=21 C=35 K=4 L=21", dims: Dims { b: 2, n: 21, c: 35, k: 4, l: 21 }, params: Params { lead: 3, centre: 0, reversed: 17 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "no_short_filters", tier: Tier::Tiny, shape: "B=2 N=11 C=16 K=0 L=11", dims: Dims { b: 2, n: 11, c: 16, k: 0, l: 11 }, params: Params { lead: 0, centre: 0, reversed: 0 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "filter_shorter_than_the_sequence", tier: Tier::Tiny, shape: "B=1 N=23 C=5 K=2 L=6", dims: Dims { b: 1, n: 23, c: 5, k: 2, l: 6 }, params: Params { lead: 1, centre: 2, reversed: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "filter_longer_than_the_sequence", tier: Tier::Tiny, shape: "B=1 N=5 C=3 K=7 L=17", dims: Dims { b: 1, n: 5, c: 3, k: 7, l: 17 }, params: Params { lead: 6, centre: 4, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=2 N=1 C=9 K=3 L=1", dims: Dims { b: 2, n: 1, c: 9, k: 3, l: 1 }, params: Params { lead: 1, centre: 0, reversed: 4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "many_samples", tier: Tier::Tiny, shape: "B=19 N=7 C=4 K=2 L=7", dims: Dims { b: 19, n: 7, c: 4, k: 2, l: 7 }, params: Params { lead: 1, centre: 0, reversed: 2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "by_transform_causal", tier: Tier::Tiny, shape: "B=2 N=1030 C=3 K=4 L=1030", dims: Dims { b: 2, n: 1030, c: 3, k: 4, l: 1030 }, params: Params { lead: 3, centre: 0, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "by_transform_centred", tier: Tier::Tiny, shape: "B=1 N=700 C=5 K=3 L=1399", dims: Dims { b: 1, n: 700, c: 5, k: 3, l: 1399 }, params: Params { lead: 1, centre: 699, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "by_transform_short_filter", tier: Tier::Tiny, shape: "B=1 N=2100 C=2 K=1 L=900", dims: Dims { b: 1, n: 2100, c: 2, k: 1, l: 900 }, params: Params { lead: 0, centre: 200, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 C=128 K=4 L=49", dims: Dims { b: 128, n: 49, c: 128, k: 4, l: 49 }, params: Params { lead: 3, centre: 0, reversed: 64 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 C=1152 K=4 L=256", dims: Dims { b: 2, n: 256, c: 1152, k: 4, l: 256 }, params: Params { lead: 3, centre: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_centred", tier: Tier::Real, shape: "B=2 N=256 C=1152 K=4 L=511", dims: Dims { b: 2, n: 256, c: 1152, k: 4, l: 511 }, params: Params { lead: 1, centre: 255, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_512", tier: Tier::Real, shape: "B=2 N=1024 C=1152 K=4 L=1024", dims: Dims { b: 2, n: 1024, c: 1152, k: 4, l: 1024 }, params: Params { lead: 3, centre: 0, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 C=1152 K=4 L=16384", dims: Dims { b: 2, n: 16384, c: 1152, k: 4, l: 16384 }, params: Params { lead: 3, centre: 0, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "long_conv", summary: "The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.", backward: true, cases: &["causal", "centred", "bidirectional", "no_short_filters", "filter_shorter_than_the_sequence", "filter_longer_than_the_sequence", "one_token", "many_samples", "by_transform_causal", "by_transform_centred", "by_transform_short_filter", "fashion_b128", "dit_xl_256", "dit_xl_256_centred", "dit_xl_512", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 2e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "long_conv", summary: "The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.", backward: true, cases: &["causal", "centred", "bidirectional", "no_short_filters", "filter_shorter_than_the_sequence", "filter_longer_than_the_sequence", "one_token", "many_samples", "by_transform_causal", "by_transform_centred", "by_transform_short_filter", "fashion_b128", "dit_xl_256", "dit_xl_256_centred", "dit_xl_512", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 2e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2881,16 +2882,16 @@ pub mod loss_diffusion {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "learned", tier: Tier::Tiny, dims: Dims { b: 3, c: 4, s: 36 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "weighted", tier: Tier::Tiny, dims: Dims { b: 9, c: 1, s: 5 }, params: Params { vlb_weight: 0.25 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "mse_only", tier: Tier::Tiny, dims: Dims { b: 3, c: 4, s: 36 }, params: Params { vlb_weight: 0.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, c: 1, s: 1 }, params: Params { vlb_weight: 0.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { b: 3, c: 3, s: 2000 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 8, c: 4, s: 1024 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, c: 1, s: 784 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "learned", tier: Tier::Tiny, shape: "B=3 C=4 S=36", dims: Dims { b: 3, c: 4, s: 36 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "weighted", tier: Tier::Tiny, shape: "B=9 C=1 S=5", dims: Dims { b: 9, c: 1, s: 5 }, params: Params { vlb_weight: 0.25 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "mse_only", tier: Tier::Tiny, shape: "B=3 C=4 S=36", dims: Dims { b: 3, c: 4, s: 36 }, params: Params { vlb_weight: 0.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 C=1 S=1", dims: Dims { b: 1, c: 1, s: 1 }, params: Params { vlb_weight: 0.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_block", tier: Tier::Tiny, shape: "B=3 C=3 S=2000", dims: Dims { b: 3, c: 3, s: 2000 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=8 C=4 S=1024", dims: Dims { b: 8, c: 4, s: 1024 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Real, shape: "B=128 C=1 S=784", dims: Dims { b: 128, c: 1, s: 784 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "loss_diffusion", summary: "Training loss of DiT: squared error of the noise plus the variational bound of the learned variance.", backward: true, cases: &["learned", "weighted", "mse_only", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
+    pub const INFO: OpInfo = OpInfo { name: "loss_diffusion", summary: "Training loss of DiT: squared error of the noise plus the variational bound of the learned variance.", backward: true, cases: &["learned", "weighted", "mse_only", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2996,17 +2997,17 @@ pub mod loss_regression {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "l1", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37 }, params: Params { kind: 0, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "l2", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "huber", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37 }, params: Params { kind: 2, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "huber_narrow", tier: Tier::Tiny, dims: Dims { b: 2, n: 7, d: 19 }, params: Params { kind: 2, delta: 0.1 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, d: 1 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { b: 3, n: 17, d: 400 }, params: Params { kind: 2, delta: 1.5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 8, n: 256, d: 1152 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, n: 49, d: 128 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "l1", tier: Tier::Tiny, shape: "B=3 N=5 D=37", dims: Dims { b: 3, n: 5, d: 37 }, params: Params { kind: 0, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "l2", tier: Tier::Tiny, shape: "B=3 N=5 D=37", dims: Dims { b: 3, n: 5, d: 37 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "huber", tier: Tier::Tiny, shape: "B=3 N=5 D=37", dims: Dims { b: 3, n: 5, d: 37 }, params: Params { kind: 2, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "huber_narrow", tier: Tier::Tiny, shape: "B=2 N=7 D=19", dims: Dims { b: 2, n: 7, d: 19 }, params: Params { kind: 2, delta: 0.1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 N=1 D=1", dims: Dims { b: 1, n: 1, d: 1 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_block", tier: Tier::Tiny, shape: "B=3 N=17 D=400", dims: Dims { b: 3, n: 17, d: 400 }, params: Params { kind: 2, delta: 1.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=8 N=256 D=1152", dims: Dims { b: 8, n: 256, d: 1152 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Real, shape: "B=128 N=49 D=128", dims: Dims { b: 128, n: 49, d: 128 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "loss_regression", summary: "Mean absolute, squared or Huber error over all elements.", backward: true, cases: &["l1", "l2", "huber", "huber_narrow", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
+    pub const INFO: OpInfo = OpInfo { name: "loss_regression", summary: "Mean absolute, squared or Huber error over all elements.", backward: true, cases: &["l1", "l2", "huber", "huber_narrow", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3144,17 +3145,17 @@ pub mod mamba2 {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, w: 11, h: 3, e: 5, k: 7 }, params: Params { dt_offset: 6, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
-        Case { name: "reversed", tier: Tier::Tiny, dims: Dims { b: 2, n: 37, w: 11, h: 3, e: 5, k: 7 }, params: Params { dt_offset: 8, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, w: 1, h: 1, e: 1, k: 1 }, params: Params { dt_offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "published_widths", tier: Tier::Tiny, dims: Dims { b: 1, n: 96, w: 21, h: 9, e: 16, k: 64 }, params: Params { dt_offset: 12, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
-        Case { name: "wide_heads", tier: Tier::Tiny, dims: Dims { b: 1, n: 49, w: 2, h: 2, e: 70, k: 130 }, params: Params { dt_offset: 0, reverse: true }, absent: &["residual"], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, w: 656, h: 16, e: 16, k: 64 }, params: Params { dt_offset: 640, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, n: 16384, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=2 N=37 W=11 H=3 E=5 K=7", dims: Dims { b: 2, n: 37, w: 11, h: 3, e: 5, k: 7 }, params: Params { dt_offset: 6, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "reversed", tier: Tier::Tiny, shape: "B=2 N=37 W=11 H=3 E=5 K=7", dims: Dims { b: 2, n: 37, w: 11, h: 3, e: 5, k: 7 }, params: Params { dt_offset: 8, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 W=1 H=1 E=1 K=1", dims: Dims { b: 1, n: 1, w: 1, h: 1, e: 1, k: 1 }, params: Params { dt_offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "published_widths", tier: Tier::Tiny, shape: "B=1 N=96 W=21 H=9 E=16 K=64", dims: Dims { b: 1, n: 96, w: 21, h: 9, e: 16, k: 64 }, params: Params { dt_offset: 12, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "wide_heads", tier: Tier::Tiny, shape: "B=1 N=49 W=2 H=2 E=70 K=130", dims: Dims { b: 1, n: 49, w: 2, h: 2, e: 70, k: 130 }, params: Params { dt_offset: 0, reverse: true }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 W=656 H=16 E=16 K=64", dims: Dims { b: 128, n: 49, w: 656, h: 16, e: 16, k: 64 }, params: Params { dt_offset: 640, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 W=4880 H=144 E=16 K=64", dims: Dims { b: 2, n: 256, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 W=4880 H=144 E=16 K=64", dims: Dims { b: 2, n: 16384, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3272,21 +3273,21 @@ pub mod neighborhood_attention {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, gh: 6, gw: 5, h: 3, e: 7, k: 3 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, gh: 1, gw: 1, h: 1, e: 1, k: 1 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "self_only", tier: Tier::Tiny, dims: Dims { b: 1, gh: 3, gw: 4, h: 2, e: 5, k: 1 }, params: Params { scale: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_row_fits", tier: Tier::Tiny, dims: Dims { b: 1, gh: 9, gw: 5, h: 1, e: 8, k: 5 }, params: Params { scale: 0.35 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "whole_grid", tier: Tier::Tiny, dims: Dims { b: 1, gh: 5, gw: 5, h: 2, e: 16, k: 5 }, params: Params { scale: 0.25 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion", tier: Tier::Tiny, dims: Dims { b: 2, gh: 7, gw: 7, h: 4, e: 32, k: 3 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, gh: 8, gw: 9, h: 2, e: 72, k: 5 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, gh: 31, gw: 17, h: 1, e: 9, k: 7 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, gh: 12, gw: 11, h: 2, e: 8, k: 7 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, gh: 7, gw: 7, h: 4, e: 32, k: 5 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, gh: 16, gw: 16, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, gh: 128, gw: 128, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=2 Gh=6 Gw=5 H=3 E=7 K=3", dims: Dims { b: 2, gh: 6, gw: 5, h: 3, e: 7, k: 3 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=2 Gh=1 Gw=1 H=1 E=1 K=1", dims: Dims { b: 2, gh: 1, gw: 1, h: 1, e: 1, k: 1 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "self_only", tier: Tier::Tiny, shape: "B=1 Gh=3 Gw=4 H=2 E=5 K=1", dims: Dims { b: 1, gh: 3, gw: 4, h: 2, e: 5, k: 1 }, params: Params { scale: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_row_fits", tier: Tier::Tiny, shape: "B=1 Gh=9 Gw=5 H=1 E=8 K=5", dims: Dims { b: 1, gh: 9, gw: 5, h: 1, e: 8, k: 5 }, params: Params { scale: 0.35 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_grid", tier: Tier::Tiny, shape: "B=1 Gh=5 Gw=5 H=2 E=16 K=5", dims: Dims { b: 1, gh: 5, gw: 5, h: 2, e: 16, k: 5 }, params: Params { scale: 0.25 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Tiny, shape: "B=2 Gh=7 Gw=7 H=4 E=32 K=3", dims: Dims { b: 2, gh: 7, gw: 7, h: 4, e: 32, k: 3 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 Gh=8 Gw=9 H=2 E=72 K=5", dims: Dims { b: 1, gh: 8, gw: 9, h: 2, e: 72, k: 5 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 Gh=31 Gw=17 H=1 E=9 K=7", dims: Dims { b: 1, gh: 31, gw: 17, h: 1, e: 9, k: 7 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 Gh=12 Gw=11 H=2 E=8 K=7", dims: Dims { b: 1, gh: 12, gw: 11, h: 2, e: 8, k: 7 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 Gh=7 Gw=7 H=4 E=32 K=5", dims: Dims { b: 128, gh: 7, gw: 7, h: 4, e: 32, k: 5 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 Gh=16 Gw=16 H=16 E=72 K=7", dims: Dims { b: 2, gh: 16, gw: 16, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 Gh=128 Gw=128 H=16 E=72 K=7", dims: Dims { b: 1, gh: 128, gw: 128, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3377,18 +3378,18 @@ pub mod patchify {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "ragged", tier: Tier::Tiny, dims: Dims { b: 1, c: 3, p: 3, gh: 1, gw: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, c: 3, p: 2, gh: 3, gw: 5 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_pixel", tier: Tier::Tiny, dims: Dims { b: 1, c: 1, p: 1, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "whole_image", tier: Tier::Tiny, dims: Dims { b: 2, c: 4, p: 7, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_s", tier: Tier::Tiny, dims: Dims { b: 3, c: 4, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "patch_4", tier: Tier::Tiny, dims: Dims { b: 2, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, c: 4, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, c: 4, p: 2, gh: 128, gw: 128 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "ragged", tier: Tier::Tiny, shape: "B=1 C=3 P=3 Gh=1 Gw=3", dims: Dims { b: 1, c: 3, p: 3, gh: 1, gw: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=2 C=3 P=2 Gh=3 Gw=5", dims: Dims { b: 2, c: 3, p: 2, gh: 3, gw: 5 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_pixel", tier: Tier::Tiny, shape: "B=1 C=1 P=1 Gh=1 Gw=1", dims: Dims { b: 1, c: 1, p: 1, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_image", tier: Tier::Tiny, shape: "B=2 C=4 P=7 Gh=1 Gw=1", dims: Dims { b: 2, c: 4, p: 7, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_s", tier: Tier::Tiny, shape: "B=3 C=4 P=2 Gh=16 Gw=16", dims: Dims { b: 3, c: 4, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "patch_4", tier: Tier::Tiny, shape: "B=2 C=1 P=4 Gh=7 Gw=7", dims: Dims { b: 2, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 C=4 P=2 Gh=16 Gw=16", dims: Dims { b: 2, c: 4, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 C=4 P=2 Gh=128 Gw=128", dims: Dims { b: 2, c: 4, p: 2, gh: 128, gw: 128 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Real, shape: "B=128 C=1 P=4 Gh=7 Gw=7", dims: Dims { b: 128, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "patchify", summary: "Cuts an image into square patches, one token each, in the order of a convolution weight.", backward: true, cases: &["ragged", "odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "patchify", summary: "Cuts an image into square patches, one token each, in the order of a convolution weight.", backward: true, cases: &["ragged", "odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3459,14 +3460,14 @@ pub mod philox {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { l: 37 }, params: Params { seed: 0, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { l: 1 }, params: Params { seed: 1, stream: 7, offset: 3 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "unaligned", tier: Tier::Tiny, dims: Dims { l: 1023 }, params: Params { seed: 42, stream: 4294967296, offset: 5 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "far", tier: Tier::Tiny, dims: Dims { l: 20000 }, params: Params { seed: 81985529216486895, stream: 1, offset: 17179869182 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { l: 131072 }, params: Params { seed: 42, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "L=37", dims: Dims { l: 37 }, params: Params { seed: 0, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, shape: "L=1", dims: Dims { l: 1 }, params: Params { seed: 1, stream: 7, offset: 3 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "unaligned", tier: Tier::Tiny, shape: "L=1023", dims: Dims { l: 1023 }, params: Params { seed: 42, stream: 4294967296, offset: 5 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "far", tier: Tier::Tiny, shape: "L=20000", dims: Dims { l: 20000 }, params: Params { seed: 81985529216486895, stream: 1, offset: 17179869182 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "L=131072", dims: Dims { l: 131072 }, params: Params { seed: 42, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }), tolerance_bf16: None, elements: &[ElementType::F32] };
+    pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }), tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
 
 }
 
@@ -3582,17 +3583,17 @@ pub mod qk_norm {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, d: 8 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_column", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, d: 1 }, params: Params { eps: 0.01 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 2, n: 81, d: 24 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "vectors", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, d: 1160 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 1, n: 3, d: 1288 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, d: 1152 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, d: 1152 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 D=37", dims: Dims { b: 3, n: 5, d: 37 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 D=8", dims: Dims { b: 1, n: 1, d: 8 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_column", tier: Tier::Tiny, shape: "B=2 N=3 D=1", dims: Dims { b: 2, n: 3, d: 1 }, params: Params { eps: 0.01 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=2 N=81 D=24", dims: Dims { b: 2, n: 81, d: 24 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vectors", tier: Tier::Tiny, shape: "B=1 N=9 D=1160", dims: Dims { b: 1, n: 9, d: 1160 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide", tier: Tier::Tiny, shape: "B=1 N=3 D=1288", dims: Dims { b: 1, n: 3, d: 1288 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 D=1152", dims: Dims { b: 2, n: 256, d: 1152 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 D=1152", dims: Dims { b: 1, n: 16384, d: 1152 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "qk_norm", summary: "LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.", backward: true, cases: &["odd", "one_token", "one_column", "blocks", "vectors", "wide", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "qk_norm", summary: "LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.", backward: true, cases: &["odd", "one_token", "one_column", "blocks", "vectors", "wide", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3724,18 +3725,18 @@ pub mod relative_attention {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "counted", tier: Tier::Tiny, dims: Dims { b: 4, n: 19, h: 2, e: 16 }, params: Params { scale: 0.25 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 133, h: 2, e: 33 }, params: Params { scale: 0.2 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 2, n: 70, h: 1, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "samples", tier: Tier::Tiny, dims: Dims { b: 40, n: 39, h: 1, e: 3 }, params: Params { scale: 0.6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "wide_head", tier: Tier::Tiny, dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "t5_xxl_300", tier: Tier::Real, dims: Dims { b: 1, n: 300, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
-        Case { name: "t5_xxl_32", tier: Tier::Real, dims: Dims { b: 1, n: 32, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 H=1 E=1", dims: Dims { b: 1, n: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 H=3 E=7", dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "counted", tier: Tier::Tiny, shape: "B=4 N=19 H=2 E=16", dims: Dims { b: 4, n: 19, h: 2, e: 16 }, params: Params { scale: 0.25 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=133 H=2 E=33", dims: Dims { b: 1, n: 133, h: 2, e: 33 }, params: Params { scale: 0.2 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, shape: "B=2 N=70 H=1 E=8", dims: Dims { b: 2, n: 70, h: 1, e: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "samples", tier: Tier::Tiny, shape: "B=40 N=39 H=1 E=3", dims: Dims { b: 40, n: 39, h: 1, e: 3 }, params: Params { scale: 0.6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_head", tier: Tier::Tiny, shape: "B=2 N=35 H=1 E=201", dims: Dims { b: 2, n: 35, h: 1, e: 201 }, params: Params { scale: 0.07 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "t5_xxl_300", tier: Tier::Real, shape: "B=1 N=300 H=64 E=64", dims: Dims { b: 1, n: 300, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "t5_xxl_32", tier: Tier::Real, shape: "B=1 N=32 H=64 E=64", dims: Dims { b: 1, n: 32, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "samples", "wide_head", "t5_xxl_300", "t5_xxl_32"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "samples", "wide_head", "t5_xxl_300", "t5_xxl_32"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3860,21 +3861,21 @@ pub mod rms_norm {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "plain", tier: Tier::Tiny, dims: Dims { b: 3, n: 5, d: 37, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
-        Case { name: "large_epsilon", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, d: 24, w: 0 }, params: Params { gate_offset: 0, eps: 0.5 }, absent: &["gate"], bf16: &[], gradcheck: true },
-        Case { name: "gated", tier: Tier::Tiny, dims: Dims { b: 2, n: 7, d: 40, w: 101 }, params: Params { gate_offset: 13, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "gate_is_the_row", tier: Tier::Tiny, dims: Dims { b: 1, n: 1, d: 8, w: 8 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 2, n: 81, d: 19, w: 24 }, params: Params { gate_offset: 5, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_column", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, d: 1, w: 0 }, params: Params { gate_offset: 0, eps: 0.01 }, absent: &["gate"], bf16: &[], gradcheck: true },
-        Case { name: "vectors", tier: Tier::Tiny, dims: Dims { b: 2, n: 21, d: 264, w: 280 }, params: Params { gate_offset: 16, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 1, n: 5, d: 1536, w: 1552 }, params: Params { gate_offset: 8, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "wide_plain", tier: Tier::Tiny, dims: Dims { b: 2, n: 3, d: 1288, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, d: 256, w: 656 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, d: 2304, w: 4880 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "t5_xxl_300", tier: Tier::Real, dims: Dims { b: 2, n: 300, d: 4096, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
+        Case { name: "plain", tier: Tier::Tiny, shape: "B=3 N=5 D=37 W=0", dims: Dims { b: 3, n: 5, d: 37, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
+        Case { name: "large_epsilon", tier: Tier::Tiny, shape: "B=2 N=3 D=24 W=0", dims: Dims { b: 2, n: 3, d: 24, w: 0 }, params: Params { gate_offset: 0, eps: 0.5 }, absent: &["gate"], bf16: &[], gradcheck: true },
+        Case { name: "gated", tier: Tier::Tiny, shape: "B=2 N=7 D=40 W=101", dims: Dims { b: 2, n: 7, d: 40, w: 101 }, params: Params { gate_offset: 13, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "gate_is_the_row", tier: Tier::Tiny, shape: "B=1 N=1 D=8 W=8", dims: Dims { b: 1, n: 1, d: 8, w: 8 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=2 N=81 D=19 W=24", dims: Dims { b: 2, n: 81, d: 19, w: 24 }, params: Params { gate_offset: 5, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_column", tier: Tier::Tiny, shape: "B=2 N=3 D=1 W=0", dims: Dims { b: 2, n: 3, d: 1, w: 0 }, params: Params { gate_offset: 0, eps: 0.01 }, absent: &["gate"], bf16: &[], gradcheck: true },
+        Case { name: "vectors", tier: Tier::Tiny, shape: "B=2 N=21 D=264 W=280", dims: Dims { b: 2, n: 21, d: 264, w: 280 }, params: Params { gate_offset: 16, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide", tier: Tier::Tiny, shape: "B=1 N=5 D=1536 W=1552", dims: Dims { b: 1, n: 5, d: 1536, w: 1552 }, params: Params { gate_offset: 8, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_plain", tier: Tier::Tiny, shape: "B=2 N=3 D=1288 W=0", dims: Dims { b: 2, n: 3, d: 1288, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 D=256 W=656", dims: Dims { b: 128, n: 49, d: 256, w: 656 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 D=2304 W=4880", dims: Dims { b: 2, n: 256, d: 2304, w: 4880 }, params: Params { gate_offset: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "t5_xxl_300", tier: Tier::Real, shape: "B=2 N=300 D=4096 W=0", dims: Dims { b: 2, n: 300, d: 4096, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "large_epsilon", "gated", "gate_is_the_row", "blocks", "one_column", "vectors", "wide", "wide_plain", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "large_epsilon", "gated", "gate_is_the_row", "blocks", "one_column", "vectors", "wide", "wide_plain", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3952,14 +3953,14 @@ pub mod sinusoid {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd_half", tier: Tier::Tiny, dims: Dims { b: 3, d: 10 }, params: Params { denominator: 5.0 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { b: 1, d: 2 }, params: Params { denominator: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "dit", tier: Tier::Tiny, dims: Dims { b: 5, d: 256 }, params: Params { denominator: 128.0 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "diffusers", tier: Tier::Tiny, dims: Dims { b: 5, d: 256 }, params: Params { denominator: 127.0 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "training", tier: Tier::Real, dims: Dims { b: 256, d: 256 }, params: Params { denominator: 128.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "odd_half", tier: Tier::Tiny, shape: "B=3 D=10", dims: Dims { b: 3, d: 10 }, params: Params { denominator: 5.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 D=2", dims: Dims { b: 1, d: 2 }, params: Params { denominator: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit", tier: Tier::Tiny, shape: "B=5 D=256", dims: Dims { b: 5, d: 256 }, params: Params { denominator: 128.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "diffusers", tier: Tier::Tiny, shape: "B=5 D=256", dims: Dims { b: 5, d: 256 }, params: Params { denominator: 127.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "training", tier: Tier::Real, shape: "B=256 D=256", dims: Dims { b: 256, d: 256 }, params: Params { denominator: 128.0 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "sinusoid", summary: "Sinusoidal features of the timestep, cosines first, every step of the phase rounded to f32 as in DiT.", backward: false, cases: &["odd_half", "one", "dit", "diffusers", "training"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
+    pub const INFO: OpInfo = OpInfo { name: "sinusoid", summary: "Sinusoidal features of the timestep, cosines first, every step of the phase rounded to f32 as in DiT.", backward: false, cases: &["odd_half", "one", "dit", "diffusers", "training"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
 
 }
 
@@ -4050,17 +4051,17 @@ pub mod solver_step {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "ancestral_learned", tier: Tier::Tiny, dims: Dims { b: 2, c: 4, co: 8, s: 37 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 1.0, learned: true, log_hi: -3.0, log_lo: -4.0 }, absent: &["x0_prev"], bf16: &[], gradcheck: false },
-        Case { name: "guided_variance", tier: Tier::Tiny, dims: Dims { b: 3, c: 2, co: 4, s: 17 }, params: Params { guidance: 4.0, guided_channels: 4, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 1.0, learned: true, log_hi: -2.0, log_lo: -5.0 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "last_step_learned", tier: Tier::Tiny, dims: Dims { b: 2, c: 4, co: 8, s: 9 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 0.0, learned: true, log_hi: -3.0, log_lo: -4.0 }, absent: &["x0_prev"], bf16: &[], gradcheck: false },
-        Case { name: "second_order", tier: Tier::Tiny, dims: Dims { b: 2, c: 4, co: 8, s: 16 }, params: Params { guidance: 4.5, guided_channels: 8, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: 0.0, c0: 0.2, c1: -0.35, cn: 0.0, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["noise"], bf16: &[], gradcheck: false },
-        Case { name: "unguided_fixed", tier: Tier::Tiny, dims: Dims { b: 1, c: 3, co: 3, s: 1 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 0.7, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["uncond", "x0_prev"], bf16: &[], gradcheck: false },
-        Case { name: "deterministic", tier: Tier::Tiny, dims: Dims { b: 5, c: 1, co: 1, s: 33 }, params: Params { guidance: 4.0, guided_channels: 1, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 0.0, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["noise", "x0_prev"], bf16: &[], gradcheck: false },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 8, c: 4, co: 8, s: 1024 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 1.0, learned: true, log_hi: -3.0, log_lo: -4.0 }, absent: &["x0_prev"], bf16: &[], gradcheck: false },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, c: 4, co: 8, s: 65536 }, params: Params { guidance: 4.5, guided_channels: 8, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: -0.35, cn: 0.0, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["noise"], bf16: &[], gradcheck: false },
+        Case { name: "ancestral_learned", tier: Tier::Tiny, shape: "B=2 C=4 Co=8 S=37", dims: Dims { b: 2, c: 4, co: 8, s: 37 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 1.0, learned: true, log_hi: -3.0, log_lo: -4.0 }, absent: &["x0_prev"], bf16: &[], gradcheck: false },
+        Case { name: "guided_variance", tier: Tier::Tiny, shape: "B=3 C=2 Co=4 S=17", dims: Dims { b: 3, c: 2, co: 4, s: 17 }, params: Params { guidance: 4.0, guided_channels: 4, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 1.0, learned: true, log_hi: -2.0, log_lo: -5.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "last_step_learned", tier: Tier::Tiny, shape: "B=2 C=4 Co=8 S=9", dims: Dims { b: 2, c: 4, co: 8, s: 9 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 0.0, learned: true, log_hi: -3.0, log_lo: -4.0 }, absent: &["x0_prev"], bf16: &[], gradcheck: false },
+        Case { name: "second_order", tier: Tier::Tiny, shape: "B=2 C=4 Co=8 S=16", dims: Dims { b: 2, c: 4, co: 8, s: 16 }, params: Params { guidance: 4.5, guided_channels: 8, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: 0.0, c0: 0.2, c1: -0.35, cn: 0.0, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["noise"], bf16: &[], gradcheck: false },
+        Case { name: "unguided_fixed", tier: Tier::Tiny, shape: "B=1 C=3 Co=3 S=1", dims: Dims { b: 1, c: 3, co: 3, s: 1 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 0.7, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["uncond", "x0_prev"], bf16: &[], gradcheck: false },
+        Case { name: "deterministic", tier: Tier::Tiny, shape: "B=5 C=1 Co=1 S=33", dims: Dims { b: 5, c: 1, co: 1, s: 33 }, params: Params { guidance: 4.0, guided_channels: 1, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 0.0, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["noise", "x0_prev"], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=8 C=4 Co=8 S=1024", dims: Dims { b: 8, c: 4, co: 8, s: 1024 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 1.0, learned: true, log_hi: -3.0, log_lo: -4.0 }, absent: &["x0_prev"], bf16: &[], gradcheck: false },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 C=4 Co=8 S=65536", dims: Dims { b: 1, c: 4, co: 8, s: 65536 }, params: Params { guidance: 4.5, guided_channels: 8, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: -0.35, cn: 0.0, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["noise"], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "solver_step", summary: "One step of a diffusion sampler: guidance, clean estimate, and the update of any linear solver, fused.", backward: false, cases: &["ancestral_learned", "guided_variance", "last_step_learned", "second_order", "unguided_fixed", "deterministic", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32] };
+    pub const INFO: OpInfo = OpInfo { name: "solver_step", summary: "One step of a diffusion sampler: guidance, clean estimate, and the update of any linear solver, fused.", backward: false, cases: &["ancestral_learned", "guided_variance", "last_step_learned", "second_order", "unguided_fixed", "deterministic", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
 
 }
 
@@ -4109,14 +4110,14 @@ pub mod sum_squares {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { l: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "one", tier: Tier::Tiny, dims: Dims { l: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "over_a_block", tier: Tier::Tiny, dims: Dims { l: 70001 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "dit_block", tier: Tier::Real, dims: Dims { l: 21255552 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "fashion", tier: Tier::Real, dims: Dims { l: 65536 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "L=37", dims: Dims { l: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, shape: "L=1", dims: Dims { l: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "over_a_block", tier: Tier::Tiny, shape: "L=70001", dims: Dims { l: 70001 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_block", tier: Tier::Real, shape: "L=21255552", dims: Dims { l: 21255552 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "fashion", tier: Tier::Real, shape: "L=65536", dims: Dims { l: 65536 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "sum_squares", summary: "Sum of squares, for the global norm of the gradients.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block", "fashion"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 3e-8, rms: 3e-8 }), tolerance_bf16: None, elements: &[ElementType::F32] };
+    pub const INFO: OpInfo = OpInfo { name: "sum_squares", summary: "Sum of squares, for the global norm of the gradients.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block", "fashion"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 3e-8, rms: 3e-8 }), tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
 
 }
 
@@ -4187,18 +4188,18 @@ pub mod unpatchify {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "ragged", tier: Tier::Tiny, dims: Dims { b: 1, c: 3, p: 3, gh: 1, gw: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 2, c: 3, p: 2, gh: 3, gw: 5 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_pixel", tier: Tier::Tiny, dims: Dims { b: 1, c: 1, p: 1, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "whole_image", tier: Tier::Tiny, dims: Dims { b: 2, c: 4, p: 7, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_s", tier: Tier::Tiny, dims: Dims { b: 3, c: 4, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "patch_4", tier: Tier::Tiny, dims: Dims { b: 2, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, c: 8, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 2, c: 8, p: 2, gh: 128, gw: 128 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion", tier: Tier::Real, dims: Dims { b: 128, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "ragged", tier: Tier::Tiny, shape: "B=1 C=3 P=3 Gh=1 Gw=3", dims: Dims { b: 1, c: 3, p: 3, gh: 1, gw: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=2 C=3 P=2 Gh=3 Gw=5", dims: Dims { b: 2, c: 3, p: 2, gh: 3, gw: 5 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_pixel", tier: Tier::Tiny, shape: "B=1 C=1 P=1 Gh=1 Gw=1", dims: Dims { b: 1, c: 1, p: 1, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_image", tier: Tier::Tiny, shape: "B=2 C=4 P=7 Gh=1 Gw=1", dims: Dims { b: 2, c: 4, p: 7, gh: 1, gw: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_s", tier: Tier::Tiny, shape: "B=3 C=4 P=2 Gh=16 Gw=16", dims: Dims { b: 3, c: 4, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "patch_4", tier: Tier::Tiny, shape: "B=2 C=1 P=4 Gh=7 Gw=7", dims: Dims { b: 2, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 C=8 P=2 Gh=16 Gw=16", dims: Dims { b: 2, c: 8, p: 2, gh: 16, gw: 16 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 C=8 P=2 Gh=128 Gw=128", dims: Dims { b: 2, c: 8, p: 2, gh: 128, gw: 128 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Real, shape: "B=128 C=1 P=4 Gh=7 Gw=7", dims: Dims { b: 128, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "unpatchify", summary: "Lays the tokens of a transformer back as an image, in the order of the output layer of DiT.", backward: true, cases: &["ragged", "odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "unpatchify", summary: "Lays the tokens of a transformer back as an image, in the order of the output layer of DiT.", backward: true, cases: &["ragged", "odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4287,15 +4288,15 @@ pub mod upsample {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "one_pixel", tier: Tier::Tiny, dims: Dims { b: 1, h: 1, w: 1, c: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, h: 5, w: 7, c: 11 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "wide", tier: Tier::Tiny, dims: Dims { b: 1, h: 2, w: 129, c: 32 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "tall", tier: Tier::Tiny, dims: Dims { b: 2, h: 67, w: 1, c: 48 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "vae_64", tier: Tier::Real, dims: Dims { b: 1, h: 64, w: 64, c: 512 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "vae_512", tier: Tier::Real, dims: Dims { b: 1, h: 512, w: 512, c: 256 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_pixel", tier: Tier::Tiny, shape: "B=1 H=1 W=1 C=1", dims: Dims { b: 1, h: 1, w: 1, c: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 H=5 W=7 C=11", dims: Dims { b: 3, h: 5, w: 7, c: 11 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide", tier: Tier::Tiny, shape: "B=1 H=2 W=129 C=32", dims: Dims { b: 1, h: 2, w: 129, c: 32 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tall", tier: Tier::Tiny, shape: "B=2 H=67 W=1 C=48", dims: Dims { b: 2, h: 67, w: 1, c: 48 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vae_64", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512", dims: Dims { b: 1, h: 64, w: 64, c: 512 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vae_512", tier: Tier::Real, shape: "B=1 H=512 W=512 C=256", dims: Dims { b: 1, h: 512, w: 512, c: 256 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "upsample", summary: "Images twice as high and wide, channels last: every pixel becomes a square of four.", backward: true, cases: &["one_pixel", "odd", "wide", "tall", "vae_64", "vae_512"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "upsample", summary: "Images twice as high and wide, channels last: every pixel becomes a square of four.", backward: true, cases: &["one_pixel", "odd", "wide", "tall", "vae_64", "vae_512"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4399,21 +4400,21 @@ pub mod window_attention {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, dims: Dims { b: 3, n: 11, h: 3, e: 7, w: 2 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, dims: Dims { b: 2, n: 1, h: 1, e: 1, w: 4 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "self_only", tier: Tier::Tiny, dims: Dims { b: 1, n: 6, h: 2, e: 5, w: 0 }, params: Params { scale: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "window_beyond_the_ends", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, h: 2, e: 16, w: 20 }, params: Params { scale: 0.25 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "all_but_the_corners", tier: Tier::Tiny, dims: Dims { b: 1, n: 9, h: 1, e: 8, w: 7 }, params: Params { scale: 0.35 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion", tier: Tier::Tiny, dims: Dims { b: 2, n: 49, h: 4, e: 32, w: 4 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "head_72", tier: Tier::Tiny, dims: Dims { b: 1, n: 65, h: 2, e: 72, w: 4 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, dims: Dims { b: 1, n: 523, h: 1, e: 9, w: 13 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "sharp", tier: Tier::Tiny, dims: Dims { b: 1, n: 300, h: 2, e: 8, w: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, dims: Dims { b: 128, n: 49, h: 4, e: 32, w: 4 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, dims: Dims { b: 2, n: 256, h: 16, e: 72, w: 4 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, dims: Dims { b: 1, n: 16384, h: 16, e: 72, w: 32 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=11 H=3 E=7 W=2", dims: Dims { b: 3, n: 11, h: 3, e: 7, w: 2 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=2 N=1 H=1 E=1 W=4", dims: Dims { b: 2, n: 1, h: 1, e: 1, w: 4 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "self_only", tier: Tier::Tiny, shape: "B=1 N=6 H=2 E=5 W=0", dims: Dims { b: 1, n: 6, h: 2, e: 5, w: 0 }, params: Params { scale: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "window_beyond_the_ends", tier: Tier::Tiny, shape: "B=1 N=9 H=2 E=16 W=20", dims: Dims { b: 1, n: 9, h: 2, e: 16, w: 20 }, params: Params { scale: 0.25 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "all_but_the_corners", tier: Tier::Tiny, shape: "B=1 N=9 H=1 E=8 W=7", dims: Dims { b: 1, n: 9, h: 1, e: 8, w: 7 }, params: Params { scale: 0.35 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Tiny, shape: "B=2 N=49 H=4 E=32 W=4", dims: Dims { b: 2, n: 49, h: 4, e: 32, w: 4 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=65 H=2 E=72 W=4", dims: Dims { b: 1, n: 65, h: 2, e: 72, w: 4 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=523 H=1 E=9 W=13", dims: Dims { b: 1, n: 523, h: 1, e: 9, w: 13 }, params: Params { scale: 0.33333334 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "sharp", tier: Tier::Tiny, shape: "B=1 N=300 H=2 E=8 W=8", dims: Dims { b: 1, n: 300, h: 2, e: 8, w: 8 }, params: Params { scale: 3.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32 W=4", dims: Dims { b: 128, n: 49, h: 4, e: 32, w: 4 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72 W=4", dims: Dims { b: 2, n: 256, h: 16, e: 72, w: 4 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72 W=32", dims: Dims { b: 1, n: 16384, h: 16, e: 72, w: 32 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16] };
+    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

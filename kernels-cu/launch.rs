@@ -160,12 +160,14 @@ pub struct Shape {
     pub shared: usize,
     /// Regions of it (`SmemPlan::take`).
     pub regions: usize,
+    /// It may start before the launch before it has ended; see [`Shape::dependent`].
+    pub dependent: bool,
 }
 
 impl Shape {
     /// `blocks` blocks along x of `threads` threads.
     pub fn new(blocks: usize, threads: usize) -> Shape {
-        Shape { grid: [blocks, 1, 1], threads, cluster: 1, shared: 0, regions: 0 }
+        Shape { grid: [blocks, 1, 1], threads, cluster: 1, shared: 0, regions: 0, dependent: false }
     }
 
     /// With `blocks` along y.
@@ -187,6 +189,14 @@ impl Shape {
     pub fn shared(mut self, regions: &[usize]) -> Shape {
         self.shared = regions.iter().fold(0, |end, bytes| end.next_multiple_of(16) + bytes);
         self.regions = regions.len();
+        self
+    }
+
+    /// Started while the launch before it still runs (programmatic dependent launch), where the device can. The kernel
+    /// must call `wait_for_previous` before it reads or writes global memory.
+    #[must_use]
+    pub fn dependent(mut self) -> Shape {
+        self.dependent = true;
         self
     }
 

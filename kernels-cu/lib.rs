@@ -16,6 +16,7 @@ pub mod rng;
 pub mod simd;
 #[rustfmt::skip]
 pub mod sources;
+pub mod ways;
 
 pub mod adamw;
 pub mod add_noise;
@@ -131,6 +132,8 @@ pub struct Case<D, P> {
     pub name: &'static str,
     /// Size class.
     pub tier: Tier,
+    /// Dims in words, as the table of measurements names them: `B=2 N=256`.
+    pub shape: &'static str,
     /// Dims.
     pub dims: D,
     /// Parameters.
@@ -160,6 +163,8 @@ pub struct OpInfo {
     pub tolerance_bf16: Option<check::Tolerance>,
     /// Working types of its CUDA kernels; none where it has no kernels.
     pub elements: &'static [launch::ElementType],
+    /// Ways to run its passes on a GPU; none where there is one alone.
+    pub ways: &'static [ways::WayInfo],
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ pub const COMMON: &[File] = &[
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
     ("numbers.cuh", include_str!("common/numbers.cuh")),
+    ("patches.cuh", include_str!("common/patches.cuh")),
     ("ptx.cuh", include_str!("common/ptx.cuh")),
     ("rows.cuh", include_str!("common/rows.cuh")),
     ("softmax_attention.cuh", include_str!("common/softmax_attention.cuh")),

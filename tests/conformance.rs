@@ -60,7 +60,7 @@ fn of_backend(backend: &str, element: Option<&str>, seed: u64, every: bool, filt
     match subjects(backend, element, seed, every) {
         Ok(found) => {
             for subject in found {
-                rows.extend(conformance(&subject, filter)?);
+                rows.extend(conformance(&subject, filter, None)?);
             }
         }
         Err(e) => rows.push(skipped(backend, &e)),

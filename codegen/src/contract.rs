@@ -155,6 +155,63 @@ pub struct Gradient {
 pub struct Cuda {
     /// Working types that its sources are compiled for: `f32`, `bf16`.
     pub elements: Vec<String>,
+    /// Ways to run a pass, the first that fits is taken where no measurement says otherwise; the last of a pass takes
+    /// everything.
+    #[serde(default)]
+    pub way: Vec<Way>,
+}
+
+/// One way to run a pass on a GPU.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Way {
+    /// Name, unique in the pass.
+    pub name: String,
+    /// `forward` or `backward`.
+    pub pass: String,
+    /// Lowest compute capability that has its instructions, 10·major + minor.
+    pub arch: u32,
+    /// Working types that it computes in.
+    pub elements: Vec<String>,
+    /// What it is, in a sentence.
+    pub doc: String,
+}
+
+impl Cuda {
+    /// The ways of a pass, in their order.
+    pub fn ways<'c>(&'c self, pass: &'c str) -> impl Iterator<Item = &'c Way> {
+        self.way.iter().filter(move |w| w.pass == pass)
+    }
+
+    fn check(&self, backward: bool) -> Result<(), String> {
+        let known = |elements: &[String]| {
+            !elements.is_empty() && elements.iter().all(|e| ["f32", "bf16"].contains(&e.as_str()))
+        };
+        if !known(&self.elements) {
+            return Err(format!("cuda.elements: {:?} is not a list of f32, bf16", self.elements));
+        }
+        for (i, way) in self.way.iter().enumerate() {
+            let context = |e: &str| Err(format!("cuda.way {} ({}): {e}", way.name, way.pass));
+            if !(way.pass == "forward" || way.pass == "backward" && backward) {
+                return context("pass is not one that the operator has");
+            }
+            if self.way[..i].iter().any(|w| w.name == way.name && w.pass == way.pass) {
+                return context("stands twice");
+            }
+            if !known(&way.elements) || way.elements.iter().any(|e| !self.elements.contains(e)) {
+                return context("elements are not some of cuda.elements");
+            }
+            if ![80, 90].contains(&way.arch) {
+                return context("arch is not 80 or 90");
+            }
+        }
+        for pass in ["forward", "backward"] {
+            if let Some(last) = self.ways(pass).last().filter(|w| w.arch != 80 || w.elements != self.elements) {
+                return Err(format!("cuda.way {} ({pass}): the last way takes every element on every GPU", last.name));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Cost of one forward call.
@@ -256,10 +313,7 @@ impl Contract {
             }
         }
         if let Some(cuda) = &self.cuda {
-            let known = |e: &String| ["f32", "bf16"].contains(&e.as_str());
-            if cuda.elements.is_empty() || !cuda.elements.iter().all(known) {
-                return Err(format!("cuda.elements: {:?} is not a list of f32, bf16", cuda.elements));
-            }
+            cuda.check(self.gradient.is_some())?;
         }
         let conditions = self.require.iter().map(|r| &r.that).chain(self.output.iter().filter_map(|t| t.when.as_ref()));
         for condition in conditions {

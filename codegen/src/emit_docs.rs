@@ -48,6 +48,14 @@ pub fn render(contracts: &[Contract]) -> String {
                 let _ = writeln!(out, "| `{}` | {} | {} |", p.name, p.ty, p.doc);
             }
         }
+        let ways = c.cuda.as_ref().map_or(&[][..], |cuda| &cuda.way);
+        if !ways.is_empty() {
+            out += "\n| way on a GPU | pass | from | types | what it is |\n|---|---|---|---|---|\n";
+            for w in ways {
+                let (arch, elements) = (format!("sm_{}", w.arch), w.elements.join(", "));
+                let _ = writeln!(out, "| `{}` | {} | {arch} | {elements} | {} |", w.name, w.pass, w.doc);
+            }
+        }
         let _ = writeln!(out, "\nFLOPs `{}`, bytes at least `{}`.", c.cost.flops, c.cost.bytes);
     }
     out

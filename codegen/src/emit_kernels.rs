@@ -2,6 +2,7 @@
 
 use crate::HEADER;
 use crate::contract::{Case, Contract, Gradient, Tensor, Tolerance};
+use crate::emit_ways;
 use crate::names::{camel, dim_locals, len_expr, mentions, rust_expr, shape_doc};
 use std::fmt::Write;
 
@@ -10,7 +11,7 @@ pub fn render(contracts: &[Contract]) -> String {
     let mut out = format!(
         "{HEADER}//! Argument structs, costs, cases and gradient checks, one module per operator.\n\
          #![allow(clippy::all, missing_docs, unused)]\n#![cfg_attr(rustfmt, rustfmt::skip)]\n\n\
-         use crate::check::{{self, Fill, GradCheck}};\nuse crate::launch::{{ElementType, In, Out}};\nuse crate::{{Case, OpInfo, Tier, Weight}};\n\n\
+         use crate::check::{{self, Fill, GradCheck}};\nuse crate::launch::{{ElementType, In, Out}};\nuse crate::ways::{{Way, WayInfo}};\nuse crate::{{Case, OpInfo, Tier, Weight}};\n\n\
          /// Every operator, by name.\npub const OPS: &[OpInfo] = &[\n"
     );
     for c in contracts {
@@ -38,6 +39,7 @@ fn op_module(out: &mut String, c: &Contract) {
     if c.cuda.is_some() {
         gpu_structs(out, c);
     }
+    emit_ways::ways(out, c);
     costs(out, c);
     cases(out, c);
     if let Some(gradient) = &c.gradient {
@@ -160,9 +162,10 @@ fn cases(out: &mut String, c: &Contract) {
             c.param.iter().map(|p| format!("{}: {}", p.name, literal(case, &p.name, &p.ty))).collect();
         let _ = writeln!(
             out,
-            "        Case {{ name: {:?}, tier: Tier::{}, dims: Dims {{ {} }}, params: Params {{ {} }}, absent: &{:?}, bf16: &{:?}, gradcheck: {} }},",
+            "        Case {{ name: {:?}, tier: Tier::{}, shape: {:?}, dims: Dims {{ {} }}, params: Params {{ {} }}, absent: &{:?}, bf16: &{:?}, gradcheck: {} }},",
             case.name,
             if case.tier == "tiny" { "Tiny" } else { "Real" },
+            c.dims.iter().map(|d| format!("{d}={}", case.dims[d])).collect::<Vec<_>>().join(" "),
             dims.join(", "),
             params.join(", "),
             case.absent,
@@ -179,13 +182,14 @@ fn cases(out: &mut String, c: &Contract) {
         c.cuda.iter().flat_map(|cuda| &cuda.elements).map(|e| format!("ElementType::{}", camel(e))).collect();
     let _ = write!(
         out,
-        "    ];\n\n    pub const INFO: OpInfo = OpInfo {{ name: {:?}, summary: {:?}, backward: {}, cases: &{names:?}, tolerance: {}, tolerance_bf16: {}, elements: &[{}] }};\n\n",
+        "    ];\n\n    pub const INFO: OpInfo = OpInfo {{ name: {:?}, summary: {:?}, backward: {}, cases: &{names:?}, tolerance: {}, tolerance_bf16: {}, elements: &[{}], ways: &[{}] }};\n\n",
         c.name,
         c.summary,
         c.gradient.is_some(),
         bounds(&c.tolerance),
         bounds(&c.tolerance_bf16),
         elements.join(", "),
+        c.cuda.iter().flat_map(|cuda| &cuda.way).map(emit_ways::info).collect::<Vec<_>>().join(", "),
     );
 }
 

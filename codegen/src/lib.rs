@@ -16,6 +16,7 @@ mod emit_engine;
 mod emit_kernels;
 mod emit_launchers;
 pub mod emit_sources;
+mod emit_ways;
 mod names;
 
 use contract::Contract;

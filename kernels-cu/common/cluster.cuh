@@ -65,3 +65,21 @@ PTX_FN void griddep_wait(PTX_AT_ONLY) {
 
 }  // namespace ptx
 #endif
+
+namespace ptx {
+
+// For kernels of every architecture that are launched as dependent: from here on the results of the launch before may be
+// read, and its memory written. Nothing where the architecture has no dependent launches.
+PTX_FN void wait_for_previous(PTX_AT_ONLY) {
+#if PTX_SM90
+    griddep_wait(PTX_FROM_ONLY);
+#endif
+}
+// Lets a dependent launch start; what this block writes later is seen by it all the same, after its wait.
+PTX_FN void start_next(PTX_AT_ONLY) {
+#if PTX_SM90
+    griddep_launch_dependents(PTX_FROM_ONLY);
+#endif
+}
+
+}  // namespace ptx

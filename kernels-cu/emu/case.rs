@@ -1,13 +1,13 @@
 //! Case files: what to launch on which bytes, and what came back.
 
+use super::process;
 use super::toolchain::{Build, Program};
 use sha2::{Digest, Sha256};
 use std::fmt::Write;
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Longest run of one case; a hang is a finding, too.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -202,40 +202,14 @@ fn command(program: &Program) -> Command {
 
 /// Status (none after a signal or too long), stdout and stderr.
 fn wait(mut command: Command) -> Result<(Option<i32>, String, String), String> {
-    let mut child =
-        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(|e| format!("{command:?}: {e}"))?;
-    let stdout = child.stdout.take().map(collect);
-    let stderr = child.stderr.take().map(collect);
-    let start = Instant::now();
-    let (status, mut late) = loop {
-        match child.try_wait().map_err(|e| format!("{command:?}: {e}"))? {
-            Some(status) => break (status.code(), ""),
-            None if start.elapsed() > PATIENCE => {
-                end(&mut child);
-                break (None, "emulator: the case takes too long and was ended\n");
-            }
-            None => std::thread::sleep(Duration::from_millis(2)),
-        }
+    let done = process::run(&mut command, PATIENCE).map_err(|e| format!("{command:?}: {e}"))?;
+    let status = done.status.and_then(|s| s.code());
+    let late = match (done.status, status) {
+        (None, _) => "emulator: the case takes too long and was ended\n",
+        (Some(_), None) => "emulator: the program was ended by a signal\n",
+        _ => "",
     };
-    let text = |reader: Option<std::thread::JoinHandle<String>>| reader.and_then(|r| r.join().ok()).unwrap_or_default();
-    let (stdout, stderr) = (text(stdout), text(stderr));
-    if status.is_none() && late.is_empty() {
-        late = "emulator: the program was ended by a signal\n";
-    }
-    Ok((status, stdout, format!("{stderr}{late}")))
-}
-
-fn end(child: &mut Child) {
-    let _ = child.kill();
-    let _ = child.wait();
-}
-
-fn collect(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<String> {
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let _ = from.read_to_end(&mut bytes);
-        String::from_utf8_lossy(&bytes).into_owned()
-    })
+    Ok((status, done.stdout, format!("{}{late}", done.stderr)))
 }
 
 /// What a case did.

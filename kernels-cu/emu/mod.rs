@@ -5,6 +5,7 @@
 //! with the race checker sees missing barriers and fences.
 
 mod case;
+pub mod process;
 mod toolchain;
 
 pub use case::{Argument, Case, Outcome};

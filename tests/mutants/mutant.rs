@@ -75,18 +75,27 @@ impl Mutant {
     /// # Errors
     /// A file that cannot be read or written.
     pub fn plant(&self, root: &Path, folder: &Path) -> Result<(), String> {
-        let _ = std::fs::remove_dir_all(folder);
+        copy(&self.op, root, folder)?;
         let mutated = self.source(root)?.replace(&self.find, &self.replace);
-        for part in ["common", "emu", self.op.as_str()] {
-            let (from, to) = (root.join("kernels-cu").join(part), folder.join("kernels-cu").join(part));
-            std::fs::create_dir_all(&to).map_err(|e| format!("{}: {e}", to.display()))?;
-            let entries = std::fs::read_dir(&from).map_err(|e| format!("{}: {e}", from.display()))?;
-            for file in entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| p.is_file()) {
-                let target = to.join(file.file_name().unwrap_or_default());
-                std::fs::copy(&file, &target).map_err(|e| format!("{}: {e}", target.display()))?;
-            }
-        }
         let target = folder.join("kernels-cu").join(&self.file);
         std::fs::write(&target, mutated).map_err(|e| format!("{}: {e}", target.display()))
     }
+}
+
+/// Copies the sources that an operator needs into `folder`, whose old content goes.
+///
+/// # Errors
+/// A file that cannot be read or written.
+pub fn copy(op: &str, root: &Path, folder: &Path) -> Result<(), String> {
+    let _ = std::fs::remove_dir_all(folder);
+    for part in ["common", "emu", op] {
+        let (from, to) = (root.join("kernels-cu").join(part), folder.join("kernels-cu").join(part));
+        std::fs::create_dir_all(&to).map_err(|e| format!("{}: {e}", to.display()))?;
+        let entries = std::fs::read_dir(&from).map_err(|e| format!("{}: {e}", from.display()))?;
+        for file in entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| p.is_file()) {
+            let target = to.join(file.file_name().unwrap_or_default());
+            std::fs::copy(&file, &target).map_err(|e| format!("{}: {e}", target.display()))?;
+        }
+    }
+    Ok(())
 }

@@ -111,7 +111,7 @@ fn ln_modulate_moves_what_its_bound_says() {
     let of = |shape: &[usize]| Tensor::zeros_of(&device, shape, DType::BF16).unwrap();
     let params = contracts::ln_modulate::Params { shift: 0, scale: 1, eps: 1e-6 };
     ln_modulate(&of(&[b, n, d]), &of(&[b, c, d]), params).unwrap();
-    let counted = emu.counters();
+    let counted = emu.counters().unwrap();
     let sectors = |what: &str| -> usize {
         let lines = counted.lines().filter(|l| l.split_whitespace().nth(2) == Some(what));
         let field = |l: &str| l.split("sectors=").nth(1)?.split(' ').next()?.parse::<usize>().ok();

@@ -71,7 +71,7 @@ pub fn replay(device: &Device, case: &Recorded<'_>) -> Result<()> {
                 };
                 let found = PROBES.iter().find(|k| k.name == *kernel && k.source == source);
                 let kernel = *found.ok_or_else(|| bad(case, "a kernel of the probes"))?;
-                let shape = Shape { grid: [gx, gy, gz], threads, cluster, shared, regions: 0 };
+                let shape = Shape { grid: [gx, gy, gz], threads, cluster, shared, regions: 0, dependent: false };
                 pending = Some(Pending { kernel, shape, args: Vec::new() });
             }
             _ => {

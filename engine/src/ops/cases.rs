@@ -19,6 +19,8 @@ pub struct CaseRow {
     pub name: &'static str,
     /// Its size class.
     pub tier: Tier,
+    /// Its dims: `B=2 N=256`.
+    pub shape: &'static str,
     /// Whether a weight is stored in bf16 on the CPU.
     pub bf16: bool,
     /// Floating-point operations of one forward call.

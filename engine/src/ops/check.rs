@@ -2,13 +2,15 @@
 
 use super::cases::{CaseBody, Conform, Named, Values, collect};
 pub use super::cases::{CaseRow, Timer, time_cases};
-use crate::backend::emu::Recorder;
+use crate::backend::emu::{self, Recorder};
 use crate::backend::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 use graft_kernels::Tier;
 use graft_kernels::check::{Comparison, Tolerance, compare};
 use graft_kernels::emu::Build;
+use graft_kernels::launch::ElementType;
+use graft_kernels::ways;
 use std::collections::HashSet;
 use std::fmt;
 
@@ -66,6 +68,14 @@ impl Subject {
         }
     }
 
+    /// The compute capability of its GPU, real or emulated.
+    fn arch(&self) -> u32 {
+        match self {
+            Subject::Device(device) => device.properties().map_or(0, |p| p.arch),
+            Subject::Checked { .. } | Subject::Plan(_) => emu::properties().arch,
+        }
+    }
+
     fn on_host(&self) -> bool {
         matches!(self, Subject::Device(device) if device.is_host())
     }
@@ -96,13 +106,14 @@ pub struct Row {
 }
 
 /// Runs the cases of the operators whose name contains `filter` (or is `NAME` for `=NAME`) on `subject`, in contract order: the tiny ones, or for
-/// a plan the real ones. Operators without a kernel for the working type of a GPU are left out.
+/// a plan the real ones. Operators without a kernel for the working type of a GPU are left out. On a GPU a case has a row
+/// for each way that takes it, or for `way` alone.
 ///
 /// Fresh buffers are poisoned with NaN, so an output that is not written completely fails.
 ///
 /// # Errors
 /// When a host entry point refuses a case: the contract and its cases disagree. On other subjects that is a failed row.
-pub fn conformance(subject: &Subject, filter: &str) -> Result<Vec<Row>> {
+pub fn conformance(subject: &Subject, filter: &str, way: Option<&str>) -> Result<Vec<Row>> {
     let oracle = Device::oracle();
     oracle.set_poison(true);
     if let Subject::Device(device) = subject {
@@ -120,14 +131,21 @@ pub fn conformance(subject: &Subject, filter: &str) -> Result<Vec<Row>> {
             if case.tier != tier || !(subject.on_host() || known) {
                 return Ok(());
             }
-            let verdict = match verdict(subject, &oracle, case, body, &mut reached) {
-                Ok(Some(verdict)) => verdict,
-                Ok(None) => return Ok(()),
-                Err(e) if subject.on_host() => return Err(e),
-                Err(e) => Verdict::Fail(e.to_string()),
-            };
-            let (backend, kind) = (subject.to_string(), subject.kind());
-            rows.push(Row { op: case.info.name, case: case.name, backend, kind, verdict });
+            for name in ways_of(subject, case, body).into_iter().filter(|name| way.is_none() || *name == way) {
+                let mut judged = || verdict(subject, &oracle, case, &mut *body, &mut reached);
+                let judged = match name {
+                    Some(name) => ways::force(name, judged).0,
+                    None => judged(),
+                };
+                let verdict = match judged {
+                    Ok(Some(verdict)) => verdict,
+                    Ok(None) => continue,
+                    Err(e) if subject.on_host() => return Err(e),
+                    Err(e) => Verdict::Fail(e.to_string()),
+                };
+                let backend = name.map_or(subject.to_string(), |name| format!("{subject} {name}"));
+                rows.push(Row { op: case.info.name, case: case.name, backend, kind: subject.kind(), verdict });
+            }
             Ok(())
         };
         run(&mut Conform::Judge(&mut judge))?;
@@ -136,6 +154,26 @@ pub fn conformance(subject: &Subject, filter: &str) -> Result<Vec<Row>> {
         device.set_poison(false);
     }
     Ok(rows)
+}
+
+/// The ways that take a case on the subject; one without a name where there is nothing to choose.
+fn ways_of(subject: &Subject, case: &CaseRow, body: CaseBody<'_>) -> Vec<Option<&'static str>> {
+    let element = subject.element();
+    let mut names: Vec<Option<&'static str>> = Vec::new();
+    let computes = |elements: &[ElementType]| elements.iter().any(|e| DType::from(*e) == element);
+    let ways = if subject.on_host() { &[] } else { case.info.ways };
+    for info in ways.iter().filter(|w| w.arch <= subject.arch() && computes(w.elements)) {
+        if names.contains(&Some(info.name)) {
+            continue;
+        }
+        let (_, device) = Recorder::open(element, false);
+        let (planned, met) = ways::force(info.name, || collect(&device, element, Values::Unset, &mut *body));
+        // A way that fails to launch is one: its row says so.
+        if met || planned.is_err() {
+            names.push(Some(info.name));
+        }
+    }
+    if names.is_empty() { vec![None] } else { names }
 }
 
 /// The verdict on one case; none where the subject passes it by.

@@ -120,7 +120,7 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
 fn adamw_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::adamw::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -196,7 +196,7 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
 fn add_noise_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::add_noise::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, l, .. } = dims;
@@ -343,7 +343,7 @@ impl Graph<'_> {
 fn attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -409,7 +409,7 @@ pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params
 fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::axpy::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -554,7 +554,7 @@ impl Graph<'_> {
 fn branch_deltas_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::branch_deltas::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -638,7 +638,7 @@ pub fn conv2d(x: &Tensor, filters: &Tensor, bias: Option<&Tensor>, oh: usize, ow
 fn conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::conv2d::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, f, kh, kw, oh, ow, .. } = dims;
@@ -801,7 +801,7 @@ impl Graph<'_> {
 fn conv_silu_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::conv_silu::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, w, c, k, .. } = dims;
@@ -988,7 +988,7 @@ impl Graph<'_> {
 fn cross_attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::cross_attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, m, r, h, e, .. } = dims;
@@ -1154,7 +1154,7 @@ impl Graph<'_> {
 fn cross_entropy_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::cross_entropy::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, k, .. } = dims;
@@ -1332,7 +1332,7 @@ impl Graph<'_> {
 fn embed_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::embed::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, v, d, .. } = dims;
@@ -1500,7 +1500,7 @@ impl Graph<'_> {
 fn feature_gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::feature_gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, f, k, .. } = dims;
@@ -1636,7 +1636,7 @@ impl Graph<'_> {
 fn filter_window_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::filter_window::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, c, .. } = dims;
@@ -1792,7 +1792,7 @@ impl Graph<'_> {
 fn gate_residual_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::gate_residual::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
@@ -1992,7 +1992,7 @@ impl Graph<'_> {
 fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, k, .. } = dims;
@@ -2194,7 +2194,7 @@ impl Graph<'_> {
 fn gated_conv_2d_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::gated_conv_2d::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, c, k, .. } = dims;
@@ -2408,7 +2408,7 @@ impl Graph<'_> {
 fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::gemm::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, k, f, c, .. } = dims;
@@ -2616,7 +2616,7 @@ impl Graph<'_> {
 fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::group_norm_silu::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, g, .. } = dims;
@@ -2832,7 +2832,7 @@ impl Graph<'_> {
 fn kv_compress_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::kv_compress::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, r, d, k, .. } = dims;
@@ -3014,7 +3014,7 @@ impl Graph<'_> {
 fn linear_attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::linear_attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -3191,7 +3191,7 @@ impl Graph<'_> {
 fn ln_modulate_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::ln_modulate::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
@@ -3393,7 +3393,7 @@ impl Graph<'_> {
 fn long_conv_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::long_conv::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, k, l, .. } = dims;
@@ -3577,7 +3577,7 @@ impl Graph<'_> {
 fn loss_diffusion_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::loss_diffusion::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, s, .. } = dims;
@@ -3727,7 +3727,7 @@ impl Graph<'_> {
 fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::loss_regression::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -3928,7 +3928,7 @@ impl Graph<'_> {
 fn mamba2_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::mamba2::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, w, h, e, k, .. } = dims;
@@ -4093,7 +4093,7 @@ impl Graph<'_> {
 fn neighborhood_attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::neighborhood_attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, h, e, k, .. } = dims;
@@ -4232,7 +4232,7 @@ impl Graph<'_> {
 fn patchify_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::patchify::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, p, gh, gw, .. } = dims;
@@ -4295,7 +4295,7 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
 fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::philox::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -4490,7 +4490,7 @@ impl Graph<'_> {
 fn qk_norm_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::qk_norm::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -4687,7 +4687,7 @@ impl Graph<'_> {
 fn relative_attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::relative_attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -4871,7 +4871,7 @@ impl Graph<'_> {
 fn rms_norm_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::rms_norm::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, w, .. } = dims;
@@ -4945,7 +4945,7 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
 fn sinusoid_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::sinusoid::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, d, .. } = dims;
@@ -5040,7 +5040,7 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
 fn solver_step_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::solver_step::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, co, s, .. } = dims;
@@ -5106,7 +5106,7 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
 fn sum_squares_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::sum_squares::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -5241,7 +5241,7 @@ impl Graph<'_> {
 fn unpatchify_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::unpatchify::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, p, gh, gw, .. } = dims;
@@ -5371,7 +5371,7 @@ impl Graph<'_> {
 fn upsample_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::upsample::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, .. } = dims;
@@ -5522,7 +5522,7 @@ impl Graph<'_> {
 fn window_attention_conform(run: &mut Conform<'_>) -> Result<()> {
     use kernels::generated::window_attention::{CASES, Dims, INFO, Params, bytes, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, w, .. } = dims;

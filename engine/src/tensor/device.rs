@@ -7,6 +7,7 @@ use super::gpu::{Gpu, Kernels, Memory};
 use super::{DType, Shape, Tensor};
 use crate::error::{Error, Result};
 use bytemuck::{Pod, Zeroable};
+use graft_kernels::launch::Properties;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -252,6 +253,11 @@ impl Device {
     /// Those of the kernels.
     pub fn synchronize(&self) -> Result<()> {
         self.0.gpu.as_ref().map_or(Ok(()), |gpu| gpu.synchronize())
+    }
+
+    /// What the GPU is; none where the device works on host memory.
+    pub fn properties(&self) -> Option<&Properties> {
+        self.0.gpu.as_ref().map(|gpu| gpu.properties())
     }
 
     /// Name of the processor that runs the operators.

@@ -87,6 +87,7 @@ pub(super) fn prepare(launch: &Launch<'_>, function: &mut Function, label: &str,
 /// Arguments that are not the kernel's, or a refusal of the driver.
 pub(super) fn start(
     launch: &Launch<'_>,
+    arch: u32,
     function: &Function,
     stream: Handle<sys::CUstream_st>,
     arguments: &mut Arguments,
@@ -101,7 +102,16 @@ pub(super) fn start(
     arguments.pointers.clear();
     arguments.pointers.extend(arguments.slots.iter_mut().map(|s| Handle((&raw mut *s).cast::<c_void>())));
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    let mut attributes = [cluster(number(launch.shape.cluster))];
+    let mut attributes = [cluster(1); 2];
+    let mut count = 0;
+    if launch.shape.cluster > 1 {
+        attributes[count] = cluster(number(launch.shape.cluster));
+        count += 1;
+    }
+    if launch.shape.dependent && arch >= 90 {
+        attributes[count] = dependent();
+        count += 1;
+    }
     let config = sys::CUlaunchConfig {
         gridDimX: number(launch.shape.grid[0]),
         gridDimY: number(launch.shape.grid[1]),
@@ -112,7 +122,7 @@ pub(super) fn start(
         sharedMemBytes: number(launch.shape.shared),
         hStream: stream.0,
         attrs: attributes.as_mut_ptr(),
-        numAttrs: u32::from(launch.shape.cluster > 1),
+        numAttrs: number(count),
     };
     // A handle is its pointer and nothing else.
     let pointers = arguments.pointers.as_mut_ptr().cast::<*mut c_void>();
@@ -132,6 +142,15 @@ fn cluster(blocks: u32) -> sys::CUlaunchAttribute {
         value: sys::CUlaunchAttributeValue {
             clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 },
         },
+    }
+}
+
+/// The attribute of a launch that may start before the one before it has ended.
+fn dependent() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
     }
 }
 

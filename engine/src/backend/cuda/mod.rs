@@ -320,7 +320,7 @@ impl Gpu for Cuda {
             return Err(Error::failure(&self.label, format!("kernel {} is not loaded", launch.kernel.name)));
         };
         launch::prepare(launch, function, &self.label, state.capture.is_some())?;
-        launch::start(launch, function, state.stream, &mut state.arguments)
+        launch::start(launch, self.properties.arch, function, state.stream, &mut state.arguments)
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -55,43 +55,55 @@ impl Library {
     }
 
     /// Chooses the order in which warps and copies of the launches that follow advance.
-    pub(super) fn seed(&self, seed: u64) {
-        // SAFETY: the signature is that of launch.cpp; an older object without it keeps its seed.
-        if let Ok(set) = unsafe { self.library.get::<unsafe extern "C" fn(u64)>(b"emu_seed\0") } {
-            // SAFETY: it takes any number.
-            unsafe { set(seed) };
-        }
+    ///
+    /// # Errors
+    /// When the object is not one of the emulator's.
+    pub(super) fn seed(&self, seed: u64) -> Result<(), String> {
+        // SAFETY: the signature is that of launch.cpp; it takes any number.
+        unsafe { self.symbol::<unsafe extern "C" fn(u64)>(c"emu_seed").map(|set| set(seed)) }
     }
 
     /// Counts what the launches that follow cost.
-    pub(super) fn count(&self) {
-        // SAFETY: the signature is that of launch.cpp.
-        if let Ok(set) = unsafe { self.library.get::<unsafe extern "C" fn(c_int)>(b"emu_count\0") } {
-            // SAFETY: it takes any number.
-            unsafe { set(1) };
-        }
+    ///
+    /// # Errors
+    /// As [`Library::seed`].
+    pub(super) fn count(&self) -> Result<(), String> {
+        // SAFETY: the signature is that of launch.cpp; it takes any number.
+        unsafe { self.symbol::<unsafe extern "C" fn(c_int)>(c"emu_count").map(|set| set(1)) }
     }
 
     /// What the launches since the last call cost, a line a place in a source.
-    pub(super) fn counters(&self) -> String {
+    ///
+    /// # Errors
+    /// As [`Library::seed`].
+    pub(super) fn counters(&self) -> Result<String, String> {
         let mut lines = vec![0u8; 1 << 20];
         let _one = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the signature is that of launch.cpp, which writes at most as many bytes as stated.
-        if let Ok(read) = unsafe { self.library.get::<unsafe extern "C" fn(*mut c_char, usize)>(b"emu_counters\0") } {
-            // SAFETY: as above; the buffer lives on.
-            unsafe { read(lines.as_mut_ptr().cast(), lines.len()) };
+        // SAFETY: the signature is that of launch.cpp, which writes at most as many bytes as stated; the buffer lives on.
+        unsafe {
+            let read = self.symbol::<unsafe extern "C" fn(*mut c_char, usize)>(c"emu_counters")?;
+            read(lines.as_mut_ptr().cast(), lines.len());
         }
-        text(&lines)
+        Ok(text(&lines))
     }
 
     /// Gives back the stacks that the runtime keeps for the next launch.
-    pub(super) fn release(&self) {
+    ///
+    /// # Errors
+    /// As [`Library::seed`].
+    pub(super) fn release(&self) -> Result<(), String> {
         let _one = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the signature is that of launch.cpp, and no launch runs while the lock is held.
-        if let Ok(release) = unsafe { self.library.get::<unsafe extern "C" fn()>(b"emu_release\0") } {
-            // SAFETY: it takes nothing.
-            unsafe { release() };
-        }
+        unsafe { self.symbol::<unsafe extern "C" fn()>(c"emu_release").map(|release| release()) }
+    }
+
+    /// A function of the runtime.
+    ///
+    /// # Safety
+    /// `F` must be the type of its signature in launch.cpp or tma.cpp.
+    unsafe fn symbol<F>(&self, name: &CStr) -> Result<libloading::Symbol<'_, F>, String> {
+        // SAFETY: the caller's.
+        unsafe { self.library.get::<F>(name.to_bytes_with_nul()) }.map_err(|e| e.to_string())
     }
 
     /// Runs a kernel to its end.
@@ -116,7 +128,7 @@ impl Library {
         // SAFETY: the signature is that of launch.cpp. The name and the shape live on; there are as many arguments of
         // the right sizes as the kernel takes (`agree`), each in memory of its own; the report has the stated length.
         let status = unsafe {
-            let run = self.library.get::<LaunchFn>(b"emu_launch\0").map_err(|e| e.to_string())?;
+            let run = self.symbol::<LaunchFn>(c"emu_launch")?;
             run(name.as_ptr(), &shape, pointers.as_mut_ptr(), report.as_mut_ptr().cast(), report.len())
         };
         if status == 0 { Ok(()) } else { Err(text(&report)) }
@@ -127,7 +139,7 @@ impl Library {
         let mut sizes = [0usize; 32];
         // SAFETY: the signature is that of launch.cpp, which writes at most 32 sizes.
         let count = unsafe {
-            let ask = self.library.get::<ArgumentsFn>(b"emu_arguments\0").map_err(|e| e.to_string())?;
+            let ask = self.symbol::<ArgumentsFn>(c"emu_arguments")?;
             ask(name.as_ptr(), sizes.as_mut_ptr())
         };
         let given: Vec<usize> = args.iter().map(size).collect();
@@ -156,7 +168,7 @@ impl Library {
         let code = |n: u32| c_int::try_from(n).map_err(|e| e.to_string());
         // SAFETY: the signature is that of tma.cpp: it writes 128 bytes and reads at most five numbers of each array.
         let wrong = unsafe {
-            let encode = self.library.get::<MapFn>(b"emu_tensor_map\0").map_err(|e| e.to_string())?;
+            let encode = self.symbol::<MapFn>(c"emu_tensor_map")?;
             let wrong = encode(
                 value.0.as_mut_ptr().cast(),
                 code(map.element)?,

@@ -140,9 +140,14 @@ impl Emu {
     }
 
     /// What the launches since the last call cost, a line a place in a source; see `docs/emulator.md`.
-    pub fn counters(&self) -> String {
+    ///
+    /// # Errors
+    /// When a library of kernels is not one of the emulator's.
+    pub fn counters(&self) -> Result<String> {
         let held = self.libraries.lock().unwrap_or_else(PoisonError::into_inner);
-        held.values().map(|library| library.counters()).collect()
+        let counted = held.values().map(|library| library.counters());
+        let lines: std::result::Result<String, String> = counted.collect();
+        lines.map_err(|why| Error::failure("emulator: counters", why))
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {
@@ -163,9 +168,9 @@ impl Emu {
             .map_err(|said| Error::failure(place(), format!("does not compile for the emulator:\n{said}")))?;
         let path = program.library.unwrap_or_default();
         let library = Arc::new(Library::open(&path).map_err(|why| Error::failure(place(), why))?);
-        library.seed(self.seed);
+        library.seed(self.seed).map_err(|why| Error::failure(place(), why))?;
         if self.counts {
-            library.count();
+            library.count().map_err(|why| Error::failure(place(), why))?;
         }
         held.insert(key, Arc::clone(&library));
         Ok(library)
@@ -231,7 +236,7 @@ impl Gpu for Emu {
         }
         let before = self.last.lock().unwrap_or_else(PoisonError::into_inner).replace(Arc::clone(&library));
         if let Some(before) = before.filter(|before| !Arc::ptr_eq(before, &library)) {
-            before.release();
+            before.release().map_err(failed)?;
         }
         let shared = shape.shared + RED_ZONE * shape.regions;
         library.launch(kernel.name, &shape, shared, args).map_err(failed)?;

@@ -41,6 +41,7 @@ struct Recorded {
     threads: u32,
     cluster: u32,
     shared: u32,
+    dependent: bool,
     args: Vec<Argument>,
 }
 
@@ -78,8 +79,11 @@ impl Recorder {
         for bytes in &log.buffers {
             case.buffer(bytes);
         }
-        for l in &log.launches {
-            case.launch_shaped(l.kernel, l.grid, [l.threads, 1, 1], l.cluster, l.shared, 0, &l.args);
+        for (i, l) in log.launches.iter().enumerate() {
+            // A launch that another depends on is held back until that one starts: the two then overlap.
+            let followed = log.launches.get(i + 1).is_some_and(|next| next.dependent);
+            let flags = u32::from(l.dependent && i > 0) | u32::from(followed) << 1;
+            case.launch_shaped(l.kernel, l.grid, [l.threads, 1, 1], l.cluster, l.shared, flags, &l.args);
         }
         let kernels = log.launches.iter().map(|l| l.kernel).collect::<Vec<_>>();
         Some(Recording { launches: kernels.len(), kernels, kernel, element, case, reads: log.reads })
@@ -210,6 +214,7 @@ impl Gpu for Recorder {
             threads: number(shape.threads)?,
             cluster: number(shape.cluster)?,
             shared: number(shape.shared + RED_ZONE * shape.regions)?,
+            dependent: shape.dependent,
             args,
         });
         Ok(())

@@ -5,11 +5,11 @@ use crate::cli::out;
 use crate::error::{Error, Result};
 use crate::io::atomic;
 use crate::io::jsonl::{self, JsonLog};
+use graft_kernels::emu::process::{self, Finished};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// What was done, a line a step.
@@ -87,14 +87,10 @@ fn start(step: &Step, folder: &Path, limit: Duration) -> Result<Outcome> {
     let words = step.command.iter().map(|w| if w == "graft" { this.clone() } else { w.replace("{out}", &place) });
     let words: Vec<String> = words.collect();
     let mut command = Command::new(&words[0]);
-    command.args(&words[1..]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.args(&words[1..]);
     let begun = Instant::now();
-    let mut child = command.spawn().map_err(failed)?;
-    let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
-    let status = wait(&mut child, limit).map_err(failed)?;
+    let Finished { status, stdout, stderr } = process::run(&mut command, limit).map_err(failed)?;
     let seconds = begun.elapsed().as_secs_f64();
-    let text = |reader: Option<std::thread::JoinHandle<String>>| reader.and_then(|r| r.join().ok()).unwrap_or_default();
-    let (stdout, stderr) = (text(stdout), text(stderr));
     let said = || [&stdout, &stderr].into_iter().flat_map(|t| t.lines()).rfind(|l| !l.trim().is_empty());
     let note = said().unwrap_or_default().trim().to_string();
     let verdict = match status {
@@ -106,37 +102,12 @@ fn start(step: &Step, folder: &Path, limit: Duration) -> Result<Outcome> {
                 rows: Vec::new(),
             });
         }
-        Some(true) => "ok",
-        Some(false) if UNSUPPORTED.iter().any(|u| stdout.contains(u) || stderr.contains(u)) => "skip",
-        Some(false) => "fail",
+        Some(status) if status.success() => "ok",
+        Some(_) if UNSUPPORTED.iter().any(|u| stdout.contains(u) || stderr.contains(u)) => "skip",
+        Some(_) => "fail",
     };
     let rows = stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     Ok(Outcome { verdict, note, seconds, rows })
-}
-
-/// Whether it ended well; none where it had to be ended.
-fn wait(child: &mut Child, limit: Duration) -> std::io::Result<Option<bool>> {
-    let begun = Instant::now();
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Some(status.success()));
-        }
-        if begun.elapsed() > limit {
-            child.kill()?;
-            child.wait()?;
-            return Ok(None);
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn collect(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<String> {
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        // What was read before an error is still worth showing.
-        let _ = from.read_to_end(&mut bytes);
-        String::from_utf8_lossy(&bytes).into_owned()
-    })
 }
 
 #[cfg(test)]

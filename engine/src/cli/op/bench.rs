@@ -117,9 +117,9 @@ pub fn count(element: DType, choice: &Choice<'_>, json: bool) -> Result<()> {
         if !choice.pass.is_empty() && choice.pass != pass {
             return call();
         }
-        emu.counters();
+        emu.counters()?;
         call()?;
-        let counted = emu.counters();
+        let counted = emu.counters()?;
         let sum = |name: &str| -> u64 {
             counted.split_whitespace().filter_map(|w| w.strip_prefix(name)?.parse::<u64>().ok()).sum()
         };

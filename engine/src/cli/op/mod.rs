@@ -1,7 +1,8 @@
-//! `graft op list|run|check|bench|replay`: the operators by themselves.
+//! `graft op list|run|check|bench|tune|replay`: the operators by themselves.
 
 mod bench;
 mod replay;
+mod tune;
 
 use super::{out, table::Table};
 use crate::backend::{self, DeviceKind};
@@ -12,6 +13,7 @@ use crate::ops::contracts;
 use crate::tensor::DType;
 use graft_kernels::OpInfo;
 use graft_kernels::emu::Build;
+use graft_kernels::ways;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -36,6 +38,9 @@ enum OpCommand {
         /// Working type of a GPU: f32 or bf16; both where it is not given.
         #[arg(long)]
         element: Option<String>,
+        /// Only this way of running it on a GPU; each that takes a case where it is not given.
+        #[arg(long)]
+        way: Option<String>,
     },
     /// Compare every case with the oracle.
     Check {
@@ -58,6 +63,9 @@ enum OpCommand {
         /// Order in which the emulator's warps and copies advance.
         #[arg(long, default_value_t = 0)]
         seed: u64,
+        /// Only this way of running it on a GPU; each that takes a case where it is not given.
+        #[arg(long)]
+        way: Option<String>,
         /// With a checker, every case; otherwise those that reach another kernel.
         #[arg(long)]
         every: bool,
@@ -72,6 +80,28 @@ enum OpCommand {
         /// emu or cuda.
         #[arg(long, default_value = "emu")]
         backend: String,
+    },
+    /// Measure every way of running an operator at the shapes of real models, and keep the fastest of each.
+    Tune {
+        /// Only operators whose name contains this.
+        #[arg(default_value = "")]
+        filter: String,
+        /// The GPU to measure.
+        #[arg(long, default_value = "cuda")]
+        backend: String,
+        /// Working type of the GPU: f32 or bf16.
+        #[arg(long, default_value = "bf16")]
+        element: String,
+        /// Only cases whose name contains this.
+        #[arg(long, default_value = "")]
+        case: String,
+        /// Measurements of each.
+        #[arg(long, default_value_t = 20)]
+        samples: usize,
+        /// The table whose rows are replaced or added, kernels-cu/tuned.csv of the sources; nothing is written where it
+        /// is not given.
+        #[arg(long, value_name = "FILE")]
+        write: Option<PathBuf>,
     },
     /// Measure both passes at the shapes of real models.
     Bench {
@@ -90,6 +120,9 @@ enum OpCommand {
         /// forward or backward; both where it is not given.
         #[arg(long, default_value = "")]
         pass: String,
+        /// Only this way of running it on a GPU.
+        #[arg(long)]
+        way: Option<String>,
         /// Measurements of each.
         #[arg(long, default_value_t = 20)]
         samples: usize,
@@ -103,21 +136,21 @@ enum OpCommand {
 pub fn run(args: &Args, json: bool) -> Result<()> {
     match &args.command {
         OpCommand::List => list(json),
-        OpCommand::Run { op, backend, element } => {
+        OpCommand::Run { op, backend, element, way } => {
             if !contracts::OPS.iter().any(|o| o.name == op) {
                 let names: Vec<&str> = contracts::OPS.iter().map(|o| o.name).collect();
                 return Err(Error::usage("op", "unknown operator").is(format!("{op:?}")).must(names.join(", ")));
             }
             let mut rows = Vec::new();
             for subject in subjects(backend, element.as_deref(), 0, false)? {
-                rows.extend(conformance(&subject, &format!("={op}"))?);
+                rows.extend(conformance(&subject, &format!("={op}"), way.as_deref())?);
             }
             if rows.is_empty() {
                 return Err(Error::failure("op run", "no kernel").is(op).fix("use --backend cpu"));
             }
             finish(rows, json)
         }
-        OpCommand::Check { name, filter, all: _, backend, element, seed, every, require } => {
+        OpCommand::Check { name, filter, all: _, backend, element, seed, way, every, require } => {
             let filter = filter.as_deref().unwrap_or(name);
             if !contracts::OPS.iter().any(|op| op.name.contains(filter)) {
                 return Err(Error::usage("--filter", "no such operator")
@@ -130,7 +163,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
                 match subjects(name, element.as_deref(), *seed, *every) {
                     Ok(found) => {
                         for subject in found {
-                            rows.extend(conformance(&subject, filter)?);
+                            rows.extend(conformance(&subject, filter, way.as_deref())?);
                         }
                     }
                     // Only a name that was asked for must run; a machine without a GPU is no failure of the rest.
@@ -144,14 +177,24 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             finish(rows, json)
         }
         OpCommand::Replay { folder, backend } => replay::run(&backend::open(backend)?, folder),
-        OpCommand::Bench { filter, backend, element, case, pass, samples, gflop } => {
+        OpCommand::Tune { filter, backend, element, case, samples, write } => {
+            let device = backend::open_as(backend, backend::element(element)?)?;
+            tune::run(&device, &tune::Choice { filter, case, samples: *samples }, write.as_deref(), json)
+        }
+        OpCommand::Bench { filter, backend, element, case, pass, way, samples, gflop } => {
             let choice = bench::Choice { filter, case, pass, gflop: *gflop, samples: *samples };
             let element = backend::element(element)?;
-            if backend == "emu" {
-                return bench::count(element, &choice, json);
+            let measure = || match backend.as_str() {
+                "emu" => bench::count(element, &choice, json),
+                name => bench::run(&backend::open_as(name, element)?, &choice, json),
+            };
+            match contracts::OPS.iter().flat_map(|op| op.ways).find(|w| Some(w.name) == way.as_deref()) {
+                Some(info) => ways::force(info.name, measure).0,
+                None if way.is_none() => measure(),
+                None => Err(Error::usage("--way", "no operator has such a way")
+                    .is(way.as_deref().unwrap_or_default())
+                    .fix("docs/ops.md lists the ways of each operator")),
             }
-            let device = backend::open_as(backend, element)?;
-            bench::run(&device, &choice, json)
         }
     }
 }
