@@ -137,6 +137,7 @@ mod tests {
     use crate::train::optimizer::AdamWSettings;
     use crate::train::pairs::{self, About, Pairs, ShardTexts};
     use crate::train::trainer::{LoopSettings, Trainer};
+    use graft_kernels::rng::Philox;
 
     fn settings(batch: usize) -> LoopSettings {
         LoopSettings {
@@ -197,6 +198,12 @@ mod tests {
     #[test]
     fn gradients_reach_the_text_encoder() {
         let (mut model, data, settings, schedule) = (model(), data(), settings(4), Schedule::default());
+        // A new transformer hardly reads its text: slopes would drown in the rounding of the loss.
+        for (number, param) in (0..).zip(model.transformer.params.iter().map(|(id, _)| id).collect::<Vec<ParamId>>()) {
+            let value = &mut model.transformer.params.get_mut(param).value;
+            Philox::new(9, number).fill_normal(value.f32s_mut().unwrap());
+            value.edit(|v| v.iter_mut().for_each(|v| *v *= 0.2)).unwrap();
+        }
         let chosen = [0, 1, 2, 3];
         let value = |model: &TextToImage| -> f64 {
             let g = Graph::inference(Precision::F32);
@@ -225,7 +232,7 @@ mod tests {
             };
             // Along the gradient itself, where the slope is its norm.
             let norm = gradient.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-            assert!(norm > 1e-6, "{name}: {norm}");
+            assert!(norm > 1e-3, "{name}: {norm}");
             let start = model.stores()[store].get(id).value.to_vec().unwrap();
             let mut at = |by: f64| {
                 let moved =
@@ -234,7 +241,7 @@ mod tests {
                 model.stores_mut()[store].get_mut(id).value.edit(|v| v.copy_from_slice(&moved)).unwrap();
                 value(&model)
             };
-            let h = 0.02;
+            let h = 0.01;
             let slope = (at(h) - at(-h)) / (2.0 * h);
             at(0.0);
             assert!((slope - norm).abs() < 0.05 * norm + 2e-5, "{name}: {slope} by differences, {norm} by the tape");
