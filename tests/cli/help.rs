@@ -3,8 +3,8 @@
 use crate::support::{folder, run, succeed};
 use std::time::{Duration, Instant};
 
-const COMMANDS: [&str; 10] =
-    ["pretrain", "plan", "locality", "ablate", "sample", "forward", "inspect", "op", "doctor", "verify"];
+const COMMANDS: [&str; 11] =
+    ["pretrain", "plan", "locality", "ablate", "sample", "synthesize", "forward", "inspect", "op", "doctor", "verify"];
 
 #[test]
 fn every_command_explains_itself() {

@@ -1,5 +1,6 @@
 //! The program from the outside: what it prints, writes and answers, run as a user would run it.
 
+mod emoji;
 mod errors;
 mod evaluation;
 mod help;
@@ -9,4 +10,5 @@ mod sampling;
 mod support;
 mod text;
 mod text_faults;
+mod text_graft;
 mod training;

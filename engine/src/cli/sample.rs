@@ -20,7 +20,8 @@ use std::path::{Path, PathBuf};
 /// Arguments.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Model folder, transformer, checkpoint, or the id of a model in the hub's cache.
+    /// Model folder, transformer, checkpoint, or the id of a model in the hub's cache; for a prompt the shipped model
+    /// where not given.
     #[arg(long, value_name = "DIR")]
     pub(super) model: Option<PathBuf>,
     #[command(flatten)]
@@ -30,7 +31,7 @@ pub struct Args {
     /// Classes by number or name, separated by commas.
     #[arg(long, visible_alias = "class", value_name = "LABELS", allow_hyphen_values = true)]
     pub(super) class_labels: Option<String>,
-    /// Every class of the model, one row each.
+    /// A row for every class of the model, or one sheet with a row for every prompt.
     #[arg(long, value_name = "rows", value_parser = ["rows"], conflicts_with = "class_labels")]
     pub(super) grid: Option<String>,
     /// Images per class or prompt.
@@ -55,7 +56,8 @@ pub struct Args {
     /// Seed of the first image, image i uses seed + i; -1 for a random one.
     #[arg(short, long, default_value_t = 0, value_name = "SEED", allow_hyphen_values = true)]
     pub(super) seed: i64,
-    /// Images computed together; changes speed and memory, never the result. 16 for labels, 1 for text.
+    /// Images computed together; changes speed and memory, never the result. 16 for labels and models
+    /// of pixels, else 1.
     #[arg(long, value_name = "B")]
     pub(super) batch: Option<usize>,
     /// PNG file, folder, or - for standard output; %seed% becomes the seed.

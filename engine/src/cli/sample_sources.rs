@@ -7,11 +7,29 @@ use crate::io::{files, hash};
 use crate::models::vae::Vae;
 use crate::sample::bins;
 use crate::sample::inpaint::Known;
-use crate::tensor::Tensor;
+use crate::tensor::{Device, Tensor};
 use std::path::Path;
 
 /// Value from which on a mask counts as white, in −1..1.
 const WHITE: f32 = 0.0;
+
+/// What a transformer works on.
+pub enum Space {
+    /// Pixels themselves.
+    Pixels(Device),
+    /// Latents of an autoencoder.
+    Latents(Box<Vae>),
+}
+
+impl Space {
+    /// Pixels along a side of a latent's pixel, and channels.
+    fn sizes(&self) -> (usize, usize) {
+        match self {
+            Space::Pixels(_) => (1, 3),
+            Space::Latents(vae) => (vae.config.factor(), vae.config.latent),
+        }
+    }
+}
 
 /// What sampling starts from.
 #[derive(Default)]
@@ -31,7 +49,7 @@ impl Sources {
     /// A mask that leaves nothing to do, or a picture that cannot be encoded.
     pub fn inpaint(
         &mut self,
-        vae: &Vae,
+        space: &Space,
         picture: &[f32],
         mask: &[f32],
         (size, count, rounds): ([usize; 2], usize, usize),
@@ -44,8 +62,8 @@ impl Sources {
                 .is("no white pixel")
                 .must("white where the hole is"));
         }
-        let images = latents(vae, picture, size, count, precision)?;
-        let (f, c) = (vae.config.factor(), vae.config.latent);
+        let images = latents(space, picture, size, count, precision)?;
+        let (f, c) = space.sizes();
         let open = |i: usize, j: usize| (0..f * f).any(|p| white[(i * f + p / f) * w + j * f + p % f]);
         let cells = (0..h / f).flat_map(|i| (0..w / f).map(move |j| (i, j)));
         let one: Vec<f32> = cells.map(|(i, j)| if open(i, j) { 0.0 } else { 1.0 }).collect();
@@ -79,11 +97,16 @@ pub fn picture(path: &Path, size: [usize; 2]) -> Result<Vec<f32>> {
     Ok(if [h, w] == size { planes } else { bins::resize_and_crop(&planes, [h, w], size) })
 }
 
-/// The transformer's latents `[n, C, h, w]` of a picture, the same for all images: the mean of what the encoder gives.
+/// The transformer's latents `[n, C, h, w]` of a picture, the same for all images: the mean of what the encoder gives,
+/// or the picture itself.
 ///
 /// # Errors
 /// An autoencoder without an encoder or without a scale.
-pub fn latents(vae: &Vae, picture: &[f32], [h, w]: [usize; 2], n: usize, precision: Precision) -> Result<Tensor> {
+pub fn latents(space: &Space, picture: &[f32], [h, w]: [usize; 2], n: usize, precision: Precision) -> Result<Tensor> {
+    let vae = match space {
+        Space::Pixels(device) => return Tensor::from_f32(device, &[n, 3, h, w], &picture.repeat(n)),
+        Space::Latents(vae) => vae,
+    };
     let device = vae.device();
     let (mean, _) = vae.encode(&Tensor::from_f32(&device, &[1, 3, h, w], picture)?, precision)?;
     let one = vae.config.scale(&mean)?;

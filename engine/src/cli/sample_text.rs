@@ -1,10 +1,10 @@
 //! `graft sample -p "…"`: pictures from text. Encode, forget the encoder; denoise, forget the transformer; decode.
 
 use super::sample::{self, Args, Target};
-use super::sample_sources::{self, Sources};
+use super::sample_sources::{self, Sources, Space};
 use super::stages::{self, Laps, Planned, Stages};
 use super::texts::{self, Compat, Encoding, PartArgs, Texts};
-use super::{Dtype, model_args, pictures, progress};
+use super::{Dtype, model_args, pictures, progress, shipped};
 use crate::error::{Error, Result};
 use crate::io::png::Image;
 use crate::io::{hub, json};
@@ -17,7 +17,7 @@ use crate::sample::bins;
 use crate::sample::config::SolverConfig;
 use crate::sample::dpm::DpmEndPoint;
 use crate::sample::schedule::Schedule;
-use crate::sample::solver::Sampler;
+use crate::sample::solver::{Prediction, Sampler};
 use crate::sample::text::{self, Request};
 use crate::tensor::{Device, Tensor};
 use graft_kernels::rng::{Philox, image_seed};
@@ -28,8 +28,11 @@ use std::path::{Path, PathBuf};
 #[derive(clap::Args)]
 pub struct TextArgs {
     /// Text to draw; may be given several times.
-    #[arg(short, long, value_name = "TEXT", conflicts_with_all = ["class_labels", "grid"])]
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "class_labels")]
     prompt: Vec<String>,
+    /// Draw every prompt in each of these styles, as "PROMPT, STYLE style"; with --grid a column each.
+    #[arg(long, value_name = "STYLE,...", value_delimiter = ',', requires = "prompt")]
+    styles: Vec<String>,
     /// What to stay away from, for all prompts.
     #[arg(long, value_name = "TEXT", requires = "prompt")]
     negative_prompt: Option<String>,
@@ -79,6 +82,9 @@ pub struct TextArgs {
     measure: Option<PathBuf>,
 }
 
+/// Images that a model of pixels draws together, where nothing else is asked for: they are small.
+const PIXEL_BATCH: usize = 16;
+
 /// Width and height.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Size {
@@ -105,6 +111,9 @@ pub fn is_for(args: &Args) -> Result<bool> {
         return Ok(true);
     }
     let asked = !text.prompt.is_empty() || text.embeddings.is_some();
+    if asked && args.model.is_none() && text.parts.names_transformer().is_none() {
+        return Ok(true);
+    }
     let path = match (&args.model, text.parts.names_transformer()) {
         (_, Some(path)) => path,
         (Some(model), None) => model,
@@ -133,7 +142,11 @@ struct Job<'a> {
     device: Device,
     /// Absent with random weights.
     components: Option<Components>,
+    /// Every prompt in every style.
+    prompts: Vec<String>,
     config: PixArtConfig,
+    /// Whether the transformer works on pixels: there is no autoencoder.
+    pixels: bool,
     /// Pixels along a side of a latent's pixel.
     factor: usize,
     /// Height and width that are drawn, and that are asked for.
@@ -146,7 +159,7 @@ struct Job<'a> {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let job = Job::new(args)?;
-    let count = args.text.prompt.len().max(1) * args.n;
+    let count = job.prompts.len().max(1) * args.n;
     let target = job.target(count)?;
     let planned = job.planned()?;
     if args.plan_memory {
@@ -173,6 +186,10 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let Some(target) = target else { return Ok(()) };
     match target {
+        Target::Sheet(path) if args.grid.is_some() => {
+            let columns = args.text.styles.len().max(1) * args.n;
+            pictures::write(&path, &pictures::sheet(&images, columns, args.text.prompt.clone())?, &record)
+        }
         Target::Sheet(path) => {
             let [only] = images.as_slice() else {
                 return Err(Error::failure("pictures", "several for one file").is(images.len()).must("one"));
@@ -184,7 +201,7 @@ pub fn run(args: &Args) -> Result<()> {
                 let own = image_seed(job.seed, i as u64);
                 let mut one = record.clone();
                 one["seed"] = json!(own);
-                if let Some(prompt) = args.text.prompt.get(i / args.n) {
+                if let Some(prompt) = job.prompts.get(i / args.n) {
                     one["prompts"] = json!([prompt]);
                 }
                 pictures::write(&PathBuf::from(pattern.replace("%seed%", &own.to_string())), image, &one)?;
@@ -206,22 +223,32 @@ impl<'a> Job<'a> {
             (None, None, None) => None,
             _ => return Err(Error::usage("--width, --height", "only one is given").must("both, or --size")),
         };
-        let (components, config, factor) = match text.random_weights {
+        let (components, config) = match text.random_weights {
             true => {
                 let longest = asked.map_or(1024, |[h, w]| h.max(w));
                 let side = [256, 512, 1024].into_iter().find(|side| *side >= longest).unwrap_or(2048);
-                (None, PixArtConfig::sigma_xl(side)?, 8)
+                (None, PixArtConfig::sigma_xl(side)?)
             }
             false => {
                 if text.prompt.is_empty() && text.embeddings.is_none() {
                     return Err(Error::usage("--prompt", "not given").must("a text, or features with --embeddings"));
                 }
-                let model = args.model.as_deref().or(text.parts.names_transformer()).unwrap_or(Path::new("."));
-                let found = text.parts.find(model)?;
+                let found = match args.model.as_deref().or(text.parts.names_transformer()) {
+                    Some(model) => text.parts.find(model)?,
+                    None => text.parts.find(&shipped::text_to_image()?)?,
+                };
                 let config = pixart::describe(&found.transformer)?;
-                // Where nothing decodes, latents are as those of the released autoencoder.
-                let factor = found.vae.as_deref().map_or(Ok(8), Decoder::factor_of)?;
-                (Some(found), config, factor)
+                (Some(found), config)
+            }
+        };
+        let vae = components.as_ref().and_then(|found| found.vae.as_deref());
+        let pixels = components.is_some() && vae.is_none() && config.in_channels == 3;
+        let factor = components.as_ref().map_or(Ok(8), |found| texts::factor(found, &config))?;
+        let prompts = match text.styles.is_empty() {
+            true => text.prompt.clone(),
+            false => {
+                let in_all = |prompt| text.styles.iter().map(move |style| format!("{prompt}, {style} style"));
+                text.prompt.iter().flat_map(in_all).collect()
             }
         };
         let side = config.sample_size * factor;
@@ -245,15 +272,19 @@ impl<'a> Job<'a> {
         }
         let end = if text.compat == Compat::Official { DpmEndPoint::Official } else { DpmEndPoint::Zero };
         let stated = match components.as_ref().and_then(|c| c.scheduler.as_ref()) {
-            Some(path) => Some((SolverConfig::from_scheduler_json(&json::read(path)?), path)),
+            Some(path) => {
+                let value = json::read(path)?;
+                Some((SolverConfig::from_scheduler_json(&value), Prediction::stated(&value), path))
+            }
             None => None,
         };
+        let plain = |sampler, prediction| SolverConfig { sampler, schedule: Schedule::default(), prediction };
         let mut solver = match (stated, args.sampler) {
-            (None, _) => SolverConfig { sampler: Sampler::DpmPlusPlus { end }, schedule: Schedule::default() },
-            (Some((Ok(solver), _)), _) => solver,
+            (None, _) => plain(Sampler::DpmPlusPlus { end }, Prediction::Noise),
+            (Some((Ok(solver), ..)), _) => solver,
             // A scheduler that is not known matters only to those who do not choose another.
-            (Some((Err(_), _)), Some(sampler)) => SolverConfig { sampler, schedule: Schedule::default() },
-            (Some((Err(e), path)), None) => return Err(e.context(path.display().to_string())),
+            (Some((Err(_), prediction, _)), Some(sampler)) => plain(sampler, prediction),
+            (Some((Err(e), _, path)), None) => return Err(e.context(path.display().to_string())),
         };
         solver.sampler = args.sampler.unwrap_or(solver.sampler);
         if let Sampler::DpmPlusPlus { .. } = solver.sampler {
@@ -261,7 +292,7 @@ impl<'a> Job<'a> {
         }
         solver.sampler = sample::with_eta(solver.sampler, args.eta)?;
         let (device, seed) = (args.run.device()?, sample::first_seed(args)?);
-        Ok(Job { args, device, components, config, factor, drawn, wanted, solver, seed })
+        Ok(Job { args, device, components, prompts, config, pixels, factor, drawn, wanted, solver, seed })
     }
 
     /// Where pictures go; none where only latents are asked for.
@@ -274,15 +305,15 @@ impl<'a> Job<'a> {
             (None, Some(_)) => return Ok(None),
             (path, _) => path.clone().unwrap_or_else(|| PathBuf::from("sample.png")),
         };
-        if let Some(components) = &self.components {
+        if let (Some(components), false) = (&self.components, self.pixels) {
             components.vae()?;
         }
-        if count > 1 && path.as_os_str() == "-" {
+        if count > 1 && args.grid.is_none() && path.as_os_str() == "-" {
             return Err(Error::usage("--output", "standard output takes one picture")
                 .is(count)
                 .must("a file or folder"));
         }
-        sample::place(args, path, args.separate || count > 1).map(Some)
+        sample::place(args, path, args.separate || (count > 1 && args.grid.is_none())).map(Some)
     }
 
     fn guidance(&self) -> f64 {
@@ -308,7 +339,7 @@ impl<'a> Job<'a> {
                     compat: text.compat,
                     run: &self.args.run,
                 };
-                encoding.encode(&text.prompt, &vec![negative; text.prompt.len()])?
+                encoding.encode(&self.prompts, &vec![negative; self.prompts.len()])?
             }
         };
         let each = |all: Vec<Tensor>| all.into_iter().flat_map(|t| vec![t; self.args.n]).collect();
@@ -336,15 +367,18 @@ impl<'a> Job<'a> {
                 Error::usage("--random-weights", "knows no pictures").must("without --init-image and --inpaint")
             );
         };
-        let vae = vae::load(components.vae()?, &self.device, self.given())?;
+        let space = match self.pixels {
+            true => Space::Pixels(self.device.clone()),
+            false => Space::Latents(Box::new(vae::load(components.vae()?, &self.device, self.given())?)),
+        };
         let precision = args.run.dtype.into();
         let read = |path: &Path| sample_sources::picture(path, self.drawn);
         let mut sources = Sources::default();
         if let Some(path) = &args.text.init_image {
-            sources.start = Some(sample_sources::latents(&vae, &read(path)?, self.drawn, count, precision)?);
+            sources.start = Some(sample_sources::latents(&space, &read(path)?, self.drawn, count, precision)?);
         }
         if let Some((image, mask)) = known {
-            sources.inpaint(&vae, &read(image)?, &read(mask)?, (self.drawn, count, args.rounds), precision)?;
+            sources.inpaint(&space, &read(image)?, &read(mask)?, (self.drawn, count, args.rounds), precision)?;
         }
         Ok(sources)
     }
@@ -359,10 +393,11 @@ impl<'a> Job<'a> {
         Ok(Request {
             sampler: self.solver.sampler,
             schedule: self.solver.schedule.clone(),
+            prediction: self.solver.prediction,
             steps: args.steps,
             guidance: self.guidance(),
             guided: args.cfg_channels.map(|c| c.count(self.config.out_channels)),
-            batch: args.batch.unwrap_or(1),
+            batch: args.batch.unwrap_or(if self.pixels { PIXEL_BATCH } else { 1 }),
             precision: args.run.dtype.into(),
             semantics,
             latents: args.latents.as_deref().map(|p| sample::read_latents(p, &self.device)).transpose()?,
@@ -432,6 +467,21 @@ impl<'a> Job<'a> {
 
     /// Pictures of the latents, in the size that was asked for.
     fn decode(&self, latents: &Tensor, sources: &Sources, laps: &mut Laps) -> Result<Vec<Image>> {
+        let decoded = if self.pixels { latents.clone() } else { self.decode_latents(latents, laps)? };
+        let each = decoded.len() / decoded.dim(0).max(1);
+        let image = |values: &[f32]| {
+            let mut values = values.to_vec();
+            sources.restore(&mut values);
+            if self.wanted != self.drawn {
+                values = bins::resize_and_crop(&values, self.drawn, self.wanted);
+            }
+            sample_sources::to_image(&values, self.wanted[0], self.wanted[1])
+        };
+        decoded.values()?.chunks(each).map(image).collect()
+    }
+
+    /// Pixels `[n, 3, H, W]` of latents.
+    fn decode_latents(&self, latents: &Tensor, laps: &mut Laps) -> Result<Tensor> {
         let decoder = match &self.components {
             Some(components) => Decoder::load(components.vae()?, &self.device, self.given())?,
             None => Decoder::Kl(Box::new(Vae::new(VaeConfig::released(0.13025), &self.device, self.seed)?)),
@@ -450,16 +500,7 @@ impl<'a> Job<'a> {
         });
         bar.finish_and_clear();
         let decoded = decoded?;
-        let each = decoded.len() / decoded.dim(0).max(1);
-        let image = |values: &[f32]| {
-            let mut values = values.to_vec();
-            sources.restore(&mut values);
-            if self.wanted != self.drawn {
-                values = bins::resize_and_crop(&values, self.drawn, self.wanted);
-            }
-            sample_sources::to_image(&values, self.wanted[0], self.wanted[1])
-        };
-        decoded.values()?.chunks(each).map(image).collect()
+        Ok(decoded)
     }
 
     /// Of the released model, whose files need not be here: the memory of its text encoder, and what the files take.
@@ -496,14 +537,14 @@ impl<'a> Job<'a> {
             let bytes = t5::plan_memory(components.text()?.0, bf16, args.text.parts.residence())?;
             stages.push(Planned { name: TEXT, bytes, parts: None });
         }
-        let count = args.text.prompt.len().max(1) * args.n;
+        let count = self.prompts.len().max(1) * args.n;
         let texts = Texts {
             prompts: vec![Device::dry().empty(&[self.config.max_tokens, self.config.caption_channels])?; count],
             nulls: vec![Device::dry().empty(&[1, self.config.caption_channels])?; count],
         };
         let request = Request { latents: None, ..self.request(texts, &Sources::default())? };
         stages.push(Planned::of(TRANSFORMER, text::plan_memory(&self.config, &request)?));
-        if args.output_latents.is_none() || args.output.is_some() {
+        if !self.pixels && (args.output_latents.is_none() || args.output.is_some()) {
             let config = match &self.components {
                 None => Some(VaeConfig::released(0.13025)),
                 // The small decoder needs a fraction of what the transformer does.
@@ -523,7 +564,7 @@ impl<'a> Job<'a> {
         let (sampler, eta) = sample::sampler_name(request.sampler);
         let mut record = json!({
             "program": concat!("graft ", env!("CARGO_PKG_VERSION")),
-            "prompts": text.prompt,
+            "prompts": self.prompts,
             "negative_prompt": text.negative_prompt,
             "seed": self.seed,
             "images_per_prompt": args.n,

@@ -5,15 +5,18 @@ use super::Dtype;
 use super::model_args::RunArgs;
 use crate::autograd::Precision;
 use crate::error::{Error, Result};
+use crate::io::files;
 use crate::io::safetensors::TensorFile;
 use crate::models::pipeline::{Components, Overrides};
+use crate::models::pixart::PixArtConfig;
 use crate::models::t5::{self, Residence, Tokenizer, Tokens};
+use crate::models::vae::Decoder;
 use crate::sample::captions;
 use crate::tensor::{Device, Tensor};
 use std::path::{Path, PathBuf};
 
 /// Where the parts of a model are.
-#[derive(clap::Args)]
+#[derive(Default, clap::Args)]
 pub struct PartArgs {
     /// Folder with the parts that the model's folder has not: vae, text_encoder, tokenizer, scheduler.
     #[arg(long, value_name = "DIR")]
@@ -126,17 +129,53 @@ pub struct Encoding<'e> {
 }
 
 impl Encoding<'_> {
+    /// Loads tokenizer and text encoder.
+    ///
+    /// # Errors
+    /// A part that is missing or does not load, or parts that do not belong together.
+    pub fn open(&self) -> Result<Encoder> {
+        let (encoder, tokenizer) = self.components.text()?;
+        let tokenizer = Tokenizer::open(tokenizer)?;
+        let bf16 = self.run.dtype == Dtype::Bf16;
+        let model = t5::load(encoder, &self.run.device()?, bf16, self.residence)?;
+        if tokenizer.size() > model.config.vocabulary {
+            return Err(Error::failure("text encoder", "smaller than the tokenizer's vocabulary")
+                .is(model.config.vocabulary)
+                .must(format!("at least {}", tokenizer.size()))
+                .fix("use the tokenizer that belongs to it"));
+        }
+        let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
+        Ok(Encoder { tokenizer, model, most: self.most, compat: self.compat, precision })
+    }
+
+    /// As [`Encoder::encode`], with an encoder that is forgotten afterwards.
+    ///
+    /// # Errors
+    /// As [`Encoding::open`] and [`Encoder::encode`].
+    pub fn encode(&self, prompts: &[String], negatives: &[String]) -> Result<Texts> {
+        self.open()?.encode(prompts, negatives)
+    }
+}
+
+/// A text encoder with its tokenizer.
+pub struct Encoder {
+    tokenizer: Tokenizer,
+    model: t5::T5,
+    most: usize,
+    compat: Compat,
+    precision: Precision,
+}
+
+impl Encoder {
     /// Encodes prompts and their negative prompts, where an empty one is the null text; each different text once. Says
     /// what did not fit.
     ///
     /// # Errors
-    /// A part that is missing or does not load.
+    /// When memory runs out, or a layer that streams cannot be read.
     pub fn encode(&self, prompts: &[String], negatives: &[String]) -> Result<Texts> {
-        let (encoder, tokenizer) = self.components.text()?;
-        let tokenizer = Tokenizer::open(tokenizer)?;
         let mut jobs: Vec<Tokens> = Vec::new();
         let mut job = |text: &str, padded: bool| -> usize {
-            let encoded = tokenizer.encode_at_most(&self.compat.clean(text), self.most);
+            let encoded = self.tokenizer.encode_at_most(&self.compat.clean(text), self.most);
             if let Some(cut) = &encoded.cut {
                 eprintln!("note: the prompt is longer than {} tokens; not read: {cut:?}", self.most);
             }
@@ -151,17 +190,7 @@ impl Encoding<'_> {
         let masked = |text: &String| self.compat == Compat::Official && text.is_empty();
         let of_nulls: Vec<(usize, bool)> =
             negatives.iter().map(|text| (job(text, masked(text)), masked(text))).collect();
-        let bf16 = self.run.dtype == Dtype::Bf16;
-        let device = self.run.device()?;
-        let model = t5::load(encoder, &device, bf16, self.residence)?;
-        if tokenizer.size() > model.config.vocabulary {
-            return Err(Error::failure("text encoder", "smaller than the tokenizer's vocabulary")
-                .is(model.config.vocabulary)
-                .must(format!("at least {}", tokenizer.size()))
-                .fix("use the tokenizer that belongs to it"));
-        }
-        let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
-        let features = model.encode(&jobs, precision)?;
+        let features = self.model.encode(&jobs, self.precision)?;
         let prompts: Vec<Tensor> = of_prompts.iter().map(|&job| features[job].clone()).collect();
         let nulls = of_nulls.iter().zip(&prompts).map(|(&(job, masked), prompt)| match masked {
             false => Ok(features[job].clone()),
@@ -176,6 +205,32 @@ fn first_rows(features: &Tensor, count: usize) -> Result<Tensor> {
     let width = features.dim(1);
     let count = count.min(features.dim(0));
     Tensor::from_f32(features.device(), &[count, width], &features.values()?[..count * width])
+}
+
+/// The texts of a file, one on every line; empty lines are left out.
+///
+/// # Errors
+/// A file that cannot be read, or without a text.
+pub fn lines(path: &Path) -> Result<Vec<String>> {
+    let text = files::read_text(path)?;
+    let found: Vec<String> = text.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_string).collect();
+    match found.is_empty() {
+        true => Err(Error::usage(path.display().to_string(), "no text").must("a text on every line")),
+        false => Ok(found),
+    }
+}
+
+/// Pixels along a side of a latent's pixel: those of the autoencoder; 1 where the latents of three channels are pictures
+/// themselves. Where nothing decodes, latents are as those of the released autoencoder.
+///
+/// # Errors
+/// An autoencoder that cannot be described.
+pub fn factor(components: &Components, config: &PixArtConfig) -> Result<usize> {
+    match components.vae.as_deref() {
+        Some(vae) => Decoder::factor_of(vae),
+        None if config.in_channels == 3 => Ok(1),
+        None => Ok(8),
+    }
 }
 
 /// Reads features that `graft encode` wrote: those of the prompts, and of what they are guided away from.

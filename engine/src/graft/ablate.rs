@@ -21,7 +21,7 @@ use crate::autograd::Precision;
 use crate::error::{Error, Result};
 use crate::eval::score::Baseline;
 use crate::io::json;
-use crate::models::dit;
+use crate::models::dit::{self, Dit};
 use crate::nn::operators::Site;
 use crate::report::format::{percent, seconds, significant};
 use crate::report::graft_run::{self, GraftRun, SiteResidual, Table};
@@ -85,7 +85,7 @@ pub fn ablate(
     if !run::train(&graft, data, device, report)? || !direct(&graft, &dir.join(DIRECT), data, device, report)? {
         return Ok(None);
     }
-    let summary = Summary::gather(&graft)?;
+    let summary = Summary::gather::<Dit>(&graft)?;
     let mut candidates = candidates(&graft, &summary, Some(&dir.join(DIRECT)));
     candidates.insert(
         0,
@@ -96,7 +96,7 @@ pub fn ablate(
         if !run::train(&control, data, device, report)? {
             return Ok(None);
         }
-        candidates.extend(self::candidates(&control, &Summary::gather(&control)?, None));
+        candidates.extend(self::candidates(&control, &Summary::gather::<Dit>(&control)?, None));
     }
     let ablation = score(plan, candidates, data, device, report)?;
     page(plan, &ablation, &summary).write(&dir.join(REPORT))?;
@@ -127,7 +127,7 @@ fn direct(run: &RunFolder, dir: &Path, data: &RunData, device: &Device, report: 
     if model.join("config.json").exists() {
         return Ok(true);
     }
-    let mut finetuner = run::stage2(run, &run.model_folder(Stage::Random), &dir.join("finetune"), device)?;
+    let mut finetuner = run::stage2::<Dit>(run, &run.model_folder(Stage::Random), &dir.join("finetune"), device)?;
     let mut stopped = false;
     let finished = finetuner.run(&data.train, &mut |p| {
         let flow = report(Event::Finetune(p));

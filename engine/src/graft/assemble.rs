@@ -5,7 +5,8 @@ use crate::autograd::ParamStore;
 use crate::error::{Error, Result};
 use crate::io::hash;
 use crate::io::safetensors::TensorFile;
-use crate::models::dit::{self, Dit, DitConfig, SaveAs};
+use crate::models::dit;
+use crate::models::sites::{SiteConfig, SiteModel};
 use crate::nn::operators::Site;
 use crate::tensor::Device;
 use std::collections::BTreeMap;
@@ -44,11 +45,11 @@ impl Stage {
 ///
 /// # Errors
 /// A block or pair that the base does not have.
-pub fn grafted_config(base: &DitConfig, assignments: &[Assignment]) -> Result<DitConfig> {
+pub fn grafted_config<C: SiteConfig>(base: &C, assignments: &[Assignment]) -> Result<C> {
     let mut config = base.clone();
     for a in assignments {
         if a.site == Site::BlockPair {
-            config.pairs.push(a.block);
+            config.add_pair(a.block)?;
             continue;
         }
         let spec = config.spec_mut(a.block, a.site);
@@ -56,7 +57,6 @@ pub fn grafted_config(base: &DitConfig, assignments: &[Assignment]) -> Result<Di
             .ok_or_else(|| Error::failure(a.to_string(), "no such block").must(format!("one of {}", base.depth())))? =
             a.spec.clone();
     }
-    config.pairs.sort_unstable();
     config.check()?;
     Ok(config)
 }
@@ -67,23 +67,23 @@ pub fn grafted_config(base: &DitConfig, assignments: &[Assignment]) -> Result<Di
 ///
 /// # Errors
 /// A parameter that neither the base nor its site's store has in the right shape.
-pub fn graft<'s>(
-    base: &Dit,
-    config: DitConfig,
+pub fn graft<'s, M: SiteModel>(
+    base: &M,
+    config: M::Config,
     sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>,
-) -> Result<Dit> {
+) -> Result<M> {
     let sites: Vec<(&Assignment, &ParamStore)> = sites.into_iter().collect();
     // Every parameter is replaced, so none needs memory of its own.
-    let mut model = Dit::unset(config, &Device::dry())?;
-    let names: Vec<_> = model.params.iter().map(|(id, p)| (id, p.name.clone())).collect();
+    let mut model = M::unset(config, &Device::dry())?;
+    let names: Vec<_> = model.params().iter().map(|(id, p)| (id, p.name.clone())).collect();
     for (id, name) in names {
         let site = sites.iter().find(|(a, _)| a.owns(&name));
-        let store = site.map_or(&base.params, |(_, store)| store);
+        let store = site.map_or(base.params(), |(_, store)| store);
         let found = store.find(&name).ok_or_else(|| {
             Error::failure(&name, "no value for a parameter of the grafted model")
                 .must("in the base or in the store of its site")
         })?;
-        model.params.set(id, store.get(found).value.clone())?;
+        model.params_mut().set(id, store.get(found).value.clone())?;
     }
     Ok(model)
 }
@@ -92,7 +92,7 @@ pub fn graft<'s>(
 ///
 /// # Errors
 /// When the folder cannot be written.
-pub fn save(model: &Dit, folder: &Path, plan: &Plan, stage: Stage) -> Result<()> {
+pub fn save<M: SiteModel>(model: &M, folder: &Path, plan: &Plan, stage: Stage) -> Result<()> {
     let mut metadata = BTreeMap::from([
         (PLAN_KEY.to_string(), plan.text().to_string()),
         (STAGE_KEY.to_string(), stage.name().to_string()),
@@ -101,7 +101,7 @@ pub fn save(model: &Dit, folder: &Path, plan: &Plan, stage: Stage) -> Result<()>
     if !chosen.is_empty() {
         metadata.insert(LAYERS_KEY.to_string(), serde_json::json!(chosen).to_string());
     }
-    dit::save(model, folder, SaveAs::F32, &metadata)
+    model.save(folder, &metadata)
 }
 
 /// Refuses a distilled model that comes from stage 1 of another plan, as its metadata says.
@@ -131,9 +131,9 @@ pub fn check_origin(folder: &Path, plan: &Plan) -> Result<()> {
 ///
 /// # Errors
 /// When the values cannot be read.
-pub fn digest(model: &Dit) -> Result<String> {
+pub fn digest<M: SiteModel>(model: &M) -> Result<String> {
     let mut digests = String::new();
-    for (_, p) in model.params.iter() {
+    for (_, p) in model.params().iter() {
         let values = p.value.to_vec()?;
         digests += &format!("{} {} {}\n", p.name, p.value.shape(), hash::sha256(bytemuck::cast_slice(&values)));
     }
@@ -143,6 +143,7 @@ pub fn digest(model: &Dit) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::dit::{Dit, DitConfig};
     use crate::nn::operators::{self, Spec};
     use crate::nn::{Builder, Scheme};
 

@@ -13,13 +13,13 @@ use super::settings::DistillConfig;
 use super::student::Lesson;
 use crate::error::{Error, Result};
 use crate::io::atomic::{RunLock, ensure_writable_dir, remove_leftovers};
-use crate::io::datasets::ImageSet;
 use crate::io::dtype::FileDtype;
 use crate::io::safetensors::{self, TensorFile, TensorRecord};
-use crate::io::{files, hash, system};
-use crate::models::dit::Dit;
+use crate::io::{files, system};
+use crate::models::sites::SiteConfig as _;
 use crate::tensor::{Device, Tensor};
 use crate::train::config::Dtype;
+use crate::train::sites::SiteLearner;
 use graft_kernels::rng::Philox;
 use half::bf16;
 use std::borrow::Cow;
@@ -101,7 +101,12 @@ impl Cache {
     ///
     /// # Errors
     /// A folder that cannot be written, or whose sites another process uses.
-    pub fn open(config: &DistillConfig, teacher: &Dit, data: &ImageSet, sites: &[String]) -> Result<Option<Cache>> {
+    pub fn open<M: SiteLearner>(
+        config: &DistillConfig,
+        teacher: &M,
+        data: &M::Data,
+        sites: &[String],
+    ) -> Result<Option<Cache>> {
         let Some(folder) = &config.cache else { return Ok(None) };
         let mut locks = Vec::new();
         for site in sites {
@@ -110,15 +115,14 @@ impl Cache {
             locks.push(RunLock::acquire(&own)?);
             remove_leftovers(&own)?;
         }
-        let digest = |bytes: &[u8]| hash::sha256(bytes);
         let identity = [
             ("base", assemble::digest(teacher)?),
-            ("data", digest(format!("{} {}", digest(&data.pixels), digest(&data.labels)).as_bytes())),
+            ("data", M::digest(data)),
             ("seed", config.seed.to_string()),
             ("batch", config.batch.to_string()),
             ("products", format!("{:?}", config.dtype)),
         ];
-        let dims = teacher.config.block_dims();
+        let dims = teacher.config().dims();
         let shards = config.cache_samples.div_ceil(config.batch.max(1)) as u64;
         Ok(Some(Cache {
             folder: folder.clone(),

@@ -3,9 +3,12 @@
 //! Counted as the paper's table 4 counts: per kind of site, over all its operators, the operator itself apart from the
 //! projections around it; 2 FLOPs a multiply-add. Nothing is trained or loaded for it.
 
+use crate::autograd::ParamStore;
 use crate::error::Result;
-use crate::models::dit::{self, DitConfig};
-use crate::nn::operators::{Site, SiteFlops, Spec};
+use crate::models::sites::{SiteConfig, Work};
+use crate::nn::operators::{self, Site, SiteFlops, Spec};
+use crate::nn::{Builder, Scheme};
+use crate::tensor::Device;
 use serde::Serialize;
 
 /// Cost of the operators of one kind of site, or of one such operator.
@@ -71,14 +74,14 @@ pub fn percent(before: f64, after: f64) -> f64 {
 }
 
 /// Counts operators, each distinct one once.
-pub struct Counter<'c> {
-    config: &'c DitConfig,
+pub struct Counter<'c, C> {
+    config: &'c C,
     known: Vec<(Site, Spec, SiteCost)>,
 }
 
-impl<'c> Counter<'c> {
+impl<'c, C: SiteConfig> Counter<'c, C> {
     /// A counter for operators in blocks of a model's sizes.
-    pub fn new(config: &'c DitConfig) -> Counter<'c> {
+    pub fn new(config: &'c C) -> Counter<'c, C> {
         Counter { config, known: Vec::new() }
     }
 
@@ -90,7 +93,7 @@ impl<'c> Counter<'c> {
         if let Some((.., cost)) = self.known.iter().find(|(s, k, _)| *s == site && k == spec) {
             return Ok(*cost);
         }
-        let (flops, params) = dit::site_cost(self.config, spec, site)?;
+        let (flops, params) = site_cost(self.config, spec, site)?;
         let SiteFlops { operator: flops_operator, projections: flops_projections } = flops;
         let cost = SiteCost { params, flops_operator, flops_projections };
         self.known.push((site, spec.clone(), cost));
@@ -103,7 +106,7 @@ impl<'c> Counter<'c> {
     /// An operator that cannot take the model's sizes.
     pub fn kinds(&mut self) -> Result<Vec<KindCost>> {
         let mut found: Vec<KindCost> = Vec::new();
-        for block in &self.config.blocks {
+        for block in self.config.blocks() {
             for (site, spec) in [(Site::Attn, &block.attn), (Site::Mlp, &block.mlp)] {
                 let own = self.site(site, spec)?;
                 match found.iter_mut().find(|k| k.site == site && k.kind == spec.kind) {
@@ -125,34 +128,35 @@ impl<'c> Counter<'c> {
     pub fn model(&mut self) -> Result<ModelCost> {
         let c = self.config;
         let (mut attn, mut mlp) = (SiteCost::default(), SiteCost::default());
-        for block in &c.blocks {
+        for block in c.blocks() {
             attn.add(self.site(Site::Attn, &block.attn)?);
             mlp.add(self.site(Site::Mlp, &block.mlp)?);
         }
-        let plain = DitConfig::plain_block(c.heads, 4.0);
-        let plain_sites = self.site(Site::Attn, &plain.attn)?.params + self.site(Site::Mlp, &plain.mlp)?.params;
-        let (pairs, n, d) = (c.pairs.len(), c.tokens() as f64, c.width as f64);
+        let (dims, pairs) = (c.dims(), c.pairs().len());
+        let (n, d) = (dims.tokens() as f64, dims.width as f64);
         let merge = SiteCost {
-            params: pairs * (2 * c.width * c.width + c.width),
+            params: pairs * (2 * dims.width * dims.width + dims.width),
             flops_operator: 0.0,
             flops_projections: pairs as f64 * 4.0 * n * d * d,
         };
-        // `parameters` counts plain blocks: what remains without their operators is the rest of every model.
-        let plain_model = DitConfig { blocks: vec![plain; c.depth()], ..c.clone() };
-        let rest = plain_model.parameters() - merge.params - c.depth() * plain_sites;
-        let flops = attn.flops() + mlp.flops() + merge.flops() + flops_around(c);
-        let (tokens, serial_depth) = (c.tokens(), c.serial_depth());
-        let params = attn.params + mlp.params + merge.params + rest;
+        let flops = attn.flops() + mlp.flops() + merge.flops() + flops_around(&c.work());
+        let (tokens, serial_depth) = (dims.tokens(), c.serial_depth());
+        let params = attn.params + mlp.params + merge.params + c.rest()?;
         Ok(ModelCost { attn, mlp, merge, params, flops, tokens, serial_depth })
     }
 }
 
-/// FLOPs of the products outside the sites, for one image: patch embedding, timestep embedding, modulation, last layer.
-fn flops_around(c: &DitConfig) -> f64 {
-    let (n, d) = (c.tokens() as f64, c.width as f64);
-    let patch = (c.patch * c.patch) as f64;
-    let condition = 256.0 * d + d * d + (6 * c.depth() + 2) as f64 * d * d;
-    2.0 * (n * d * patch * (c.in_channels + c.out_channels()) as f64 + condition)
+/// FLOPs and parameters of one operator at a site of a model, without building the model.
+fn site_cost<C: SiteConfig>(config: &C, spec: &Spec, site: Site) -> Result<(SiteFlops, usize)> {
+    let (mut params, device, dims) = (ParamStore::default(), Device::dry(), config.dims());
+    let operator = operators::build(spec, site, dims, &mut Builder::new(&mut params, &device, 0, Scheme::Unset))?;
+    Ok((operator.flops(dims), params.elements()))
+}
+
+/// FLOPs outside the sites, for one image: embeddings, modulation, cross-attention, last layer.
+fn flops_around(work: &Work) -> f64 {
+    let products = work.products.iter().map(|[rows, inputs, outputs]| 2.0 * (rows * inputs * outputs) as f64);
+    products.sum::<f64>() + work.cores.iter().map(|(flops, _)| flops).sum::<f64>()
 }
 
 #[cfg(test)]
@@ -160,6 +164,7 @@ mod tests {
     use super::*;
     use crate::graft::assemble::grafted_config;
     use crate::graft::plan::tests::plan;
+    use crate::models::dit::DitConfig;
     use crate::nn::operators::REGISTRY;
 
     fn grafted(layers: &str, site: &str, operator: &str) -> (ModelCost, ModelCost) {

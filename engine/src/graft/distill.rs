@@ -12,14 +12,13 @@ use super::student::{Lesson, ResidualSums, Student};
 use super::{assemble, pair};
 use crate::autograd::{Graph, ParamStore, Var};
 use crate::error::{Error, Result};
-use crate::io::datasets::ImageSet;
 use crate::io::jsonl::{self, JsonLog};
-use crate::models::dit::{Dit, Run, Seen};
+use crate::models::sites::{Seen, SiteModel};
 use crate::sample::schedule::Schedule;
-use crate::train::batches::Batches;
+use crate::train::batches::{Batches, Examples as _};
 use crate::train::checkpoint::Home;
-use crate::train::objective::noise_batch;
 use crate::train::optimizer::AdamW;
+use crate::train::sites::{Draw, SiteLearner};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -64,8 +63,8 @@ pub(super) struct HeldOut {
 }
 
 /// The sites of a plan in training beside their teacher.
-pub struct Distiller<'t> {
-    teacher: &'t Dit,
+pub struct Distiller<'t, M: SiteLearner> {
+    teacher: &'t M,
     assignments: Vec<Assignment>,
     pub(super) students: Vec<Student>,
     config: DistillConfig,
@@ -74,14 +73,14 @@ pub struct Distiller<'t> {
     pub(super) home: Option<Home>,
 }
 
-impl<'t> Distiller<'t> {
+impl<'t, M: SiteLearner> Distiller<'t, M> {
     /// New sites in a folder, resumed from its checkpoint where there is one. `fingerprint` tells runs apart.
     ///
     /// # Errors
     /// An operator that does not fit the teacher, a folder that cannot be written or that another process uses, or a
     /// checkpoint of another run.
     pub fn open(
-        teacher: &'t Dit,
+        teacher: &'t M,
         assignments: &[Assignment],
         config: &DistillConfig,
         folder: &Path,
@@ -97,7 +96,7 @@ impl<'t> Distiller<'t> {
     ///
     /// # Errors
     /// An operator that does not fit the teacher, or too little memory.
-    pub fn homeless(teacher: &'t Dit, assignments: &[Assignment], config: &DistillConfig) -> Result<Self> {
+    pub fn homeless(teacher: &'t M, assignments: &[Assignment], config: &DistillConfig) -> Result<Self> {
         let students = pair::students(teacher, assignments, config)?;
         let (assignments, config, schedule) = (assignments.to_vec(), config.clone(), Schedule::default());
         Ok(Distiller { teacher, assignments, students, config, schedule, cache: None, home: None })
@@ -123,7 +122,7 @@ impl<'t> Distiller<'t> {
     ///
     /// # Errors
     /// When memory runs out.
-    pub fn model(&self) -> Result<Dit> {
+    pub fn model(&self) -> Result<M> {
         self.assembled(self.students.iter().map(|s| (&s.assignment, &s.params)))
     }
 
@@ -131,14 +130,14 @@ impl<'t> Distiller<'t> {
     ///
     /// # Errors
     /// When memory runs out.
-    pub fn initial_model(&self) -> Result<Dit> {
+    pub fn initial_model(&self) -> Result<M> {
         // Without optimisers: nothing is trained here.
         let fresh = pair::start(self.teacher, &self.assignments, &self.config)?;
         self.assembled(fresh.iter().map(|(assignment, params, _)| (assignment, params)))
     }
 
-    fn assembled<'s>(&self, sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>) -> Result<Dit> {
-        let config = assemble::grafted_config(&self.teacher.config, &self.assignments)?;
+    fn assembled<'s>(&self, sites: impl IntoIterator<Item = (&'s Assignment, &'s ParamStore)>) -> Result<M> {
+        let config = assemble::grafted_config(self.teacher.config(), &self.assignments)?;
         assemble::graft(self.teacher, config, sites)
     }
 
@@ -148,8 +147,8 @@ impl<'t> Distiller<'t> {
     ///
     /// # Errors
     /// Images that do not fit the teacher; a disk that is too small or full; a cache of something else.
-    pub fn fill_cache(&mut self, data: &ImageSet, report: &mut dyn FnMut(&Filling) -> ControlFlow<()>) -> Result<bool> {
-        check_images(self.teacher, data)?;
+    pub fn fill_cache(&mut self, data: &M::Data, report: &mut dyn FnMut(&Filling) -> ControlFlow<()>) -> Result<bool> {
+        self.teacher.check(data)?;
         let sites: Vec<String> = self.students.iter().map(|s| s.assignment.to_string()).collect();
         let Some(mut cache) = Cache::open(&self.config, self.teacher, data, &sites)? else { return Ok(true) };
         let mut batches = Batches::new(data, self.config.batch, self.config.seed)?;
@@ -175,12 +174,12 @@ impl<'t> Distiller<'t> {
     /// stays); a full disk.
     pub fn run(
         &mut self,
-        data: &ImageSet,
-        held_out: &ImageSet,
+        data: &M::Data,
+        held_out: &M::Data,
         report: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<()> {
-        check_images(self.teacher, data)?;
-        check_images(self.teacher, held_out)?;
+        self.teacher.check(data)?;
+        self.teacher.check(held_out)?;
         let mut batches = Batches::new(data, self.config.batch, self.config.seed)?;
         let mut losses = match &self.home {
             Some(home) => home.loss_log(self.step())?,
@@ -207,7 +206,7 @@ impl<'t> Distiller<'t> {
     ///
     /// # Errors
     /// A loss or gradient that is not finite, naming site and step: that site is not changed then.
-    pub fn update(&mut self, batches: &mut Batches<'_>) -> Result<Progress> {
+    pub fn update(&mut self, batches: &mut Batches<'_, M::Data>) -> Result<Progress> {
         let start = Instant::now();
         let (step, steps) = (self.step(), self.config.steps);
         let lr = self.config.optimizer.lr_at(step, steps);
@@ -221,7 +220,8 @@ impl<'t> Distiller<'t> {
             Some(cache) => {
                 let samples = cache.samples(step).to_vec();
                 for student in &mut self.students {
-                    let kept = cache.recall(self.teacher.device(), &student.assignment.to_string(), &samples)?;
+                    let kept =
+                        cache.recall(SiteModel::device(self.teacher), &student.assignment.to_string(), &samples)?;
                     learn(student, &kept.lesson())?;
                 }
             }
@@ -233,16 +233,15 @@ impl<'t> Distiller<'t> {
     /// One teacher pass over the batch of a step that shows every student its lesson.
     pub(super) fn teach(
         &mut self,
-        batches: &mut Batches<'_>,
+        batches: &mut Batches<'_, M::Data>,
         step: u64,
         show: &mut dyn FnMut(&mut Student, &Lesson<'_>) -> Result<()>,
     ) -> Result<()> {
         let (teacher, students) = (self.teacher, &mut self.students);
-        let device = teacher.device();
         // Held-out steps begin far out; the data order only needs their position among themselves.
-        let batch = batches.get(device, step % HELD_OUT_STEPS)?;
-        let null = teacher.config.classes as i32;
-        let noised = noise_batch(device, &self.schedule, &batch, null, 0.0, self.config.seed, step)?;
+        let (data, chosen) = (batches.data(), batches.chosen(step % HELD_OUT_STEPS));
+        let draw = Draw { schedule: &self.schedule, dropout: 0.0, seed: self.config.seed, step };
+        let noised = teacher.noised(data, chosen, &draw)?;
         let g = Graph::inference(self.config.dtype.into());
         let mut observer = |seen: &Seen<'_>| match students
             .iter_mut()
@@ -252,7 +251,7 @@ impl<'t> Distiller<'t> {
             None => Ok(()),
         };
         let x = Var::constant(noised.x_t.clone());
-        teacher.forward_observed(&g, &x, &noised.t, &noised.y, Run::default(), Some(&mut observer))?;
+        teacher.predict(&g, &x, &noised.t, &noised.condition, false, Some(&mut observer))?;
         Ok(())
     }
 
@@ -260,8 +259,8 @@ impl<'t> Distiller<'t> {
     ///
     /// # Errors
     /// Images that do not fit, or too little memory.
-    pub fn residuals(&mut self, held_out: &ImageSet) -> Result<BTreeMap<String, Residual>> {
-        let mut batches = Batches::new(held_out, self.config.batch.min(held_out.n), self.config.seed)?;
+    pub fn residuals(&mut self, held_out: &M::Data) -> Result<BTreeMap<String, Residual>> {
+        let mut batches = Batches::new(held_out, self.config.batch.min(held_out.count()), self.config.seed)?;
         let mut sums: BTreeMap<String, ResidualSums> = BTreeMap::new();
         for i in 0..self.config.held_out {
             self.teach(&mut batches, HELD_OUT_STEPS + i, &mut |student, lesson| {
@@ -272,7 +271,7 @@ impl<'t> Distiller<'t> {
     }
 
     /// Measures and writes the residuals where they are due at this step and not yet written.
-    fn log_residuals(&mut self, held_out: &ImageSet) -> Result<()> {
+    fn log_residuals(&mut self, held_out: &M::Data) -> Result<()> {
         let (step, every) = (self.step(), self.config.held_out_every);
         let due = step == 0 || step == self.config.steps || every > 0 && step.is_multiple_of(every);
         let Some(home) = self.home.as_ref().filter(|_| due) else { return Ok(()) };
@@ -285,18 +284,4 @@ impl<'t> Distiller<'t> {
         let sites = self.residuals(held_out)?;
         log.append(&HeldOut { step, sites })
     }
-}
-
-/// Refuses images that a model was not made for.
-pub(super) fn check_images(model: &Dit, data: &ImageSet) -> Result<()> {
-    let c = &model.config;
-    let fits = (data.channels, data.height, data.width) == (c.in_channels, c.input_size, c.input_size)
-        && data.class_names.len() <= c.classes;
-    if fits {
-        return Ok(());
-    }
-    Err(Error::usage("data", "the images do not fit the model")
-        .is(format!("{} channels, {}×{}, {} classes", data.channels, data.height, data.width, data.class_names.len()))
-        .must(format!("{} channels, {}×{}, at most {} classes", c.in_channels, c.input_size, c.input_size, c.classes))
-        .fix("name the data set the base model was trained on"))
 }

@@ -2,6 +2,7 @@
 
 use super::assemble::Stage as ModelStage;
 
+use super::fidelity::Fidelity;
 use super::run::{RunData, RunFolder};
 use super::settings::EvalConfig;
 use crate::autograd::Precision;
@@ -47,9 +48,12 @@ pub struct Evaluated {
     pub score: Option<Score>,
     /// Seconds per scored image.
     pub seconds_per_image: Option<f64>,
-    /// Pictures, as a PNG sheet.
+    /// Pictures, as a PNG sheet; empty where they cannot be shown.
     #[serde(skip)]
     pub sheet: Vec<u8>,
+    /// How near the model is to the base, where it reads text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fidelity: Option<Fidelity>,
 }
 
 /// Says how far the sampling is: (steps done, steps in all).
@@ -137,7 +141,13 @@ impl Evaluator<'_> {
         let labels: Vec<i32> = (0..self.shown()).map(|i| (i / PICTURES) as i32).collect();
         let pictures = draw(&labels, settings.seed, settings.picture_guidance)?;
         let sheet = sheet(&pictures, self.data)?;
-        Ok(Evaluated { name: name.to_string(), score, seconds_per_image: score.map(|_| seconds), sheet })
+        Ok(Evaluated {
+            name: name.to_string(),
+            score,
+            seconds_per_image: score.map(|_| seconds),
+            sheet,
+            fidelity: None,
+        })
     }
 }
 
@@ -161,7 +171,7 @@ pub fn evaluate(run: &RunFolder, data: &RunData, device: &Device, report: &mut R
 }
 
 /// The models of a run in the order of the method, those that are there.
-fn models(run: &RunFolder) -> Vec<(String, PathBuf)> {
+pub(super) fn models(run: &RunFolder) -> Vec<(String, PathBuf)> {
     let mut found = vec![("original".to_string(), run.plan.base.clone())];
     for stage in [ModelStage::Random, ModelStage::Distilled, ModelStage::Finetuned] {
         if run.has(stage) {

@@ -3,43 +3,42 @@
 //!
 //! The loop is the one that pretraining uses; only start, settings and what tells runs apart are this stage's.
 
-use super::distill::check_images;
 use super::plan::Assignment;
 use super::settings::{FinetuneConfig, Method};
 use crate::error::{Error, Result};
-use crate::io::datasets::ImageSet;
-use crate::models::dit::{self, Dit};
+use crate::models::adapter;
 use crate::nn::lora::{self, Lora};
+use crate::train::sites::SiteLearner;
 use crate::train::teacher::Teacher;
 use crate::train::trainer::{Progress, Trainer};
 use std::ops::ControlFlow;
 use std::path::Path;
 
 /// A grafted model in training.
-pub struct Finetuner {
-    trainer: Trainer,
+pub struct Finetuner<M: SiteLearner> {
+    trainer: Trainer<M>,
     steps: u64,
     /// Sites that train in full beside adapters.
     whole: Vec<String>,
 }
 
 /// Where stage 2 starts.
-pub struct Start<'s> {
+pub struct Start<'s, M> {
     /// The grafted model.
-    pub grafted: Dit,
+    pub grafted: M,
     /// Its grafted sites.
     pub sites: &'s [Assignment],
     /// The base model, where the settings ask for its terms ([`FinetuneConfig::needs_base`]).
-    pub base: Option<Dit>,
+    pub base: Option<M>,
 }
 
-impl Finetuner {
+impl<M: SiteLearner> Finetuner<M> {
     /// Starts from `start`, or resumes from the checkpoint in `folder`. The moving average starts at the grafted model.
     ///
     /// # Errors
     /// A module of the adapters that fits no layer, a folder that cannot be written or that another process uses, or a
     /// checkpoint of another run.
-    pub fn open(start: Start<'_>, config: &FinetuneConfig, folder: &Path, fingerprint: String) -> Result<Finetuner> {
+    pub fn open(start: Start<'_, M>, config: &FinetuneConfig, folder: &Path, fingerprint: String) -> Result<Self> {
         let (grafted, teacher, whole) = prepare(start, config)?;
         let mut trainer = Trainer::open(grafted, config.optimizer, config.loop_settings(), folder, fingerprint)?;
         trainer.teacher = teacher;
@@ -50,7 +49,7 @@ impl Finetuner {
     ///
     /// # Errors
     /// As [`Finetuner::open`], folder and checkpoint apart.
-    pub(super) fn homeless(start: Start<'_>, config: &FinetuneConfig) -> Result<Finetuner> {
+    pub(super) fn homeless(start: Start<'_, M>, config: &FinetuneConfig) -> Result<Self> {
         let (grafted, teacher, whole) = prepare(start, config)?;
         let mut trainer = Trainer::homeless(grafted, config.optimizer, config.loop_settings())?;
         trainer.teacher = teacher;
@@ -58,7 +57,7 @@ impl Finetuner {
     }
 
     /// The loop, for single updates.
-    pub(super) fn trainer_mut(&mut self) -> &mut Trainer {
+    pub(super) fn trainer_mut(&mut self) -> &mut Trainer<M> {
         &mut self.trainer
     }
 
@@ -71,8 +70,8 @@ impl Finetuner {
     ///
     /// # Errors
     /// Images that do not fit, a loss that is not finite (the last good checkpoint stays), or a full disk.
-    pub fn run(&mut self, data: &ImageSet, report: &mut dyn FnMut(&Progress) -> ControlFlow<()>) -> Result<bool> {
-        check_images(&self.trainer.model, data)?;
+    pub fn run(&mut self, data: &M::Data, report: &mut dyn FnMut(&Progress) -> ControlFlow<()>) -> Result<bool> {
+        self.trainer.model.check(data)?;
         self.trainer.run(data, report)?;
         Ok(self.trainer.step() >= self.steps)
     }
@@ -81,9 +80,9 @@ impl Finetuner {
     ///
     /// # Errors
     /// When memory runs out.
-    pub fn model(&self) -> Result<Dit> {
+    pub fn model(&self) -> Result<M> {
         let mut model = self.trainer.averaged()?;
-        lora::merge(&mut model.params)?;
+        lora::merge(model.params_mut())?;
         Ok(model)
     }
 
@@ -92,13 +91,16 @@ impl Finetuner {
     /// # Errors
     /// A stage without adapters, or a folder that cannot be written.
     pub fn save_adapters(&self, folder: &Path) -> Result<()> {
-        dit::save_adapter(&self.trainer.averaged()?, folder, &self.whole)
+        adapter::save_adapter(&self.trainer.averaged()?, folder, &self.whole)
     }
 }
 
 /// The model that trains, with its adapters; the frozen base, where its terms are asked for; and the names of the sites
 /// that train in full beside adapters.
-fn prepare(start: Start<'_>, config: &FinetuneConfig) -> Result<(Dit, Option<Teacher>, Vec<String>)> {
+fn prepare<M: SiteLearner>(
+    start: Start<'_, M>,
+    config: &FinetuneConfig,
+) -> Result<(M, Option<Teacher<M>>, Vec<String>)> {
     let Start { mut grafted, sites, base } = start;
     let whole = match config.method {
         Method::Full => Vec::new(),
@@ -120,11 +122,11 @@ fn prepare(start: Start<'_>, config: &FinetuneConfig) -> Result<(Dit, Option<Tea
 }
 
 /// Attaches adapters; returns the names of the sites that train in full.
-fn adapt(grafted: &mut Dit, sites: &[Assignment], config: &FinetuneConfig) -> Result<Vec<String>> {
+fn adapt<M: SiteLearner>(grafted: &mut M, sites: &[Assignment], config: &FinetuneConfig) -> Result<Vec<String>> {
     let settings = config.lora();
     let whole: Vec<String> =
         if settings.train_grafts { sites.iter().map(ToString::to_string).collect() } else { vec![] };
-    let defaults = DEFAULT_MODULES.map(String::from);
+    let defaults: Vec<String> = M::ADAPTED.iter().map(ToString::to_string).collect();
     let strict = !settings.modules.is_empty();
     let lora = Lora {
         rank: settings.rank,
@@ -135,11 +137,7 @@ fn adapt(grafted: &mut Dit, sites: &[Assignment], config: &FinetuneConfig) -> Re
     };
     let of_site =
         |name: &str, site: &String| name.strip_prefix(site.as_str()).is_some_and(|rest| rest.starts_with('.'));
-    lora::attach(&mut grafted.params, &lora, &|name| whole.iter().any(|site| of_site(name, site)))
+    lora::attach(grafted.params_mut(), &lora, &|name| whole.iter().any(|site| of_site(name, site)))
         .map_err(|e| e.context("finetune"))?;
     Ok(whole)
 }
-
-/// Layers with adapters where a plan names none: the projections of attention, of grafted operators and of the MLP, and
-/// the modulation, as the usual recipes for PixArt adapt them.
-pub const DEFAULT_MODULES: [&str; 7] = ["qkv", "proj", "in_proj", "out_proj", "fc1", "fc2", "adaLN_modulation.1"];

@@ -9,7 +9,7 @@
 
 use crate::autograd::ParamStore;
 use crate::error::{Error, Result};
-use crate::models::dit::DitConfig;
+use crate::models::sites::SiteConfig;
 use crate::nn::operators::{self, Site, Spec};
 use crate::nn::{Builder, Scheme};
 use crate::tensor::Device;
@@ -112,7 +112,7 @@ impl Prediction {
 ///
 /// # Errors
 /// An operator that cannot take the model's sizes.
-pub fn predict(config: &DitConfig, gpu: Gpu, batch: usize) -> Result<Prediction> {
+pub fn predict<C: SiteConfig>(config: &C, gpu: Gpu, batch: usize) -> Result<Prediction> {
     let mut known: Vec<(Site, Spec, f64)> = Vec::new();
     let mut site = |site: Site, spec: &Spec| -> Result<f64> {
         if let Some((.., seconds)) = known.iter().find(|(s, k, _)| *s == site && k == spec) {
@@ -122,15 +122,15 @@ pub fn predict(config: &DitConfig, gpu: Gpu, batch: usize) -> Result<Prediction>
         known.push((site, spec.clone(), seconds));
         Ok(seconds)
     };
-    let attn = config.blocks.iter().map(|b| site(Site::Attn, &b.attn)).collect::<Result<_>>()?;
-    let mlp = config.blocks.iter().map(|b| site(Site::Mlp, &b.mlp)).collect::<Result<_>>()?;
+    let attn = config.blocks().iter().map(|b| site(Site::Attn, &b.attn)).collect::<Result<_>>()?;
+    let mlp = config.blocks().iter().map(|b| site(Site::Mlp, &b.mlp)).collect::<Result<_>>()?;
     let around = around(config, batch).into_iter().map(|p| gpu.seconds(p)).sum();
     Ok(Prediction { gpu: gpu.name, batch, attn, mlp, around })
 }
 
 /// Parts of a site: a product for each weight of two dims, and the core.
-fn parts(config: &DitConfig, site: Site, spec: &Spec, batch: usize) -> Result<Vec<Part>> {
-    let (mut params, device, dims) = (ParamStore::default(), Device::cpu(), config.block_dims());
+fn parts<C: SiteConfig>(config: &C, site: Site, spec: &Spec, batch: usize) -> Result<Vec<Part>> {
+    let (mut params, device, dims) = (ParamStore::default(), Device::cpu(), config.dims());
     let operator = operators::build(spec, site, dims, &mut Builder::new(&mut params, &device, 0, Scheme::Unset))?;
     let rows = (batch * dims.tokens()) as f64;
     let weights: Vec<[f64; 2]> = params
@@ -152,32 +152,29 @@ fn parts(config: &DitConfig, site: Site, spec: &Spec, batch: usize) -> Result<Ve
     Ok(parts)
 }
 
-/// What stands around the sites: per block a modulation table and two normalised, modulated streams (gates and
-/// residuals ride on the last products), the merges of parallel pairs, and the ends of the model.
-fn around(c: &DitConfig, batch: usize) -> Vec<Part> {
-    let (b, d) = (batch as f64, c.width as f64);
-    let rows = b * c.tokens() as f64;
-    let patch = (c.patch * c.patch) as f64;
-    let mut parts = Vec::new();
-    for _ in 0..c.depth() {
-        parts.extend([product(b, d, 6.0 * d), stream(2.0 * rows * d), stream(2.0 * rows * d)]);
-    }
+/// What stands around the sites: normalised, modulated streams (gates and residuals ride on the last products),
+/// cross-attention, the merges of parallel pairs, and the ends of the model.
+fn around<C: SiteConfig>(config: &C, batch: usize) -> Vec<Part> {
+    let (b, dims, work) = (batch as f64, config.dims(), config.work());
+    let (rows, d) = (b * dims.tokens() as f64, dims.width as f64);
+    let products =
+        work.products.iter().map(|[n, inputs, outputs]| product(b * *n as f64, *inputs as f64, *outputs as f64));
+    let mut parts: Vec<Part> = products.collect();
+    parts.extend(work.streams.iter().map(|numbers| stream(b * *numbers as f64)));
+    let core = |(flops, numbers): &(f64, usize)| {
+        let bytes = BF16 * b * *numbers as f64;
+        Part { flops: b * flops, bytes, share: CORE_SHARE }
+    };
+    parts.extend(work.cores.iter().map(core));
     // Blocks of a parallel pair take as long as in sequence: what running them at once saves is not counted.
-    parts.extend(c.pairs.iter().map(|_| product(rows, 2.0 * d, d)));
-    parts.extend([
-        product(rows, patch * c.in_channels as f64, d),
-        product(b, 256.0, d),
-        product(b, d, d),
-        product(b, d, 2.0 * d),
-        stream(2.0 * rows * d),
-        product(rows, d, patch * c.out_channels() as f64),
-    ]);
+    parts.extend(config.pairs().iter().map(|_| product(rows, 2.0 * d, d)));
     parts
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::dit::DitConfig;
 
     /// Sizes of PixArt-Σ at 2048 × 2048: 16,384 tokens of width 1152, 16 heads.
     fn sigma() -> DitConfig {

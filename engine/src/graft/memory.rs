@@ -5,16 +5,16 @@ use super::distill::Distiller;
 use super::finetune::{Finetuner, Start};
 use super::parts::Part;
 use super::plan::{Assignment, Plan};
-use super::run::RunData;
+use super::source::RunSource;
 use super::student::Lesson;
 use crate::error::Result;
-use crate::io::datasets::ImageSet;
 use crate::io::system;
-use crate::models::dit::{self, Dit, DitConfig};
+use crate::models::sites::{SiteConfig, SiteModel};
 use crate::nn::operators::Site;
 use crate::tensor::{Device, MemoryPlan, Tensor};
 use crate::train::batches::Batches;
 use crate::train::optimizer::AdamW;
+use crate::train::sites::SiteLearner;
 
 /// Updates of a rehearsal: the second still finds buffers of new sizes where the first had gradients to keep.
 const UPDATES: u64 = 3;
@@ -26,8 +26,8 @@ const PER_THREAD: usize = 4 << 20;
 const PROGRAM: usize = 16 << 20;
 
 /// What this process takes besides the stages, now that the data is read and before they begin.
-pub fn program(data: &RunData, device: &Device) -> usize {
-    let images = [&data.train, &data.held_out].map(|set| set.pixels.len() + set.labels.len());
+pub fn program<D: RunSource>(data: &D, device: &Device) -> usize {
+    let images = [data.train(), data.held_out()].map(D::Model::bytes);
     let resident = system::resident().map_or(PROGRAM + images.iter().sum::<usize>(), |r| r - device.held().min(r));
     resident + rayon::current_num_threads() * PER_THREAD
 }
@@ -37,16 +37,23 @@ pub fn program(data: &RunData, device: &Device) -> usize {
 ///
 /// # Errors
 /// A base model that cannot be described, or a plan that does not fit it.
-pub fn plan(plan: &Plan, part: Option<Part>, program: usize) -> Result<[MemoryPlan; 2]> {
-    let base = dit::describe(&plan.base)?;
+pub fn plan<D: RunSource>(plan: &Plan, part: Option<Part>, program: usize) -> Result<[MemoryPlan; 2]> {
+    let base = D::Model::describe(&plan.base)?;
     let assignments = plan.resolve(&base)?;
     let own = part.map_or(Ok(assignments.clone()), |part| part.choose(&assignments))?;
-    Ok([distill(plan, &base, &own, program)?, finetune(plan, &base, &assignments, program)?])
+    Ok([distill::<D>(plan, &base, &own, program)?, finetune::<D>(plan, &base, &assignments, program)?])
 }
 
-fn distill(plan: &Plan, base: &DitConfig, assignments: &[Assignment], program: usize) -> Result<MemoryPlan> {
+type ConfigOf<D> = <<D as RunSource>::Model as SiteModel>::Config;
+
+fn distill<D: RunSource>(
+    plan: &Plan,
+    base: &ConfigOf<D>,
+    assignments: &[Assignment],
+    program: usize,
+) -> Result<MemoryPlan> {
     let (config, device) = (&plan.distill, Device::dry());
-    let teacher = Dit::unset(base.clone(), &device)?;
+    let teacher = D::Model::unset(base.clone(), &device)?;
     let mut distiller = Distiller::homeless(&teacher, assignments, config)?;
     let sites: Vec<&AdamW> = distiller.students.iter().map(|s| &s.optimiser).collect();
     let mut found = MemoryPlan::default();
@@ -56,7 +63,7 @@ fn distill(plan: &Plan, base: &DitConfig, assignments: &[Assignment], program: u
     found.add("optimiser", optimiser);
     drop(distiller.initial_model()?);
     let before = device.memory().live;
-    let images = blank(base, config.batch);
+    let images = D::Model::blank(base, config.batch);
     let mut batches = Batches::new(&images, config.batch, config.seed)?;
     device.reset_peak();
     distiller.teach(&mut batches, 0, &mut |_, _| Ok(()))?;
@@ -74,20 +81,31 @@ fn distill(plan: &Plan, base: &DitConfig, assignments: &[Assignment], program: u
 }
 
 /// An update that reads its lessons instead of running the teacher.
-fn learn_from_cache(distiller: &mut Distiller<'_>, base: &DitConfig, batch: usize, device: &Device) -> Result<()> {
-    let tokens = |rows: usize| device.empty(&[batch, rows, base.width]);
+fn learn_from_cache<M: SiteLearner>(
+    distiller: &mut Distiller<'_, M>,
+    base: &M::Config,
+    batch: usize,
+    device: &Device,
+) -> Result<()> {
+    let dims = base.dims();
+    let tokens = |rows: usize| device.empty(&[batch, rows, dims.width]);
     for student in &mut distiller.students {
-        let (input, target, gates) = (tokens(base.tokens())?, tokens(base.tokens())?, tokens(1)?);
+        let (input, target, gates) = (tokens(dims.tokens())?, tokens(dims.tokens())?, tokens(1)?);
         let gate = (student.assignment.site != Site::BlockPair).then_some((&gates, 0));
         student.learn(&Lesson { input: &input, target: &target, gate, condition: Some(&gates) }, 0.0)?;
     }
     Ok(())
 }
 
-fn finetune(plan: &Plan, base: &DitConfig, assignments: &[Assignment], program: usize) -> Result<MemoryPlan> {
+fn finetune<D: RunSource>(
+    plan: &Plan,
+    base: &ConfigOf<D>,
+    assignments: &[Assignment],
+    program: usize,
+) -> Result<MemoryPlan> {
     let (config, device) = (&plan.finetune, Device::dry());
-    let grafted = Dit::unset(assemble::grafted_config(base, assignments)?, &device)?;
-    let teacher = if config.needs_base() { Some(Dit::unset(base.clone(), &device)?) } else { None };
+    let grafted = D::Model::unset(assemble::grafted_config(base, assignments)?, &device)?;
+    let teacher = if config.needs_base() { Some(D::Model::unset(base.clone(), &device)?) } else { None };
     let mut finetuner = Finetuner::homeless(Start { grafted, sites: assignments, base: teacher }, config)?;
     let moments = state(finetuner.trainer_mut().optimiser(), false);
     let average = state(finetuner.trainer_mut().optimiser(), true);
@@ -97,7 +115,7 @@ fn finetune(plan: &Plan, base: &DitConfig, assignments: &[Assignment], program: 
     found.add("optimiser", moments);
     found.add("moving average", average);
     let before = device.memory().live;
-    let images = blank(base, config.batch);
+    let images = D::Model::blank(base, config.batch);
     let mut batches = Batches::new(&images, config.batch, config.seed)?;
     device.reset_peak();
     for _ in 0..UPDATES {
@@ -112,11 +130,4 @@ fn finetune(plan: &Plan, base: &DitConfig, assignments: &[Assignment], program: 
 fn state(optimiser: &AdamW, average: bool) -> usize {
     let states = optimiser.slots().iter().flat_map(|slot| slot.states());
     states.filter(|(kind, _)| (*kind == "ema") == average).map(|(_, t): (_, &Tensor)| t.bytes()).sum()
-}
-
-/// As many images as a batch needs.
-fn blank(base: &DitConfig, n: usize) -> ImageSet {
-    let (channels, side) = (base.in_channels, base.input_size);
-    let pixels = vec![0; n * channels * side * side];
-    ImageSet { n, channels, height: side, width: side, pixels, labels: vec![0; n], class_names: Vec::new() }
 }

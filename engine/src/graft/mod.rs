@@ -15,6 +15,9 @@
 //! | [`cache`], [`parts`] | stage 1 from activations on disk, and by several processes |
 //! | [`memory`] | peak memory of the stages, before they run |
 //! | [`finetune`] | stage 2: the grafted model is trained on the diffusion loss |
+//! | [`source`] | the data of a run, and with it the kind of model that it grafts |
+//! | [`synthesize`] | pairs that a model makes for its own graft |
+//! | [`text_source`], [`fidelity`] | models that read text: their pairs, and how near a graft stays to its base |
 //! | [`run`] | the run folder: stages in order, each resumed where it was left |
 //! | `pair` | stage 1 of restructuring: two blocks in parallel learn to give what they gave in sequence |
 //! | [`science`] | studies: many grafts of one base in one table |
@@ -28,10 +31,12 @@ pub mod choose;
 pub mod cost;
 pub mod distill;
 pub mod evaluate;
+pub mod fidelity;
 pub mod finetune;
 pub mod gpu;
 pub mod import;
 pub mod locality;
+mod lookup;
 pub mod memory;
 mod page;
 mod pair;
@@ -42,6 +47,9 @@ pub mod science;
 pub mod select;
 pub mod settings;
 mod show;
+pub mod source;
 mod student;
 pub mod summary;
+pub mod synthesize;
 mod text;
+pub mod text_source;

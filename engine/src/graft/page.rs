@@ -3,11 +3,12 @@
 use super::assemble::Stage as ModelStage;
 use super::distill::HELD_OUT_LOG;
 use super::evaluate::{Evaluated, Evaluation};
+use super::fidelity;
 use super::run::RunFolder;
 use super::summary::{Summary, read_log};
 use crate::error::Result;
 use crate::report::chart::{LineChart, Series};
-use crate::report::graft_run::{Cost, Figure, GraftRun, SiteResidual, Stage, Unit};
+use crate::report::graft_run::{Cost, Figure, GraftRun, SiteResidual, Stage, Table, Unit};
 use crate::train::trainer::LOSS_LOG;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -46,7 +47,7 @@ pub fn page(run: &RunFolder, summary: &Summary, evaluation: &Evaluation) -> Resu
             })
             .collect(),
         curves: curves(run)?,
-        tables: Vec::new(),
+        tables: tables(evaluation),
         plan: run.plan.text().to_string(),
         facts: facts(run, summary, evaluation),
     })
@@ -58,7 +59,28 @@ fn stage(s: &Evaluated, summary: &Summary) -> Stage {
         "finetuned" => format!("the whole model is trained on: {} updates", summary.finetune.map_or(0, |f| f.steps)),
         _ => "as it was pretrained".to_string(),
     };
-    Stage { name: s.name.clone(), note, samples: Some(s.sheet.clone()), score: s.score }
+    Stage { name: s.name.clone(), note, samples: (!s.sheet.is_empty()).then(|| s.sheet.clone()), score: s.score }
+}
+
+/// How near the stages of a model that reads text are to the base.
+fn tables(evaluation: &Evaluation) -> Vec<Table> {
+    let Some((header, rows)) = fidelity::table(&evaluation.stages) else { return Vec::new() };
+    let Some(first) = evaluation.stages.iter().find_map(|s| s.fidelity) else { return Vec::new() };
+    let mut caption = format!(
+        "On pairs that were kept back: mean diffusion loss of {} noised latents; distance of the predicted noise, and of \
+         {} samples with the same prompts and seeds, to those of the base model, relative to their size: 0 is the base \
+         itself.",
+        first.questions, first.samples
+    );
+    if let Some(retrieval) = first.retrieval {
+        caption += &format!(
+            " Pictures of {} captions that no training saw are looked up by coarse colours among {:.0} real ones of their \
+             style: how often the one that was asked for is the nearest, and how many are nearer than it; half of them by \
+             chance.",
+            retrieval.n, retrieval.candidates
+        );
+    }
+    vec![Table { title: "Nearness to the base model".into(), caption, header, rows }]
 }
 
 fn costs(summary: &Summary, evaluation: &Evaluation) -> Vec<Cost> {

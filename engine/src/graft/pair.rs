@@ -11,7 +11,8 @@ use super::settings::DistillConfig;
 use super::student::{self, Net, Student};
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
-use crate::models::dit::{Dit, DitConfig, Pair, Run};
+use crate::models::dit::{Pair, Run};
+use crate::models::sites::{SiteConfig, SiteModel};
 use crate::nn::operators::Site;
 use crate::nn::{Builder, Scheme};
 use crate::tensor::Tensor;
@@ -39,7 +40,11 @@ impl PairNet {
 ///
 /// # Errors
 /// An operator or a pair that does not fit the teacher, or too little memory.
-pub(super) fn students(teacher: &Dit, assignments: &[Assignment], config: &DistillConfig) -> Result<Vec<Student>> {
+pub(super) fn students<M: SiteModel>(
+    teacher: &M,
+    assignments: &[Assignment],
+    config: &DistillConfig,
+) -> Result<Vec<Student>> {
     let fresh = start(teacher, assignments, config)?;
     fresh.into_iter().map(|(own, params, net)| Student::assemble(own, params, net, config)).collect()
 }
@@ -48,18 +53,18 @@ pub(super) fn students(teacher: &Dit, assignments: &[Assignment], config: &Disti
 ///
 /// # Errors
 /// As [`students`].
-pub(super) fn start(
-    teacher: &Dit,
+pub(super) fn start<M: SiteModel>(
+    teacher: &M,
     assignments: &[Assignment],
     config: &DistillConfig,
 ) -> Result<Vec<(Assignment, ParamStore, Net)>> {
-    let after = grafted_config(&teacher.config, assignments)?;
-    let dims = teacher.config.block_dims();
+    let after = grafted_config(teacher.config(), assignments)?;
+    let dims = teacher.config().dims();
     let begin = |unit: Vec<&Assignment>| {
         let own = unit[0];
         let (params, net) = match own.site {
             Site::BlockPair => begin_pair(teacher, &after, own, assignments, config)?,
-            _ => student::initial(own, dims, &teacher.params, teacher.device(), config)?,
+            _ => student::initial(own, dims, teacher.params(), teacher.device(), config)?,
         };
         Ok((own.clone(), params, net))
     };
@@ -76,22 +81,21 @@ pub(super) fn units(assignments: &[Assignment]) -> Vec<Vec<&Assignment>> {
     alone.map(unit).collect()
 }
 
-fn begin_pair(
-    teacher: &Dit,
-    after: &DitConfig,
+fn begin_pair<M: SiteModel>(
+    teacher: &M,
+    after: &M::Config,
     own: &Assignment,
     assignments: &[Assignment],
     config: &DistillConfig,
 ) -> Result<(ParamStore, Net)> {
     let mut params = ParamStore::default();
     let mut builder = Builder::new(&mut params, teacher.device(), config.seed, Scheme::Torch);
-    let specs = [*own.blocks().start(), *own.blocks().end()].map(|block| &after.blocks[block]);
-    let pair = Pair::build(own.block, specs, after.block_dims(), &mut builder)?;
+    let pair = M::pair(after, own.block, &mut builder)?;
     let kept: Vec<(ParamId, ParamId)> =
-        params.iter().filter_map(|(id, p)| Some((id, teacher.params.find(&p.name)?))).collect();
+        params.iter().filter_map(|(id, p)| Some((id, teacher.params().find(&p.name)?))).collect();
     for (id, found) in kept {
         // A grafted operator may have a parameter of the teacher's name in another shape: it is set below.
-        let value = &teacher.params.get(found).value;
+        let value = &teacher.params().get(found).value;
         if value.shape() == params.get(id).value.shape() {
             params.set(id, value.clone())?;
         }
@@ -99,7 +103,7 @@ fn begin_pair(
     let inside = |a: &&Assignment| a.site != Site::BlockPair && own.blocks().contains(&a.block);
     for a in assignments.iter().filter(inside) {
         // As it would start alone.
-        let (alone, _) = student::initial(a, after.block_dims(), &teacher.params, teacher.device(), config)?;
+        let (alone, _) = student::initial(a, after.dims(), teacher.params(), teacher.device(), config)?;
         for (_, p) in alone.iter() {
             if let Some(id) = params.find(&p.name) {
                 params.set(id, p.value.clone())?;
@@ -113,6 +117,7 @@ fn begin_pair(
 mod tests {
     use super::*;
     use crate::graft::plan::tests::plan;
+    use crate::models::dit::{Dit, DitConfig};
     use crate::tensor::Device;
 
     #[test]

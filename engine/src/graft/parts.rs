@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::io::jsonl::{self, JsonLog};
 use crate::io::{atomic, files};
 use crate::train::checkpoint::{self, CHECKPOINT, LOSS_LOG};
+use crate::train::sites::SiteLearner;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
@@ -97,7 +98,13 @@ pub(super) fn begun(stage: &Path) -> Result<Vec<usize>> {
 ///
 /// # Errors
 /// A part that is missing, not finished, in use, or of another run: nothing is written then.
-pub(super) fn gather(whole: &mut Distiller<'_>, stage: &Path, of: usize, steps: u64, run: &str) -> Result<()> {
+pub(super) fn gather<M: SiteLearner>(
+    whole: &mut Distiller<'_, M>,
+    stage: &Path,
+    of: usize,
+    steps: u64,
+    run: &str,
+) -> Result<()> {
     let parts: Vec<Part> = (0..of).map(|index| Part { index, of }).collect();
     let mut locks = Vec::new();
     for part in &parts {

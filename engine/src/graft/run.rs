@@ -18,25 +18,26 @@ use super::assemble::{self, Stage};
 use super::cache::Filling;
 use super::choose;
 use super::distill::{self, Distiller};
-use super::evaluate::{self, Evaluation};
+use super::evaluate::Evaluation;
 use super::finetune::{Finetuner, Start};
 use super::memory;
 use super::page;
 use super::parts::{self, Part};
 use super::plan::Plan;
+pub use super::source::RunData;
+use super::source::RunSource;
 use super::summary::Summary;
 use crate::error::{Error, Result};
 use crate::io::atomic::{self, RunLock, ensure_writable_dir, remove_leftovers};
-use crate::io::datasets::{ImageSet, Split};
 use crate::io::{hash, json};
-use crate::models::dit;
+use crate::models::sites::SiteModel;
+use crate::models::{PLAN, STAGES, pipeline};
 use crate::tensor::{Device, MemoryPlan};
-use crate::train::config::DataConfig;
+use crate::train::sites::SiteLearner;
 use crate::train::trainer;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-const PLAN: &str = "plan.toml";
 const SUMMARY: &str = "summary.json";
 /// The page that people look at.
 pub const REPORT: &str = "report.html";
@@ -48,29 +49,6 @@ pub struct RunFolder {
     /// Its plan.
     pub plan: Plan,
     _lock: RunLock,
-}
-
-/// The images of a run.
-pub struct RunData {
-    /// What both stages train on.
-    pub train: ImageSet,
-    /// What residuals are measured on.
-    pub held_out: ImageSet,
-}
-
-impl RunData {
-    /// Train and test split of a data set.
-    ///
-    /// # Errors
-    /// An unknown kind, or a file that is missing or damaged.
-    pub fn load(config: &DataConfig) -> Result<RunData> {
-        Ok(RunData { train: config.load(Split::Train)?, held_out: config.load(Split::Test)? })
-    }
-
-    /// Number of classes.
-    pub fn class_count(&self) -> usize {
-        self.train.class_names.len()
-    }
 }
 
 /// A word from a stage in progress.
@@ -162,8 +140,8 @@ impl RunFolder {
     pub fn model_folder(&self, stage: Stage) -> PathBuf {
         self.dir.join(match stage {
             Stage::Random => "random",
-            Stage::Distilled => "stage1",
-            Stage::Finetuned => "stage2",
+            Stage::Distilled => STAGES[1],
+            Stage::Finetuned => STAGES[0],
         })
     }
 
@@ -180,8 +158,13 @@ impl RunFolder {
         choose::kept(&self.plan, &self.dir)
     }
 
-    fn save(&self, model: &dit::Dit, stage: Stage) -> Result<()> {
-        assemble::save(model, &self.model_folder(stage), &self.decided()?, stage)
+    fn save<M: SiteModel>(&self, model: &M, stage: Stage) -> Result<()> {
+        let folder = self.model_folder(stage);
+        if M::HAS_PARTS {
+            // Before the configuration, which says that the folder is complete.
+            pipeline::write_base(&folder, &self.plan.base)?;
+        }
+        assemble::save(model, &folder, &self.decided()?, stage)
     }
 }
 
@@ -190,25 +173,25 @@ impl RunFolder {
 ///
 /// # Errors
 /// Those of the base model, the data and [`Distiller`].
-pub fn distill(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
+pub fn distill<D: RunSource>(run: &RunFolder, data: &D, device: &Device, report: &mut Report<'_>) -> Result<bool> {
     distill_all(run, data, device, memory::program(data, device), report)
 }
 
 /// [`distill`] by a process that takes `program` bytes besides.
-fn distill_all(
+fn distill_all<D: RunSource>(
     run: &RunFolder,
-    data: &RunData,
+    data: &D,
     device: &Device,
     program: usize,
     report: &mut Report<'_>,
 ) -> Result<bool> {
     let folder = run.distill_folder();
-    let base = dit::load(&run.plan.base, device)?;
-    let chosen = choose::choose(&run.plan, &base, Some(&run.dir), Some(data), &mut |p| report(Event::Choose(p)))?;
+    let base = D::Model::load(&run.plan.base, device)?;
+    let chosen = D::choose(&run.plan, &base, Some(&run.dir), Some(data), &mut |p| report(Event::Choose(p)))?;
     let Some(plan) = &chosen else { return Ok(false) };
-    let [needed, _] = memory::plan(plan, None, program)?;
+    let [needed, _] = memory::plan::<D>(plan, None, program)?;
     let _ = report(Event::Memory(1, &needed));
-    let assignments = plan.resolve(&base.config)?;
+    let assignments = plan.resolve(base.config())?;
     let fingerprint = fingerprint(plan, &assemble::digest(&base)?);
     let begun = parts::begun(&folder)?;
     let mut distiller = Distiller::open(&base, &assignments, &plan.distill, &folder, fingerprint.clone())?;
@@ -226,11 +209,11 @@ fn distill_all(
         }
     }
     if distiller.step() < plan.distill.steps
-        && !distiller.fill_cache(&data.train, &mut |filling| report(Event::Cache(filling)))?
+        && !distiller.fill_cache(data.train(), &mut |filling| report(Event::Cache(filling)))?
     {
         return Ok(false);
     }
-    distiller.run(&data.train, &data.held_out, &mut |p| report(Event::Distill(p)))?;
+    distiller.run(data.train(), data.held_out(), &mut |p| report(Event::Distill(p)))?;
     let finished = distiller.step() >= plan.distill.steps;
     if finished && !run.has(Stage::Distilled) {
         run.save(&distiller.model()?, Stage::Distilled)?;
@@ -243,10 +226,10 @@ fn distill_all(
 ///
 /// # Errors
 /// As [`distill`]; a stage 1 that was begun, or has been gathered, as a whole.
-pub fn distill_part(
+pub fn distill_part<D: RunSource>(
     run: &RunFolder,
     part: Part,
-    data: &RunData,
+    data: &D,
     device: &Device,
     report: &mut Report<'_>,
 ) -> Result<bool> {
@@ -258,20 +241,20 @@ pub fn distill_part(
             .fix("go on without --sites, or use another --run folder"));
     }
     let program = memory::program(data, device);
-    let base = dit::load(&plan.base, device)?;
-    let chosen = choose::choose(plan, &base, Some(&run.dir), Some(data), &mut |p| report(Event::Choose(p)))?;
+    let base = D::Model::load(&plan.base, device)?;
+    let chosen = D::choose(plan, &base, Some(&run.dir), Some(data), &mut |p| report(Event::Choose(p)))?;
     let Some(plan) = &chosen else { return Ok(false) };
-    let [needed, _] = memory::plan(plan, Some(part), program)?;
+    let [needed, _] = memory::plan::<D>(plan, Some(part), program)?;
     let _ = report(Event::Memory(1, &needed));
-    let own = part.choose(&plan.resolve(&base.config)?)?;
+    let own = part.choose(&plan.resolve(base.config())?)?;
     let fingerprint = part.fingerprint(&fingerprint(plan, &assemble::digest(&base)?));
     let mut distiller = Distiller::open(&base, &own, &plan.distill, &part.folder(&stage), fingerprint)?;
     if distiller.step() < plan.distill.steps
-        && !distiller.fill_cache(&data.train, &mut |filling| report(Event::Cache(filling)))?
+        && !distiller.fill_cache(data.train(), &mut |filling| report(Event::Cache(filling)))?
     {
         return Ok(false);
     }
-    distiller.run(&data.train, &data.held_out, &mut |p| report(Event::Distill(p)))?;
+    distiller.run(data.train(), data.held_out(), &mut |p| report(Event::Distill(p)))?;
     Ok(distiller.step() >= plan.distill.steps)
 }
 
@@ -279,14 +262,14 @@ pub fn distill_part(
 ///
 /// # Errors
 /// A run whose stage 1 is not finished, and those of the data and [`Finetuner`].
-pub fn finetune(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
+pub fn finetune<D: RunSource>(run: &RunFolder, data: &D, device: &Device, report: &mut Report<'_>) -> Result<bool> {
     finetune_all(run, data, device, memory::program(data, device), report)
 }
 
 /// [`finetune`] by a process that takes `program` bytes besides.
-fn finetune_all(
+fn finetune_all<D: RunSource>(
     run: &RunFolder,
-    data: &RunData,
+    data: &D,
     device: &Device,
     program: usize,
     report: &mut Report<'_>,
@@ -299,10 +282,10 @@ fn finetune_all(
             .fix("run `graft distill PLAN --run DIR` to its end first"));
     }
     assemble::check_origin(&folder, plan)?;
-    let [_, needed] = memory::plan(&run.decided()?, None, program)?;
+    let [_, needed] = memory::plan::<D>(&run.decided()?, None, program)?;
     let _ = report(Event::Memory(2, &needed));
-    let mut finetuner = stage2(run, &folder, &run.finetune_folder(), device)?;
-    let finished = finetuner.run(&data.train, &mut |p| report(Event::Finetune(p)))?;
+    let mut finetuner = stage2::<D::Model>(run, &folder, &run.finetune_folder(), device)?;
+    let finished = finetuner.run(data.train(), &mut |p| report(Event::Finetune(p)))?;
     if finished && plan.finetune.lora().keep_adapters {
         finetuner.save_adapters(&run.adapter_folder())?;
     }
@@ -316,12 +299,12 @@ fn finetune_all(
 ///
 /// # Errors
 /// A model that cannot be read, and those of [`Finetuner::open`].
-pub(super) fn stage2(run: &RunFolder, from: &Path, to: &Path, device: &Device) -> Result<Finetuner> {
+pub(super) fn stage2<M: SiteLearner>(run: &RunFolder, from: &Path, to: &Path, device: &Device) -> Result<Finetuner<M>> {
     let plan = &run.plan;
-    let grafted = dit::load(from, device)?;
+    let grafted = M::load(from, device)?;
     let mut fingerprint = fingerprint(plan, &assemble::digest(&grafted)?);
-    let sites = run.decided()?.resolve(&dit::describe(&plan.base)?)?;
-    let base = if plan.finetune.needs_base() { Some(dit::load(&plan.base, device)?) } else { None };
+    let sites = run.decided()?.resolve(&M::describe(&plan.base)?)?;
+    let base = if plan.finetune.needs_base() { Some(M::load(&plan.base, device)?) } else { None };
     if let Some(base) = &base {
         fingerprint += &format!(" teacher:{}", assemble::digest(base)?);
     }
@@ -332,7 +315,7 @@ pub(super) fn stage2(run: &RunFolder, from: &Path, to: &Path, device: &Device) -
 ///
 /// # Errors
 /// Those of [`distill`] and [`finetune`].
-pub fn train(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<bool> {
+pub fn train<D: RunSource>(run: &RunFolder, data: &D, device: &Device, report: &mut Report<'_>) -> Result<bool> {
     let mut stopped = false;
     let mut watched = |event: Event<'_>| {
         let flow = report(event);
@@ -355,16 +338,21 @@ pub fn train(run: &RunFolder, data: &RunData, device: &Device, report: &mut Repo
 ///
 /// # Errors
 /// Those of [`distill`] and [`finetune`].
-pub fn run(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report<'_>) -> Result<Option<Summary>> {
+pub fn run<D: RunSource>(
+    run: &RunFolder,
+    data: &D,
+    device: &Device,
+    report: &mut Report<'_>,
+) -> Result<Option<Summary>> {
     if !train(run, data, device, report)? {
         return Ok(None);
     }
     device.trim();
-    let evaluation = evaluate::evaluate(run, data, device, &mut |done, total| {
+    let evaluation = data.evaluate(run, device, &mut |done, total| {
         // The comparison is short and writes nothing before its end: it cannot be broken off in between.
         let _ = report(Event::Evaluate(done, total));
     })?;
-    finish(run, Some(evaluation)).map(Some)
+    finish::<D::Model>(run, Some(evaluation)).map(Some)
 }
 
 /// What follows the last stage: gathers the numbers of the run and writes them to its folder, and the report where
@@ -372,10 +360,10 @@ pub fn run(run: &RunFolder, data: &RunData, device: &Device, report: &mut Report
 ///
 /// # Errors
 /// A damaged log, or a full disk.
-pub fn finish(run: &RunFolder, evaluation: Option<Evaluation>) -> Result<Summary> {
-    let mut summary = Summary::gather(run)?;
+pub fn finish<M: SiteModel>(run: &RunFolder, evaluation: Option<Evaluation>) -> Result<Summary> {
+    let mut summary = Summary::gather::<M>(run)?;
     if let Some(evaluation) = &evaluation {
-        for stage in &evaluation.stages {
+        for stage in evaluation.stages.iter().filter(|stage| !stage.sheet.is_empty()) {
             atomic::write_bytes(&run.dir.join(format!("samples-{}.png", stage.name)), &stage.sheet)?;
         }
         page::page(run, &summary, evaluation)?.write(&run.dir.join(REPORT))?;

@@ -255,7 +255,7 @@ pub struct LoraConfig {
     /// The addition is scaled by alpha over rank; equal to the rank where not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alpha: Option<f64>,
-    /// Layers, by the ends of their names; [`super::finetune::DEFAULT_MODULES`] where none is given.
+    /// Layers, by the ends of their names; [`crate::models::sites::SiteModel::ADAPTED`] where none is given.
     pub modules: Vec<String>,
     /// Grafted operators train in full; otherwise they get adapters like the rest.
     pub train_grafts: bool,
@@ -336,6 +336,10 @@ pub struct EvalConfig {
     pub picture_guidance: f64,
     /// Folder of the classifier in whose feature space images are compared; without one nothing is scored.
     pub classifier: Option<PathBuf>,
+    /// Folder of pictures with captions among which those of a model that reads text are looked up; without one they
+    /// are not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub captions: Option<PathBuf>,
     /// Seed of the noise.
     pub seed: u64,
 }
@@ -350,6 +354,7 @@ impl Default for EvalConfig {
             guidance: 1.5,
             picture_guidance: 4.0,
             classifier: None,
+            captions: None,
             seed: 0,
         }
     }
@@ -373,7 +378,7 @@ fn overlay<'de, D: Deserializer<'de>>(
     table.try_into().map_err(|e: toml::de::Error| de::Error::custom(e.message()))
 }
 
-fn at_least_one(section: &str, fields: &[(&str, u64)]) -> Result<()> {
+pub(super) fn at_least_one(section: &str, fields: &[(&str, u64)]) -> Result<()> {
     match fields.iter().find(|(_, value)| *value == 0) {
         Some((name, _)) => Err(Error::usage(format!("{section}: {name}"), "nothing to do").is(0).must("at least 1")),
         None => Ok(()),

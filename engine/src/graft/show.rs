@@ -3,6 +3,7 @@
 use super::plan::{Assignment, Plan};
 use super::select::Layers;
 use super::settings::{DistillConfig, EvalConfig, FinetuneConfig, Loss, SelectConfig, Start};
+use super::synthesize::SynthesizeConfig;
 use crate::error::{Error, Result};
 use crate::nn::operators::{OptionValue, REGISTRY, Site, Spec};
 use crate::train::config::DataConfig;
@@ -17,6 +18,8 @@ struct Sections<'p> {
     finetune: &'p FinetuneConfig,
     eval: &'p EvalConfig,
     select: &'p SelectConfig,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    synthesize: &'p Option<SynthesizeConfig>,
 }
 
 /// A graft to be written: layers and operator as they stand in the file.
@@ -87,6 +90,7 @@ impl Plan {
             finetune: &self.finetune,
             eval: &self.eval,
             select: &self.select,
+            synthesize: &self.synthesize,
         };
         Ok(text + "\n" + &toml::to_string(&sections).map_err(|e| refuse(&e))?)
     }

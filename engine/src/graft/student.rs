@@ -8,7 +8,7 @@ use super::plan::Assignment;
 use super::settings::{DistillConfig, Start};
 use crate::autograd::{Graph, ParamStore, Precision, Var};
 use crate::error::{Error, Result};
-use crate::models::dit::Seen;
+use crate::models::sites::Seen;
 use crate::nn::operators::{self, BlockDims, Operator};
 use crate::nn::{Builder, Scheme};
 use crate::ops::contracts::{gate_residual, loss_regression};
@@ -51,7 +51,7 @@ pub(super) struct Lesson<'l> {
 impl<'l> From<&Seen<'l>> for Lesson<'l> {
     fn from(seen: &Seen<'l>) -> Self {
         let gate = seen.gate.map(|(table, row)| (table.tensor(), row));
-        let condition = Some(seen.condition.tensor());
+        let condition = seen.condition.map(|condition| condition.tensor());
         Lesson { input: seen.input.tensor(), target: seen.output.tensor(), gate, condition }
     }
 }

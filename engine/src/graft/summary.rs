@@ -9,7 +9,7 @@ use super::plan::{Assignment, Plan};
 use super::run::RunFolder;
 use crate::error::{Error, Result};
 use crate::io::jsonl;
-use crate::models::dit::{self, DitConfig};
+use crate::models::sites::{SiteConfig, SiteModel};
 use crate::nn::operators::Site;
 use crate::train::trainer::LOSS_LOG;
 use serde::{Deserialize, Serialize};
@@ -70,9 +70,9 @@ impl Summary {
     ///
     /// # Errors
     /// A missing base model, or a damaged log.
-    pub fn gather(run: &RunFolder) -> Result<Summary> {
+    pub fn gather<M: SiteModel>(run: &RunFolder) -> Result<Summary> {
         let plan = &run.decided()?;
-        let base = dit::describe(&plan.base)?;
+        let base = M::describe(&plan.base)?;
         let assignments = plan.resolve(&base)?;
         let after = super::assemble::grafted_config(&base, &assignments)?;
         let held_out = read_log(&run.distill_folder().join(HELD_OUT_LOG))?;
@@ -101,9 +101,9 @@ pub(super) fn read_log(path: &Path) -> Result<Vec<Value>> {
     if path.exists() { jsonl::read(path) } else { Ok(Vec::new()) }
 }
 
-fn site(a: &Assignment, base: &DitConfig, held_out: &[Value]) -> SiteSummary {
+fn site<C: SiteConfig>(a: &Assignment, base: &C, held_out: &[Value]) -> SiteSummary {
     let name = a.to_string();
-    let block = base.blocks.get(a.block);
+    let block = base.blocks().get(a.block);
     let before = match a.site {
         Site::Attn => block.map(|b| b.attn.to_string()),
         Site::Mlp => block.map(|b| b.mlp.to_string()),

@@ -194,11 +194,7 @@ pub fn cifar10(dir: &Path, split: Split) -> Result<ImageSet> {
     let labels = read_json_labels(&label_path)?;
     let mut pixels = Vec::new();
     for name in names {
-        let path = dir.join(name);
-        if !path.exists() {
-            return Err(Error::failure(path.display().to_string(), "data file missing").fix(FIX_FETCH));
-        }
-        append_sheet(&path.display().to_string(), &read_bytes(&path)?, &mut pixels)?;
+        pixels.extend(read_sheet(&dir.join(name))?);
     }
     let set = sheet_set(&label_path, pixels, labels)?;
     expect_set(dir, &set, n..=n, [32, 32, 3])?;
@@ -206,6 +202,19 @@ pub fn cifar10(dir: &Path, split: Split) -> Result<ImageSet> {
 }
 
 const SHEET_WIDTH: usize = 32 * 32;
+
+/// Pixels of a sheet whose rows are RGB pictures of 32 x 32.
+///
+/// # Errors
+/// "data file missing", or a file that is no such sheet.
+pub(super) fn read_sheet(path: &Path) -> Result<Vec<u8>> {
+    if !path.exists() {
+        return Err(Error::failure(path.display().to_string(), "data file missing").fix(FIX_FETCH));
+    }
+    let mut pixels = Vec::new();
+    append_sheet(&path.display().to_string(), &read_bytes(path)?, &mut pixels)?;
+    Ok(pixels)
+}
 
 /// Appends a sheet's rows, which are images already.
 fn append_sheet(place: &str, bytes: &[u8], pixels: &mut Vec<u8>) -> Result<()> {

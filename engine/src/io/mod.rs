@@ -16,6 +16,7 @@
 //! | [`datasets`] | Fashion-MNIST, MNIST and CIFAR-10 |
 //! | [`inception`] | the raw weights of the metric network |
 //! | [`npz`] | arrays of numpy: statistics and sets of samples |
+//! | [`captioned`] | pictures with captions |
 //! | [`pictures`] | sets of equally large pictures without labels |
 //! | [`sentencepiece`] | vocabularies of SentencePiece |
 //! | [`hub`] | the local cache of a model hub |
@@ -30,6 +31,7 @@
 pub mod archive;
 pub mod atomic;
 pub mod cache;
+pub mod captioned;
 pub mod datasets;
 pub mod dtype;
 pub mod files;

@@ -48,8 +48,22 @@ pub fn open(path: &Path) -> Result<Opened> {
     Ok(Opened { metadata: opened.metadata().clone(), source: Box::new(opened), config })
 }
 
-/// The folder of a component where `path` is that of a whole pipeline, else `path` itself.
+/// Folders of a grafting run that hold its models, the last stage first.
+pub const STAGES: [&str; 2] = ["stage2", "stage1"];
+/// The file by which the folder of a grafting run is known.
+pub const PLAN: &str = "plan.toml";
+
+/// The model of the last stage where `path` is the folder of a grafting run, else `path` itself.
+pub fn last_stage(path: &Path) -> PathBuf {
+    let stages = STAGES.iter().map(|stage| path.join(stage));
+    let found = stages.filter(|_| path.join(PLAN).is_file()).find(|stage| stage.join("config.json").is_file());
+    found.unwrap_or_else(|| path.to_path_buf())
+}
+
+/// The folder of a component where `path` is that of a whole pipeline, else `path` itself; of a grafting run the model of
+/// its last stage.
 pub fn component(path: &Path, name: &str) -> PathBuf {
+    let path = &last_stage(path);
     let below = path.join(name);
     let pipeline = path.join("model_index.json").is_file() || (below.is_dir() && !path.join("config.json").is_file());
     if pipeline && below.is_dir() { below } else { path.to_path_buf() }

@@ -2,8 +2,37 @@
 //! elsewhere, or each on its own.
 
 use crate::error::{Error, Result};
-use crate::io::hub;
+use crate::io::{atomic, hub, json};
+use serde_json::json;
 use std::path::{Path, PathBuf};
+
+/// File in the folder of a grafted transformer that names the model whose other parts it shares.
+const BASE: &str = "base.json";
+
+/// Says in the folder of a grafted transformer whose other parts it shares.
+///
+/// # Errors
+/// When the folder cannot be written.
+pub fn write_base(folder: &Path, base: &Path) -> Result<()> {
+    // A run folder may be used from another working directory.
+    let base = hub::resolve(base)?;
+    let base = std::path::absolute(&base).unwrap_or(base);
+    atomic::ensure_writable_dir(folder)?;
+    json::write(&folder.join(BASE), &json!({ "model": base }))
+}
+
+/// The model whose other parts a grafted transformer shares, where its folder names one.
+fn read_base(folder: &Path) -> Result<Option<PathBuf>> {
+    let path = folder.join(BASE);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let value = json::read(&path)?;
+    let model = value["model"].as_str().map(PathBuf::from);
+    model.map(Some).ok_or_else(|| {
+        Error::failure(path.display().to_string(), "names no model").must("\"model\": the folder of the base model")
+    })
+}
 
 /// Parts that the caller names; each goes before what a folder has.
 #[derive(Clone, Debug, Default)]
@@ -51,11 +80,14 @@ impl Components {
                 }
             }
         };
-        let model = hub::resolve(model)?;
+        let model = super::last_stage(&hub::resolve(model)?);
         let components = given(&overrides.components, "--components")?;
         // A transformer inside a pipeline has its siblings beside it.
-        let above = model.parent().filter(|p| p.join("model_index.json").is_file()).map(Path::to_path_buf);
-        let roots: Vec<PathBuf> = [components, Some(model.clone()), above].into_iter().flatten().collect();
+        let above = |path: &Path| path.parent().filter(|p| p.join("model_index.json").is_file()).map(Path::to_path_buf);
+        let base = read_base(&model)?;
+        let beside_base = base.as_deref().and_then(above);
+        let roots = [components, Some(model.clone()), above(&model), base, beside_base];
+        let roots: Vec<PathBuf> = roots.into_iter().flatten().collect();
         let part = |name: &str| roots.iter().map(|root| root.join(name)).find(|path| path.is_dir());
         let pick = |given: Option<PathBuf>, name: &str| {
             // A whole pipeline may stand where one of its parts is asked for.
@@ -107,6 +139,39 @@ impl Components {
     }
 }
 
+/// Writes `model_index.json` and the scheduler of a text-to-image model without an autoencoder, whose other parts lie in
+/// the folder: DPM-Solver++ on the linear schedule of PixArt, for a transformer that predicts noise or `velocity`.
+///
+/// # Errors
+/// When the folder cannot be written.
+pub fn write_index(folder: &Path, velocity: bool) -> Result<()> {
+    let scheduler = json!({
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "final_sigmas_type": "zero",
+        "lower_order_final": true,
+        "num_train_timesteps": 1000,
+        "prediction_type": if velocity { "v_prediction" } else { "epsilon" },
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "timestep_spacing": "linspace",
+    });
+    atomic::ensure_writable_dir(&folder.join("scheduler"))?;
+    json::write(&folder.join("scheduler/scheduler_config.json"), &scheduler)?;
+    let index = json!({
+        "_class_name": "PixArtSigmaPipeline",
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "PixArtTransformer2DModel"],
+        "vae": [null, null],
+    });
+    json::write(&folder.join("model_index.json"), &index)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -146,6 +211,16 @@ mod tests {
         assert_eq!(split.vae, Some(dir.join("whole/vae")));
         assert_eq!(split.text().unwrap().0, dir.join("other/text_encoder"));
         assert!(split.scheduler.is_some());
+        // A grafted transformer alone, and the run that it belongs to.
+        touch(dir.join("run/stage1/config.json"));
+        write_base(&dir.join("run/stage1"), &dir.join("whole")).unwrap();
+        touch(dir.join("run/plan.toml"));
+        for model in ["run/stage1", "run"] {
+            let grafted = find(model, &Overrides::default());
+            assert_eq!((grafted.transformer, grafted.vae), (dir.join("run/stage1"), whole.vae.clone()), "{model}");
+        }
+        touch(dir.join("run/stage2/config.json"));
+        assert_eq!(find("run", &Overrides::default()).transformer, dir.join("run/stage2"));
         let none = Overrides { vae: Some(dir.join("none")), ..Overrides::default() };
         assert!(Components::find(&dir.join("whole"), &none).unwrap_err().to_string().contains("--vae"));
     }

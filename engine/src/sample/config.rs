@@ -7,7 +7,7 @@
 use crate::error::{Error, Result};
 use crate::sample::dpm::DpmEndPoint;
 use crate::sample::schedule::Schedule;
-use crate::sample::solver::Sampler;
+use crate::sample::solver::{Prediction, Sampler};
 use serde_json::{Map, Value, json};
 
 const PLACE: &str = "scheduler_config.json";
@@ -19,13 +19,18 @@ pub struct SolverConfig {
     pub sampler: Sampler,
     /// The noise schedule the model was trained with.
     pub schedule: Schedule,
+    /// What the model predicts.
+    pub prediction: Prediction,
 }
 
 /// Fields that must have the one supported value: name, and the supported values; the first is the class default.
 type Fixed = [(&'static str, &'static [&'static str])];
 
-const COMMON: &Fixed =
-    &[("prediction_type", &["\"epsilon\""]), ("thresholding", &["false"]), ("rescale_betas_zero_snr", &["false"])];
+const COMMON: &Fixed = &[
+    ("prediction_type", &["\"epsilon\"", "\"v_prediction\""]),
+    ("thresholding", &["false"]),
+    ("rescale_betas_zero_snr", &["false"]),
+];
 const DPM: &Fixed = &[
     ("algorithm_type", &["\"dpmsolver++\""]),
     ("solver_order", &["2"]),
@@ -83,7 +88,17 @@ impl SolverConfig {
         for (name, value) in fields.iter().filter(|(name, _)| !name.starts_with('_')) {
             check_field(name, value, &[COMMON, fixed])?;
         }
-        Ok(SolverConfig { sampler, schedule: schedule(fields)? })
+        Ok(SolverConfig { sampler, schedule: schedule(fields)?, prediction: Prediction::stated(config) })
+    }
+}
+
+impl Prediction {
+    /// What a scheduler's configuration says, of whatever class it is: noise where it says nothing.
+    pub fn stated(config: &Value) -> Prediction {
+        match config.get("prediction_type").and_then(Value::as_str) {
+            Some("v_prediction") => Prediction::Velocity,
+            _ => Prediction::Noise,
+        }
     }
 }
 
@@ -190,13 +205,21 @@ mod tests {
     }
 
     #[test]
+    fn what_is_predicted_is_read() {
+        let mut config = released();
+        assert_eq!(SolverConfig::from_scheduler_json(&config).unwrap().prediction, Prediction::Noise);
+        config["prediction_type"] = json!("v_prediction");
+        assert_eq!(SolverConfig::from_scheduler_json(&config).unwrap().prediction, Prediction::Velocity);
+    }
+
+    #[test]
     fn unsupported_fields_are_named() {
         for (field, value) in [
             ("_class_name", json!("EulerDiscreteScheduler")),
             ("algorithm_type", json!("sde-dpmsolver++")),
             ("solver_order", json!(3)),
             ("solver_type", json!("heun")),
-            ("prediction_type", json!("v_prediction")),
+            ("prediction_type", json!("sample")),
             ("thresholding", json!(true)),
             ("use_karras_sigmas", json!(true)),
             ("use_flow_sigmas", json!(true)),

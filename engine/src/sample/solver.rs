@@ -32,6 +32,17 @@ pub enum NoiseScale {
     },
 }
 
+/// What the channels of a model's output before the variance channels are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Prediction {
+    /// The noise in the latent.
+    #[default]
+    Noise,
+    /// √ᾱ·noise − √(1−ᾱ)·clean, "v" (arXiv 2202.00512): well-posed at every noise level.
+    Velocity,
+}
+
 /// Coefficients of one step; see the module for the formula.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Coefs {
@@ -55,6 +66,25 @@ impl Coefs {
     /// Coefficients that only estimate the clean latent at the given ᾱ; a sampler fills in the weights it uses.
     pub(crate) fn at(alpha: f64, sigma: f64) -> Self {
         Coefs { inv_alpha: 1.0 / alpha, sigma, cx: 0.0, ce: 0.0, c0: 0.0, c1: 0.0, noise: NoiseScale::None }
+    }
+
+    /// The same step for a model that predicts something else than noise: all of it is linear in the latent and the
+    /// output, so that only coefficients change.
+    pub fn for_prediction(self, prediction: Prediction) -> Coefs {
+        match prediction {
+            Prediction::Noise => self,
+            Prediction::Velocity => {
+                // eps = √ᾱ·v + σ·x and x0 = √ᾱ·x − σ·v.
+                let (alpha, sigma) = (1.0 / self.inv_alpha, self.sigma);
+                Coefs {
+                    inv_alpha: alpha,
+                    sigma: sigma / alpha,
+                    cx: self.cx + self.ce * sigma,
+                    ce: self.ce * alpha,
+                    ..self
+                }
+            }
+        }
     }
 
     /// Parameters of the operator `solver_step`, rounded to f32 each on its own. `guidance` is the scale of
@@ -177,6 +207,31 @@ impl Sampler {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+
+    /// The step is the same whichever of the two a model predicts.
+    #[test]
+    fn a_velocity_gives_the_step_of_its_noise() {
+        for sampler in ["ddim", "dpm++", "ddpm"] {
+            let sampler: Sampler = sampler.parse().unwrap();
+            let plan = sampler.plan(&Schedule::default(), 7, Variance::FixedSmall).unwrap();
+            for step in &plan.steps {
+                let c = step.coefs;
+                let (alpha, sigma, x, eps, previous) = (1.0 / c.inv_alpha, c.sigma, 0.7, -1.3, 0.2);
+                let update = |c: Coefs, out: f64| {
+                    let x0 = c.inv_alpha * (x - c.sigma * out);
+                    [x0, c.cx * x + c.ce * out + c.c0 * x0 + c.c1 * previous]
+                };
+                let want = update(c, eps);
+                let velocity = alpha * eps - sigma * want[0];
+                let found = update(c.for_prediction(Prediction::Velocity), velocity);
+                for (found, want) in found.into_iter().zip(want) {
+                    assert!((found - want).abs() < 1e-9 * want.abs().max(1.0), "{found} {want}");
+                }
+                assert_eq!(c.for_prediction(Prediction::Noise), c);
+            }
+        }
+    }
+
     use crate::ops::solver_step;
     use crate::sample::golden::{Case, assert_close};
     use crate::tensor::{Device, Tensor};

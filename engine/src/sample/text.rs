@@ -8,7 +8,7 @@
 use super::inpaint::{self, Known, Purpose};
 use super::pipeline::{Progress, draw, fill};
 use super::schedule::Schedule;
-use super::solver::{NoiseScale, Plan, Sampler, Variance};
+use super::solver::{NoiseScale, Plan, Prediction, Sampler, Variance};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::cpu::on_workers;
 use crate::error::{Error, Result};
@@ -32,6 +32,8 @@ pub struct Request {
     pub sampler: Sampler,
     /// Noise schedule of the model.
     pub schedule: Schedule,
+    /// What the model predicts.
+    pub prediction: Prediction,
     /// Model evaluations per image and half.
     pub steps: usize,
     /// Scale of classifier-free guidance; 1 is none.
@@ -64,6 +66,7 @@ impl Request {
             seed,
             sampler: Sampler::DpmPlusPlus { end: super::dpm::DpmEndPoint::Zero },
             schedule: Schedule::default(),
+            prediction: Prediction::Noise,
             steps: 20,
             guidance: 4.5,
             guided: None,
@@ -317,7 +320,7 @@ impl<'a> Batch<'a> {
         };
         let channels = self.moments.channels();
         let guided = self.request.guided.map_or(channels, |guided| guided.min(channels));
-        let params = step.coefs.params(self.request.guidance, guided);
+        let params = step.coefs.for_prediction(self.request.prediction).params(self.request.guidance, guided);
         let previous = self.x0.as_ref().filter(|_| step.coefs.c1 != 0.0);
         // A picture that enters in the middle has no estimate before its first step.
         let params = match previous {

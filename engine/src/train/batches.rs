@@ -8,9 +8,21 @@ use graft_kernels::rng::Philox;
 /// Base of the random streams that shuffle epochs.
 const SHUFFLE_STREAMS: u64 = 1 << 40;
 
+/// A data set that steps draw from.
+pub trait Examples {
+    /// How many there are.
+    fn count(&self) -> usize;
+}
+
+impl Examples for ImageSet {
+    fn count(&self) -> usize {
+        self.n
+    }
+}
+
 /// Shuffled passes over a data set, addressed by step: the same seed gives the same batches, whatever ran before.
-pub struct Batches<'d> {
-    data: &'d ImageSet,
+pub struct Batches<'d, D = ImageSet> {
+    data: &'d D,
     batch: usize,
     seed: u64,
     epoch: Option<u64>,
@@ -25,36 +37,49 @@ pub struct Batch {
     pub labels: Vec<i32>,
 }
 
-impl<'d> Batches<'d> {
+impl<'d, D: Examples> Batches<'d, D> {
     /// Batches of `batch` images; the last, incomplete one of an epoch is left out.
     ///
     /// # Errors
     /// When the data set has fewer images than a batch, or the batch is empty.
-    pub fn new(data: &'d ImageSet, batch: usize, seed: u64) -> Result<Self> {
-        if batch == 0 || batch > data.n {
-            return Err(Error::usage("batch", "does not fit the data set").is(batch).must(format!("1 to {}", data.n)));
+    pub fn new(data: &'d D, batch: usize, seed: u64) -> Result<Self> {
+        let n = data.count();
+        if batch == 0 || batch > n {
+            return Err(Error::usage("batch", "does not fit the data set").is(batch).must(format!("1 to {n}")));
         }
-        Ok(Batches { data, batch, seed, epoch: None, order: (0..data.n as u32).collect() })
+        Ok(Batches { data, batch, seed, epoch: None, order: (0..n as u32).collect() })
     }
 
     /// Steps in an epoch.
     pub fn per_epoch(&self) -> u64 {
-        (self.data.n / self.batch) as u64
+        (self.data.count() / self.batch) as u64
     }
 
-    /// The batch of a step.
-    ///
-    /// # Errors
-    /// When memory runs out.
-    pub fn get(&mut self, device: &Device, step: u64) -> Result<Batch> {
+    /// The data set.
+    pub fn data(&self) -> &'d D {
+        self.data
+    }
+
+    /// Numbers of the examples of a step.
+    pub fn chosen(&mut self, step: u64) -> &[u32] {
         let (epoch, within) = (step / self.per_epoch(), (step % self.per_epoch()) as usize);
         if self.epoch != Some(epoch) {
             (0..).zip(&mut self.order).for_each(|(i, slot)| *slot = i);
             Philox::new(self.seed, SHUFFLE_STREAMS + epoch).shuffle(&mut self.order);
             self.epoch = Some(epoch);
         }
-        let chosen = &self.order[within * self.batch..][..self.batch];
-        images(device, self.data, chosen)
+        &self.order[within * self.batch..][..self.batch]
+    }
+}
+
+impl Batches<'_> {
+    /// The batch of a step.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn get(&mut self, device: &Device, step: u64) -> Result<Batch> {
+        let data = self.data;
+        images(device, data, self.chosen(step))
     }
 }
 

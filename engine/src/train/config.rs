@@ -2,8 +2,12 @@
 
 use super::optimizer::AdamWSettings;
 use crate::error::{Error, Result};
+use crate::io::captioned::{self, CaptionedSet};
 use crate::io::datasets::{self, ImageSet, Split};
 use crate::models::dit::DitConfig;
+use crate::models::pixart::PixArtConfig;
+use crate::models::t5::T5Config;
+use crate::sample::solver::Prediction;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -18,6 +22,9 @@ pub struct PretrainConfig {
     pub data: DataConfig,
     /// Model.
     pub model: ModelConfig,
+    /// The text encoder that trains with the model, which is then a PixArt; a DiT where not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<TextConfig>,
     /// Loop.
     pub train: TrainConfig,
     /// Optimiser.
@@ -29,7 +36,7 @@ pub struct PretrainConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// `fashion-mnist`, `mnist` or `cifar10`.
+    /// `fashion-mnist`, `mnist` or `cifar10`; for models that read text `emoji`, or `pairs` to graft them.
     pub kind: String,
     /// Folder that holds it; `graft data` or `make data` fills `data-cache/<kind>`.
     pub dir: String,
@@ -49,6 +56,17 @@ impl DataConfig {
             other => {
                 Err(Error::usage("data: kind", "unknown data set").is(other).must("fashion-mnist, mnist or cifar10"))
             }
+        }
+    }
+
+    /// Reads a split of a data set with captions.
+    ///
+    /// # Errors
+    /// As [`DataConfig::load`].
+    pub fn load_captioned(&self, split: Split) -> Result<CaptionedSet> {
+        match self.kind.as_str() {
+            "emoji" => captioned::emoji(Path::new(&self.dir), split),
+            other => Err(Error::usage("data: kind", "no data set with captions").is(other).must("emoji")),
         }
     }
 }
@@ -73,6 +91,25 @@ pub struct ModelConfig {
     pub learn_sigma: bool,
 }
 
+/// Sizes of a text encoder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TextConfig {
+    /// Blocks.
+    pub depth: usize,
+    /// Width D.
+    pub width: usize,
+    /// Heads H, which divide the width.
+    pub heads: usize,
+    /// Hidden width of the MLP F.
+    pub hidden: usize,
+    /// Most tokens of a caption.
+    pub max_tokens: usize,
+    /// What the model predicts: `noise` as PixArt does, or `velocity`.
+    #[serde(default)]
+    pub prediction: Prediction,
+}
+
 /// The loop.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -84,7 +121,7 @@ pub struct TrainConfig {
     /// Seed of everything.
     #[serde(default)]
     pub seed: u64,
-    /// Probability that a label is replaced by the null label.
+    /// Probability that a label or caption is replaced by the null label or the empty text.
     #[serde(default = "tenth")]
     pub label_dropout: f64,
     /// `f32` or `bf16` products.
@@ -179,5 +216,44 @@ impl PretrainConfig {
         };
         config.check()?;
         Ok(config)
+    }
+
+    /// The model for pictures of a size and the encoder of its captions, for a vocabulary.
+    ///
+    /// # Errors
+    /// Sizes that do not make a model.
+    pub fn text_models_for(
+        &self,
+        text: &TextConfig,
+        (channels, side): (usize, usize),
+        vocabulary: usize,
+    ) -> Result<(PixArtConfig, T5Config)> {
+        let m = &self.model;
+        let transformer = PixArtConfig {
+            patch: m.patch,
+            sample_size: side,
+            in_channels: channels,
+            out_channels: if m.learn_sigma { 2 * channels } else { channels },
+            caption_channels: text.width,
+            max_tokens: text.max_tokens,
+            blocks: vec![DitConfig::plain_block(m.heads, m.mlp_ratio); m.depth.min(1001)],
+            ..PixArtConfig::plain(0, m.width, m.heads)
+        };
+        transformer.check()?;
+        if text.heads == 0 || !text.width.is_multiple_of(text.heads) {
+            return Err(Error::usage("text: heads", "does not divide the width")
+                .is(text.heads)
+                .must(format!("a divisor of {}", text.width)));
+        }
+        let encoder = T5Config {
+            width: text.width,
+            heads: text.heads,
+            head_width: text.width / text.heads,
+            hidden: text.hidden,
+            depth: text.depth,
+            vocabulary,
+            ..T5Config::xxl()
+        };
+        Ok((transformer, encoder))
     }
 }

@@ -6,7 +6,11 @@
 pub mod batches;
 pub mod checkpoint;
 pub mod config;
+pub mod learner;
 pub mod objective;
 pub mod optimizer;
+pub mod pairs;
+pub mod sites;
 pub mod teacher;
+pub mod text;
 pub mod trainer;

@@ -7,7 +7,7 @@
 use super::objective::Noised;
 use crate::autograd::{Graph, Var};
 use crate::error::Result;
-use crate::models::dit::{Dit, Observer, Run, Seen};
+use crate::models::sites::{Observer, Seen, SiteConfig, SiteModel};
 use crate::nn::operators::Site;
 use crate::ops::contracts::loss_regression;
 use crate::tensor::Tensor;
@@ -16,9 +16,9 @@ use serde::Serialize;
 const SQUARED: loss_regression::Params = loss_regression::Params { kind: 1, delta: 1.0 };
 
 /// A teacher with the weights of its terms.
-pub struct Teacher {
+pub struct Teacher<M: SiteModel> {
     /// The model to stay near to.
-    pub model: Dit,
+    pub model: M,
     /// Weight of the mean squared distance of the predictions.
     pub output: f64,
     /// Weight of the distance at `sites`: squared, relative to the mean square of the teacher's, mean over the sites.
@@ -47,7 +47,7 @@ struct Lesson {
     features: Vec<Tensor>,
 }
 
-impl Teacher {
+impl<M: SiteModel> Teacher<M> {
     /// Whether the student must show its sites.
     pub fn watches(&self) -> bool {
         self.feature > 0.0 && !self.sites.is_empty()
@@ -57,7 +57,7 @@ impl Teacher {
         self.sites.iter().position(|at| *at == (block, site)).filter(|_| self.watches())
     }
 
-    fn teach(&self, noised: &Noised, g: &Graph<'_>) -> Result<Lesson> {
+    fn teach(&self, noised: &Noised<M::Condition>, g: &Graph<'_>) -> Result<Lesson> {
         let g = Graph::inference(g.precision());
         let x = Var::constant(noised.x_t.clone());
         let mut features = vec![None; if self.watches() { self.sites.len() } else { 0 }];
@@ -68,7 +68,7 @@ impl Teacher {
             Ok(())
         };
         let observer: Option<&mut Observer<'_>> = if self.watches() { Some(&mut observer) } else { None };
-        let prediction = self.model.forward_observed(&g, &x, &noised.t, &noised.y, Run::default(), observer)?;
+        let prediction = self.model.predict(&g, &x, &noised.t, &noised.condition, false, observer)?;
         Ok(Lesson { prediction: prediction.into_tensor(), features: features.into_iter().flatten().collect() })
     }
 
@@ -120,12 +120,12 @@ fn distance(g: &Graph<'_>, given: &Var, wanted: &Tensor) -> Result<Var> {
 ///
 /// # Errors
 /// When a shape does not fit.
-pub fn taught_loss<'m>(
+pub fn taught_loss<'m, M: SiteModel>(
     g: &Graph<'m>,
-    model: &'m Dit,
-    noised: &Noised,
-    run: Run,
-    teacher: &Teacher,
+    model: &'m M,
+    noised: &Noised<M::Condition>,
+    checkpoint: bool,
+    teacher: &Teacher<M>,
 ) -> Result<(Var, Terms)> {
     let lesson = teacher.teach(noised, g)?;
     let x = Var::constant(noised.x_t.clone());
@@ -137,10 +137,10 @@ pub fn taught_loss<'m>(
             }
             Ok(())
         };
-        model.forward_observed(g, &x, &noised.t, &noised.y, run, Some(&mut observer))?
+        model.predict(g, &x, &noised.t, &noised.condition, checkpoint, Some(&mut observer))?
     } else {
-        model.forward(g, &x, &noised.t, &noised.y, run)?
+        model.predict(g, &x, &noised.t, &noised.condition, checkpoint, None)?
     };
-    let diffusion = noised.loss(g, &prediction, model.config.learn_sigma)?;
+    let diffusion = noised.loss(g, &prediction, model.config().learns_variance())?;
     teacher.compare(g, &diffusion, &prediction, &features, &lesson)
 }

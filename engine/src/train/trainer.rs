@@ -3,15 +3,13 @@
 use super::batches::Batches;
 use super::checkpoint::Home;
 pub use super::checkpoint::{CHECKPOINT, LOSS_LOG};
-use super::objective::{diffusion_loss, noise_batch};
+use super::learner::{Learner, Step};
 use super::optimizer::{AdamW, AdamWSettings};
-use super::teacher::{Teacher, Terms, taught_loss};
-use crate::autograd::{Graph, Precision};
+use super::teacher::Terms;
+use crate::autograd::{Graph, ParamStore, Precision};
 use crate::error::{Error, Result};
-use crate::io::datasets::ImageSet;
-use crate::models::dit::{Dit, Run};
+use crate::models::dit::Dit;
 use crate::sample::schedule::Schedule;
-use crate::tensor::Device;
 use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -26,7 +24,7 @@ pub struct LoopSettings {
     pub batch: usize,
     /// Seed of data order, timesteps, dropout and noise.
     pub seed: u64,
-    /// Probability that a label is replaced by the null label.
+    /// Probability that a label or caption is replaced by the null label or the empty text.
     pub label_dropout: f64,
     /// Arithmetic of products.
     pub precision: Precision,
@@ -57,32 +55,34 @@ pub struct Progress {
 }
 
 /// A model in training.
-pub struct Trainer {
+pub struct Trainer<M: Learner = Dit> {
     /// The model; its parameters are the raw, not the averaged ones.
-    pub model: Dit,
+    pub model: M,
     /// Who adds terms to the loss.
-    pub teacher: Option<Teacher>,
-    optimiser: AdamW,
+    pub teacher: Option<M::Teacher>,
+    /// One for each store of the model, all at the same step.
+    optimisers: Vec<AdamW>,
     settings: LoopSettings,
     schedule: Schedule,
     home: Option<Home>,
 }
 
-impl Trainer {
+impl<M: Learner> Trainer<M> {
     /// A trainer in a run folder, resumed from its checkpoint where there is one. `fingerprint` tells runs apart.
     ///
     /// # Errors
     /// A folder that cannot be written or that another process uses, or a checkpoint of another run.
     pub fn open(
-        model: Dit,
+        model: M,
         optimiser: AdamWSettings,
         settings: LoopSettings,
         folder: &Path,
         fingerprint: String,
-    ) -> Result<Trainer> {
+    ) -> Result<Trainer<M>> {
         let home = Home::open(folder, fingerprint)?;
         let mut trainer = Trainer::homeless(model, optimiser, settings)?;
-        home.restore(&mut [(&mut trainer.model.params, &mut trainer.optimiser)])?;
+        let stores = trainer.model.stores_mut();
+        home.restore(&mut stores.into_iter().zip(&mut trainer.optimisers).collect::<Vec<_>>())?;
         Ok(Trainer { home: Some(home), ..trainer })
     }
 
@@ -90,38 +90,44 @@ impl Trainer {
     ///
     /// # Errors
     /// Settings out of range, or too little memory.
-    pub fn homeless(model: Dit, optimiser: AdamWSettings, settings: LoopSettings) -> Result<Trainer> {
-        let optimiser = AdamW::new(optimiser, &model.params)?;
-        Ok(Trainer { model, teacher: None, optimiser, settings, schedule: Schedule::default(), home: None })
+    pub fn homeless(model: M, optimiser: AdamWSettings, settings: LoopSettings) -> Result<Trainer<M>> {
+        let optimisers = model.stores().into_iter().map(|store| AdamW::new(optimiser, store));
+        let optimisers = optimisers.collect::<Result<_>>()?;
+        Ok(Trainer { model, teacher: None, optimisers, settings, schedule: Schedule::default(), home: None })
     }
 
-    /// The optimiser with its state.
+    /// The optimiser of the first store with its state.
     pub fn optimiser(&self) -> &AdamW {
-        &self.optimiser
+        &self.optimisers[0]
     }
 
     /// Updates done so far.
     pub fn step(&self) -> u64 {
-        self.optimiser.step
+        self.optimiser().step
+    }
+
+    /// Stores with their optimisers.
+    fn parts(&self) -> impl Iterator<Item = (&ParamStore, &AdamW)> {
+        self.model.stores().into_iter().zip(&self.optimisers)
     }
 
     /// Trains to the last step, or until `report` breaks; a checkpoint is written either way.
     ///
     /// # Errors
     /// A loss that is not finite (the last good checkpoint stays), or a full disk.
-    pub fn run(&mut self, data: &ImageSet, report: &mut dyn FnMut(&Progress) -> ControlFlow<()>) -> Result<()> {
+    pub fn run(&mut self, data: &M::Data, report: &mut dyn FnMut(&Progress) -> ControlFlow<()>) -> Result<()> {
         let mut batches = Batches::new(data, self.settings.batch, self.settings.seed)?;
         let mut log = match &self.home {
-            Some(home) => home.loss_log(self.optimiser.step)?,
+            Some(home) => home.loss_log(self.step())?,
             None => return Err(Error::failure("training", "no run folder").must("a trainer that was opened in one")),
         };
-        while self.optimiser.step < self.settings.steps {
+        while self.step() < self.settings.steps {
             let progress = self.update(&mut batches)?;
             log.append(&progress)?;
             let stop = report(&progress).is_break();
             if stop || progress.step % self.settings.checkpoint_every == 0 || progress.step == self.settings.steps {
                 let home = self.home.as_ref();
-                home.map_or(Ok(()), |home| home.save([(&self.model.params, &self.optimiser)]))?;
+                home.map_or(Ok(()), |home| home.save(self.parts()))?;
             }
             if stop {
                 break;
@@ -133,21 +139,17 @@ impl Trainer {
     /// One update.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite, naming the step: nothing is changed then.
-    pub fn update(&mut self, batches: &mut Batches<'_>) -> Result<Progress> {
+    /// A loss or gradient that is not finite, naming the step: nothing is changed then, but for the stores before the
+    /// one with such a gradient.
+    pub fn update(&mut self, batches: &mut Batches<'_, M::Data>) -> Result<Progress> {
         let start = Instant::now();
-        let (s, step) = (&self.settings, self.optimiser.step);
-        let device = self.model.device().clone();
-        let batch = batches.get(&device, step)?;
-        let null = self.model.config.classes as i32;
-        let noised = noise_batch(&device, &self.schedule, &batch, null, s.label_dropout, s.seed, step)?;
-        let run = Run { checkpoint: s.activation_checkpointing, ..Run::default() };
+        let (s, step) = (&self.settings, self.step());
+        let data = batches.data();
+        let chosen = batches.chosen(step);
         let (loss, terms, grads) = {
             let g = Graph::training(s.precision);
-            let (loss, terms) = match &self.teacher {
-                Some(teacher) => taught_loss(&g, &self.model, &noised, run, teacher).map(|(l, terms)| (l, Some(terms))),
-                None => diffusion_loss(&g, &self.model, &noised, run).map(|loss| (loss, None)),
-            }?;
+            let place = Step { data, chosen, number: step, settings: s, schedule: &self.schedule };
+            let (loss, terms) = self.model.loss(&g, &place, self.teacher.as_ref())?;
             let value = f64::from(loss.tensor().values()?[0]);
             if !value.is_finite() {
                 return Err(Error::failure(format!("step {step}"), "the loss is not finite")
@@ -157,14 +159,17 @@ impl Trainer {
             }
             (value, terms, g.backward(&loss)?)
         };
-        let lr = self.optimiser.settings.lr_at(step, s.steps);
-        let grad_norm = self.optimiser.update(&mut self.model.params, &grads, lr)?;
+        let lr = self.optimiser().settings.lr_at(step, s.steps);
+        let mut squares = 0.0;
+        for (store, optimiser) in self.model.stores_mut().into_iter().zip(&mut self.optimisers) {
+            squares += optimiser.update(store, &grads, lr)?.powi(2);
+        }
         let seconds = start.elapsed().as_secs_f64();
         Ok(Progress {
             step: step + 1,
             steps: s.steps,
             loss,
-            grad_norm,
+            grad_norm: squares.sqrt(),
             lr,
             images_per_second: s.batch as f64 / seconds,
             terms,
@@ -175,14 +180,14 @@ impl Trainer {
     ///
     /// # Errors
     /// When memory runs out.
-    pub fn averaged(&self) -> Result<Dit> {
-        // Every parameter is replaced, so none needs memory of its own.
-        let mut model = Dit::unset(self.model.config.clone(), &Device::dry())?;
-        model.params = self.model.params.duplicate();
-        for slot in self.optimiser.slots() {
-            if let Some(ema) = &slot.ema {
-                let shape = model.params.get(slot.id).value.shape();
-                model.params.set(slot.id, ema.copy()?.into_shape(shape.dims())?)?;
+    pub fn averaged(&self) -> Result<M> {
+        let mut model = self.model.duplicate()?;
+        for (store, optimiser) in model.stores_mut().into_iter().zip(&self.optimisers) {
+            for slot in optimiser.slots() {
+                if let Some(ema) = &slot.ema {
+                    let shape = store.get(slot.id).value.shape();
+                    store.set(slot.id, ema.copy()?.into_shape(shape.dims())?)?;
+                }
             }
         }
         Ok(model)

@@ -8,7 +8,7 @@ use crate::sample::config::SolverConfig;
 use crate::sample::dpm::DpmEndPoint;
 use crate::sample::respacing::Respacing;
 use crate::sample::schedule::Schedule;
-use crate::sample::solver::{Plan, Sampler, Variance};
+use crate::sample::solver::{Plan, Prediction, Sampler, Variance};
 use crate::sample::vlb::LossCoefs;
 use crate::tensor::{Device, Tensor};
 use serde_json::Value;
@@ -42,7 +42,7 @@ fn plan(case: &Case, kind: &str) -> Result<Plan> {
             let end = if original { DpmEndPoint::Official } else { DpmEndPoint::Zero };
             let config = match case.folder.join(file).exists() {
                 true if !original => SolverConfig::from_scheduler_json(&case.json(file)?)?,
-                _ => SolverConfig { sampler: Sampler::DpmPlusPlus { end }, schedule },
+                _ => SolverConfig { sampler: Sampler::DpmPlusPlus { end }, schedule, prediction: Prediction::Noise },
             };
             config.sampler.plan(&config.schedule, steps, Variance::Learned)
         }

@@ -15,7 +15,7 @@ const MEMBERS: [(&str, &str, &[&str]); 6] = [
 ];
 
 /// Crates from outside that were looked at and taken: each is the well-kept standard for its job.
-const APPROVED: [&str; 27] = [
+const APPROVED: [&str; 28] = [
     "approx",
     "bytemuck",
     "clap",
@@ -33,6 +33,7 @@ const APPROVED: [&str; 27] = [
     "pulp",
     "rayon",
     "realfft",
+    "resvg",
     "rustix",
     "safetensors",
     "serde",

@@ -1,5 +1,6 @@
-//! `graft eval`: scores of samples against real images, denoising loss and inpainting on held-out ones.
+//! `graft eval`: scores of samples against real images, denoising loss and inpainting on held-out ones, captions.
 
+mod captions;
 mod inpaint;
 mod loss;
 mod real;
@@ -80,6 +81,10 @@ pub struct Args {
     /// Fill a hole in the middle of test images, and compare with what was there.
     #[arg(long)]
     inpaint: bool,
+    /// Draw the captions of the emoji in this folder, those seen in training and those held out, --n of each, and look
+    /// for the real pictures nearest to them.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["loss", "inpaint", "reference", "seeds", "shard"])]
+    captions: Option<PathBuf>,
     /// Rounds per step, for --inpaint: more of them let the hole agree with its surroundings.
     #[arg(long, default_value_t = 1)]
     rounds: usize,
@@ -126,7 +131,9 @@ impl Args {
 
 /// Runs the command.
 pub fn run(args: &Args, as_json: bool) -> Result<()> {
-    if args.loss {
+    if let Some(dir) = &args.captions {
+        captions::run(args, dir, as_json)
+    } else if args.loss {
         loss::run(args, as_json)
     } else if args.inpaint {
         inpaint::run(args, as_json)

@@ -148,7 +148,7 @@ impl<'s> Runner<'s> {
         if !run::train(&run, &self.data, self.device, report)? {
             return Ok(None);
         }
-        let summary = Summary::gather(&run)?;
+        let summary = Summary::gather::<Dit>(&run)?;
         let mut stages = Vec::new();
         for stage in job.row.scored() {
             let model = dit::load(&run.model_folder(stage), self.device)?;

@@ -76,7 +76,7 @@ pub struct Scored {
 
 impl Scored {
     pub(super) fn new(e: Evaluated, loss: f64) -> Scored {
-        let Evaluated { name, score, seconds_per_image, sheet } = e;
+        let Evaluated { name, score, seconds_per_image, sheet, .. } = e;
         Scored { name, score, loss: Some(loss), seconds_per_image, sheet }
     }
 }

@@ -86,7 +86,7 @@ impl Block {
                         input: &h,
                         output: &branch,
                         gate: Some((&modulation, rows.gate)),
-                        condition,
+                        condition: Some(condition),
                     })?;
                     g.gate_residual(&x, &modulation, &branch, contracts::gate_residual::Params { gate_row: rows.gate })?
                 }
@@ -100,7 +100,7 @@ impl Block {
 ///
 /// W starts as [I I] and b as zero, so that a new pair adds to x what both blocks add.
 #[derive(Debug)]
-pub(crate) struct Pair {
+pub struct Pair {
     index: usize,
     blocks: [Block; 2],
     merge: Linear,

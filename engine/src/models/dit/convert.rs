@@ -1,10 +1,11 @@
 //! Conversion of a model from one layout to another, without loss.
 
-use super::load::{OPERATORS_KEY, open};
+use super::load::open;
 use super::save::{SaveAs, is_positions, save_in};
 use super::{Assumed, DitConfig, Layout};
 use crate::error::{Error, Result};
 use crate::io::atomic;
+use crate::models::folder::OPERATORS_KEY;
 use crate::models::source::Source;
 use crate::nn::operators::OptionValue;
 use crate::tensor::Device;

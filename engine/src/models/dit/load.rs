@@ -7,6 +7,7 @@ use crate::autograd::ParamId;
 use crate::error::{Error, Result};
 use crate::io::{json, weights};
 use crate::models::fill::is_product;
+use crate::models::folder::{self, OPERATORS_KEY};
 use crate::models::open::{is_pickle, only_pickle, open_pickle};
 use crate::models::source::{Source, read_weight};
 use crate::tensor::Device;
@@ -14,8 +15,6 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// Metadata key under which a folder carries the operators of its blocks.
-pub(super) const OPERATORS_KEY: &str = "graft.operators";
 /// Metadata key under which a folder carries the pairs of blocks that run in parallel; absent where none do.
 pub(super) const PAIRS_KEY: &str = "graft.pairs";
 
@@ -132,24 +131,7 @@ fn configure(config: &Value, path: &Path, metadata: &BTreeMap<String, String>) -
                 .fix("give the folder of the transformer itself"));
         }
     };
-    if let Some(text) = metadata.get(OPERATORS_KEY) {
-        let specs: Vec<BTreeMap<String, crate::nn::operators::Spec>> = serde_json::from_str(text).map_err(|e| {
-            Error::failure(&place, format!("metadata {OPERATORS_KEY} cannot be read: {e}"))
-                .must("the text that this program wrote")
-        })?;
-        if specs.len() != found.depth() {
-            return Err(Error::failure(&place, format!("metadata {OPERATORS_KEY} does not fit the depth"))
-                .is(format!("{} blocks", specs.len()))
-                .must(format!("{} blocks", found.depth())));
-        }
-        for (block, spec) in found.blocks.iter_mut().zip(specs) {
-            for (site, target) in [("attn", &mut block.attn), ("mlp", &mut block.mlp)] {
-                if let Some(given) = spec.get(site) {
-                    *target = given.clone();
-                }
-            }
-        }
-    }
+    folder::stated_operators(&place, metadata, &mut found.blocks)?;
     if let Some(text) = metadata.get(PAIRS_KEY) {
         found.pairs = serde_json::from_str(text).map_err(|e| {
             Error::failure(&place, format!("metadata {PAIRS_KEY} cannot be read: {e}"))

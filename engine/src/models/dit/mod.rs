@@ -3,7 +3,6 @@
 //! Layer numbering, token order and formulas are those of the original implementation; `Semantics` states the two
 //! places where the diffusers implementation differs.
 
-mod adapter;
 mod block;
 mod config;
 mod convert;
@@ -11,9 +10,10 @@ mod infer;
 mod load;
 mod names;
 mod save;
+mod sites;
 
-pub use adapter::save_adapter;
-pub(crate) use block::Pair;
+pub use super::sites::{Observer, Seen};
+pub use block::Pair;
 pub use config::{BlockSpec, DitConfig};
 pub use convert::{Conversion, convert};
 pub use infer::Assumed;
@@ -24,7 +24,7 @@ pub use save::{SaveAs, save};
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::{Error, Result};
 use crate::models::positions;
-use crate::nn::operators::{self, Operator, Site};
+use crate::nn::operators::{Operator, Site};
 use crate::nn::{Builder, Init, Linear, Scheme};
 use crate::ops::{act, contracts, sinusoid};
 use crate::tensor::{Device, Tensor};
@@ -68,30 +68,6 @@ impl Default for Run {
         Run { semantics: Semantics::ORIGINAL, checkpoint: false }
     }
 }
-
-/// What goes through a site in a forward pass.
-///
-/// Outputs of `attn` and `mlp` are those before the gate. Every pair of blocks (2j, 2j + 1) is shown as site
-/// `block-pair` of number j, whether it runs in sequence or in parallel: its input is the residual stream before the
-/// pair, its output what the pair adds to it.
-#[derive(Clone, Copy, Debug)]
-pub struct Seen<'s> {
-    /// Block or pair, from 0.
-    pub block: usize,
-    /// Site in the block.
-    pub site: Site,
-    /// `[B, N, D]` what the operator sees.
-    pub input: &'s Var,
-    /// `[B, N, D]` what it gives.
-    pub output: &'s Var,
-    /// `[B, 6, D]` modulation of the block, and its row that gates this site; a pair has no gate.
-    pub gate: Option<(&'s Var, usize)>,
-    /// `[B, 1, D]` what blocks are modulated by.
-    pub condition: &'s Var,
-}
-
-/// Is shown every site in order.
-pub type Observer<'o> = dyn FnMut(&Seen<'_>) -> Result<()> + 'o;
 
 /// A diffusion transformer with its parameters.
 #[derive(Debug)]
@@ -223,7 +199,7 @@ impl Dit {
                             input,
                             output: &g.sub(&out, input)?,
                             gate: None,
-                            condition: &condition,
+                            condition: Some(&condition),
                         })?;
                     }
                     out
@@ -269,18 +245,6 @@ impl Dit {
 fn modulation(g: &Graph<'_>, params: &ParamStore, layer: &Linear, condition: &Var, rows: usize) -> Result<Var> {
     let m = layer.forward(g, params, condition, act::NONE)?;
     g.reshape(&m, &[condition.dim(0), rows, condition.dim(2)])
-}
-
-/// Floating-point operations and parameters of one operator at a site of a model, without building the model.
-///
-/// # Errors
-/// As [`operators::build`].
-pub fn site_cost(config: &DitConfig, spec: &operators::Spec, site: Site) -> Result<(operators::SiteFlops, usize)> {
-    let mut params = ParamStore::default();
-    let device = Device::dry();
-    let dims = config.block_dims();
-    let operator = operators::build(spec, site, dims, &mut Builder::new(&mut params, &device, 0, Scheme::Unset))?;
-    Ok((operator.flops(dims), params.elements()))
 }
 
 /// Positions `[N, D]` of a square grid.

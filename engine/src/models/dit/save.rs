@@ -1,17 +1,13 @@
 //! Saving: the diffusers folder, or the names of the original in a folder of the same kind.
 
-use super::load::{OPERATORS_KEY, PAIRS_KEY};
+use super::load::PAIRS_KEY;
 use super::names::{Layout, POSITIONS, diffusers_copies, diffusers_parts};
 use super::{Dit, DitConfig, position_table};
 use crate::error::Result;
-use crate::io::dtype::FileDtype;
-use crate::io::safetensors::{self, TensorRecord};
-use crate::io::{atomic, json};
-use crate::nn::operators::Site;
-use crate::tensor::{DType, Tensor};
-use half::bf16;
+use crate::io::safetensors::TensorRecord;
+use crate::models::folder::{self, values};
+use crate::tensor::Tensor;
 use serde_json::{Value, json};
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -23,10 +19,6 @@ pub enum SaveAs {
     /// bfloat16, half the size.
     Bf16,
 }
-
-/// Name, shape and values of a tensor to be saved. Values that are f32 already are borrowed: a large model is not held
-/// twice while it is written.
-type Named<'m> = (String, Vec<usize>, Cow<'m, [f32]>);
 
 /// Writes `config.json` and `diffusion_pytorch_model.safetensors` to `folder`, in diffusers' names (its copies of the
 /// embedders included, so that it can load a plain model). Operators and `extra` go to the metadata.
@@ -45,44 +37,23 @@ pub(super) fn save_in(
     dtype: SaveAs,
     extra: &BTreeMap<String, String>,
 ) -> Result<()> {
-    atomic::ensure_writable_dir(folder)?;
     let c = &model.config;
-    let tensors = match layout {
-        Layout::Original => original(model)?,
-        Layout::Diffusers => diffusers(model)?,
+    let records = match layout {
+        Layout::Original => original(model, dtype)?,
+        Layout::Diffusers => diffusers(model, dtype)?,
     };
-    let specs: Vec<_> = (0..c.depth())
-        .map(|i| {
-            let spec = |site| model.operator(i, site).map(|o| o.spec());
-            json!({ "attn": spec(Site::Attn), "mlp": spec(Site::Mlp) })
-        })
-        .collect();
     let mut metadata = extra.clone();
     metadata.insert("format".into(), "pt".into());
-    metadata.insert(OPERATORS_KEY.into(), json!(specs).to_string());
+    metadata.insert(folder::OPERATORS_KEY.into(), folder::operators(model));
     metadata.remove(PAIRS_KEY);
     if !c.pairs.is_empty() {
         metadata.insert(PAIRS_KEY.into(), json!(c.pairs).to_string());
     }
-    let records = tensors.iter().map(|(name, shape, values)| match dtype {
-        SaveAs::Bf16 if !is_positions(name) => {
-            let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-            TensorRecord {
-                name: name.clone(),
-                dtype: FileDtype::Bf16,
-                shape: shape.clone(),
-                bytes: Cow::Owned(bytemuck::cast_slice(&rounded).to_vec()),
-            }
-        }
-        _ => TensorRecord::f32(name.clone(), shape, &values[..]),
-    });
     let (file, config) = match layout {
         Layout::Original => ("model.safetensors", original_config(c)),
         Layout::Diffusers => ("diffusion_pytorch_model.safetensors", diffusers_config(c)),
     };
-    safetensors::write(&folder.join(file), records, &metadata)?;
-    // Last, so that a folder with a configuration is a complete one.
-    json::write(&folder.join("config.json"), &config)
+    folder::write(folder, file, records, &metadata, &config)
 }
 
 /// Whether a tensor is the fixed position table, which is never rounded.
@@ -90,44 +61,38 @@ pub(super) fn is_positions(name: &str) -> bool {
     name == "pos_embed" || name == POSITIONS
 }
 
-fn values(tensor: &Tensor) -> Result<Cow<'_, [f32]>> {
-    Ok(match tensor.dtype() {
-        DType::F32 => tensor.values()?,
-        _ => Cow::Owned(tensor.to_vec()?),
-    })
+/// Parts of a parameter as they are written.
+fn split(names: Vec<String>, value: &Tensor, dtype: SaveAs) -> Result<Vec<TensorRecord<'_>>> {
+    let dtype = if names.iter().any(|name| is_positions(name)) { SaveAs::F32 } else { dtype };
+    dtype.split(names, value)
 }
 
-fn original(model: &Dit) -> Result<Vec<Named<'_>>> {
-    let own = model.params.iter();
-    own.map(|(_, p)| Ok((p.name.clone(), p.value.shape().dims().to_vec(), values(&p.value)?))).collect()
+fn original(model: &Dit, dtype: SaveAs) -> Result<Vec<TensorRecord<'_>>> {
+    let mut records = Vec::new();
+    for (_, param) in model.params.iter() {
+        records.extend(split(vec![param.name.clone()], &param.value, dtype)?);
+    }
+    Ok(records)
 }
 
-fn diffusers(model: &Dit) -> Result<Vec<Named<'_>>> {
+fn diffusers(model: &Dit, dtype: SaveAs) -> Result<Vec<TensorRecord<'_>>> {
     let c = &model.config;
-    let mut tensors: Vec<Named<'_>> = Vec::new();
+    let mut records: Vec<TensorRecord<'_>> = Vec::new();
     for (_, param) in model.params.iter() {
         let mut parts = diffusers_parts(&param.name);
-        let mut shape = param.value.shape().dims().to_vec();
-        let values = values(&param.value)?;
         if parts.is_empty() {
-            if *values == position_table(c.grid(), c.width) {
+            if *values(&param.value)? == position_table(c.grid(), c.width) {
                 continue;
             }
             parts.push(POSITIONS.to_string());
         }
-        shape[0] /= parts.len();
-        let chunk = (values.len() / parts.len()).max(1);
-        let values: Vec<Cow<'_, [f32]>> = match values {
-            Cow::Borrowed(all) => all.chunks(chunk).map(Cow::Borrowed).collect(),
-            Cow::Owned(all) => all.chunks(chunk).map(|part| Cow::Owned(part.to_vec())).collect(),
-        };
-        tensors.extend(parts.into_iter().zip(values).map(|(name, values)| (name, shape.clone(), values)));
+        records.extend(split(parts, &param.value, dtype)?);
     }
     for (copy, original) in diffusers_copies(c) {
-        let found = tensors.iter().find(|(name, ..)| *name == original).map(|(_, s, v)| (s.clone(), v.clone()));
-        tensors.extend(found.map(|(shape, values)| (copy, shape, values)));
+        let found = records.iter().find(|record| record.name == original).cloned();
+        records.extend(found.map(|record| TensorRecord { name: copy, ..record }));
     }
-    Ok(tensors)
+    Ok(records)
 }
 
 fn original_config(c: &DitConfig) -> Value {

@@ -5,6 +5,7 @@ use super::text::Key;
 use crate::autograd::{Graph, ParamId, ParamStore, Var};
 use crate::error::Result;
 use crate::models::dit::BlockSpec;
+use crate::models::sites::{Observer, Seen};
 use crate::nn::operators::{self, BlockDims, Operator, Site};
 use crate::nn::{Builder, Epilogue, Init, Linear};
 use crate::ops::{act, contracts};
@@ -17,6 +18,7 @@ const MLP: [usize; 3] = [3, 4, 5];
 /// One block.
 #[derive(Debug)]
 pub(super) struct Block {
+    index: usize,
     pub attn: Box<dyn Operator>,
     pub mlp: Box<dyn Operator>,
     table: ParamId,
@@ -52,7 +54,7 @@ impl Block {
         // Zero at first, so that a new model does not depend on the text.
         let output = cross.linear_from("proj", &[d, d], Init::Zeros, Init::Zeros)?;
         let mlp = operators::build(&spec.mlp, Site::Mlp, dims, &mut b.below("mlp"))?;
-        Ok(Block { attn, mlp, table, query, key_value, output, heads: dims.heads })
+        Ok(Block { index, attn, mlp, table, query, key_value, output, heads: dims.heads })
     }
 
     /// Keys and values of the text `[B, L, D]`; `single` where every sample has one token, so that attention to it is
@@ -72,16 +74,46 @@ impl Block {
         Ok(Key::Constant(g.reshape(&added, &[b, d])?))
     }
 
-    /// The residual stream after the block.
-    pub fn forward(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, key: &Key, shared: &Shared<'_>) -> Result<Var> {
+    /// The residual stream after the block; `observer` is shown its sites.
+    pub fn forward(
+        &self,
+        g: &Graph<'_>,
+        params: &ParamStore,
+        x: &Var,
+        key: &Key,
+        shared: &Shared<'_>,
+        mut observer: Option<&mut &mut Observer<'_>>,
+    ) -> Result<Var> {
         let (b, d) = (x.dim(0), x.dim(2));
         let none = contracts::embed::Params { act: act::NONE };
         let table = g.reshape(&g.param(params, self.table), &[1, 6 * d])?;
         let modulation = g.embed(&table, shared.zeros, Some(&shared.modulation), none)?;
         let modulation = g.reshape(&modulation, &[b, 6, d])?;
-        let x = site(g, params, self.attn.as_ref(), x, &modulation, ATTN, shared.eps)?;
+        let x = self.site(g, params, (Site::Attn, x), &modulation, shared.eps, observer.as_deref_mut())?;
         let x = self.read(g, params, &x, key, shared)?;
-        site(g, params, self.mlp.as_ref(), &x, &modulation, MLP, shared.eps)
+        self.site(g, params, (Site::Mlp, &x), &modulation, shared.eps, observer)
+    }
+
+    /// A gated site: x + gate·operator(norm(x)·(1 + scale) + shift).
+    fn site(
+        &self,
+        g: &Graph<'_>,
+        params: &ParamStore,
+        (site, x): (Site, &Var),
+        modulation: &Var,
+        eps: f32,
+        observer: Option<&mut &mut Observer<'_>>,
+    ) -> Result<Var> {
+        let (operator, [shift, scale, gate_row]) =
+            if site == Site::Attn { (&self.attn, ATTN) } else { (&self.mlp, MLP) };
+        let h = g.ln_modulate(x, modulation, contracts::ln_modulate::Params { shift, scale, eps })?;
+        let Some(observer) = observer else {
+            return operator.forward(g, params, &h, Some(Epilogue { residual: x, modulation, gate_row }));
+        };
+        let output = operator.forward(g, params, &h, None)?;
+        let gate = Some((modulation, gate_row));
+        observer(&Seen { block: self.index, site, input: &h, output: &output, gate, condition: None })?;
+        g.gate_residual(x, modulation, &output, contracts::gate_residual::Params { gate_row })
     }
 
     /// x plus what it reads in the text.
@@ -102,18 +134,4 @@ impl Block {
         let y = g.cross_attention(&q, kv, Some(shared.counts), contracts::cross_attention::Params { scale })?;
         self.output.forward_onto(g, params, &g.reshape(&y, &[b, n, d])?, Some(x))
     }
-}
-
-/// A gated site: x + gate·operator(norm(x)·(1 + scale) + shift).
-fn site(
-    g: &Graph<'_>,
-    params: &ParamStore,
-    operator: &dyn Operator,
-    x: &Var,
-    modulation: &Var,
-    [shift, scale, gate_row]: [usize; 3],
-    eps: f32,
-) -> Result<Var> {
-    let h = g.ln_modulate(x, modulation, contracts::ln_modulate::Params { shift, scale, eps })?;
-    operator.forward(g, params, &h, Some(Epilogue { residual: x, modulation, gate_row }))
 }

@@ -6,11 +6,13 @@ use crate::error::{Error, Result};
 use crate::io::json;
 use crate::models::dit::{BlockSpec, DitConfig};
 use crate::models::fill::{Fill, Place, fill};
+use crate::models::folder;
 use crate::models::open::{Opened, Renamed, open};
 use crate::models::source::Source;
 use crate::nn::operators::{self, BlockDims, Shapes, Site};
 use crate::tensor::Device;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// What training and other programs put before every name.
@@ -64,7 +66,7 @@ pub fn is_pixart(path: &Path) -> Result<bool> {
 }
 
 fn examine(path: &Path) -> Result<(PixArtConfig, Layout, Box<dyn Source>)> {
-    let Opened { source, config, .. } = open(path)?;
+    let Opened { source, config, metadata } = open(path)?;
     let source = Renamed::without(source, &PREFIXES);
     let layout = Layout::of(source.as_ref()).ok_or_else(|| {
         Error::failure(source.place(), "unknown layout")
@@ -73,7 +75,7 @@ fn examine(path: &Path) -> Result<(PixArtConfig, Layout, Box<dyn Source>)> {
             .fix("give the folder of the transformer itself")
     })?;
     let shapes = layout.shapes(source.as_ref());
-    let tensors = Tensors { place: source.place(), shapes: &shapes, alpha: is_alpha(path)? };
+    let tensors = Tensors { place: source.place(), shapes: &shapes, metadata: &metadata, alpha: is_alpha(path)? };
     let config = config.as_ref().map(|(path, value)| Config { place: path.display().to_string(), value });
     if let Some(config) = &config {
         config.check_class()?;
@@ -87,6 +89,7 @@ fn examine(path: &Path) -> Result<(PixArtConfig, Layout, Box<dyn Source>)> {
 struct Tensors<'a> {
     place: String,
     shapes: &'a Shapes,
+    metadata: &'a BTreeMap<String, String>,
     /// Whether the pipeline around it is that of PixArt-α.
     alpha: bool,
 }
@@ -168,7 +171,10 @@ impl Tensors<'_> {
         // Before operators are built from the sizes.
         found.check().map_err(|e| e.context(&self.place))?;
         let dims = found.block_dims([found.base(); 2]);
-        found.blocks = (0..depth).map(|i| self.block(i, dims)).collect::<Result<_>>()?;
+        // What the tensors do not tell, such as the reach of a window, only metadata states.
+        if !folder::stated_operators(&self.place, self.metadata, &mut found.blocks)? {
+            found.blocks = (0..depth).map(|i| self.block(i, dims)).collect::<Result<_>>()?;
+        }
         Ok(found)
     }
 

@@ -9,6 +9,8 @@ mod convert;
 mod load;
 mod moments;
 mod names;
+mod save;
+mod sites;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -18,6 +20,8 @@ pub use convert::{Converted, convert};
 pub use load::{describe, is_pixart, load};
 pub use moments::{Moments, Outputs};
 pub use names::{Layout, diffusers_parts, from_diffusers};
+pub use save::{SaveAs, save};
+pub use sites::TextCondition;
 pub use text::{Keys, Text};
 
 use super::fill::is_product;
@@ -25,6 +29,7 @@ use super::positions;
 use crate::autograd::{Graph, ParamId, ParamStore, Precision, Var};
 use crate::error::{Error, Result};
 use crate::models::dit::FREQUENCIES;
+use crate::models::sites::Observer;
 use crate::nn::operators::{Operator, Site};
 use crate::nn::{Builder, Init, Linear, Scheme};
 use crate::ops::{act, contracts, sinusoid};
@@ -61,6 +66,16 @@ pub struct Run {
 
 /// Sees the residual stream `[B, N, D]` after a block.
 pub type Watch<'w> = dyn FnMut(usize, &Tensor) -> Result<()> + 'w;
+
+/// Who looks on while a forward pass runs.
+enum Look<'l, 'w> {
+    /// Nobody.
+    Nobody,
+    /// Sees the stream after every block.
+    Blocks(&'l mut Watch<'w>),
+    /// Is shown every site.
+    Sites(&'l mut Observer<'w>),
+}
 
 /// Size and aspect ratio that PixArt-α at 1024 pixels is told.
 #[derive(Clone, Debug)]
@@ -225,6 +240,15 @@ impl PixArt {
         Ok(model)
     }
 
+    /// The same model with a store of its own that shares the values: setting one leaves the other as it is.
+    ///
+    /// # Errors
+    /// As [`PixArt::unset`].
+    pub fn duplicate(&self) -> Result<PixArt> {
+        let twin = PixArt::unset(self.config.clone(), &Device::dry())?;
+        Ok(PixArt { params: self.params.duplicate(), ..twin })
+    }
+
     /// Device that holds the parameters.
     pub fn device(&self) -> &Device {
         self.params.get(self.final_table).value.device()
@@ -260,6 +284,23 @@ impl PixArt {
         Ok(Keys { blocks: self.blocks.iter().map(of).collect::<Result<_>>()?, counts })
     }
 
+    /// As [`PixArt::forward`], and shows every site to `observer`; nothing is then computed twice.
+    ///
+    /// # Errors
+    /// As [`PixArt::forward`], and those of the observer.
+    pub fn forward_observed<'m>(
+        &'m self,
+        g: &Graph<'m>,
+        x: &Var,
+        t: &Tensor,
+        keys: &Keys,
+        micro: Option<&MicroConditions>,
+        observer: &mut Observer<'_>,
+    ) -> Result<Var> {
+        let moments = self.moments_of(g, x, t, micro)?;
+        self.run(g, x, &moments, keys, Run::default(), Look::Sites(observer))
+    }
+
     /// Predicts noise (and variance values where the model has them).
     ///
     /// `x [B, C, H, W]` noisy latents, `t [B]` f32 timesteps in 0..1000 (fractions allowed), `keys` those of B texts,
@@ -277,7 +318,7 @@ impl PixArt {
         run: Run,
     ) -> Result<Var> {
         let moments = self.moments_of(g, x, t, micro)?;
-        self.run(g, x, &moments, keys, run, None)
+        self.run(g, x, &moments, keys, run, Look::Nobody)
     }
 
     /// As [`PixArt::forward`] for step `index` of timesteps that [`PixArt::moments`] embedded, the same for all
@@ -295,7 +336,8 @@ impl PixArt {
         run: Run,
         watch: Option<&mut Watch<'_>>,
     ) -> Result<Var> {
-        self.run(g, x, &moments.at(g, index, x.dim(0))?, keys, run, watch)
+        let look = watch.map_or(Look::Nobody, Look::Blocks);
+        self.run(g, x, &moments.at(g, index, x.dim(0))?, keys, run, look)
     }
 
     /// The timesteps `t [B]` of a batch.
@@ -319,7 +361,7 @@ impl PixArt {
         moments: &Moments,
         keys: &Keys,
         run: Run,
-        mut watch: Option<&mut Watch<'_>>,
+        mut look: Look<'_, '_>,
     ) -> Result<Var> {
         let c = &self.config;
         let shape = x.tensor().shape();
@@ -354,22 +396,26 @@ impl PixArt {
         };
         for (index, (block, key)) in blocks.iter().zip(&keys.blocks).enumerate() {
             h = match key {
-                Key::Tokens(kv) if run.checkpoint && g.is_recording() => {
+                Key::Tokens(kv) if run.checkpoint && g.is_recording() && !matches!(look, Look::Sites(_)) => {
                     let (block, zeros, samples, counts) =
                         (Arc::clone(block), zeros.clone(), samples.clone(), keys.counts.clone());
                     g.checkpoint(&[&h, modulation, kv], move |g, inputs| {
                         let modulation = inputs[1].clone();
                         let shared = Shared { modulation, zeros: &zeros, samples: &samples, counts: &counts, eps };
-                        block.forward(g, &self.params, &inputs[0], &Key::Tokens(inputs[2].clone()), &shared)
+                        block.forward(g, &self.params, &inputs[0], &Key::Tokens(inputs[2].clone()), &shared, None)
                     })?
                 }
                 key => {
                     let modulation = modulation.clone();
                     let shared = Shared { modulation, zeros: &zeros, samples: &samples, counts: &keys.counts, eps };
-                    block.forward(g, &self.params, &h, key, &shared)?
+                    let observer = match &mut look {
+                        Look::Sites(observer) => Some(observer),
+                        _ => None,
+                    };
+                    block.forward(g, &self.params, &h, key, &shared, observer)?
                 }
             };
-            if let Some(watch) = &mut watch {
+            if let Look::Blocks(watch) = &mut look {
                 watch(index, h.tensor())?;
             }
         }

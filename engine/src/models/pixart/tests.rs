@@ -182,3 +182,35 @@ fn steps_made_at_once_keep_their_bits() {
         assert!(beyond.contains("beyond the timesteps that were made; is 4; must be below 4"), "{beyond}");
     }
 }
+
+#[test]
+fn sites_are_shown_in_order_and_nothing_changes() {
+    use crate::models::sites::SiteModel;
+    let config = PixArtConfig { sample_size: 8, caption_channels: 10, ..PixArtConfig::plain(2, 24, 3) };
+    let model = PixArt::random(config, &Device::cpu(), 9).unwrap();
+    let (device, g) = (PixArt::device(&model).clone(), Graph::inference(Precision::F32));
+    let draw = |shape: &[usize], seed: u64| {
+        let mut t = device.empty(shape).unwrap();
+        Philox::new(seed, 0).fill_normal(t.f32s_mut().unwrap());
+        t
+    };
+    let text = Text::new(&g, &Var::constant(draw(&[2, 5, 10], 1)), Some(&[1, 1, 0, 0, 0, 1, 1, 1, 1, 1])).unwrap();
+    let condition = TextCondition { text, micro: None };
+    let (x, t) = (Var::constant(draw(&[2, 4, 8, 8], 2)), Tensor::from_f32(&device, &[2], &[999.0, 12.5]).unwrap());
+    let plain = model.predict(&g, &x, &t, &condition, false, None).unwrap().tensor().to_vec().unwrap();
+    let mut seen = Vec::new();
+    let mut observer = |s: &crate::models::sites::Seen<'_>| {
+        let operator = model.operator(s.block, s.site).unwrap();
+        let again = operator.forward(&g, &model.params, s.input, None)?.tensor().to_vec()?;
+        assert_eq!(again, s.output.tensor().to_vec()?);
+        let (gates, row) = s.gate.unwrap();
+        assert_eq!((gates.tensor().shape().dims(), s.condition.is_none()), (&[2, 6, 24][..], true));
+        seen.push((s.block, s.site, row));
+        Ok(())
+    };
+    let observed = model.predict(&g, &x, &t, &condition, false, Some(&mut observer)).unwrap();
+    let observed = observed.tensor().to_vec().unwrap();
+    assert_eq!(seen, [(0, Site::Attn, 2), (0, Site::Mlp, 5), (1, Site::Attn, 2), (1, Site::Mlp, 5)]);
+    let size = plain.iter().map(|v| v.abs()).fold(0.0, f32::max);
+    assert!(observed.iter().zip(&plain).all(|(a, b)| (a - b).abs() <= 1e-5 * size));
+}

@@ -6,9 +6,11 @@
 
 mod charsmap;
 mod load;
+mod save;
 mod tokenizer;
 
 pub use load::{Residence, load, memory_of, plan_memory};
+pub use save::{save, write_word_tokenizer};
 pub use tokenizer::{Encoded, Tokenizer};
 
 use crate::autograd::{Graph, ParamId, ParamStore, Precision, Var};
@@ -219,6 +221,24 @@ impl T5 {
         Ok(T5 { config, params, embeddings, biases, last_norm, blocks, stream: None, device: device.clone() })
     }
 
+    /// The same encoder with a store of its own that shares the values: setting one leaves the other as it is.
+    ///
+    /// # Errors
+    /// An encoder whose blocks are not in memory.
+    pub fn duplicate(&self) -> Result<T5> {
+        self.is_whole()?;
+        let unset = (&Device::dry(), 0, crate::nn::Scheme::Unset);
+        let twin = T5::build(self.config.clone(), &self.device, unset, true)?;
+        Ok(T5 { params: self.params.duplicate(), ..twin })
+    }
+
+    fn is_whole(&self) -> Result<()> {
+        match self.stream {
+            Some(_) => Err(Error::failure("t5", "its blocks are not in memory").must("loaded as a whole")),
+            None => Ok(()),
+        }
+    }
+
     /// Device that runs the encoder.
     pub fn device(&self) -> &Device {
         &self.device
@@ -230,9 +250,7 @@ impl T5 {
     /// # Errors
     /// An id that the vocabulary has not, or an encoder whose blocks are not in memory.
     pub fn forward<'m>(&'m self, g: &Graph<'m>, ids: &Tensor, counts: &Tensor) -> Result<Var> {
-        if self.stream.is_some() {
-            return Err(Error::failure("t5", "its blocks are not in memory").must("loaded as a whole"));
-        }
+        self.is_whole()?;
         let (mut x, bias) = (self.embed(g, ids)?, self.bias(g, ids.dim(1))?);
         for block in &self.blocks {
             x = block.forward(g, &self.params, &self.config, &x, (&bias, counts))?;

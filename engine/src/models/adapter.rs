@@ -1,7 +1,6 @@
 //! Saving adapters in the layout of PEFT, for other programs: `adapter_config.json`, `adapter_model.safetensors`.
 
-use super::Dit;
-use super::names::diffusers_parts;
+use super::sites::SiteModel;
 use crate::error::{Error, Result};
 use crate::io::safetensors::{self, TensorRecord};
 use crate::io::{atomic, json};
@@ -15,16 +14,16 @@ use std::path::Path;
 ///
 /// # Errors
 /// A model without adapters or with adapters of different sizes, or a folder that cannot be written.
-pub fn save_adapter(model: &Dit, folder: &Path, whole: &[String]) -> Result<()> {
+pub fn save_adapter<M: SiteModel>(model: &M, folder: &Path, whole: &[String]) -> Result<()> {
     atomic::ensure_writable_dir(folder)?;
-    let params = &model.params;
+    let params = model.params();
     let mut tensors: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
     let (mut targets, mut sizes) = (Vec::new(), Vec::new());
     for (weight, adapter) in params.adapters() {
         let [a, b] = [adapter.a, adapter.b].map(|id| &params.get(id).value);
         let (rank, outputs) = (a.dim(0), b.dim(0));
         let (a_values, b_values) = (a.to_vec()?, b.to_vec()?);
-        let parts = diffusers_parts(&params.get(weight).name);
+        let parts = M::diffusers_parts(&params.get(weight).name);
         let rows = outputs / parts.len().max(1);
         for (part, b_values) in parts.iter().zip(b_values.chunks((rows * rank).max(1))) {
             let module = part.strip_suffix(".weight").unwrap_or(part);
@@ -42,7 +41,7 @@ pub fn save_adapter(model: &Dit, folder: &Path, whole: &[String]) -> Result<()> 
     };
     for (_, param) in params.iter() {
         let site = |name: &&String| param.name.strip_prefix(name.as_str()).is_some_and(|rest| rest.starts_with('.'));
-        let parts = if whole.iter().any(|name| site(&name)) { diffusers_parts(&param.name) } else { Vec::new() };
+        let parts = if whole.iter().any(|name| site(&name)) { M::diffusers_parts(&param.name) } else { Vec::new() };
         let (values, mut shape) = (param.value.to_vec()?, param.value.shape().dims().to_vec());
         shape[0] /= parts.len().max(1);
         let chunk = values.len() / parts.len().max(1);
@@ -50,7 +49,7 @@ pub fn save_adapter(model: &Dit, folder: &Path, whole: &[String]) -> Result<()> 
             tensors.push((format!("base_model.model.{part}"), shape.clone(), values.to_vec()));
         }
     }
-    let modules = whole.iter().flat_map(|site| diffusers_parts(&format!("{site}.module")));
+    let modules = whole.iter().flat_map(|site| M::diffusers_parts(&format!("{site}.module")));
     let modules: Vec<String> = modules.map(|name| name.trim_end_matches(".module").to_string()).collect();
     let records = tensors.iter().map(|(name, shape, values)| TensorRecord::f32(name.clone(), shape, values));
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
