@@ -1,5 +1,5 @@
 # Aliases, one line each; the logic is in the programs. One release build serves all of them.
-.PHONY: demo test science science-full soak mutants kernels gpu gpu-kit bench paired docs data codegen tidy
+.PHONY: demo test science science-full soak mutants kernels gpu gpu-kit twins bench paired docs data codegen tidy
 
 demo:    ; cargo run --release -p graft-engine --bin graft -- run assets/fashion-dit/demo.toml --run demo
 test:    ; python3 tools/setup/cuda_compiler.py --try && cargo test --release --workspace
@@ -10,6 +10,7 @@ mutants: ; cargo test --release -p graft-tests --test emulator -- fault && cargo
 kernels: ; python3 tools/setup/cuda_compiler.py && cargo xtask kernels && cargo xtask cubins
 gpu:     ; cargo run --release -p graft-engine --bin graft -- gpu
 gpu-kit: ; python3 tools/setup/gpu_kit.py target/gpu-kit
+twins:   ; python3 kernels-triton-ref/check.py
 bench:   ; cargo bench -p graft-benches
 paired:  ; cargo run --release -p graft-benches --bin paired
 docs:    ; cargo doc --release --workspace --no-deps
