@@ -56,7 +56,7 @@ enum BenchCommand {
         #[arg(required = true)]
         files: Vec<PathBuf>,
         /// The page.
-        #[arg(long, default_value = "bench.html")]
+        #[arg(short, long, default_value = "bench.html")]
         out: PathBuf,
     },
 }
