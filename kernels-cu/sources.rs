@@ -145,6 +145,7 @@ pub fn operator(op: &str) -> &'static [File] {
             ("features.cuh", include_str!("linear_attention/features.cuh")),
             ("linear_attention.cu", include_str!("linear_attention/linear_attention.cu")),
             ("linear_attention_mma.cu", include_str!("linear_attention/linear_attention_mma.cu")),
+            ("sums.cuh", include_str!("linear_attention/sums.cuh")),
         ],
         "ln_modulate" => &[
             ("ln_modulate.cu", include_str!("ln_modulate/ln_modulate.cu")),

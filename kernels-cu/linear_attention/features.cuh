@@ -14,6 +14,8 @@ template <int E> struct Width {
     static_assert(E % 8 == 0, "rows of whole 16-byte units");
     static constexpr int kPitch = odd_pitch(E), kTiles = E / 8, kSteps = E / 16, kRowTiles = (E + 15) / 16;
     static constexpr bool kTail = E % 16 != 0;
+    // Tokens of a tile: where sums go over them, and where a warp owns 32 of them alone.
+    static constexpr int kSumTokens = 64, kRowTokens = 128;
     // Tiles of columns of the first of two warps that share them; the other has the rest.
     static constexpr int kHalf = (kTiles + 1) / 2;
     static __device__ __forceinline__ int half_tiles(int half) { return half ? kTiles - kHalf : kHalf; }

@@ -18,115 +18,12 @@
 // TB/s. A tile of 64 tokens takes 360 to 650 mma of 16×8×16, at most 60 % of the time that its bytes take.
 //
 // Requires: eps above zero. Does not handle: other widths, f32 (linear_attention.cu takes all).
-#include "features.cuh"
-
-// Tokens of a tile: where sums go over them, and where a warp owns 32 of them alone.
-constexpr int kSumTokens = 64, kRowTokens = 128;
-
-// Parts of a head's tokens, in whole tiles of 128.
-struct Part {
-    int sample, head, first, end;
-    size_t index;
-    __device__ __forceinline__ size_t partial(int parts, int part) const { return index * parts + part; }
-};
-__device__ __forceinline__ int part_of_block(int h, int parts) { return int(blockIdx.x) / h % parts; }
-__device__ __forceinline__ Part place_of_part(int n, int h, int parts) {
-    const int head = int(blockIdx.x) % h, part = part_of_block(h, parts), sample = int(blockIdx.x) / h / parts;
-    const int tiles = (n + 127) / 128, each = (tiles + parts - 1) / parts * 128, first = min(n, part * each);
-    return {sample, head, first, min(n, first + each), size_t(sample) * h + head};
-}
-
-// Sums over the tokens, one warp's share: columns d of its half, all rows e, as the accumulators of Sᵀ.
-template <int E> struct Sums {
-    using W = Width<E>;
-    float acc[W::kRowTiles][W::kHalf][4], total[W::kHalf];
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int j = 0; j < W::kHalf; j++) {
-            total[j] = 0.0f;
-#pragma unroll
-            for (int i = 0; i < W::kRowTiles; i++) acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.0f;
-        }
-    }
-    // acc += rightᵀ[e][token]·left[token][d] over 16 tokens; `feature` makes a pair of tokens of the B operand, as a sum of
-    // two where `rest` says that the second is not zero.
-    template <bool kSplit, class F>
-    __device__ __forceinline__ void add(uint32_t left, uint32_t right, bool rest, F feature) {
-        const int half = warp_id() % 2, column = half * W::kHalf * 16;
-        uint32_t b[W::kHalf + 1][2], low[W::kHalf][2];
-#pragma unroll
-        for (int j = 0; j < W::kHalf; j += 2) {
-            if (j + 1 < W::half_tiles(half)) {
-                uint32_t pair[4];
-                load_b_pair<W::kPitch>(pair, left + column + j * 16);
-                b[j][0] = pair[0], b[j][1] = pair[1], b[j + 1][0] = pair[2], b[j + 1][1] = pair[3];
-            } else if (j < W::half_tiles(half)) {
-                load_b<W::kPitch>(b[j], left + column + j * 16);
-                b[j + 1][0] = b[j + 1][1] = 0;
-            } else {
-                b[j][0] = b[j][1] = b[j + 1][0] = b[j + 1][1] = 0;
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < W::kHalf; j++)
-            if (j < W::half_tiles(half)) {
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    const Split made = feature(b[j][r], r, total[j]);
-                    b[j][r] = made.high, low[j][r] = made.low;
-                }
-            }
-#pragma unroll
-        for (int i = 0; i < W::kRowTiles; i++) {
-            uint32_t a[4];
-            load_a_trans<W::kPitch>(a, right + i * 32, i < W::kSteps);
-#pragma unroll
-            for (int j = 0; j < W::kHalf; j++)
-                if (j < W::half_tiles(half)) mma_m16n8k16<bf16>(acc[i][j], a, b[j][0], b[j][1]);
-            if constexpr (kSplit) {
-                if (!rest) continue;
-#pragma unroll
-                for (int j = 0; j < W::kHalf; j++)
-                    if (j < W::half_tiles(half)) mma_m16n8k16<bf16>(acc[i][j], a, low[j][0], low[j][1]);
-            }
-        }
-    }
-    // The two pairs of warps are added in `sums`, [E][E + 1] floats that nobody else uses any more, and go to `to`.
-    __device__ __forceinline__ void store(float* sums, float* to) {
-        const int half = warp_id() % 2, group = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll
-        for (int j = 0; j < W::kHalf; j++) {
-            total[j] += __shfl_xor_sync(kFullMask, total[j], 1);
-            total[j] += __shfl_xor_sync(kFullMask, total[j], 2);
-        }
-        for (int turn = 0; turn < 2; turn++) {
-            __syncthreads();
-            if (warp_id() / 2 != turn) continue;
-#pragma unroll
-            for (int j = 0; j < W::kHalf; j++) {
-                if (j >= W::half_tiles(half)) continue;
-                const int column = (half * W::kHalf + j) * 8;
-#pragma unroll
-                for (int i = 0; i < W::kRowTiles; i++) {
-#pragma unroll
-                    for (int r = 0; r < 4; r++) {
-                        const int e = i * 16 + group + r / 2 * 8, d = column + 2 * t + r % 2;
-                        if (e < E) put(sums + d * (E + 1) + e, acc[i][j][r], turn);
-                    }
-                }
-                if (t == 0) put(sums + (column + group) * (E + 1) + E, total[j], turn);
-            }
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < E * (E + 1); i += 128) to[i] = sums[i];
-    }
-    static __device__ __forceinline__ void put(float* at, float v, int turn) { *at = turn ? *at + v : v; }
-};
+#include "sums.cuh"
 
 template <int E>
 __device__ __forceinline__ void sum_states(const bf16* qkv, float* partials, int n, int h, int map, int parts) {
     using W = Width<E>;
-    constexpr int kStages = 3, kTile = kSumTokens * W::kPitch;
+    constexpr int kStages = 3, kTile = W::kSumTokens * W::kPitch;
     static_assert(kStages * 2 * kTile >= E * (E + 1) * 4, "the sums take the place of the tiles");
     SMEM_DYNAMIC(smem, 16);
     Regions regions = {smem, {}};
@@ -135,13 +32,13 @@ __device__ __forceinline__ void sum_states(const bf16* qkv, float* partials, int
     const size_t stride = size_t(3) * h * E;
     const bf16* k = qkv + size_t(p.sample) * n * stride + (size_t(h) + p.head) * E;
     const uint32_t stages = smem_u32(ring);
-    const int tiles = (p.end - p.first + kSumTokens - 1) / kSumTokens;
+    const int tiles = (p.end - p.first + W::kSumTokens - 1) / W::kSumTokens;
     const auto fetch = [&](int tile) {
         if (tile < tiles) {
             const uint32_t to = stages + tile % kStages * 2 * kTile;
-            const int first = p.first + tile * kSumTokens;
-            copy_rows<kSumTokens, E, 128>(to, k, stride, first, p.end);
-            copy_rows<kSumTokens, E, 128>(to + kTile, k + size_t(h) * E, stride, first, p.end);
+            const int first = p.first + tile * W::kSumTokens;
+            copy_rows<W::kSumTokens, E, 128>(to, k, stride, first, p.end);
+            copy_rows<W::kSumTokens, E, 128>(to + kTile, k + size_t(h) * E, stride, first, p.end);
         }
         cp_async_commit();
     };
@@ -156,7 +53,7 @@ __device__ __forceinline__ void sum_states(const bf16* qkv, float* partials, int
 #pragma unroll
         for (int step = 0; step < 2; step++) {
             const int row = warp_id() / 2 * 32 + step * 16;
-            const int token = p.first + tile * kSumTokens + row + 2 * (lane_id() % 4);
+            const int token = p.first + tile * W::kSumTokens + row + 2 * (lane_id() % 4);
             sums.template add<true>(at + row * W::kPitch, at + kTile + row * W::kPitch, map == 0, [&](uint32_t raw, int upper,
                                                                                                      float& total) {
                 // Rows of zeros behind the last token have no feature.
@@ -175,7 +72,7 @@ template <int E>
 __device__ __forceinline__ void read_states(const bf16* qkv, const float* state, const float* total, bf16* y, float* norm,
                                             int n, int h, int map, float eps, int parts) {
     using W = Width<E>;
-    constexpr int kStages = 2, kTile = kRowTokens * W::kPitch;
+    constexpr int kStages = 2, kTile = W::kRowTokens * W::kPitch;
     SMEM_DYNAMIC(smem, 16);
     Regions regions = {smem, {}};
     const uint32_t matrix = smem_u32(regions.take(2 * E * W::kPitch));
@@ -184,10 +81,10 @@ __device__ __forceinline__ void read_states(const bf16* qkv, const float* state,
     const Part p = place_of_part(n, h, parts);
     const size_t stride = size_t(3) * h * E, rows = size_t(p.sample) * n;
     const bf16* q = qkv + rows * stride + size_t(p.head) * E;
-    const int tiles = (p.end - p.first + kRowTokens - 1) / kRowTokens;
+    const int tiles = (p.end - p.first + W::kRowTokens - 1) / W::kRowTokens;
     const auto fetch = [&](int tile) {
         if (tile < tiles)
-            copy_rows<kRowTokens, E, 128>(stages + tile % kStages * kTile, q, stride, p.first + tile * kRowTokens, p.end);
+            copy_rows<W::kRowTokens, E, 128>(stages + tile % kStages * kTile, q, stride, p.first + tile * W::kRowTokens, p.end);
         cp_async_commit();
     };
     fetch(0);
@@ -198,7 +95,7 @@ __device__ __forceinline__ void read_states(const bf16* qkv, const float* state,
         fetch(tile + 1);
         cp_async_wait<1>();
         __syncthreads();
-        const int first = p.first + tile * kRowTokens + warp_id() * 32;
+        const int first = p.first + tile * W::kRowTokens + warp_id() * 32;
         const uint32_t mine = stages + tile % kStages * kTile + warp_id() * 32 * W::kPitch;
         Operand<E> feature[2];
         float inverse[2][2];
@@ -232,27 +129,27 @@ __device__ __forceinline__ void back_to_queries(const bf16* dy, const bf16* qkv,
                                                 const float* state, const float* total, bf16* dqkv, float* partials, int n,
                                                 int h, int map, int parts) {
     using W = Width<E>;
-    constexpr int kStages = 2, kTile = kSumTokens * W::kPitch;
+    constexpr int kStages = 2, kTile = W::kSumTokens * W::kPitch;
     static_assert(kStages * 3 * kTile >= E * (E + 1) * 4, "the sums take the place of the tiles");
     SMEM_DYNAMIC(smem, 16);
     Regions regions = {smem, {}};
     const uint32_t matrix = smem_u32(regions.take(2 * E * W::kPitch));
     float* totals = reinterpret_cast<float*>(regions.take(E * 4));
     // What each token of the tile is divided by, then its dy·y.
-    float* scales = reinterpret_cast<float*>(regions.take(2 * kSumTokens * 4));
+    float* scales = reinterpret_cast<float*>(regions.take(2 * W::kSumTokens * 4));
     unsigned char* ring = regions.take(kStages * 3 * kTile);
     const uint32_t stages = smem_u32(ring);
     const Part p = place_of_part(n, h, parts);
     const size_t stride = size_t(3) * h * E, rows = size_t(p.sample) * n, plain = size_t(h) * E;
     const bf16* q = qkv + rows * stride + size_t(p.head) * E;
-    const int tiles = (p.end - p.first + kSumTokens - 1) / kSumTokens;
+    const int tiles = (p.end - p.first + W::kSumTokens - 1) / W::kSumTokens;
     const auto fetch = [&](int tile) {
         if (tile < tiles) {
             const uint32_t to = stages + tile % kStages * 3 * kTile;
-            const int first = p.first + tile * kSumTokens;
-            copy_rows<kSumTokens, E, 128>(to, q, stride, first, p.end);
-            copy_rows<kSumTokens, E, 128>(to + kTile, dy + rows * plain + size_t(p.head) * E, plain, first, p.end);
-            copy_rows<kSumTokens, E, 128>(to + 2 * kTile, y + rows * plain + size_t(p.head) * E, plain, first, p.end);
+            const int first = p.first + tile * W::kSumTokens;
+            copy_rows<W::kSumTokens, E, 128>(to, q, stride, first, p.end);
+            copy_rows<W::kSumTokens, E, 128>(to + kTile, dy + rows * plain + size_t(p.head) * E, plain, first, p.end);
+            copy_rows<W::kSumTokens, E, 128>(to + 2 * kTile, y + rows * plain + size_t(p.head) * E, plain, first, p.end);
         }
         cp_async_commit();
     };
@@ -267,7 +164,7 @@ __device__ __forceinline__ void back_to_queries(const bf16* dy, const bf16* qkv,
         fetch(tile + 1);
         cp_async_wait<1>();
         __syncthreads();
-        const int first = p.first + tile * kSumTokens;
+        const int first = p.first + tile * W::kSumTokens;
         const uint32_t at = stages + tile % kStages * 3 * kTile, dys = at + kTile, ys = at + 2 * kTile;
         {
             // Two threads a token: dy·y, and what the norm divides by.
@@ -282,7 +179,7 @@ __device__ __forceinline__ void back_to_queries(const bf16* dy, const bf16* qkv,
             }
             sum += __shfl_xor_sync(kFullMask, sum, 1);
             if (part)
-                scales[kSumTokens + token] = sum;
+                scales[W::kSumTokens + token] = sum;
             else
                 scales[token] = first + token < p.end ? 1.0f / norm[p.index * n + first + token] : 0.0f;
         }
@@ -297,7 +194,7 @@ __device__ __forceinline__ void back_to_queries(const bf16* dy, const bf16* qkv,
             for (int r = 0; r < 2; r++) {
                 const int row = row0 + m * 16 + r * 8 + group, cell = row * W::kPitch + (column + 2 * t) * 2;
                 const uint32_t raw = ld_shared_u32(at + cell);
-                const float inverse = scales[row], delta = scales[kSumTokens + row];
+                const float inverse = scales[row], delta = scales[W::kSumTokens + row];
                 const float lo = (acc[2 * r] - delta * sum.x) * inverse * phi_slope(map, unpack_lo<bf16>(raw));
                 const float hi = (acc[2 * r + 1] - delta * sum.y) * inverse * phi_slope(map, unpack_hi<bf16>(raw));
                 st_shared_u32(ys + cell, pack<bf16>(lo, hi));
@@ -312,13 +209,13 @@ __device__ __forceinline__ void back_to_queries(const bf16* dy, const bf16* qkv,
                 const float* of = scale + 8 * upper;
                 const uint32_t made =
                     pack<bf16>(phi(map, unpack_lo<bf16>(raw)) * of[0], phi(map, unpack_hi<bf16>(raw)) * of[1]);
-                fall = fmaf(-of[kSumTokens], unpack_lo<bf16>(made), fall);
-                fall = fmaf(-of[kSumTokens + 1], unpack_hi<bf16>(made), fall);
+                fall = fmaf(-of[W::kSumTokens], unpack_lo<bf16>(made), fall);
+                fall = fmaf(-of[W::kSumTokens + 1], unpack_hi<bf16>(made), fall);
                 return Split{made, 0};
             });
         }
         __syncthreads();
-        store_rows<kSumTokens, E, 128>(dqkv + rows * stride + size_t(p.head) * E, stride, ys, first, p.end, threadIdx.x);
+        store_rows<W::kSumTokens, E, 128>(dqkv + rows * stride + size_t(p.head) * E, stride, ys, first, p.end, threadIdx.x);
     }
     cp_async_wait<0>();
     sums.store(reinterpret_cast<float*>(ring),
@@ -329,7 +226,7 @@ template <int E>
 __device__ __forceinline__ void back_to_keys(const bf16* qkv, const float* dstate, const float* dtotal, bf16* dqkv, int n,
                                              int h, int map, int parts) {
     using W = Width<E>;
-    constexpr int kStages = 2, kTile = kRowTokens * W::kPitch;
+    constexpr int kStages = 2, kTile = W::kRowTokens * W::kPitch;
     SMEM_DYNAMIC(smem, 16);
     Regions regions = {smem, {}};
     const uint32_t matrix = smem_u32(regions.take(2 * E * W::kPitch));
@@ -338,13 +235,13 @@ __device__ __forceinline__ void back_to_keys(const bf16* qkv, const float* dstat
     const Part p = place_of_part(n, h, parts);
     const size_t stride = size_t(3) * h * E, of_head = size_t(p.sample) * n * stride + (size_t(h) + p.head) * E;
     const size_t to_v = size_t(h) * E;
-    const int tiles = (p.end - p.first + kRowTokens - 1) / kRowTokens;
+    const int tiles = (p.end - p.first + W::kRowTokens - 1) / W::kRowTokens;
     const auto fetch = [&](int tile) {
         if (tile < tiles) {
             const uint32_t to = stages + tile % kStages * 2 * kTile;
-            const int first = p.first + tile * kRowTokens;
-            copy_rows<kRowTokens, E, 128>(to, qkv + of_head, stride, first, p.end);
-            copy_rows<kRowTokens, E, 128>(to + kTile, qkv + of_head + to_v, stride, first, p.end);
+            const int first = p.first + tile * W::kRowTokens;
+            copy_rows<W::kRowTokens, E, 128>(to, qkv + of_head, stride, first, p.end);
+            copy_rows<W::kRowTokens, E, 128>(to + kTile, qkv + of_head + to_v, stride, first, p.end);
         }
         cp_async_commit();
     };
@@ -357,7 +254,7 @@ __device__ __forceinline__ void back_to_keys(const bf16* qkv, const float* dstat
         fetch(tile + 1);
         cp_async_wait<1>();
         __syncthreads();
-        const int first = p.first + tile * kRowTokens + warp_id() * 32;
+        const int first = p.first + tile * W::kRowTokens + warp_id() * 32;
         const uint32_t ks = stages + tile % kStages * 2 * kTile + warp_id() * 32 * W::kPitch, vs = ks + kTile;
         Operand<E> left[2];
         left[0].load(vs), left[1].load(vs + 16 * W::kPitch);
