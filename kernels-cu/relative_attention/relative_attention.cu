@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
 }
 KERNEL_EXPORT(relative_attention_backward_kv_64x64_e64);
 
-extern "C" __global__ void __launch_bounds__(128, 3)
+extern "C" __global__ void __launch_bounds__(128, 2)
     relative_attention_forward_64x64_e72(const T* qkv, const T* bias, const int* counts, T* y, float* lse, int n, int h, int e, float scale) {
     mma_packed_forward<MmaSmall<72>>(distances(bias, counts, n, h, place_of_tile<MmaSmall<72>>(n, h)), qkv, y, lse, n, h, e, scale);
 }
