@@ -58,7 +58,7 @@ fn run(filter: &[String]) -> Result<bool, String> {
         let folder = root.join("target/mutants");
         // Where the operator itself fails, every catch would be one in name only.
         if sound != Some(mutant.op.as_str()) {
-            mutant::copy(&mutant.op, &root, &folder)?;
+            mutant::copy(&root, &folder)?;
             if let Some(how) = hunt(mutant, &folder)? {
                 return Err(format!("{} fails without a planted bug: {how}", mutant.op));
             }

@@ -1,7 +1,7 @@
 //! Mutants as they are listed, and how one is planted.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A wrong version of a source.
 pub struct Mutant {
@@ -70,31 +70,37 @@ impl Mutant {
         }
     }
 
-    /// Copies the sources that the operator needs into `folder`, with the bug.
+    /// Copies the sources into `folder`, with the bug.
     ///
     /// # Errors
     /// A file that cannot be read or written.
     pub fn plant(&self, root: &Path, folder: &Path) -> Result<(), String> {
-        copy(&self.op, root, folder)?;
+        copy(root, folder)?;
         let mutated = self.source(root)?.replace(&self.find, &self.replace);
         let target = folder.join("kernels-cu").join(&self.file);
         std::fs::write(&target, mutated).map_err(|e| format!("{}: {e}", target.display()))
     }
 }
 
-/// Copies the sources that an operator needs into `folder`, whose old content goes.
+/// Copies all sources into `folder`, whose old content goes: an operator may launch kernels of another.
 ///
 /// # Errors
 /// A file that cannot be read or written.
-pub fn copy(op: &str, root: &Path, folder: &Path) -> Result<(), String> {
+pub fn copy(root: &Path, folder: &Path) -> Result<(), String> {
     let _ = std::fs::remove_dir_all(folder);
-    for part in ["common", "emu", op] {
-        let (from, to) = (root.join("kernels-cu").join(part), folder.join("kernels-cu").join(part));
+    let list = |path: &Path| -> Result<Vec<PathBuf>, String> {
+        let entries = std::fs::read_dir(path).map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok(entries.filter_map(Result::ok).map(|e| e.path()).collect())
+    };
+    let source = |path: &PathBuf| {
+        path.extension().and_then(|e| e.to_str()).is_some_and(|e| ["cu", "cuh", "cpp", "h"].contains(&e))
+    };
+    for from in list(&root.join("kernels-cu"))?.iter().filter(|p| p.is_dir()) {
+        let to = folder.join("kernels-cu").join(from.file_name().unwrap_or_default());
         std::fs::create_dir_all(&to).map_err(|e| format!("{}: {e}", to.display()))?;
-        let entries = std::fs::read_dir(&from).map_err(|e| format!("{}: {e}", from.display()))?;
-        for file in entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| p.is_file()) {
+        for file in list(from)?.iter().filter(|p| source(p)) {
             let target = to.join(file.file_name().unwrap_or_default());
-            std::fs::copy(&file, &target).map_err(|e| format!("{}: {e}", target.display()))?;
+            std::fs::copy(file, &target).map_err(|e| format!("{}: {e}", target.display()))?;
         }
     }
     Ok(())

@@ -29,7 +29,9 @@ struct Log {
     sizes: Vec<usize>,
     /// Buffers that a launch has seen: their contents are no longer known.
     used: Vec<bool>,
-    op: Option<(&'static Kernel, ElementType)>,
+    /// A kernel of each operator that launched one, and their working type.
+    ops: Vec<&'static Kernel>,
+    element: Option<ElementType>,
     launches: Vec<Recorded>,
     /// Buffer of each download, in order.
     reads: Vec<usize>,
@@ -51,7 +53,7 @@ pub struct Recording {
     pub kernels: Vec<&'static str>,
     /// Number of launches.
     pub launches: usize,
-    kernel: &'static Kernel,
+    ops: Vec<&'static Kernel>,
     element: ElementType,
     case: Case,
     /// Buffer of each download, in order.
@@ -74,7 +76,7 @@ impl Recorder {
     /// What was recorded; `None` where nothing was launched.
     pub fn finish(&self) -> Option<Recording> {
         let log = std::mem::take(&mut *self.log());
-        let (kernel, element) = log.op?;
+        let element = log.element?;
         let mut case = Case::default();
         for bytes in &log.buffers {
             case.buffer(bytes);
@@ -86,7 +88,7 @@ impl Recorder {
             case.launch_shaped(l.kernel, l.grid, [l.threads, 1, 1], l.cluster, l.shared, flags, &l.args);
         }
         let kernels = log.launches.iter().map(|l| l.kernel).collect::<Vec<_>>();
-        Some(Recording { launches: kernels.len(), kernels, kernel, element, case, reads: log.reads })
+        Some(Recording { launches: kernels.len(), kernels, ops: log.ops, element, case, reads: log.reads })
     }
 }
 
@@ -96,9 +98,11 @@ impl Recording {
     /// # Errors
     /// When it cannot be compiled or started; a report of the checker is an [`Outcome`].
     pub fn run(&self, build: Build, seed: u64) -> Result<Outcome> {
+        let names: Vec<&str> = self.ops.iter().map(|k| k.op).collect();
         let failed =
-            |why: String| Error::failure(format!("{} for {} ({build} build)", self.kernel.op, self.element), why);
-        let program = toolchain()?.compile(&files_of(self.kernel), Some(self.element), build).map_err(failed)?;
+            |why: String| Error::failure(format!("{} for {} ({build} build)", names.join(", "), self.element), why);
+        let files: Vec<String> = self.ops.iter().flat_map(|kernel| files_of(kernel)).collect();
+        let program = toolchain()?.compile(&files, Some(self.element), build).map_err(failed)?;
         self.case.run(&program, seed, false).map_err(failed)
     }
 }
@@ -200,9 +204,11 @@ impl Gpu for Recorder {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         let mut log = self.log();
         let Launch { kernel, element, shape, args } = launch;
-        let (first, of) = *log.op.get_or_insert((kernel, *element));
-        if (first.op, of) != (kernel.op, *element) {
-            return Err(Error::failure("recording", "launches of two operators in one case").is(kernel.op));
+        if *log.element.get_or_insert(*element) != *element {
+            return Err(Error::failure("recording", "launches in two working types in one case").is(kernel.op));
+        }
+        if log.ops.iter().all(|known| known.op != kernel.op) {
+            log.ops.push(kernel);
         }
         super::fits(launch, &self.properties)?;
         let number = |n: usize| u32::try_from(n).map_err(|_| Error::failure("recording", format!("{n} is too large")));
