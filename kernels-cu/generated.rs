@@ -13,6 +13,7 @@ pub const OPS: &[OpInfo] = &[
     adamw::INFO,
     add_noise::INFO,
     attention::INFO,
+    attention_int8::INFO,
     axpy::INFO,
     branch_deltas::INFO,
     conv2d::INFO,
@@ -26,6 +27,7 @@ pub const OPS: &[OpInfo] = &[
     gated_conv::INFO,
     gated_conv_2d::INFO,
     gemm::INFO,
+    gemm_fp8::INFO,
     group_norm_silu::INFO,
     kv_compress::INFO,
     linear_attention::INFO,
@@ -35,6 +37,7 @@ pub const OPS: &[OpInfo] = &[
     loss_regression::INFO,
     mamba2::INFO,
     neighborhood_attention::INFO,
+    norm_silu_conv2d::INFO,
     patchify::INFO,
     philox::INFO,
     qk_norm::INFO,
@@ -364,6 +367,18 @@ pub mod attention {
     pub enum ForwardWay {
         /// mma.sync, up to 256 tokens: keys and values of a head in shared memory, scores in two steps of 128.
         MmaWhole,
+        /// TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72.
+        Wgmma128x192,
+        /// The same in clusters of two blocks, which load every tile of keys and values once for both.
+        Wgmma128x192Cluster2,
+        /// The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory.
+        Wgmma128x192Wide,
+        /// The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first.
+        Wgmma128x192Exact,
+        /// The same with three warpgroups of sums, 192 queries by 112 keys.
+        Wgmma192x112,
+        /// The same with 128 queries by 128 keys; heads of 64, 72 and 128.
+        Wgmma128x128,
         /// mma.sync, blocks of 128 queries, keys in stages of 64.
         Mma128x64,
         /// mma.sync, blocks of 64 queries, keys in stages of 64.
@@ -376,6 +391,12 @@ pub mod attention {
         const OP: &'static str = "attention";
         const ALL: &'static [(ForwardWay, WayInfo)] = &[
             (ForwardWay::MmaWhole, WayInfo { name: "mma_whole", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: keys and values of a head in shared memory, scores in two steps of 128." }),
+            (ForwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72." }),
+            (ForwardWay::Wgmma128x192Cluster2, WayInfo { name: "wgmma_128x192_cluster2", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same in clusters of two blocks, which load every tile of keys and values once for both." }),
+            (ForwardWay::Wgmma128x192Wide, WayInfo { name: "wgmma_128x192_wide", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory." }),
+            (ForwardWay::Wgmma128x192Exact, WayInfo { name: "wgmma_128x192_exact", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first." }),
+            (ForwardWay::Wgmma192x112, WayInfo { name: "wgmma_192x112", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with three warpgroups of sums, 192 queries by 112 keys." }),
+            (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }),
             (ForwardWay::Mma128x64, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }),
             (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
             (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
@@ -385,6 +406,10 @@ pub mod attention {
     /// Ways to run the backward pass on a GPU.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub enum BackwardWay {
+        /// TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72.
+        Wgmma128x64,
+        /// The same with 80 queries at a time; heads of 72.
+        Wgmma128x80,
         /// mma.sync, two deterministic kernels with blocks of 64 tokens.
         Mma64x64,
         /// Multiply-adds of the CUDA cores, any width.
@@ -394,6 +419,8 @@ pub mod attention {
     impl Way for BackwardWay {
         const OP: &'static str = "attention";
         const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Wgmma128x64, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }),
+            (BackwardWay::Wgmma128x80, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }),
             (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
             (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
         ];
@@ -430,12 +457,17 @@ pub mod attention {
         Case { name: "sharp_72", tier: Tier::Tiny, shape: "B=1 N=66 H=1 E=72", dims: Dims { b: 1, n: 66, h: 1, e: 72 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "negative_scale", tier: Tier::Tiny, shape: "B=1 N=80 H=1 E=72", dims: Dims { b: 1, n: 80, h: 1, e: 72 }, params: Params { scale: -0.25 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "equal_scores", tier: Tier::Tiny, shape: "B=1 N=70 H=1 E=72", dims: Dims { b: 1, n: 70, h: 1, e: 72 }, params: Params { scale: 0.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tiles_72", tier: Tier::Tiny, shape: "B=1 N=400 H=1 E=72", dims: Dims { b: 1, n: 400, h: 1, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "heads_72", tier: Tier::Tiny, shape: "B=2 N=200 H=3 E=72", dims: Dims { b: 2, n: 200, h: 3, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "tail_72", tier: Tier::Tiny, shape: "B=1 N=260 H=2 E=72", dims: Dims { b: 1, n: 260, h: 2, e: 72 }, params: Params { scale: 0.3 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "heads_64", tier: Tier::Tiny, shape: "B=1 N=140 H=2 E=64", dims: Dims { b: 1, n: 140, h: 2, e: 64 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "heads_128", tier: Tier::Tiny, shape: "B=1 N=140 H=1 E=128", dims: Dims { b: 1, n: 140, h: 1, e: 128 }, params: Params { scale: 0.0883883 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32", dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "tensor_cores_64", "tensor_cores_72", "tensor_cores_80", "tensor_cores_96", "tensor_cores_128", "whole_row", "narrow_columns", "sharp_72", "negative_scale", "equal_scores", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_whole", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: keys and values of a head in shared memory, scores in two steps of 128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
+    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "tensor_cores_64", "tensor_cores_72", "tensor_cores_80", "tensor_cores_96", "tensor_cores_128", "whole_row", "narrow_columns", "sharp_72", "negative_scale", "equal_scores", "tiles_72", "heads_72", "tail_72", "heads_64", "heads_128", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_whole", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: keys and values of a head in shared memory, scores in two steps of 128." }, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72." }, WayInfo { name: "wgmma_128x192_cluster2", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same in clusters of two blocks, which load every tile of keys and values once for both." }, WayInfo { name: "wgmma_128x192_wide", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory." }, WayInfo { name: "wgmma_128x192_exact", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first." }, WayInfo { name: "wgmma_192x112", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with three warpgroups of sums, 192 queries by 112 keys." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -457,6 +489,93 @@ pub mod attention {
         { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved).0, &cotangent))); }
         rows
     }
+}
+
+/// Softmax self-attention whose scores come from queries and keys of 8 bits, for inference where that error is accepted.
+pub mod attention_int8 {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Factor of the scores, as a rule 1/sqrt(E).
+        pub scale: f32,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
+        pub qkv: &'a [T],
+        /// `[B, N, H, E]` float: Attention output, heads side by side.
+        pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} H={} E={}", self.b, self.n, self.h, self.e)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// Products of 8 bits for the scores, of bf16 for the values; heads of a multiple of 8 up to 128.
+        Int8,
+        /// `attention`, for other heads.
+        Exact,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "attention_int8";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Int8, WayInfo { name: "int8", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Products of 8 bits for the scores, of bf16 for the values; heads of a multiple of 8 up to 128." }),
+            (ForwardWay::Exact, WayInfo { name: "exact", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "`attention`, for other heads." }),
+        ];
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*b*h*n*n*e
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, h, e, .. } = dims;
+        4*(4*b*n*h*e)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 H=1 E=8", dims: Dims { b: 1, n: 1, h: 1, e: 8 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "odd_head", tier: Tier::Tiny, shape: "B=2 N=9 H=2 E=7", dims: Dims { b: 2, n: 9, h: 2, e: 7 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "narrow_head", tier: Tier::Tiny, shape: "B=2 N=33 H=2 E=40", dims: Dims { b: 2, n: 33, h: 2, e: 40 }, params: Params { scale: 0.15811388 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=131 H=2 E=72", dims: Dims { b: 1, n: 131, h: 2, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "full_tiles", tier: Tier::Tiny, shape: "B=1 N=128 H=1 E=64", dims: Dims { b: 1, n: 128, h: 1, e: 64 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "head_128", tier: Tier::Tiny, shape: "B=2 N=70 H=1 E=128", dims: Dims { b: 2, n: 70, h: 1, e: 128 }, params: Params { scale: 0.088388346 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "attention_int8", summary: "Softmax self-attention whose scores come from queries and keys of 8 bits, for inference where that error is accepted.", backward: false, cases: &["one_token", "odd_head", "narrow_head", "head_72", "full_tiles", "head_128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 2e-2 }), elements: &[ElementType::Bf16], ways: &[WayInfo { name: "int8", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Products of 8 bits for the scores, of bf16 for the values; heads of a multiple of 8 up to 128." }, WayInfo { name: "exact", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "`attention`, for other heads." }] };
+
 }
 
 /// Adds a multiple of a tensor to another in place.
@@ -683,6 +802,47 @@ pub mod conv2d {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} H={} W={} C={} F={} Kh={} Kw={} Oh={} Ow={}", self.b, self.h, self.w, self.c, self.f, self.kh, self.kw, self.oh, self.ow)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters.
+        Windows128x16,
+        /// As halo_128x128 with wgmma, pixels from registers.
+        Wgmma128x128,
+        /// As wgmma_128x128 with 64 filters.
+        Wgmma128x64,
+        /// Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters.
+        Halo128x128,
+        /// As halo_128x128 with 64 filters.
+        Halo128x64,
+        /// Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 128 filters.
+        Windows128x128,
+        /// As windows_128x128 with 64 pixels and 64 filters.
+        Windows64x64,
+        /// Multiply-adds in f32, any shape.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "conv2d";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Windows128x16, WayInfo { name: "windows_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters." }),
+            (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As halo_128x128 with wgmma, pixels from registers." }),
+            (ForwardWay::Wgmma128x64, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }),
+            (ForwardWay::Halo128x128, WayInfo { name: "halo_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters." }),
+            (ForwardWay::Halo128x64, WayInfo { name: "halo_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As halo_128x128 with 64 filters." }),
+            (ForwardWay::Windows128x128, WayInfo { name: "windows_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 128 filters." }),
+            (ForwardWay::Windows64x64, WayInfo { name: "windows_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As windows_128x128 with 64 pixels and 64 filters." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in f32, any shape." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, c, f, kh, kw, oh, ow, .. } = dims;
@@ -710,6 +870,12 @@ pub mod conv2d {
         Case { name: "long_k_blocks", tier: Tier::Tiny, shape: "B=3 H=17 W=17 C=64 F=40 Kh=3 Kw=3 Oh=17 Ow=17", dims: Dims { b: 3, h: 17, w: 17, c: 64, f: 40, kh: 3, kw: 3, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "bf16_products", tier: Tier::Tiny, shape: "B=2 H=9 W=7 C=21 F=34 Kh=3 Kw=3 Oh=9 Ow=7", dims: Dims { b: 2, h: 9, w: 7, c: 21, f: 34, kh: 3, kw: 3, oh: 9, ow: 7 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "bf16_weight", tier: Tier::Tiny, shape: "B=1 H=6 W=6 C=70 F=18 Kh=3 Kw=3 Oh=6 Ow=6", dims: Dims { b: 1, h: 6, w: 6, c: 70, f: 18, kh: 3, kw: 3, oh: 6, ow: 6 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
+        Case { name: "halo", tier: Tier::Tiny, shape: "B=2 H=15 W=15 C=72 F=136 Kh=3 Kw=3 Oh=15 Ow=15", dims: Dims { b: 2, h: 15, w: 15, c: 72, f: 136, kh: 3, kw: 3, oh: 15, ow: 15 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "halo_inside", tier: Tier::Tiny, shape: "B=1 H=10 W=34 C=16 F=21 Kh=3 Kw=3 Oh=8 Ow=32", dims: Dims { b: 1, h: 10, w: 34, c: 16, f: 21, kh: 3, kw: 3, oh: 8, ow: 32 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "halo_off_centre", tier: Tier::Tiny, shape: "B=1 H=7 W=12 C=136 F=24 Kh=3 Kw=3 Oh=8 Ow=12", dims: Dims { b: 1, h: 7, w: 12, c: 136, f: 24, kh: 3, kw: 3, oh: 8, ow: 12 }, params: Params { stride: 1, pad_h: 2, pad_w: 0, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "windows", tier: Tier::Tiny, shape: "B=3 H=9 W=11 C=24 F=72 Kh=3 Kw=2 Oh=5 Ow=6", dims: Dims { b: 3, h: 9, w: 11, c: 24, f: 72, kh: 3, kw: 2, oh: 5, ow: 6 }, params: Params { stride: 2, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "windows_eight_channels", tier: Tier::Tiny, shape: "B=2 H=13 W=9 C=8 F=33 Kh=5 Kw=5 Oh=13 Ow=9", dims: Dims { b: 2, h: 13, w: 9, c: 8, f: 33, kh: 5, kw: 5, oh: 13, ow: 9 }, params: Params { stride: 1, pad_h: 2, pad_w: 2, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "few_filters", tier: Tier::Tiny, shape: "B=1 H=12 W=17 C=40 F=3 Kh=3 Kw=3 Oh=12 Ow=17", dims: Dims { b: 1, h: 12, w: 17, c: 40, f: 3, kh: 3, kw: 3, oh: 12, ow: 17 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "inception_stem", tier: Tier::Real, shape: "B=8 H=147 W=147 C=32 F=64 Kh=3 Kw=3 Oh=147 Ow=147", dims: Dims { b: 8, h: 147, w: 147, c: 32, f: 64, kh: 3, kw: 3, oh: 147, ow: 147 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "inception_3x3", tier: Tier::Real, shape: "B=8 H=73 W=73 C=80 F=192 Kh=3 Kw=3 Oh=71 Ow=71", dims: Dims { b: 8, h: 73, w: 73, c: 80, f: 192, kh: 3, kw: 3, oh: 71, ow: 71 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "inception_1x7", tier: Tier::Real, shape: "B=8 H=17 W=17 C=192 F=192 Kh=1 Kw=7 Oh=17 Ow=17", dims: Dims { b: 8, h: 17, w: 17, c: 192, f: 192, kh: 1, kw: 7, oh: 17, ow: 17 }, params: Params { stride: 1, pad_h: 0, pad_w: 3, relu: true, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
@@ -718,7 +884,7 @@ pub mod conv2d {
         Case { name: "vae_512_bf16", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512 F=512 Kh=3 Kw=3 Oh=64 Ow=64", dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "halo", "halo_inside", "halo_off_centre", "windows", "windows_eight_channels", "few_filters", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "windows_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As halo_128x128 with wgmma, pixels from registers." }, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }, WayInfo { name: "halo_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters." }, WayInfo { name: "halo_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As halo_128x128 with 64 filters." }, WayInfo { name: "windows_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 128 filters." }, WayInfo { name: "windows_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As windows_128x128 with 64 pixels and 64 filters." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in f32, any shape." }] };
 
 }
 
@@ -2059,6 +2225,70 @@ pub mod gemm {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} K={} F={} C={}", self.b, self.n, self.k, self.f, self.c)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// TMA and wgmma; tiles of 128×192, which the two multiplying warpgroups take in turn.
+        Wgmma128x192,
+        /// As wgmma_128x192 in clusters of two blocks, which load the common columns once.
+        Wgmma256x192,
+        /// TMA and wgmma; tiles of 128×256, which the two multiplying warpgroups share.
+        Wgmma128x256,
+        /// TMA and wgmma; tiles of 128×128 in turn, five stages: narrow results.
+        Wgmma128x128,
+        /// mma.sync and cp.async; tiles of 128×128.
+        Mma128x128,
+        /// mma.sync and cp.async; tiles of 128×64: narrow or few results.
+        Mma128x64,
+        /// f32 in shared memory; any shape and activation.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "gemm";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×192, which the two multiplying warpgroups take in turn." }),
+            (ForwardWay::Wgmma256x192, WayInfo { name: "wgmma_256x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x192 in clusters of two blocks, which load the common columns once." }),
+            (ForwardWay::Wgmma128x256, WayInfo { name: "wgmma_128x256", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×256, which the two multiplying warpgroups share." }),
+            (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×128 in turn, five stages: narrow results." }),
+            (ForwardWay::Mma128x128, WayInfo { name: "mma_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×128." }),
+            (ForwardWay::Mma128x64, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×64: narrow or few results." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// TMA and wgmma for both products; tiles of 128×192 in turn.
+        Wgmma128x192,
+        /// TMA and wgmma for both products; tiles of 128×128 in turn.
+        Wgmma128x128,
+        /// mma.sync and cp.async for both products; tiles of 128×128.
+        Mma128x128,
+        /// mma.sync and cp.async for both products; tiles of 128×64.
+        Mma128x64,
+        /// f32 in shared memory; any shape and activation.
+        CudaCores,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "gemm";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×192 in turn." }),
+            (BackwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×128 in turn." }),
+            (BackwardWay::Mma128x128, WayInfo { name: "mma_128x128", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×128." }),
+            (BackwardWay::Mma128x64, WayInfo { name: "mma_128x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×64." }),
+            (BackwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, k, f, .. } = dims;
@@ -2090,6 +2320,11 @@ pub mod gemm {
         Case { name: "bf16_vectors", tier: Tier::Tiny, shape: "B=4 N=1 K=131 F=70 C=0", dims: Dims { b: 4, n: 1, k: 131, f: 70, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
         Case { name: "bf16_one", tier: Tier::Tiny, shape: "B=1 N=1 K=1 F=1 C=0", dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: true }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
         Case { name: "split_rows", tier: Tier::Tiny, shape: "B=2 N=301 K=9 F=10 C=2", dims: Dims { b: 2, n: 301, k: 9, f: 10, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "steps_of_depth", tier: Tier::Tiny, shape: "B=2 N=20 K=328 F=264 C=3", dims: Dims { b: 2, n: 20, k: 328, f: 264, c: 3 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "tiles_in_turn", tier: Tier::Tiny, shape: "B=2 N=130 K=72 F=520 C=0", dims: Dims { b: 2, n: 130, k: 72, f: 520, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "tiles_of_both_weights", tier: Tier::Tiny, shape: "B=1 N=72 K=520 F=392 C=0", dims: Dims { b: 1, n: 72, k: 520, f: 392, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
+        Case { name: "parts_of_depth", tier: Tier::Tiny, shape: "B=2 N=9 K=1544 F=72 C=2", dims: Dims { b: 2, n: 9, k: 1544, f: 72, c: 2 }, params: Params { act: 0, gate_row: 1, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "parts_of_rows", tier: Tier::Tiny, shape: "B=3 N=197 K=24 F=40 C=0", dims: Dims { b: 3, n: 197, k: 24, f: 40, c: 0 }, params: Params { act: 2, gate_row: 0, bf16: false }, absent: &["pos", "gate"], bf16: &[], gradcheck: false },
         Case { name: "fashion_qkv", tier: Tier::Real, shape: "B=128 N=49 K=128 F=384 C=0", dims: Dims { b: 128, n: 49, k: 128, f: 384, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
         Case { name: "fashion_fc1", tier: Tier::Real, shape: "B=128 N=49 K=128 F=512 C=0", dims: Dims { b: 128, n: 49, k: 128, f: 512, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: true },
         Case { name: "fashion_fc2", tier: Tier::Real, shape: "B=128 N=49 K=512 F=128 C=6", dims: Dims { b: 128, n: 49, k: 512, f: 128, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: true },
@@ -2100,7 +2335,7 @@ pub mod gemm {
         Case { name: "pixart_2k_fc1", tier: Tier::Real, shape: "B=2 N=16384 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "steps_of_depth", "tiles_in_turn", "tiles_of_both_weights", "parts_of_depth", "parts_of_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×192, which the two multiplying warpgroups take in turn." }, WayInfo { name: "wgmma_256x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x192 in clusters of two blocks, which load the common columns once." }, WayInfo { name: "wgmma_128x256", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×256, which the two multiplying warpgroups share." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×128 in turn, five stages: narrow results." }, WayInfo { name: "mma_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×64: narrow or few results." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }, WayInfo { name: "wgmma_128x192", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×192 in turn." }, WayInfo { name: "wgmma_128x128", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×128 in turn." }, WayInfo { name: "mma_128x128", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×128." }, WayInfo { name: "mma_128x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×64." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2135,6 +2370,108 @@ pub mod gemm {
         if !absent("gate") { rows.push(check::directional("gate", case.name, &gate, &dgate, |moved| check::dot(&forward(&x, &w, &bias, &pos, moved).0, &cotangent))); }
         rows
     }
+}
+
+/// Linear layer whose operands are rounded to 8-bit floats (e4m3), each row with a scale of its own.
+pub mod gemm_fp8 {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub k: usize,
+        pub f: usize,
+        pub c: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// 0 none, 1 GELU (tanh approximation), 2 SiLU.
+        pub act: usize,
+        /// Row of `gate` that multiplies; unused without a gate.
+        pub gate_row: usize,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, K]` float: Input rows.
+        pub x: &'a [T],
+        /// `[F, K]` float (f32 or bf16 on the CPU): Weight, one row per output feature.
+        pub w: Weight<'a, T>,
+        /// `[F]` float: Added to every row.
+        pub bias: Option<&'a [T]>,
+        /// `[B, C, F]` float: Table of C modulation vectors per sample.
+        pub gate: Option<&'a [T]>,
+        /// `[B, N, F]` float: Residual stream that the result is added to.
+        pub residual: Option<&'a [T]>,
+        /// `[B, N, F]` float: Result.
+        pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: Option<In<T>>,
+        pub gate: Option<In<T>>,
+        pub residual: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} K={} F={} C={}", self.b, self.n, self.k, self.f, self.c)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// TMA and wgmma on e4m3; tiles of 128×192 in turn.
+        Wgmma128x192,
+        /// f32 in shared memory; any shape.
+        CudaCores,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "gemm_fp8";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma on e4m3; tiles of 128×192 in turn." }),
+            (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape." }),
+        ];
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        2*b*n*k*f
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, k, f, .. } = dims;
+        4*(b*n*k + f*k + b*n*f)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 N=1 K=1 F=1 C=0", dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0 }, absent: &["bias", "gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 K=37 F=67 C=2", dims: Dims { b: 3, n: 5, k: 37, f: 67, c: 2 }, params: Params { act: 0, gate_row: 1 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "rows_padded", tier: Tier::Tiny, shape: "B=2 N=33 K=75 F=104 C=0", dims: Dims { b: 2, n: 33, k: 75, f: 104, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "steps_of_depth", tier: Tier::Tiny, shape: "B=2 N=20 K=712 F=264 C=3", dims: Dims { b: 2, n: 20, k: 712, f: 264, c: 3 }, params: Params { act: 0, gate_row: 1 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "tiles_in_turn", tier: Tier::Tiny, shape: "B=2 N=130 K=136 F=392 C=0", dims: Dims { b: 2, n: 130, k: 136, f: 392, c: 0 }, params: Params { act: 2, gate_row: 0 }, absent: &["bias", "gate"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_256_fc1", tier: Tier::Real, shape: "B=2 N=256 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 256, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc1", tier: Tier::Real, shape: "B=2 N=16384 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0 }, absent: &["gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc2", tier: Tier::Real, shape: "B=2 N=16384 K=4608 F=1152 C=6", dims: Dims { b: 2, n: 16384, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5 }, absent: &[], bf16: &["w"], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "gemm_fp8", summary: "Linear layer whose operands are rounded to 8-bit floats (e4m3), each row with a scale of its own.", backward: false, cases: &["one", "odd", "rows_padded", "steps_of_depth", "tiles_in_turn", "dit_xl_256_fc1", "pixart_2k_fc1", "pixart_2k_fc2"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma on e4m3; tiles of 128×192 in turn." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape." }] };
+
 }
 
 /// Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.
@@ -2540,6 +2877,52 @@ pub mod linear_attention {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} H={} E={}", self.b, self.n, self.h, self.e)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks.
+        Mma264,
+        /// mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks.
+        Mma528,
+        /// CUDA cores, tiles of 64×32.
+        Tiles,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "linear_attention";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Mma264, WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }),
+            (ForwardWay::Mma528, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }),
+            (ForwardWay::Tiles, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks.
+        Mma264,
+        /// mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks.
+        Mma528,
+        /// CUDA cores, tiles of 64×32.
+        Tiles,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "linear_attention";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Mma264, WayInfo { name: "mma_264", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }),
+            (BackwardWay::Mma528, WayInfo { name: "mma_528", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }),
+            (BackwardWay::Tiles, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, h, e, .. } = dims;
@@ -2562,12 +2945,18 @@ pub mod linear_attention {
         Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=65 H=2 E=72", dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=1037 H=2 E=9", dims: Dims { b: 1, n: 1037, h: 2, e: 9 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "wide_eps", tier: Tier::Tiny, shape: "B=1 N=20 H=2 E=6", dims: Dims { b: 1, n: 20, h: 2, e: 6 }, params: Params { map: 1, eps: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_32_tail", tier: Tier::Tiny, shape: "B=2 N=131 H=3 E=32", dims: Dims { b: 2, n: 131, h: 3, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_64_parts", tier: Tier::Tiny, shape: "B=1 N=389 H=2 E=64", dims: Dims { b: 1, n: 389, h: 2, e: 64 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_64_relu", tier: Tier::Tiny, shape: "B=2 N=63 H=1 E=64", dims: Dims { b: 2, n: 63, h: 1, e: 64 }, params: Params { map: 1, eps: 0.001 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72_parts", tier: Tier::Tiny, shape: "B=1 N=321 H=2 E=72", dims: Dims { b: 1, n: 321, h: 2, e: 72 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72_one_token", tier: Tier::Tiny, shape: "B=2 N=1 H=1 E=72", dims: Dims { b: 2, n: 1, h: 1, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72_tiles", tier: Tier::Tiny, shape: "B=1 N=701 H=1 E=72", dims: Dims { b: 1, n: 701, h: 1, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32", dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "head_32_tail", "head_64_parts", "head_64_relu", "head_72_parts", "head_72_one_token", "head_72_tiles", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32." }, WayInfo { name: "mma_264", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }, WayInfo { name: "mma_528", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2824,6 +3213,52 @@ pub mod long_conv {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} C={} K={} L={}", self.b, self.n, self.c, self.k, self.l)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// Transforms in shared memory over all times up to 16,384, by blocks above.
+        Transform16k,
+        /// Transforms in shared memory over blocks of 1,024 times.
+        Transform1k,
+        /// Multiply-adds in the time domain.
+        Direct,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "long_conv";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Transform16k, WayInfo { name: "transform_16k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }),
+            (ForwardWay::Transform1k, WayInfo { name: "transform_1k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }),
+            (ForwardWay::Direct, WayInfo { name: "direct", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// Transforms in shared memory over all times up to 16,384, by blocks above.
+        Transform16k,
+        /// Transforms in shared memory over blocks of 1,024 times.
+        Transform1k,
+        /// Multiply-adds in the time domain.
+        Direct,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "long_conv";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Transform16k, WayInfo { name: "transform_16k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }),
+            (BackwardWay::Transform1k, WayInfo { name: "transform_1k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }),
+            (BackwardWay::Direct, WayInfo { name: "direct", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, c, k, l, .. } = dims;
@@ -2849,6 +3284,10 @@ pub mod long_conv {
         Case { name: "by_transform_causal", tier: Tier::Tiny, shape: "B=2 N=1030 C=3 K=4 L=1030", dims: Dims { b: 2, n: 1030, c: 3, k: 4, l: 1030 }, params: Params { lead: 3, centre: 0, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "by_transform_centred", tier: Tier::Tiny, shape: "B=1 N=700 C=5 K=3 L=1399", dims: Dims { b: 1, n: 700, c: 5, k: 3, l: 1399 }, params: Params { lead: 1, centre: 699, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "by_transform_short_filter", tier: Tier::Tiny, shape: "B=1 N=2100 C=2 K=1 L=900", dims: Dims { b: 1, n: 2100, c: 2, k: 1, l: 900 }, params: Params { lead: 0, centre: 200, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "ring_of_64", tier: Tier::Tiny, shape: "B=2 N=64 C=3 K=3 L=64", dims: Dims { b: 2, n: 64, c: 3, k: 3, l: 64 }, params: Params { lead: 1, centre: 0, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "ring_of_128_centred", tier: Tier::Tiny, shape: "B=3 N=100 C=2 K=0 L=199", dims: Dims { b: 3, n: 100, c: 2, k: 0, l: 199 }, params: Params { lead: 0, centre: 99, reversed: 1 }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
+        Case { name: "ring_filter_past_the_sequence", tier: Tier::Tiny, shape: "B=1 N=70 C=35 K=2 L=300", dims: Dims { b: 1, n: 70, c: 35, k: 2, l: 300 }, params: Params { lead: 1, centre: 120, reversed: 16 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "rings_of_all_lags", tier: Tier::Tiny, shape: "B=1 N=2050 C=2 K=2 L=4100", dims: Dims { b: 1, n: 2050, c: 2, k: 2, l: 4100 }, params: Params { lead: 1, centre: 2049, reversed: 1 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 C=128 K=4 L=49", dims: Dims { b: 128, n: 49, c: 128, k: 4, l: 49 }, params: Params { lead: 3, centre: 0, reversed: 64 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 C=1152 K=4 L=256", dims: Dims { b: 2, n: 256, c: 1152, k: 4, l: 256 }, params: Params { lead: 3, centre: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256_centred", tier: Tier::Real, shape: "B=2 N=256 C=1152 K=4 L=511", dims: Dims { b: 2, n: 256, c: 1152, k: 4, l: 511 }, params: Params { lead: 1, centre: 255, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
@@ -2856,7 +3295,7 @@ pub mod long_conv {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 C=1152 K=4 L=16384", dims: Dims { b: 2, n: 16384, c: 1152, k: 4, l: 16384 }, params: Params { lead: 3, centre: 0, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "long_conv", summary: "The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.", backward: true, cases: &["causal", "centred", "bidirectional", "no_short_filters", "filter_shorter_than_the_sequence", "filter_longer_than_the_sequence", "one_token", "many_samples", "by_transform_causal", "by_transform_centred", "by_transform_short_filter", "fashion_b128", "dit_xl_256", "dit_xl_256_centred", "dit_xl_512", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 2e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "long_conv", summary: "The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.", backward: true, cases: &["causal", "centred", "bidirectional", "no_short_filters", "filter_shorter_than_the_sequence", "filter_longer_than_the_sequence", "one_token", "many_samples", "by_transform_causal", "by_transform_centred", "by_transform_short_filter", "ring_of_64", "ring_of_128_centred", "ring_filter_past_the_sequence", "rings_of_all_lags", "fashion_b128", "dit_xl_256", "dit_xl_256_centred", "dit_xl_512", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 2e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "transform_16k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }, WayInfo { name: "transform_1k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }, WayInfo { name: "direct", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }, WayInfo { name: "transform_16k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }, WayInfo { name: "transform_1k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }, WayInfo { name: "direct", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3234,6 +3673,49 @@ pub mod mamba2 {
         pub element: std::marker::PhantomData<T>,
     }
 
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} W={} H={} E={} K={}", self.b, self.n, self.w, self.h, self.e, self.k)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 264 blocks.
+        Mma264,
+        /// mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 528 blocks.
+        Mma528,
+        /// CUDA cores, chunks of 64.
+        Tiles,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "mamba2";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Mma264, WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 264 blocks." }),
+            (ForwardWay::Mma528, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 528 blocks." }),
+            (ForwardWay::Tiles, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }),
+        ];
+    }
+
+    /// Ways to run the backward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum BackwardWay {
+        /// mma.sync on heads of 16 columns and a state of 64, eight heads of a chunk of 64 a block.
+        Mma,
+        /// CUDA cores, chunks of 64.
+        Tiles,
+    }
+
+    impl Way for BackwardWay {
+        const OP: &'static str = "mamba2";
+        const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::Mma, WayInfo { name: "mma", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64, eight heads of a chunk of 64 a block." }),
+            (BackwardWay::Tiles, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }),
+        ];
+    }
+
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
         let Dims { b, n, h, e, k, .. } = dims;
@@ -3253,12 +3735,15 @@ pub mod mamba2 {
         Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 W=1 H=1 E=1 K=1", dims: Dims { b: 1, n: 1, w: 1, h: 1, e: 1, k: 1 }, params: Params { dt_offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "published_widths", tier: Tier::Tiny, shape: "B=1 N=96 W=21 H=9 E=16 K=64", dims: Dims { b: 1, n: 96, w: 21, h: 9, e: 16, k: 64 }, params: Params { dt_offset: 12, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
         Case { name: "wide_heads", tier: Tier::Tiny, shape: "B=1 N=49 W=2 H=2 E=70 K=130", dims: Dims { b: 1, n: 49, w: 2, h: 2, e: 70, k: 130 }, params: Params { dt_offset: 0, reverse: true }, absent: &["residual"], bf16: &[], gradcheck: true },
+        Case { name: "segments", tier: Tier::Tiny, shape: "B=1 N=330 W=12 H=2 E=16 K=64", dims: Dims { b: 1, n: 330, w: 12, h: 2, e: 16, k: 64 }, params: Params { dt_offset: 10, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "segments_reversed", tier: Tier::Tiny, shape: "B=2 N=263 W=9 H=9 E=16 K=64", dims: Dims { b: 2, n: 263, w: 9, h: 9, e: 16, k: 64 }, params: Params { dt_offset: 0, reverse: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token_published_widths", tier: Tier::Tiny, shape: "B=1 N=1 W=3 H=3 E=16 K=64", dims: Dims { b: 1, n: 1, w: 3, h: 3, e: 16, k: 64 }, params: Params { dt_offset: 0, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 W=656 H=16 E=16 K=64", dims: Dims { b: 128, n: 49, w: 656, h: 16, e: 16, k: 64 }, params: Params { dt_offset: 640, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 W=4880 H=144 E=16 K=64", dims: Dims { b: 2, n: 256, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 W=4880 H=144 E=16 K=64", dims: Dims { b: 2, n: 16384, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "segments", "segments_reversed", "one_token_published_widths", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 264 blocks." }, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 528 blocks." }, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }, WayInfo { name: "mma", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64, eight heads of a chunk of 64 a block." }, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3455,6 +3940,131 @@ pub mod neighborhood_attention {
         { rows.push(check::directional("qkv", case.name, &qkv, &dqkv, |moved| check::dot(&forward(moved).0, &cotangent))); }
         rows
     }
+}
+
+/// Group norm and SiLU of images, channels last, and the convolution of the same size behind them, with bias and residual.
+pub mod norm_silu_conv2d {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub h: usize,
+        pub w: usize,
+        pub c: usize,
+        pub g: usize,
+        pub f: usize,
+        pub kh: usize,
+        pub kw: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Added to the variance.
+        pub eps: f32,
+        /// Products of operands rounded to bf16, accumulated in f32; implied by a weight stored in bf16.
+        pub bf16: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, H, W, C]` float: Images, channels last.
+        pub x: &'a [T],
+        /// `[C]` float: Scale of each channel.
+        pub gamma: &'a [T],
+        /// `[C]` float: Shift of each channel.
+        pub beta: &'a [T],
+        /// `[F, Kh, Kw, C]` float (f32 or bf16 on the CPU): One kernel per output channel.
+        pub filters: Weight<'a, T>,
+        /// `[F]` float: Added to every pixel.
+        pub bias: Option<&'a [T]>,
+        /// `[B, H, W, F]` float: Added to the result.
+        pub residual: Option<&'a [T]>,
+        /// `[B, H, W, F]` float: Result.
+        pub y: &'a mut [T],
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub gamma: In<T>,
+        pub beta: In<T>,
+        pub filters: In<T>,
+        pub bias: Option<In<T>>,
+        pub residual: Option<In<T>>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} H={} W={} C={} G={} F={} Kh={} Kw={}", self.b, self.h, self.w, self.c, self.g, self.f, self.kh, self.kw)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters.
+        Fused128x16,
+        /// As fused_128x128 with wgmma, pixels from registers.
+        Wgmma128x128,
+        /// As wgmma_128x128 with 64 filters.
+        Wgmma128x64,
+        /// As fused_128x16 with 128 filters.
+        Fused128x128,
+        /// As fused_128x16 with 64 filters.
+        Fused128x64,
+        /// The norm, the convolution and the sum one after the other.
+        Apart,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "norm_silu_conv2d";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Fused128x16, WayInfo { name: "fused_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters." }),
+            (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As fused_128x128 with wgmma, pixels from registers." }),
+            (ForwardWay::Wgmma128x64, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }),
+            (ForwardWay::Fused128x128, WayInfo { name: "fused_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 128 filters." }),
+            (ForwardWay::Fused128x64, WayInfo { name: "fused_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 64 filters." }),
+            (ForwardWay::Apart, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The norm, the convolution and the sum one after the other." }),
+        ];
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, h, w, c, f, kh, kw, .. } = dims;
+        2*b*h*w*f*kh*kw*c + 10*b*h*w*c
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, h, w, c, f, kh, kw, .. } = dims;
+        4*(2*b*h*w*c + 2*c + f*kh*kw*c + f + b*h*w*f)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 H=1 W=1 C=1 G=1 F=1 Kh=1 Kw=1", dims: Dims { b: 1, h: 1, w: 1, c: 1, g: 1, f: 1, kh: 1, kw: 1 }, params: Params { eps: 0.5, bf16: false }, absent: &["bias", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=2 H=5 W=7 C=21 G=3 F=9 Kh=3 Kw=5", dims: Dims { b: 2, h: 5, w: 7, c: 21, g: 3, f: 9, kh: 3, kw: 5 }, params: Params { eps: 1e-6, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "pointwise", tier: Tier::Tiny, shape: "B=2 H=4 W=9 C=24 G=8 F=11 Kh=1 Kw=1", dims: Dims { b: 2, h: 4, w: 9, c: 24, g: 8, f: 11, kh: 1, kw: 1 }, params: Params { eps: 1e-6, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "tiles", tier: Tier::Tiny, shape: "B=2 H=13 W=19 C=72 G=9 F=72 Kh=3 Kw=3", dims: Dims { b: 2, h: 13, w: 19, c: 72, g: 9, f: 72, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "wide_filters", tier: Tier::Tiny, shape: "B=1 H=9 W=16 C=32 G=32 F=136 Kh=3 Kw=3", dims: Dims { b: 1, h: 9, w: 16, c: 32, g: 32, f: 136, kh: 3, kw: 3 }, params: Params { eps: 1e-5, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: false },
+        Case { name: "unaligned_filters", tier: Tier::Tiny, shape: "B=1 H=3 W=21 C=8 G=2 F=27 Kh=3 Kw=3", dims: Dims { b: 1, h: 3, w: 21, c: 8, g: 2, f: 27, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "colours", tier: Tier::Tiny, shape: "B=2 H=10 W=17 C=136 G=4 F=3 Kh=3 Kw=3", dims: Dims { b: 2, h: 10, w: 17, c: 136, g: 4, f: 3, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &["residual"], bf16: &[], gradcheck: false },
+        Case { name: "one_pixel", tier: Tier::Tiny, shape: "B=3 H=1 W=1 C=16 G=2 F=24 Kh=3 Kw=3", dims: Dims { b: 3, h: 1, w: 1, c: 16, g: 2, f: 24, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
+        Case { name: "bf16_products", tier: Tier::Tiny, shape: "B=1 H=7 W=6 C=20 G=5 F=18 Kh=3 Kw=3", dims: Dims { b: 1, h: 7, w: 6, c: 20, g: 5, f: 18, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "bf16_weight", tier: Tier::Tiny, shape: "B=1 H=6 W=5 C=40 G=4 F=10 Kh=3 Kw=3", dims: Dims { b: 1, h: 6, w: 5, c: 40, g: 4, f: 10, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &["residual"], bf16: &["filters"], gradcheck: false },
+        Case { name: "vae_64", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512 G=32 F=512 Kh=3 Kw=3", dims: Dims { b: 1, h: 64, w: 64, c: 512, g: 32, f: 512, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_512", tier: Tier::Real, shape: "B=1 H=512 W=512 C=128 G=32 F=128 Kh=3 Kw=3", dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32, f: 128, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "vae_out", tier: Tier::Real, shape: "B=1 H=512 W=512 C=128 G=32 F=3 Kh=3 Kw=3", dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32, f: 3, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &["residual"], bf16: &[], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "norm_silu_conv2d", summary: "Group norm and SiLU of images, channels last, and the convolution of the same size behind them, with bias and residual.", backward: false, cases: &["one", "odd", "pointwise", "tiles", "wide_filters", "unaligned_filters", "colours", "one_pixel", "bf16_products", "bf16_weight", "vae_64", "vae_512", "vae_out"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "fused_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As fused_128x128 with wgmma, pixels from registers." }, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }, WayInfo { name: "fused_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 128 filters." }, WayInfo { name: "fused_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 64 filters." }, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The norm, the convolution and the sum one after the other." }] };
+
 }
 
 /// Cuts an image into square patches, one token each, in the order of a convolution weight.

@@ -7,7 +7,7 @@ use graft_engine::models::dit::{Dit, DitConfig};
 use graft_engine::models::pixart::{PixArt, PixArtConfig};
 use graft_engine::models::vae::{Vae, VaeConfig};
 use graft_engine::nn::operators::Spec;
-use graft_engine::ops::{contracts, ln_modulate};
+use graft_engine::ops::{attention, attention_backward, contracts, ln_modulate};
 use graft_engine::sample::pipeline::{Request, generate};
 use graft_engine::sample::text;
 use graft_engine::tensor::{DType, Tensor};
@@ -15,8 +15,9 @@ use graft_engine::train::batches::Batches;
 use graft_engine::train::optimizer::AdamWSettings;
 use graft_engine::train::trainer::{LoopSettings, Trainer};
 use graft_engine::verify;
-use graft_kernels::check::{Tolerance, compare};
+use graft_kernels::check::{Fill, Tolerance, compare, draw_f32};
 use graft_kernels::rng::Philox;
+use graft_kernels::ways::force;
 
 /// An emulated GPU in f32; none where there is no C++ compiler, which `REQUIRE_EMU=1` does not allow.
 fn emulator() -> Option<Device> {
@@ -181,4 +182,50 @@ fn a_picture_from_text_on_the_emulated_gpu_is_that_of_the_cpu() {
     });
     let result = compare(&pictures[1], &pictures[0], Tolerance { atol: 1e-3, rtol: 1e-3, rms: 1e-4 });
     assert!(result.pass, "{result:?}");
+}
+
+/// A head is computed from its own columns alone, also by kernels that work on more columns than it has: NaN and infinity
+/// in its neighbours leave it as it is, bit for bit.
+#[test]
+fn a_head_does_not_see_its_neighbours() {
+    if emulator().is_none() {
+        return;
+    }
+    let device = emu::open(DType::BF16, 1).unwrap();
+    let poison = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+    for (way, n, e) in [
+        ("mma_whole", 131, 40),
+        ("mma_128x64", 70, 72),
+        ("mma_64x64", 70, 40),
+        ("mma_64x64", 65, 72),
+        ("wgmma_128x192", 200, 72),
+        ("wgmma_128x128", 70, 64),
+    ] {
+        let h = 3;
+        let head = |i: usize| i / e % h;
+        let run = |poisoned: bool| {
+            let of = |name: &str, shape: &[usize]| {
+                let mut values = draw_f32("neighbours", name, shape.iter().product(), Fill::Normal);
+                let others = values.iter_mut().enumerate().filter(|(i, _)| poisoned && head(*i) != 1);
+                others.for_each(|(i, v)| *v = poison[i % 3]);
+                Tensor::from_f32_as(&device, shape, &values, DType::BF16).unwrap()
+            };
+            let params = contracts::attention::Params { scale: 0.2 };
+            let (qkv, dy) = (of("qkv", &[1, n, 3, h, e]), of("dy", &[1, n, h, e]));
+            let work = || {
+                let out = attention(&qkv, params).unwrap();
+                let dqkv = attention_backward(&dy, &qkv, &out.y, &out.lse, true, params).unwrap().unwrap();
+                [out.y, dqkv].map(|t| t.to_vec().unwrap())
+            };
+            let (results, forced) = force(way, work);
+            assert!(forced, "{way}");
+            results.map(|r| {
+                let own = r.iter().enumerate().filter(|(i, _)| head(*i) == 1);
+                own.map(|(_, v)| v.to_bits()).collect::<Vec<u32>>()
+            })
+        };
+        let [clean, poisoned] = [run(false), run(true)];
+        assert!(clean.iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()), "{way}, {e} columns");
+        assert!(clean == poisoned, "{way}, {e} columns");
+    }
 }
