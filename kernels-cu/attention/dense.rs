@@ -111,7 +111,8 @@ pub fn exponentials(row: &mut [f32], scale: f32, before: f32) -> (f32, f32) {
     let mut max = [before; WIDTH];
     for x in row.chunks_exact_mut(WIDTH) {
         for lane in 0..WIDTH {
-            x[lane] *= scale;
+            // What is hidden stays so whatever the scale; a NaN stays one.
+            x[lane] = if x[lane] <= HIDDEN { x[lane] } else { x[lane] * scale };
             max[lane] = if x[lane] > max[lane] { x[lane] } else { max[lane] };
         }
     }
@@ -233,7 +234,7 @@ pub fn deltas(saved: Saved<'_>, delta: &mut [f32]) {
 #[inline(always)]
 pub fn score_gradients(p: &mut [f32], ds: &mut [f32], scale: f32, lse: f32, delta: f32) {
     for i in 0..p.len() {
-        p[i] = exp_decay(p[i].mul_add(scale, -lse));
+        p[i] = exp_decay(if p[i] <= HIDDEN { HIDDEN } else { p[i].mul_add(scale, -lse) });
         ds[i] = scale * p[i] * (ds[i] - delta);
     }
 }
