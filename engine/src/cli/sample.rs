@@ -46,7 +46,8 @@ pub struct Args {
     /// DDIM only: share of fresh noise, 0 (none) to 1 (as DDPM).
     #[arg(long, value_name = "ETA")]
     pub(super) eta: Option<f64>,
-    /// Scale of classifier-free guidance; 1 is none; 4 for labels and 4.5 for text where not given.
+    /// Scale of classifier-free guidance; 1 is none; where not given 4 for labels, 4.5
+    /// for text and 3 for text to pixels.
     #[arg(long, visible_aliases = ["cfg-scale", "guidance"], value_name = "S", allow_hyphen_values = true)]
     pub(super) guidance_scale: Option<f64>,
     /// Noise channels that are guided: a number, or all; where not given the first three for labels, as in the original

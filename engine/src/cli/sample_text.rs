@@ -82,6 +82,8 @@ pub struct TextArgs {
     measure: Option<PathBuf>,
 }
 
+/// Guidance of models of pixels, which cannot overshoot as latents can.
+const PIXEL_GUIDANCE: f64 = 3.0;
 /// Images that a model of pixels draws together, where nothing else is asked for: they are small.
 const PIXEL_BATCH: usize = 16;
 
@@ -317,7 +319,7 @@ impl<'a> Job<'a> {
     }
 
     fn guidance(&self) -> f64 {
-        self.args.guidance_scale.unwrap_or(4.5)
+        self.args.guidance_scale.unwrap_or(if self.pixels { PIXEL_GUIDANCE } else { 4.5 })
     }
 
     fn latent_size(&self) -> [usize; 2] {
