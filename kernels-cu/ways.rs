@@ -99,11 +99,11 @@ pub fn choose<W: Way, Q: Queue>(queue: &Q, element: ElementType, dims: &impl Dis
     let fits =
         |(way, info): &&(W, WayInfo)| info.arch <= device.arch && info.elements.contains(&element) && takes(*way);
     let named = |name: &str| W::ALL.iter().filter(|(_, info)| info.name == name).find(fits).map(|(way, _)| *way);
-    if let Some((name, _)) = FORCED.get() {
-        if let Some(way) = named(name) {
-            FORCED.set(Some((name, true)));
-            return way;
-        }
+    if let Some((name, _)) = FORCED.get()
+        && let Some(way) = named(name)
+    {
+        FORCED.set(Some((name, true)));
+        return way;
     }
     let pass = W::ALL[0].1.pass;
     let mut rows = tuned()
