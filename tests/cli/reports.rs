@@ -144,8 +144,10 @@ fn operators_are_timed() {
     let line =
         succeed(&here, &["--json", "op", "bench", "gate_residual", "--samples", "2", "--pass", "forward"]).text();
     let row = parsed(line.lines().next().unwrap());
-    assert_eq!(row["op"], "gate_residual");
-    assert!(row["ms"].as_f64().unwrap() > 0.0 && row["gb_per_s"].as_f64().unwrap() > 0.0, "{row}");
+    assert_eq!(row["bench"], "ceiling");
+    let row = parsed(line.lines().last().unwrap());
+    assert!(row["case"].as_str().unwrap().starts_with("gate_residual/") && row["work"] == "forward", "{row}");
+    assert!(row["ms"].as_f64().unwrap() > 0.0 && row["bytes"].as_f64().unwrap() > 0.0, "{row}");
     refuse(&here, &["op", "bench", "telepathy"], 2, &["op bench", "telepathy"]);
     refuse(&here, &["op", "bench", "gemm", "--backend", "tpu"], 2, &["tpu", "cuda"]);
 }

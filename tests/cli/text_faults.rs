@@ -91,7 +91,7 @@ fn sizes_outside_the_bins_are_told() {
     let config = here.join("model/transformer/config.json");
     std::fs::write(&config, r#"{"num_heads": 3, "sample_size": 64, "interpolation_scale": 1, "max_tokens": 12}"#)
         .unwrap();
-    let args = [&BASE[..], &["fox", "--steps", "1", "-o", "a.png", "--size", "64x256"]].concat();
+    let args = [&BASE[..], &["fox", "-o", "a.png", "--size", "64x256"]].concat();
     let drawn = |ran: &crate::support::Ran| {
         let record = png::read(&here.join("a.png")).unwrap().1;
         let record: serde_json::Value = serde_json::from_str(&record["graft"]).unwrap();
@@ -161,7 +161,7 @@ fn an_interrupt_leaves_nothing_half_written() {
         std::thread::sleep(Duration::from_millis(5));
     }
     let id = child.id().to_string();
-    assert!(std::process::Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+    assert!(std::process::Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
     assert!(!child.wait().unwrap().success());
     assert!(png::read(&here.join("p.png")).unwrap().0.width() > 0);
     assert!(!here.join("a.png").exists());

@@ -112,15 +112,13 @@ fn decoding_on_the_emulated_gpu_gives_the_picture_of_the_cpu() {
     let Some(gpu) = emulator() else { return };
     let config = VaeConfig { channels: vec![8, 16, 16], layers: 1, groups: 4, ..VaeConfig::released(0.5) };
     let values: Vec<f32> = (0..4 * 5 * 6).map(|i| ((i * 37 % 23) as f32 - 11.0) / 8.0).collect();
-    let [cpu, gpu, narrow] = [Device::cpu(), gpu, emu::open(DType::BF16, 1).unwrap()].map(|device| {
+    let [cpu, gpu] = [Device::cpu(), gpu].map(|device| {
         let vae = Vae::new(config.clone(), &device, 3).unwrap();
         let latents = Tensor::from_f32_as(&device, &[1, 4, 5, 6], &values, device.element()).unwrap();
         vae.decode(&latents, Precision::F32, &mut |_, _| {}).unwrap().to_vec().unwrap()
     });
     let result = compare(&gpu, &cpu, Tolerance { atol: 1e-4, rtol: 1e-4, rms: 1e-5 });
     assert!(result.pass, "f32: {result:?}");
-    let result = compare(&narrow, &cpu, Tolerance { atol: 1e-1, rtol: 5e-2, rms: 2e-2 });
-    assert!(result.pass, "bf16: {result:?}");
 }
 
 /// The kernel reads x once and writes y once: the sectors that its accesses touch are those of the bound.
