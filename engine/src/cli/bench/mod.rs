@@ -136,13 +136,23 @@ pub fn run_op(args: &OpArgs, json: bool) -> Result<()> {
         rows.extend(op::measure(&device, &choice, json)?);
         finish(rows, keep, json)
     };
-    match contracts::OPS.iter().flat_map(|op| op.ways).find(|w| Some(w.name) == way.as_deref()) {
-        Some(info) => ways::force(info.name, measure).0,
-        None if way.is_none() => measure(),
-        None => Err(Error::usage("--way", "no operator has such a way")
-            .is(way.as_deref().unwrap_or_default())
-            .fix("docs/ops.md lists the ways of each operator")),
+    match way {
+        Some(name) => ways::force(known_way(name)?, measure).0,
+        None => measure(),
     }
+}
+
+/// The way of some operator that a `--way` flag names.
+///
+/// # Errors
+/// A name that no operator has.
+pub fn known_way(name: &str) -> Result<&'static str> {
+    let known = contracts::OPS.iter().flat_map(|op| op.ways).find(|w| w.name == name);
+    known.map(|w| w.name).ok_or_else(|| {
+        Error::usage("--way", "no operator has such a way")
+            .is(format!("{name:?}"))
+            .fix("docs/ops.md lists the ways of each operator")
+    })
 }
 
 /// What a row measures.

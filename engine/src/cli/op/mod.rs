@@ -114,9 +114,10 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
                 let names: Vec<&str> = contracts::OPS.iter().map(|o| o.name).collect();
                 return Err(Error::usage("op", "unknown operator").is(format!("{op:?}")).must(names.join(", ")));
             }
+            let way = way.as_deref().map(bench::known_way).transpose()?;
             let mut rows = Vec::new();
             for subject in subjects(backend, element.as_deref(), 0, false)? {
-                rows.extend(conformance(&subject, &format!("={op}"), way.as_deref())?);
+                rows.extend(conformance(&subject, &format!("={op}"), way)?);
             }
             if rows.is_empty() {
                 return Err(Error::failure("op run", "no kernel").is(op).fix("use --backend cpu"));
@@ -130,13 +131,14 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
                     .is(format!("{filter:?}"))
                     .must("part of an operator's name"));
             }
+            let way = way.as_deref().map(bench::known_way).transpose()?;
             let all = ["cpu", "emu", "plan", "cuda"].map(String::from);
             let mut rows = Vec::new();
             for name in if backend.is_empty() { &all[..] } else { backend } {
                 match subjects(name, element.as_deref(), *seed, *every) {
                     Ok(found) => {
                         for subject in found {
-                            rows.extend(conformance(&subject, filter, way.as_deref())?);
+                            rows.extend(conformance(&subject, filter, way)?);
                         }
                     }
                     // Only a name that was asked for must run; a machine without a GPU is no failure of the rest.
