@@ -63,7 +63,7 @@ fn parts_of(Dims { b, n, h, .. }: Dims, blocks: usize) -> usize {
 /// Tokens of the tiles that parts are made of, and bytes of a row of a tile.
 const ROWS: usize = 128;
 fn pitch(e: usize) -> usize {
-    (e / 8 | 1) * 16
+    ((e / 8) | 1) * 16
 }
 
 /// Regions of the kernels that hold a head's matrix and two stages of `tensors` tiles.

@@ -71,7 +71,7 @@ mod tests {
         assert_eq!(H200.split(32_768, 4608, 1152), Split { part: 1152, parts: 1 });
         // 512 × 1152 of depth 4608: 24 tiles of 132 places.
         let split = H200.split(512, 1152, 4608);
-        assert!(split.parts > 3 && split.part % STEP == 0, "{split:?}");
+        assert!(split.parts > 3 && split.part.is_multiple_of(STEP), "{split:?}");
         assert!((split.parts - 1) * split.part < 4608 && split.parts * split.part >= 4608, "{split:?}");
         // Weight gradient of PixArt's first MLP layer: 216 tiles are 1.6 waves.
         assert!(H200.split(4608, 1152, 32_768).parts > 1);
