@@ -58,19 +58,6 @@ pub fn case(name: &str) -> Result<ModelCase> {
     CASES.into_iter().find(|c| c.name == name).ok_or_else(|| Error::usage("case", "unknown case").is(name).must(names))
 }
 
-/// The plain optimiser that every framework has: no clipping, no averaging, no schedule.
-pub const OPTIMISER: AdamWSettings = AdamWSettings {
-    lr: 1e-4,
-    beta1: 0.9,
-    beta2: 0.999,
-    eps: 1e-8,
-    weight_decay: 0.01,
-    warmup: 0,
-    schedule: graft_engine::train::optimizer::LrSchedule::Constant,
-    clip: f64::MAX,
-    ema: 0.0,
-};
-
 /// A model with its inputs, ready to be run again and again.
 pub struct Prepared {
     case: ModelCase,
@@ -106,7 +93,7 @@ impl Prepared {
         let y = draw_i32(case.name, "y", b, Fill::Index(c.classes));
         let optimiser = match case.work {
             Work::Forward => None,
-            Work::TrainingStep => Some(AdamW::new(OPTIMISER, &model.params)?),
+            Work::TrainingStep => Some(AdamW::new(AdamWSettings::PLAIN, &model.params)?),
         };
         let (t, y) = (Tensor::from_f32(&device, &[b], &t)?, Tensor::from_i32(&device, &[b], &y)?);
         Ok(Prepared { case, precision, model, x, t, y, target, optimiser })
@@ -130,7 +117,7 @@ impl Prepared {
             let loss = g.loss_regression(&out, &target, loss_regression::Params { kind: 1, delta: 1.0 })?;
             (loss.tensor().to_vec()?, g.backward(&loss)?)
         };
-        optimiser.update(&mut self.model.params, &grads, OPTIMISER.lr)?;
+        optimiser.update(&mut self.model.params, &grads, AdamWSettings::PLAIN.lr)?;
         Ok(loss)
     }
 

@@ -142,6 +142,19 @@ impl Default for AdamWSettings {
 }
 
 impl AdamWSettings {
+    /// The plain optimiser that every framework has, for measurements: no clipping, no averaging, no schedule.
+    pub const PLAIN: AdamWSettings = AdamWSettings {
+        lr: 1e-4,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.01,
+        warmup: 0,
+        schedule: LrSchedule::Constant,
+        clip: f64::MAX,
+        ema: 0.0,
+    };
+
     /// Learning rate of a step (0-based) of `steps`.
     pub fn lr_at(&self, step: u64, steps: u64) -> f64 {
         if step < self.warmup {

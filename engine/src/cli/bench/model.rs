@@ -14,7 +14,7 @@ use crate::ops::contracts::loss_regression;
 use crate::report::bench::Row;
 use crate::sample::pipeline::{self, Request};
 use crate::tensor::{DType, Tensor};
-use crate::train::optimizer::{AdamW, AdamWSettings, LrSchedule};
+use crate::train::optimizer::{AdamW, AdamWSettings};
 use std::time::Duration;
 
 /// Time after which a model on the host takes no further sample.
@@ -168,17 +168,7 @@ fn forward(args: &Args, device: &Device, precision: Precision, model: &Dit, batc
 
 fn training(args: &Args, device: &Device, precision: Precision, mut model: Dit, batch: usize) -> Result<Vec<f64>> {
     let (x, t, y) = inputs(device, &model, batch)?;
-    let settings = AdamWSettings {
-        lr: 1e-4,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.01,
-        warmup: 0,
-        schedule: LrSchedule::Constant,
-        clip: f64::MAX,
-        ema: 0.0,
-    };
+    let settings = AdamWSettings::PLAIN;
     let mut optimiser = AdamW::new(settings, &model.params)?;
     let flat = [batch, model.config.out_channels(), x.dim(2) * x.dim(3)];
     let target = Tensor::zeros(device, &flat)?;

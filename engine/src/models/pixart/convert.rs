@@ -2,7 +2,7 @@
 //! checkpoint, so that there and back gives the same bits.
 
 use super::names::Layout;
-use super::{PixArtConfig, load};
+use super::{PixArtConfig, load, save};
 use crate::error::{Error, Result};
 use crate::io::dtype::FileDtype;
 use crate::io::safetensors::{self, TensorRecord};
@@ -56,7 +56,7 @@ pub fn convert(from: &Path, to: &Path, layout: Layout, dtype: Option<SaveAs>) ->
     let dtypes: BTreeSet<FileDtype> = records.iter().map(|record| record.dtype).collect();
     let (file, config) = match layout {
         Layout::Original => ("model.safetensors", original_config(&model.config)),
-        Layout::Diffusers => ("diffusion_pytorch_model.safetensors", diffusers_config(&model.config)),
+        Layout::Diffusers => ("diffusion_pytorch_model.safetensors", save::config(&model.config)),
     };
     atomic::write_folder(to, |folder| {
         safetensors::write(&folder.join(file), records, &metadata)?;
@@ -112,34 +112,6 @@ fn original_config(c: &PixArtConfig) -> Value {
         "pe_interpolation": c.interpolation,
         "model_max_length": c.max_tokens,
         "norm_eps": c.norm_eps,
-    })
-}
-
-/// The fields of a configuration of diffusers, and the number of tokens, which its pipelines state in code.
-fn diffusers_config(c: &PixArtConfig) -> Value {
-    json!({
-        "_class_name": "PixArtTransformer2DModel",
-        "activation_fn": "gelu-approximate",
-        "attention_bias": true,
-        "attention_head_dim": c.width / c.heads,
-        "caption_channels": c.caption_channels,
-        "cross_attention_dim": c.width,
-        "dropout": 0.0,
-        "in_channels": c.in_channels,
-        "interpolation_scale": c.interpolation,
-        "max_tokens": c.max_tokens,
-        "norm_elementwise_affine": false,
-        "norm_eps": c.norm_eps,
-        "norm_num_groups": 32,
-        "norm_type": "ada_norm_single",
-        "num_attention_heads": c.heads,
-        "num_embeds_ada_norm": 1000,
-        "num_layers": c.depth(),
-        "out_channels": c.out_channels,
-        "patch_size": c.patch,
-        "sample_size": c.sample_size,
-        "upcast_attention": false,
-        "use_additional_conditions": c.micro_conditions,
     })
 }
 

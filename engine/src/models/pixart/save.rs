@@ -25,7 +25,8 @@ pub fn save(model: &PixArt, folder: &Path, dtype: SaveAs, extra: &BTreeMap<Strin
     folder::write(folder, "diffusion_pytorch_model.safetensors", records, &metadata, &config(&model.config))
 }
 
-fn config(c: &PixArtConfig) -> Value {
+/// The fields of a configuration of diffusers, and the number of tokens, which its pipelines state in code.
+pub(super) fn config(c: &PixArtConfig) -> Value {
     json!({
         "_class_name": "PixArtTransformer2DModel",
         "activation_fn": "gelu-approximate",
