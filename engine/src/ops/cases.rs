@@ -27,6 +27,8 @@ pub struct CaseRow {
     pub flops: usize,
     /// Bytes that one forward call must move at the least.
     pub bytes: usize,
+    /// Exponentials of one forward call, where they are counted.
+    pub exps: usize,
 }
 
 pub(super) type CaseBody<'b> = &'b mut dyn FnMut(&mut Io<'_, '_>) -> Result<()>;

@@ -121,9 +121,9 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
 }
 
 fn adamw_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::adamw::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::adamw::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -197,9 +197,9 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
 }
 
 fn add_noise_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::add_noise::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::add_noise::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, l, .. } = dims;
@@ -344,9 +344,9 @@ impl Graph<'_> {
 }
 
 fn attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -411,9 +411,9 @@ pub fn attention_int8(qkv: &Tensor, params: kernels::generated::attention_int8::
 }
 
 fn attention_int8_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::attention_int8::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::attention_int8::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -473,9 +473,9 @@ pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params
 }
 
 fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::axpy::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::axpy::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -618,9 +618,9 @@ impl Graph<'_> {
 }
 
 fn branch_deltas_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::branch_deltas::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::branch_deltas::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -702,9 +702,9 @@ pub fn conv2d(x: &Tensor, filters: &Tensor, bias: Option<&Tensor>, oh: usize, ow
 }
 
 fn conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::conv2d::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::conv2d::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, f, kh, kw, oh, ow, .. } = dims;
@@ -865,9 +865,9 @@ impl Graph<'_> {
 }
 
 fn conv_silu_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::conv_silu::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::conv_silu::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, w, c, k, .. } = dims;
@@ -1052,9 +1052,9 @@ impl Graph<'_> {
 }
 
 fn cross_attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::cross_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::cross_attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, m, r, h, e, .. } = dims;
@@ -1218,9 +1218,9 @@ impl Graph<'_> {
 }
 
 fn cross_entropy_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::cross_entropy::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::cross_entropy::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, k, .. } = dims;
@@ -1396,9 +1396,9 @@ impl Graph<'_> {
 }
 
 fn embed_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::embed::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::embed::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, v, d, .. } = dims;
@@ -1564,9 +1564,9 @@ impl Graph<'_> {
 }
 
 fn feature_gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::feature_gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::feature_gated_conv::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, f, k, .. } = dims;
@@ -1700,9 +1700,9 @@ impl Graph<'_> {
 }
 
 fn filter_window_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::filter_window::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::filter_window::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, c, .. } = dims;
@@ -1856,9 +1856,9 @@ impl Graph<'_> {
 }
 
 fn gate_residual_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gate_residual::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::gate_residual::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
@@ -2056,9 +2056,9 @@ impl Graph<'_> {
 }
 
 fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::gated_conv::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, k, .. } = dims;
@@ -2258,9 +2258,9 @@ impl Graph<'_> {
 }
 
 fn gated_conv_2d_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gated_conv_2d::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::gated_conv_2d::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, c, k, .. } = dims;
@@ -2472,9 +2472,9 @@ impl Graph<'_> {
 }
 
 fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gemm::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::gemm::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, k, f, c, .. } = dims;
@@ -2568,9 +2568,9 @@ pub fn gemm_fp8(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, gate: Option<&Ten
 }
 
 fn gemm_fp8_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gemm_fp8::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::gemm_fp8::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, k, f, c, .. } = dims;
@@ -2767,9 +2767,9 @@ impl Graph<'_> {
 }
 
 fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::group_norm_silu::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::group_norm_silu::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, g, .. } = dims;
@@ -2983,9 +2983,9 @@ impl Graph<'_> {
 }
 
 fn kv_compress_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::kv_compress::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::kv_compress::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, r, d, k, .. } = dims;
@@ -3165,9 +3165,9 @@ impl Graph<'_> {
 }
 
 fn linear_attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::linear_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::linear_attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -3342,9 +3342,9 @@ impl Graph<'_> {
 }
 
 fn ln_modulate_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::ln_modulate::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::ln_modulate::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
@@ -3544,9 +3544,9 @@ impl Graph<'_> {
 }
 
 fn long_conv_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::long_conv::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::long_conv::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, k, l, .. } = dims;
@@ -3728,9 +3728,9 @@ impl Graph<'_> {
 }
 
 fn loss_diffusion_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::loss_diffusion::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::loss_diffusion::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, s, .. } = dims;
@@ -3878,9 +3878,9 @@ impl Graph<'_> {
 }
 
 fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::loss_regression::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::loss_regression::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -4079,9 +4079,9 @@ impl Graph<'_> {
 }
 
 fn mamba2_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::mamba2::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::mamba2::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, w, h, e, k, .. } = dims;
@@ -4244,9 +4244,9 @@ impl Graph<'_> {
 }
 
 fn neighborhood_attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::neighborhood_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::neighborhood_attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, h, e, k, .. } = dims;
@@ -4337,9 +4337,9 @@ pub fn norm_silu_conv2d(x: &Tensor, gamma: &Tensor, beta: &Tensor, filters: &Ten
 }
 
 fn norm_silu_conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::norm_silu_conv2d::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::norm_silu_conv2d::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, g, f, kh, kw, .. } = dims;
@@ -4477,9 +4477,9 @@ impl Graph<'_> {
 }
 
 fn patchify_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::patchify::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::patchify::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, p, gh, gw, .. } = dims;
@@ -4540,9 +4540,9 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
 }
 
 fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::philox::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::philox::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -4735,9 +4735,9 @@ impl Graph<'_> {
 }
 
 fn qk_norm_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::qk_norm::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::qk_norm::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -4932,9 +4932,9 @@ impl Graph<'_> {
 }
 
 fn relative_attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::relative_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::relative_attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -5116,9 +5116,9 @@ impl Graph<'_> {
 }
 
 fn rms_norm_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::rms_norm::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::rms_norm::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, w, .. } = dims;
@@ -5190,9 +5190,9 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
 }
 
 fn sinusoid_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::sinusoid::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::sinusoid::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, d, .. } = dims;
@@ -5285,9 +5285,9 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
 }
 
 fn solver_step_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::solver_step::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::solver_step::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, co, s, .. } = dims;
@@ -5351,9 +5351,9 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
 }
 
 fn sum_squares_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::sum_squares::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::sum_squares::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -5486,9 +5486,9 @@ impl Graph<'_> {
 }
 
 fn unpatchify_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::unpatchify::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::unpatchify::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, p, gh, gw, .. } = dims;
@@ -5616,9 +5616,9 @@ impl Graph<'_> {
 }
 
 fn upsample_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::upsample::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::upsample::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, .. } = dims;
@@ -5767,9 +5767,9 @@ impl Graph<'_> {
 }
 
 fn window_attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::window_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::window_attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, w, .. } = dims;
