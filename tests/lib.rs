@@ -1,3 +1,4 @@
 //! Test helpers.
 
 pub mod mutate;
+pub mod scratch;

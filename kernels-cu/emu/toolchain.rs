@@ -35,8 +35,8 @@ impl Build {
     fn kernel_flags(self) -> &'static [&'static str] {
         match self {
             Build::Plain => &["-O2"],
-            Build::Asan => &["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-            Build::Tsan => &["-O1", "-g", "-fsanitize=thread"],
+            Build::Asan => &["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+            Build::Tsan => &["-O1", "-g1", "-fsanitize=thread"],
         }
     }
 
@@ -45,8 +45,8 @@ impl Build {
     fn runtime_flags(self) -> &'static [&'static str] {
         match self {
             Build::Plain => &["-O2"],
-            Build::Asan => &["-O1", "-g", "-fsanitize=address"],
-            Build::Tsan => &["-O2", "-g", "-DEMU_TSAN", "-fno-tree-loop-distribute-patterns"],
+            Build::Asan => &["-O1", "-g1", "-fsanitize=address"],
+            Build::Tsan => &["-O2", "-g1", "-DEMU_TSAN", "-fno-tree-loop-distribute-patterns"],
         }
     }
 }

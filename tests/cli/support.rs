@@ -3,6 +3,7 @@
 use graft_engine::backend::Device;
 use graft_engine::models::dit::{self, Dit, DitConfig, SaveAs};
 use graft_kernels::rng::Philox;
+use graft_tests::scratch::Scratch;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -60,11 +61,8 @@ pub fn refuse(folder: &Path, args: &[&str], code: i32, words: &[&str]) {
 }
 
 /// A fresh, empty folder.
-pub fn folder(name: &str) -> PathBuf {
-    let dir = std::env::temp_dir().join(format!("graft-cli-{}-{name}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&dir);
-    std::fs::create_dir_all(&dir).unwrap();
-    dir
+pub fn folder(name: &str) -> Scratch {
+    Scratch::new(&format!("cli-{name}"))
 }
 
 /// A path inside the recorded cases.

@@ -7,7 +7,7 @@ use graft_engine::models::dit::{self, Dit, DitConfig, SaveAs};
 use graft_kernels::rng::Philox;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -51,7 +51,7 @@ fn plan(here: &Path, distill: &str, finetune: &str) {
     std::fs::write(here.join("plan.toml"), text).unwrap();
 }
 
-fn tiny(name: &str, distill: &str, finetune: &str) -> PathBuf {
+fn tiny(name: &str, distill: &str, finetune: &str) -> graft_tests::scratch::Scratch {
     let here = folder(name);
     images(&here.join("data"), 48, 24);
     base(&here.join("base"), 7, DitConfig::plain(4, 16, 2));

@@ -7,14 +7,12 @@ use graft_engine::models::dit::{self, Conversion, Dit, DitConfig, Layout, Run};
 use graft_engine::nn::operators::{BlockDims, REGISTRY, Shapes, Site, Spec, recognise, recognise_alone};
 use graft_engine::tensor::{Device, Tensor};
 use graft_kernels::rng::Philox;
+use graft_tests::scratch::Scratch;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-fn folder(name: &str) -> PathBuf {
-    let dir = std::env::temp_dir().join(format!("graft-checkpoints-{}-{name}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&dir);
-    std::fs::create_dir_all(&dir).unwrap();
-    dir
+fn folder(name: &str) -> Scratch {
+    Scratch::new(&format!("checkpoints-{name}"))
 }
 
 type Named = (String, Vec<usize>, Vec<f32>);

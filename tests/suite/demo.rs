@@ -4,8 +4,9 @@
 use graft_engine::backend::Device;
 use graft_engine::graft::plan::Plan;
 use graft_engine::graft::run::{self, RunData, RunFolder};
+use graft_tests::scratch::Scratch;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Demo plan with fewer updates and samples, and paths that do not depend on the working directory.
 fn shortened() -> Plan {
@@ -29,7 +30,7 @@ fn shortened() -> Plan {
 
 #[test]
 fn random_is_worse_than_distilled_is_worse_than_finetuned() {
-    let dir: PathBuf = std::env::temp_dir().join(format!("graft-demo-{}", std::process::id()));
+    let dir = Scratch::new("demo");
     let device = Device::cpu();
     let folder = RunFolder::create(shortened(), &dir).unwrap();
     let data = RunData::load(&folder.plan.data).unwrap();
@@ -50,5 +51,4 @@ fn random_is_worse_than_distilled_is_worse_than_finetuned() {
     let page = std::fs::read_to_string(dir.join(run::REPORT)).unwrap();
     assert!(page.contains("<svg") && page.contains("data:image/png;base64,") && page.contains("hyena_x"));
     drop(folder);
-    std::fs::remove_dir_all(&dir).unwrap();
 }

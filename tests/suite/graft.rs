@@ -10,17 +10,15 @@ use graft_engine::io::{jsonl, safetensors};
 use graft_engine::models::dit::{self, Dit, DitConfig, SaveAs};
 use graft_engine::tensor::Device;
 use graft_kernels::rng::Philox;
+use graft_tests::scratch::Scratch;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 pub const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
-pub fn folder(name: &str) -> PathBuf {
-    let dir = std::env::temp_dir().join(format!("graft-suite-{}-{name}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&dir);
-    std::fs::create_dir_all(&dir).unwrap();
-    dir
+pub fn folder(name: &str) -> Scratch {
+    Scratch::new(&format!("suite-{name}"))
 }
 
 /// A base with four blocks in which every branch matters: nothing is zero as in a fresh model.
