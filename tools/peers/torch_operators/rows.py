@@ -124,7 +124,8 @@ def loss_diffusion(c):
     gap, log_lo, log_range, first = (t["coefs"][:, i, None, None] for i in range(4))
     root = math.sqrt(2 / math.pi)
     # Timestep 0 has a term of its own; a loss computes it where a batch has one.
-    any_first = bool((first == 1).any())
+    likelihood = first > 0.5
+    any_first = bool(likelihood.any())
 
     def cdf(u: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(root * (u + 0.044715 * u**3)))
@@ -139,7 +140,7 @@ def loss_diffusion(c):
             rate = (-0.5 * logvar).exp()
             above, below = cdf(rate * (distance + 1 / 255)), cdf(rate * (distance - 1 / 255))
             open_sides = torch.where(x0 < -0.999, above, torch.where(x0 > 0.999, 1 - below, above - below))
-            vb = torch.where(first == 1, -open_sides.clamp(min=1e-12).log(), vb)
+            vb = torch.where(likelihood, -open_sides.clamp(min=1e-12).log(), vb)
         return (mse + weight * vb.mean((1, 2)) / math.log(2)).mean()
 
     return {"eager": run}
