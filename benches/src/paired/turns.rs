@@ -11,6 +11,10 @@ pub const LEAST_MS: f64 = 20.0;
 /// Most calls of one measurement.
 const MOST_CALLS: usize = 20_000;
 
+/// Fewest pairs of long calls, and the time after which no further pair begins.
+const FEWEST: usize = 3;
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Share of the processor that others may use before a measurement.
 const IDLE: f64 = 0.1;
 
@@ -29,7 +33,7 @@ pub struct Turns {
 }
 
 impl Turns {
-    /// Takes `pairs` measurements of either side. Between two, `pause` lets the threads of one side go to sleep.
+    /// Takes `pairs` measurements of either side, fewer of long calls. Between two, `pause` lets the threads of one side go to sleep.
     /// Both sides have run before.
     ///
     /// # Errors
@@ -37,7 +41,11 @@ impl Turns {
     pub fn take(pairs: usize, pause: Duration, ours: &mut Side<'_>, peer: &mut Side<'_>) -> Result<Turns> {
         let calls = [calls(ours)?, calls(peer)?];
         let mut turns = Turns { ours: Vec::new(), peer: Vec::new(), calls };
+        let begun = Instant::now();
         for pair in 0..pairs {
+            if pair >= FEWEST && begun.elapsed() > PATIENCE {
+                break;
+            }
             for turn in 0..2 {
                 std::thread::sleep(pause);
                 if (pair + turn) % 2 == 0 {
