@@ -95,7 +95,7 @@ pub type Outcome = std::result::Result<Value, (String, Error)>;
 /// the peer has no counterpart for, with its reason.
 ///
 /// # Errors
-/// The peer cannot start; no case fits; the machine is busy; those of `report`.
+/// The peer cannot start; no case fits; those of `report`.
 pub fn measure(
     settings: &Settings,
     choice: &Choice,
@@ -112,7 +112,13 @@ pub fn measure(
             without.insert(row.info.name.to_string(), why.to_string());
             continue;
         }
-        let busy = idle(WATCH, settings.dry_run)?;
+        let busy = match idle(WATCH, settings.dry_run) {
+            Ok(busy) => busy,
+            Err(e) => {
+                report(Err((name, e)))?;
+                continue;
+            }
+        };
         match one(settings, choice, &row, busy, &mut peer, report) {
             Ok(None) => {}
             Ok(Some(why)) => drop(without.insert(name, why)),
