@@ -6,7 +6,7 @@ use crate::backend::{Device, emu};
 use crate::cli::{out, table::Table};
 use crate::error::{Error, Result};
 use crate::ops::check::{CaseRow, time_cases};
-use crate::report::bench::Row;
+use crate::report::bench::{Ceilings, Needs, Row};
 use crate::tensor::DType;
 use graft_kernels::Tier;
 use serde_json::json;
@@ -45,11 +45,11 @@ impl Choice<'_> {
 /// Time after which a case on the host takes no further sample.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Measures on `device`: a row of every pass.
+/// Measures on `device`: a row of every pass, that of a forward pass with its prediction from the `ceilings` of the run.
 ///
 /// # Errors
 /// No case that fits, and those of the device.
-pub fn measure(device: &Device, choice: &Choice<'_>, json: bool) -> Result<Vec<Row>> {
+pub fn measure(device: &Device, choice: &Choice<'_>, ceilings: &[Row], json: bool) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let chosen = |row: &CaseRow| choice.takes(device, row);
     time_cases(device, Tier::Real, &chosen, &mut |row, pass, call| {
@@ -61,6 +61,9 @@ pub fn measure(device: &Device, choice: &Choice<'_>, json: bool) -> Result<Vec<R
                 // The contract counts a forward call, with every tensor in f32.
                 found.flops = Some(row.flops as f64);
                 found.bytes = Some((row.bytes * device.element().size() / 4) as f64);
+                found.exps = Some(row.exps as f64).filter(|n| *n > 0.0);
+                let needs = Needs { flops: row.flops as f64, bytes: found.bytes.unwrap_or(0.0), exps: row.exps as f64 };
+                found.predicted_ms = Ceilings::of(ceilings, &found).predict(needs);
             }
             show(&found, json)?;
             rows.push(found);
