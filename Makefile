@@ -1,5 +1,5 @@
 # Aliases, one line each; the logic is in the programs. One release build serves all of them.
-.PHONY: demo demo-text test science science-full soak mutants kernels gpu gpu-kit twins bench paired docs data codegen tidy
+.PHONY: demo demo-text test science science-full soak mutants kernels gpu gpu-kit twins bench criterion paired docs data codegen tidy
 
 demo:    ; cargo run --release -p graft-engine --bin graft -- run assets/fashion-dit/demo.toml --run demo
 demo-text: ; cargo run --release -p graft-engine --bin graft -- run assets/emoji-pixart/graft.toml --run runs/emoji-graft
@@ -12,8 +12,9 @@ kernels: ; python3 tools/setup/cuda_compiler.py && cargo xtask kernels && cargo 
 gpu:     ; cargo run --release -p graft-engine --bin graft -- gpu --peers kernels-triton-ref/check.py
 gpu-kit: ; python3 tools/setup/gpu_kit.py target/gpu-kit
 twins:   ; python3 kernels-triton-ref/check.py
-bench:   ; cargo bench -p graft-benches
-paired:  ; cargo run --release -p graft-benches --bin paired
+bench:   ; cargo run --release -p graft-benches --bin bench
+criterion: ; cargo bench -p graft-benches
+paired:  ; cargo run --release -p graft-benches --bin paired -- model
 docs:    ; cargo doc --release --workspace --no-deps
 data:    ; python3 tools/setup/fetch_data.py
 codegen: ; cargo xtask codegen

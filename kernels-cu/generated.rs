@@ -227,9 +227,10 @@ pub mod adamw {
         Case { name: "over_a_block", tier: Tier::Tiny, shape: "L=40000", dims: Dims { l: 40000 }, params: Params { lr: 0.05, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 1.0, bias2: 1.0, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "dit_block", tier: Tier::Real, shape: "L=21255552", dims: Dims { l: 21255552 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "fashion", tier: Tier::Real, shape: "L=65536", dims: Dims { l: 65536 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_qkv", tier: Tier::Real, shape: "L=3984768", dims: Dims { l: 3984768 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "adamw", summary: "One AdamW step of one parameter tensor in place, with the moving average of the parameters.", backward: false, cases: &["first_step", "no_ema", "one", "large_epsilon", "clipped", "over_a_block", "dit_block", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[], cost };
+    pub const INFO: OpInfo = OpInfo { name: "adamw", summary: "One AdamW step of one parameter tensor in place, with the moving average of the parameters.", backward: false, cases: &["first_step", "no_ema", "one", "large_epsilon", "clipped", "over_a_block", "dit_block", "fashion", "dit_qkv"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[], cost };
 
     /// Cost of one forward call whose dims `dim` knows by name.
     pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {

@@ -2,4 +2,5 @@
 
 pub mod machine;
 pub mod models;
+pub mod page;
 pub mod paired;

@@ -5,9 +5,9 @@
 
 use clap::{Parser, Subcommand};
 use graft_benches::models::{CASES, case};
-use graft_benches::paired::ops::{self, Choice};
-use graft_benches::paired::peer::{OPERATOR_PEERS, could_not_run, operators};
-use graft_benches::paired::{Settings, models, root, rows};
+use graft_benches::paired::ops::Choice;
+use graft_benches::paired::peer::{OPERATOR_PEERS, operators};
+use graft_benches::paired::{Settings, root, rows, run_models, run_ops};
 use graft_engine::backend::cpu;
 use graft_engine::error::{Error, Result};
 use std::path::PathBuf;
@@ -52,7 +52,7 @@ enum What {
         #[arg(long, default_value_t = 80.0)]
         gflop: f64,
         /// Largest case, in megabytes that a forward call moves.
-        #[arg(long, default_value_t = 800.0)]
+        #[arg(long, default_value_t = 310.0)]
         megabytes: f64,
     },
     /// Whole models against PyTorch.
@@ -86,51 +86,19 @@ fn run(args: &Args) -> Result<()> {
     let root = root().to_path_buf();
     let rows = args.rows.clone().unwrap_or_else(|| rows::folder(&root));
     let settings = Settings { root, rows, pairs: args.pairs, threads: args.threads, dry_run: args.dry_run };
-    match &args.what {
+    let mut say = |line| println!("{line}");
+    let failed = match &args.what {
         What::Op { filter, case, pass, peer, gflop, megabytes } => {
             let (filter, case, pass) = (filter.clone(), case.clone(), pass.clone());
             let choice = Choice { filter, case, pass, gflop: *gflop, megabytes: *megabytes };
-            run_ops(&settings, &choice, peer)
+            let programs = peer.iter().map(|name| operators(name, &settings.root, settings.threads));
+            run_ops(&settings, &choice, &programs.collect::<Result<Vec<_>>>()?, &mut say)
         }
         What::Model { cases, dtype, python } => {
             let chosen =
                 if cases.is_empty() { CASES.to_vec() } else { cases.iter().map(|n| case(n)).collect::<Result<_>>()? };
-            for case in chosen {
-                for dtype in dtype {
-                    keep(&settings, "models.jsonl", &models::measure(&settings, case, dtype, python)?)?;
-                }
-            }
-            Ok(())
+            run_models(&settings, &chosen, dtype, python, &mut say)
         }
-    }
-}
-
-fn run_ops(settings: &Settings, choice: &Choice, peers: &[String]) -> Result<()> {
-    let mut failed = 0;
-    for name in peers {
-        let program = operators(name, &settings.root, settings.threads)?;
-        let measured = ops::measure(settings, choice, &program, &mut |outcome| match outcome {
-            Ok(row) => keep(settings, "ops.jsonl", &row),
-            Err((case, e)) => {
-                failed += 1;
-                println!("{case:<40} NO ROW: {e}");
-                Ok(())
-            }
-        });
-        match measured {
-            Ok(without) => without.iter().for_each(|(op, why)| println!("{op:<40} no counterpart: {why}")),
-            // A peer that is not there is named beside the others' rows, never left out.
-            Err(e) if peers.len() > 1 => {
-                let row = could_not_run(&program, &e);
-                keep(settings, "ops.jsonl", &rows::merged(row, rows::origin(&settings.root, settings.threads)))?;
-            }
-            Err(e) => return Err(e),
-        }
-    }
+    }?;
     if failed == 0 { Ok(()) } else { Err(Error::failure("paired", format!("{failed} measurements gave no row"))) }
-}
-
-fn keep(settings: &Settings, file: &str, row: &serde_json::Value) -> Result<()> {
-    println!("{}", rows::line(row));
-    if settings.dry_run { Ok(()) } else { rows::put(&settings.rows.join(file), row) }
 }

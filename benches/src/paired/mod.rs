@@ -9,7 +9,10 @@ pub mod peer;
 pub mod rows;
 pub mod turns;
 
+use crate::models::ModelCase;
 use graft_engine::error::{Error, Result};
+use peer::{Program, could_not_run};
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 /// What every measurement is told.
@@ -56,6 +59,77 @@ pub fn difference(ours: &[f32], theirs: &[f32]) -> f64 {
         total += f64::from(b).powi(2);
     }
     if total > 0.0 { (error / total).sqrt() } else { error.sqrt() }
+}
+
+/// File of the rows of operators.
+pub const OPS: &str = "ops.jsonl";
+/// File of the rows of models.
+pub const MODELS: &str = "models.jsonl";
+
+/// Hears every line that a person should read.
+pub type Say<'s> = dyn FnMut(String) + 's;
+
+/// Measures operators against each peer and keeps the rows. A peer that cannot run has a row that says why. Returns the
+/// number of measurements that gave no row.
+///
+/// # Errors
+/// No case fits, or a row cannot be written.
+pub fn run_ops(settings: &Settings, choice: &ops::Choice, peers: &[Program], say: &mut Say<'_>) -> Result<usize> {
+    let mut failed = 0;
+    for program in peers {
+        let measured = ops::measure(settings, choice, program, &mut |outcome| match outcome {
+            Ok(row) => keep(settings, OPS, &row, say),
+            Err((case, e)) => {
+                failed += 1;
+                say(format!("{case:<40} NO ROW: {e}"));
+                Ok(())
+            }
+        });
+        match measured {
+            Ok(without) => {
+                without
+                    .iter()
+                    .for_each(|(what, why)| say(format!("{what:<40} {} has no counterpart: {why}", program.name)));
+            }
+            Err(e) if e.kind() == graft_engine::error::Kind::Usage => return Err(e),
+            Err(e) => {
+                let row = rows::merged(could_not_run(program, &e), json!({ "op": "all" }));
+                keep(settings, OPS, &rows::merged(row, rows::origin(&settings.root, settings.threads)), say)?;
+            }
+        }
+    }
+    Ok(failed)
+}
+
+/// Measures models against PyTorch and keeps the rows. Returns the number of measurements that gave no row.
+///
+/// # Errors
+/// A row cannot be written.
+pub fn run_models(
+    settings: &Settings,
+    cases: &[ModelCase],
+    dtypes: &[String],
+    python: &Path,
+    say: &mut Say<'_>,
+) -> Result<usize> {
+    let mut failed = 0;
+    for case in cases {
+        for dtype in dtypes {
+            match models::measure(settings, *case, dtype, python) {
+                Ok(row) => keep(settings, MODELS, &row, say)?,
+                Err(e) => {
+                    failed += 1;
+                    say(format!("{:<40} {dtype} NO ROW: {e}", case.name));
+                }
+            }
+        }
+    }
+    Ok(failed)
+}
+
+fn keep(settings: &Settings, file: &str, row: &Value, say: &mut Say<'_>) -> Result<()> {
+    say(rows::line(row));
+    if settings.dry_run { Ok(()) } else { rows::put(&settings.rows.join(file), row) }
 }
 
 /// The repository that this program was built in.

@@ -119,6 +119,22 @@ impl Drop for Peer {
     }
 }
 
+/// Sets a peer up where it is missing.
+///
+/// # Errors
+/// What its script ended with.
+pub fn set_up(program: &Program, root: &Path) -> Result<()> {
+    if program.program.exists() {
+        return Ok(());
+    }
+    let status = Command::new(root.join(program.setup)).status();
+    let status = status.map_err(|e| Error::failure(program.setup, format!("cannot start: {e}")))?;
+    if status.success() && program.program.exists() {
+        return Ok(());
+    }
+    Err(Error::failure(program.setup, "could not set the peer up").is(status).fix("its own message is above"))
+}
+
 /// What is written down of a peer that cannot run.
 pub fn could_not_run(program: &Program, why: &Error) -> Value {
     json!({ "peer": { "name": program.name }, "could_not_run": why.to_string() })

@@ -103,6 +103,12 @@ mod tests {
             put(&path, &row(case, ms)).unwrap();
         }
         assert_eq!(read(&path).unwrap(), [row("b", 2.0), row("a", 3.0)]);
+        let absent = json!({ "peer": { "name": "p" }, "could_not_run": "no compiler" });
+        put(&path, &absent).unwrap();
+        assert_eq!(read(&path).unwrap().last(), Some(&absent));
+        let runs = json!({ "case": "c", "peer": { "name": "p" } });
+        put(&path, &runs).unwrap();
+        assert_eq!(read(&path).unwrap(), [row("b", 2.0), row("a", 3.0), runs]);
         std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
         assert!(read(&path).unwrap().is_empty());
     }

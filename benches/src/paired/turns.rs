@@ -11,8 +11,15 @@ pub const LEAST_MS: f64 = 20.0;
 /// Most calls of one measurement.
 const MOST_CALLS: usize = 20_000;
 
+/// Fewest pairs of long calls, and the time after which no further pair begins.
+const FEWEST: usize = 3;
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Share of the processor that others may use before a measurement.
 const IDLE: f64 = 0.1;
+
+/// How often the machine is looked at before it counts as busy.
+const WATCHES: usize = 6;
 
 /// Runs a number of calls and gives the milliseconds of all together.
 pub type Side<'a> = dyn FnMut(usize) -> Result<f64> + 'a;
@@ -29,7 +36,7 @@ pub struct Turns {
 }
 
 impl Turns {
-    /// Takes `pairs` measurements of either side. Between two, `pause` lets the threads of one side go to sleep.
+    /// Takes `pairs` measurements of either side, fewer of long calls. Between two, `pause` lets the threads of one side go to sleep.
     /// Both sides have run before.
     ///
     /// # Errors
@@ -37,7 +44,11 @@ impl Turns {
     pub fn take(pairs: usize, pause: Duration, ours: &mut Side<'_>, peer: &mut Side<'_>) -> Result<Turns> {
         let calls = [calls(ours)?, calls(peer)?];
         let mut turns = Turns { ours: Vec::new(), peer: Vec::new(), calls };
+        let begun = Instant::now();
         for pair in 0..pairs {
+            if pair >= FEWEST && begun.elapsed() > PATIENCE {
+                break;
+            }
             for turn in 0..2 {
                 std::thread::sleep(pause);
                 if (pair + turn) % 2 == 0 {
@@ -104,12 +115,19 @@ pub fn spread(values: &[f64]) -> f64 {
 }
 
 /// The share of the processor that others use, which must be small: spinning barriers collapse on a shared processor,
-/// and a peer's time taken there would flatter us.
+/// and a peer's time taken there would flatter us. What ends by itself is waited for.
 ///
 /// # Errors
 /// A busy machine, unless `allowed`.
 pub fn idle(pause: Duration, allowed: bool) -> Result<f64> {
-    let busy = busy_share(pause);
+    let mut busy = busy_share(pause);
+    for _ in 1..WATCHES {
+        if busy <= IDLE || allowed {
+            break;
+        }
+        std::thread::sleep(pause);
+        busy = busy_share(pause);
+    }
     if busy > IDLE && !allowed {
         return Err(Error::failure("machine", "is busy; its times would mean nothing")
             .is(format!("{:.0} % in use", 100.0 * busy))

@@ -154,7 +154,35 @@ def neighborhood_attention(c):
         )
         return grid(sdpa(q, keys, values, attn_mask=mask, scale=scale).reshape(b, h, n, e))
 
+    def by_tiles(size: int):
+        """Squares of queries, with the square of keys that any of them may see; shifted inside near a border."""
+        reach = size + k - 1
+        first = [(start(rows)[::size]).clamp(max=rows - reach), (start(columns)[::size]).clamp(max=columns - reach)]
+        keys = [f[:, None] + torch.arange(reach) for f in first]
+        place = (keys[0][:, None, :, None] * columns + keys[1][None, :, None, :]).reshape(-1, reach * reach)
+        seen = []
+        for tokens, found in ((rows, keys[0]), (columns, keys[1])):
+            begin = start(tokens).reshape(-1, size)[:, :, None]
+            seen.append((found[:, None] >= begin) & (found[:, None] < begin + k))
+        # [tile row, row, key row] and [tile column, column, key column] make [tile, query, key].
+        mask = seen[0][:, None, :, None, :, None] & seen[1][None, :, None, :, None, :]
+        mask = mask.reshape(-1, size * size, reach * reach)
+        tiles = (rows // size, columns // size)
+
+        def run():
+            q, key, value = flat()
+            q = q.reshape(b * h, tiles[0], size, tiles[1], size, e).transpose(2, 3).reshape(b * h, -1, size * size, e)
+            key, value = (x.reshape(b * h, n, e)[:, place] for x in (key, value))
+            y = sdpa(q, key, value, attn_mask=mask, scale=scale)
+            y = y.reshape(b, h, tiles[0], tiles[1], size, size, e).transpose(3, 4).reshape(b, h, n, e)
+            return grid(y)
+
+        return run
+
     ways["sdpa by rows of tokens"] = by_rows
+    for size in (4, 8, 16):
+        if rows % size == 0 and columns % size == 0 and size + k - 1 <= min(rows, columns):
+            ways[f"sdpa in tiles of {size}"] = by_tiles(size)
     return ways
 
 

@@ -122,24 +122,29 @@ def loss_diffusion(c):
     weight, channels, t = c.params["vlb_weight"], c["C"], c.t
     noise, x0 = t["noise"], t["x0"]
     gap, log_lo, log_range, first = (t["coefs"][:, i, None, None] for i in range(4))
-    root = math.sqrt(2 / math.pi)
+    root = 2 * math.sqrt(2 / math.pi)
     # Timestep 0 has a term of its own; a loss computes it where a batch has one.
-    any_first = bool((first == 1).any())
+    likelihood = first > 0.5
+    any_first = bool(likelihood.any())
 
     def cdf(u: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.tanh(root * (u + 0.044715 * u**3)))
+        """(1 + tanh(x))/2 as a sigmoid, which keeps its digits where it is small."""
+        return torch.sigmoid(root * (u + 0.044715 * u**3))
 
     def run():
         eps, v = t["model_output"][:, :channels], t["model_output"][:, channels:]
-        logvar = log_lo + (v + 1) / 2 * log_range
+        rise = (v + 1) / 2 * log_range
         distance = gap * (eps.detach() - noise)
         mse = (noise - eps).square().mean((1, 2))
-        vb = 0.5 * (logvar - log_lo - 1 + (log_lo - logvar).exp() + distance.square() * (-logvar).exp())
+        vb = 0.5 * (rise + torch.expm1(-rise) + distance.square() * (-log_lo - rise).exp())
         if any_first:
-            rate = (-0.5 * logvar).exp()
-            above, below = cdf(rate * (distance + 1 / 255)), cdf(rate * (distance - 1 / 255))
-            open_sides = torch.where(x0 < -0.999, above, torch.where(x0 > 0.999, 1 - below, above - below))
-            vb = torch.where(first == 1, -open_sides.clamp(min=1e-12).log(), vb)
+            rate = (-0.5 * (log_lo + rise)).exp()
+            # The bin on the side where both ends are small.
+            near = -distance.abs()
+            inside = cdf(rate * (near + 1 / 255)) - cdf(rate * (near - 1 / 255))
+            ends = torch.where(x0 < 0, cdf(rate * (distance + 1 / 255)), cdf(-rate * (distance - 1 / 255)))
+            p = torch.where(x0.abs() > 0.999, ends, inside)
+            vb = torch.where(likelihood, -p.clamp(min=1e-12).log(), vb)
         return (mse + weight * vb.mean((1, 2)) / math.log(2)).mean()
 
     return {"eager": run}
