@@ -1,43 +1,15 @@
 //! The sampling loop allocates nothing after its warm-up, on any thread.
 //!
 //! A test of its own binary, because it replaces the allocator of the whole process by one that counts.
-#![allow(unsafe_code)]
+
+#[path = "counting.rs"]
+mod counting;
 
 use graft_engine::autograd::Precision;
 use graft_engine::backend::Device;
 use graft_engine::models::dit::{Dit, DitConfig};
 use graft_engine::nn::operators::Spec;
 use graft_engine::sample::pipeline::{Request, generate};
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-struct Counting;
-
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call is passed on to the system allocator with its arguments unchanged; counting has no influence on
-// the memory that is handed out.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller keeps the contract of `GlobalAlloc::alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: `pointer` came from `System` through the functions here, with this layout.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as `dealloc`.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// Steps before the loop must be quiet.
 const WARM_UP: usize = 2;
@@ -48,7 +20,7 @@ const ATTEMPTS: usize = 4;
 /// Allocations of every step from the second on, on all threads.
 fn per_step(model: &Dit, request: &Request) -> Vec<usize> {
     let mut counts = [0usize; STEPS];
-    generate(model, request, &mut |p| counts[p.step - 1] = ALLOCATIONS.load(Ordering::Relaxed)).unwrap();
+    generate(model, request, &mut |p| counts[p.step - 1] = counting::allocations()).unwrap();
     counts.windows(2).map(|w| w[1] - w[0]).collect()
 }
 

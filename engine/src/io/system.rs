@@ -75,6 +75,9 @@ pub fn forget_file(path: &Path) -> Result<()> {
 /// A file that cannot be read.
 pub fn read_through(path: &Path, part: usize) -> Result<u64> {
     let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, "open", &e))?;
+    // Has the system read further ahead; only advice.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
     let (mut held, mut total) = (vec![0u8; part.max(1)], 0);
     loop {
         match std::io::Read::read(&mut file, &mut held).map_err(|e| Error::io(path, "read", &e))? {

@@ -4,6 +4,7 @@
 //! name of its file. Files are appended to: the last row of a subject counts. `benches/targets.toml` lists what the
 //! project wants to reach, so that a page can say "not measured" where no row answers.
 
+mod ladders;
 mod marks;
 mod paired;
 mod plain;
@@ -49,6 +50,7 @@ fn table(root: &Path, mark: &str, rows: &[Row], targets: &[targets::Target]) -> 
         "loading" => plain::loading(rows),
         "growth" => plain::growth(root, rows),
         "cost model" => plain::cost_model(rows),
+        "ladders" => ladders::ladders(root),
         "targets" => Ok(targets::table_of(rows, targets)),
         _ => return None,
     })
@@ -63,7 +65,8 @@ mod tests {
         let root = crate::codegen::workspace_root();
         let text = |name: &str| std::fs::read_to_string(root.join(name)).unwrap();
         assert_eq!(marks::names(&text("README.md")), ["results"]);
-        let all = ["targets", "models", "operators", "GPU", "text to image", "loading", "cost model", "growth"];
+        let all =
+            ["targets", "models", "operators", "GPU", "text to image", "loading", "cost model", "growth", "ladders"];
         assert_eq!(marks::names(&text("docs/results.md")), all);
     }
 

@@ -18,7 +18,11 @@ fn model_rows(rows: &[Row]) -> Vec<&Row> {
 
 /// Rows of operators.
 fn operator_rows(rows: &[Row]) -> Vec<&Row> {
-    let operators = rows.iter().filter(|r| r.is_paired() && r.maybe("op").is_some());
+    // A peer that could not run at all has a row without a case, which counts until it has run.
+    let of_peer = |r: &Row| (r.device().to_string(), r.peer_name().to_string());
+    let ran = |row: &Row| rows.iter().any(|r| r.maybe("op").is_some() && r.is_paired() && of_peer(r) == of_peer(row));
+    let at_all = |r: &Row| r.could_not_run().is_some() && r.maybe("model").is_none() && !ran(r);
+    let operators = rows.iter().filter(|r| r.is_paired() && (r.maybe("op").is_some() || at_all(r)));
     newest(operators, |r| {
         let threads = r.value["threads"].to_string();
         let work = r.work().to_string();
@@ -136,7 +140,9 @@ fn absent(rows: &[&Row]) -> String {
     for row in rows {
         if let Some(why) = row.could_not_run() {
             let key = (row.device().to_string(), row.peer(), why);
-            reasons.entry(key).or_default().insert(format!("{} {}", row.subject(), row.work()));
+            let all = row.subject().is_empty();
+            let what = if all { "every row".to_string() } else { format!("{} {}", row.subject(), row.work()) };
+            reasons.entry(key).or_default().insert(what);
         }
     }
     if reasons.is_empty() {
@@ -193,6 +199,12 @@ mod tests {
         assert_eq!(lines.len(), 2 * ENDS + 1);
         assert!(lines[0].contains("case_00") && lines[0].contains("0.9: missed") && lines[7].contains("case_19"));
         assert_eq!(lines[8], "- X, Candle: no such operator (gemm/case_00 forward)");
+        let mut missing = row(json!({ "processor": "X", "peer": { "name": "ONNX" }, "could_not_run": "no wheel" }));
+        missing.place = "x/ops.jsonl:9".into();
+        rows.push(missing.clone());
+        assert!(operators(&rows).unwrap().ends_with("- X, ONNX: no wheel (every row)\n"));
+        rows.last_mut().unwrap().value["peer"] = json!({ "name": "PyTorch" });
+        assert!(!operators(&rows).unwrap().contains("every row"), "it has run");
         let all = operators(&rows).unwrap();
         assert!(all.contains("16 of 20 reach their target."), "{all}");
     }

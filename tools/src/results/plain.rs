@@ -112,20 +112,22 @@ pub fn loading(rows: &[Row]) -> Result<String, String> {
     Ok(table(&heads, &lines, "Not measured."))
 }
 
-/// The cost model beside what was measured: its median and its worst error of each kind of device.
+/// The cost model beside what was measured: its median and its worst error of each device.
 ///
 /// # Errors
 /// A row that lacks a field.
 pub fn cost_model(rows: &[Row]) -> Result<String, String> {
-    let chosen = newest(rows.iter().filter(|r| r.maybe("bench") == Some("cost model")), |r| {
-        let threads = r.value["threads"].to_string();
-        [r.device().to_string(), threads, r.element().to_string(), r.subject(), r.work().to_string()]
+    let chosen = newest(rows.iter().filter(|r| r.maybe_number("predicted_ms").is_some_and(|p| p > 0.0)), |r| {
+        let words = [r.device(), r.element(), r.work()].map(str::to_string);
+        (words, r.subject(), r.value["threads"].to_string(), r.value["axes"].to_string())
     });
     let mut groups: std::collections::BTreeMap<String, Vec<(f64, String)>> = std::collections::BTreeMap::new();
     for row in chosen {
         let (predicted, measured) = (row.number("predicted_ms")?, row.number("ms")?);
         let threads = row.maybe_number("threads").map_or(String::new(), |n| format!(", {n} threads"));
-        let group = format!("{}{threads}, {}", row.device(), row.element());
+        let kind =
+            if row.maybe("bench") == Some("layer") { "operators within a model" } else { "operators by themselves" };
+        let group = format!("{}{threads}, {}: {kind}", row.device(), row.element());
         let what = format!(
             "{} {}: predicted {}, measured {} ms",
             row.subject(),
@@ -161,7 +163,7 @@ pub fn growth(root: &Path, rows: &[Row]) -> Result<String, String> {
     let plots = rows::entries(&root.join("docs").join(PLOTS))?;
     let names = plots.iter().filter(|p| p.extension().is_some_and(|e| e == "svg"));
     let names = names.filter_map(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned());
-    let measured = rows.iter().filter(|r| r.value["axes"].is_object()).count();
+    let measured = rows.iter().filter(|r| r.value["axes"].is_object() && r.maybe("bench") != Some("layer")).count();
     let mut out = String::new();
     for name in names {
         let title = name.trim_end_matches(".svg").replace('-', " ");
@@ -196,11 +198,11 @@ mod tests {
     fn the_error_of_the_model_is_a_factor_in_either_direction() {
         let of = |case: &str, predicted: f64, ms: f64| {
             row(
-                json!({ "bench": "cost model", "device": "X", "threads": 2, "element": "f32", "case": case, "work": "forward", "predicted_ms": predicted, "ms": ms }),
+                json!({ "bench": "op", "device": "X", "threads": 2, "element": "f32", "case": case, "work": "forward", "predicted_ms": predicted, "ms": ms }),
             )
         };
         let text = cost_model(&[of("a", 1.0, 1.1), of("b", 4.0, 1.0), of("c", 1.0, 1.5)]).unwrap();
-        let want = "| X, 2 threads, f32 | 3 | 1.50 | 2 of 3 | 4.0: b forward: predicted 4.00, measured 1.00 ms |\n";
+        let want = "| X, 2 threads, f32: operators by themselves | 3 | 1.50 | 2 of 3 | 4.0: b forward: predicted 4.00, measured 1.00 ms |\n";
         assert!(text.ends_with(want), "{text}");
     }
 

@@ -96,12 +96,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_processor_has_four_ceilings() {
+    fn what_is_in_the_caches_has_ceilings_of_its_own() {
         let device = Device::cpu();
         let rows = [copy_in_cache(&device).unwrap(), exponentials(&device).unwrap()];
         assert!(rows.iter().all(|r| r.bench == CEILING && r.ms > 0.0));
-        // A second of one core makes between a hundred million and a hundred thousand million exponentials.
-        let rate = rows[1].exps.unwrap() / rows[1].ms * 1e3;
-        assert!((1e8..1e12).contains(&rate), "{rate}");
+        assert!(rows[0].bytes.is_some_and(|n| n > 1e6) && rows[1].exps.is_some_and(|n| n > 1e6), "{rows:?}");
     }
 }

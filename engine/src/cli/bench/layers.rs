@@ -77,7 +77,7 @@ pub fn measure(
 /// The layer of every call. A block ends with what follows its last site until the next block's first norm.
 fn places(calls: &[Call], ends: &[usize]) -> Vec<usize> {
     let norm = |call: &Call| matches!(call.op, "ln_modulate" | "rms_norm" | "qk_norm");
-    let first = calls.iter().position(norm).unwrap_or(0);
+    let first = calls.iter().position(norm).unwrap_or(calls.len());
     let (mut layer, mut places) = (0, Vec::with_capacity(calls.len()));
     for (index, call) in calls.iter().enumerate() {
         if index == first {
