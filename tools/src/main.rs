@@ -9,7 +9,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   cubins    compile every CUDA source ahead of time into target/release/graft.cubins (--only OP: those of one operator)
   kernels   compile every CUDA source and write the table of its resources
   new-op OP a new operator that works, to be turned into the one that is wanted
-  results   write the README's table of measurements from benches/results
+  results   write the tables of measurements of README.md and docs/results.md from benches/results
   tidy      check the rules of the house (also a test)";
 
 fn main() -> ExitCode {
@@ -70,7 +70,7 @@ fn write_cubins(root: &Path, only: Option<&str>) -> Result<(), String> {
 }
 
 fn write_results(root: &Path) -> Result<(), String> {
-    if let Some((path, text)) = results::stale(root)? {
+    for (path, text) in results::stale(root)? {
         std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
         println!("wrote {}", path.display());
     }
