@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--case", default="", help="part of a case's name")
     parser.add_argument("--peer", default="", help="part of a peer's name")
+    parser.add_argument("--first", type=int, help="only the first cases of every operator")
     parser.add_argument("--work", choices=PASSES)
     parser.add_argument("--element", choices=["bf16", "f32"], default="bf16")
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
@@ -64,7 +65,8 @@ def main() -> None:
     wanted = [op for op in order() if not args.ops or op in args.ops]
     chosen = {op: [p for p in REGISTRY if p.op == op and args.peer in p.name] for op in wanted}
     tier = "tiny" if args.tiny else "real"
-    found = [(op, case) for op in wanted for case in cases(op, tier) if args.case in case.name and chosen[op]]
+    named = {op: [case for case in cases(op, tier) if args.case in case.name][: args.first] for op in wanted if chosen[op]}
+    found = [(op, case) for op, some in named.items() for case in some]
     if args.list:
         for op, case in found:
             for peer in chosen[op]:

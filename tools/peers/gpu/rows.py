@@ -11,8 +11,10 @@ from .timing import Timer
 
 # Largest relative error of an output and of a gradient, root mean square, by working type.
 ERRORS = {"bf16": (1e-2, 2e-2), "f32": (1e-4, 3e-4)}
-# Keys of a row that a case's bytes say the L2 cache can hold: those are measured cold, too.
+# The axis of a row of a cold measurement, and the bytes in f32 beyond which a case leaves nothing in a cache: as in
+# `graft bench op --cold`.
 COLD = {"cold L2": 1.0}
+CACHED = 400 << 20
 
 
 class Bench:
@@ -62,7 +64,7 @@ class Bench:
         backward = "backward" in passes and "gradient" in case.contract and any(p.backward for p in peers)
         want, dy = self.want(case, tensors, graded if backward else [])
         # What the cache could keep from one call to the next.
-        small = self.context.device != "cpu" and case.cost("bytes") < 8 * self.timer.l2
+        small = self.context.device != "cpu" and case.cost("bytes") < CACHED
         for peer in peers:
             for work in passes:
                 if work == "backward" and not (backward and peer.backward):

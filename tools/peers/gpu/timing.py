@@ -51,6 +51,8 @@ class Timer:
         """Times of `call`; `cold`: every call begins with an L2 cache that holds none of its data."""
         if not self.cuda:
             return self._host(call)
+        # What was prepared on another stream is done.
+        torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
             call()
             once = self._span(call)

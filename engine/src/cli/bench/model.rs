@@ -3,7 +3,7 @@
 //! Lists of `--batch`, `--pixels` and `--grafted` are gone through in all combinations, a row each, so that a page can
 //! show how cost grows.
 
-use super::{Keep, Subject, ceilings, finish, show};
+use super::{Keep, Subject, ceilings, finish, show, text_model};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::{self, Device};
 use crate::error::{Error, Result};
@@ -15,7 +15,7 @@ use crate::report::bench::Row;
 use crate::sample::pipeline::{self, Request};
 use crate::tensor::{DType, Tensor};
 use crate::train::optimizer::{AdamW, AdamWSettings};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Time after which a model on the host takes no further sample.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -36,9 +36,9 @@ pub enum Work {
 /// Arguments of `model`, `train` and `e2e`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Published size, as DiT-XL/2.
+    /// Published size, as DiT-XL/2, or PixArt-Sigma.
     #[arg(default_value = "DiT-S/2")]
-    size: String,
+    pub(super) size: String,
     /// cpu or cuda.
     #[arg(long, default_value = "cpu")]
     backend: String,
@@ -47,22 +47,22 @@ pub struct Args {
     dtype: String,
     /// Images of a batch.
     #[arg(long, value_delimiter = ',', default_value = "1")]
-    batch: Vec<usize>,
+    pub(super) batch: Vec<usize>,
     /// Pixels along a side; tokens follow.
     #[arg(long, value_delimiter = ',', default_value = "256")]
-    pixels: Vec<usize>,
+    pub(super) pixels: Vec<usize>,
     /// Percent of the layers whose attention is replaced.
     #[arg(long, value_delimiter = ',', default_value = "0")]
-    grafted: Vec<f64>,
+    pub(super) grafted: Vec<f64>,
     /// The operator that replaces it.
     #[arg(long, default_value = "hyena_x")]
-    operator: String,
+    pub(super) operator: String,
     /// Steps of e2e.
     #[arg(long, default_value_t = 20)]
-    steps: usize,
+    pub(super) steps: usize,
     /// Measurements of each.
     #[arg(long, default_value_t = 5)]
-    samples: usize,
+    pub(super) samples: usize,
     #[command(flatten)]
     keep: Keep,
 }
@@ -76,6 +76,10 @@ pub fn run(args: &Args, work: Work, json: bool) -> Result<()> {
     };
     let device = backend::open_as(&args.backend, DType::F32)?;
     let mut rows = ceilings(&device, json)?;
+    if args.size == text_model::NAME {
+        rows.extend(text_model::rows(args, work, &device, precision, json)?);
+        return finish(rows, &args.keep, json);
+    }
     for &pixels in &args.pixels {
         for &grafted in &args.grafted {
             let config = config(args, pixels, grafted)?;
@@ -131,7 +135,7 @@ fn measure(
             let labels = (0..batch).map(|i| (i % classes) as i32).collect();
             let request = Request { steps: args.steps, batch, precision, ..Request::new(labels, 0) };
             let mut image = || pipeline::generate(&model, &request, &mut |_| {}).map(drop);
-            device.time(args.samples, PATIENCE, &mut image)?
+            paced(device, args.samples, &mut image)?
         }
     };
     let (bench, words, passes) = match work {
@@ -149,6 +153,24 @@ fn measure(
         row.axes.insert(name.to_string(), value);
     }
     Ok(row)
+}
+
+/// Milliseconds of long work from its first launch to its end by the host's clock, as a user waits for it. It reads
+/// results and changes its own inputs, so no graph of a GPU can hold it.
+pub(super) fn paced(device: &Device, samples: usize, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<f64>> {
+    if device.is_host() {
+        return device.time(samples, PATIENCE, work);
+    }
+    work()?;
+    device.synchronize()?;
+    let mut times = Vec::new();
+    for _ in 0..samples.max(1) {
+        let begun = Instant::now();
+        work()?;
+        device.synchronize()?;
+        times.push(begun.elapsed().as_secs_f64() * 1e3);
+    }
+    Ok(times)
 }
 
 /// Inputs of a batch: noise, times and labels.
@@ -182,11 +204,11 @@ fn training(args: &Args, device: &Device, precision: Precision, mut model: Dit, 
         };
         optimiser.update(&mut model.params, &grads, settings.lr)
     };
-    device.time(args.samples, PATIENCE, &mut || step().map(drop))
+    paced(device, args.samples, &mut || step().map(drop))
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use clap::Parser;
 
@@ -196,7 +218,7 @@ mod tests {
         args: Args,
     }
 
-    fn args(words: &[&str]) -> Args {
+    pub fn args(words: &[&str]) -> Args {
         Line::parse_from([&["bench"], words].concat()).args
     }
 

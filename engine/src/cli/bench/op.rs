@@ -6,6 +6,7 @@ use crate::backend::{Device, emu};
 use crate::cli::{out, table::Table};
 use crate::error::{Error, Result};
 use crate::ops::check::{CaseRow, time_cases};
+use crate::ops::contracts;
 use crate::report::bench::Row;
 use crate::tensor::DType;
 use graft_kernels::Tier;
@@ -24,15 +25,22 @@ pub struct Choice<'a> {
     pub gflop: f64,
     /// Measurements of each.
     pub samples: usize,
+    /// On a GPU once more with caches that hold nothing, where a case is small enough for it to matter.
+    pub cold: bool,
 }
+
+/// The axis of a row of a cold measurement.
+const COLD: &str = "cold L2";
+/// Larger cases leave nothing in a cache from one call to the next: several times the L2 cache of any GPU.
+const CACHED: u64 = 400 << 20;
 
 impl Choice<'_> {
     fn takes(&self, device: &Device, row: &CaseRow) -> bool {
         let known = device.is_host() || row.info.elements.iter().any(|e| DType::from(*e) == device.element());
-        known
-            && row.info.name.contains(self.filter)
-            && row.name.contains(self.case)
-            && row.flops as f64 <= self.gflop * 1e9
+        // An operator's whole name means it alone, and not those whose names contain it.
+        let whole = contracts::OPS.iter().any(|op| op.name == self.filter);
+        let named = if whole { row.info.name == self.filter } else { row.info.name.contains(self.filter) };
+        known && named && row.name.contains(self.case) && row.flops as f64 <= self.gflop * 1e9
     }
 
     fn nothing_fits(&self) -> Error {
@@ -63,7 +71,18 @@ pub fn measure(device: &Device, choice: &Choice<'_>, json: bool) -> Result<Vec<R
                 found.bytes = Some((row.bytes * device.element().size() / 4) as f64);
             }
             show(&found, json)?;
-            rows.push(found);
+            rows.push(found.clone());
+            if choice.cold
+                && (row.bytes as u64) < CACHED
+                && let Some(times) = device.time_cold(choice.samples, call)?
+            {
+                let Row { flops, bytes, .. } = found;
+                let subject = Subject { bench: "op", case: found.case, work: pass.into() };
+                let mut cold = Row { flops, bytes, ..subject.row(device, device.element(), times) };
+                cold.axes.insert(COLD.to_string(), 1.0);
+                show(&cold, json)?;
+                rows.push(cold);
+            }
         }
         Ok(())
     })?;
