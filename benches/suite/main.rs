@@ -69,7 +69,7 @@ fn models(criterion: &mut Criterion, limit: f64) -> Result<()> {
     let mut group = criterion.benchmark_group("models");
     group.sampling_mode(SamplingMode::Flat);
     // The large models take seconds a pass: only where large cases are asked for.
-    for case in CASES.into_iter().filter(|c| c.target.is_none() || limit > 200.0) {
+    for case in CASES.into_iter().filter(|c| c.targets[0].is_none() || limit > 200.0) {
         for (name, precision) in [("f32", Precision::F32), ("bf16", Precision::Bf16)] {
             let (mut prepared, mut outcome) = (None, Ok(()));
             group.bench_function(BenchmarkId::new(case.name, name), |b| {

@@ -1,6 +1,6 @@
 //! Conformance and bench rows: one function per operator that draws the inputs of a case and calls both passes.
 
-use crate::contract::Contract;
+use crate::contract::{Contract, Param};
 use crate::emit_engine::{extra_dims, needs, shape_array};
 use crate::emit_kernels::fill;
 use crate::names::{dim_locals, mentions};
@@ -15,6 +15,14 @@ pub fn conform(out: &mut String, c: &Contract) {
     );
     let mut body = String::new();
     body += "            let absent = |name: &str| case.absent.contains(&name);\n";
+    if !c.param.is_empty() {
+        let value = |p: &Param| match p.ty.as_str() {
+            "f32" | "bool" => format!("f64::from(params.{})", p.name),
+            _ => format!("params.{} as f64", p.name),
+        };
+        let pairs: Vec<String> = c.param.iter().map(|p| format!("({:?}, {})", p.name, value(p))).collect();
+        let _ = writeln!(body, "            io.params(&[{}]);", pairs.join(", "));
+    }
     for t in c.input.iter().chain(&c.inout) {
         let method = match t.dtype.as_str() {
             "i32" => "draw_i32",
@@ -23,7 +31,7 @@ pub fn conform(out: &mut String, c: &Contract) {
         };
         let mut value = format!("io.{method}(case.name, {:?}, {}, {})?", t.name, shape_array(t), fill(t));
         if t.dtype == "weight" {
-            value = format!("io.stored({value}, case.bf16.contains(&{:?}))?", t.name);
+            value = format!("{{ let t = {value}; io.stored(t, case.bf16.contains(&{:?}))? }}", t.name);
         }
         if t.optional {
             value = format!("if absent({:?}) {{ None }} else {{ Some({value}) }}", t.name);

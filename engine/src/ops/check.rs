@@ -1,7 +1,7 @@
 //! The conformance runner: operator × case × backend, every output against the oracle.
 
-use super::cases::{CaseBody, Conform, Named, Values, collect};
-pub use super::cases::{CaseRow, Timer, time_cases};
+use super::cases::{CaseBody, Conform, Values, collect};
+pub use super::cases::{CaseRow, Given, Named, Sample, Timer, sample_case, time_cases};
 use crate::backend::emu::{self, Recorder};
 use crate::backend::{Device, DeviceKind};
 use crate::error::{Error, Result};

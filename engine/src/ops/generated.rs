@@ -128,6 +128,7 @@ fn adamw_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("lr", f64::from(params.lr)), ("rate1", f64::from(params.rate1)), ("rate2", f64::from(params.rate2)), ("eps", f64::from(params.eps)), ("weight_decay", f64::from(params.weight_decay)), ("bias1", f64::from(params.bias1)), ("bias2", f64::from(params.bias2)), ("grad_scale", f64::from(params.grad_scale)), ("ema_rate", f64::from(params.ema_rate))]);
             let grad = io.draw(case.name, "grad", &[l], Fill::Normal)?;
             let mut param = io.draw(case.name, "param", &[l], Fill::Normal)?;
             let mut m = io.draw(case.name, "m", &[l], Fill::Normal)?;
@@ -351,6 +352,7 @@ fn attention_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("scale", f64::from(params.scale))]);
             let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
             let out = io.call("forward", || attention(&qkv, params))?;
             io.result("y", &out.y)?;
@@ -418,6 +420,7 @@ fn attention_int8_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("scale", f64::from(params.scale))]);
             let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
             let out = io.call("forward", || attention_int8(&qkv, params))?;
             io.result("y", &out)?;
@@ -480,6 +483,7 @@ fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("alpha", f64::from(params.alpha))]);
             let x = io.draw(case.name, "x", &[l], Fill::Normal)?;
             let mut y = io.draw(case.name, "y", &[l], Fill::Normal)?;
             let out = io.call("forward", || axpy(&x, &mut y, params))?;
@@ -709,8 +713,9 @@ fn conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, f, kh, kw, oh, ow, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("stride", params.stride as f64), ("pad_h", params.pad_h as f64), ("pad_w", params.pad_w as f64), ("relu", f64::from(params.relu)), ("bf16", f64::from(params.bf16))]);
             let x = io.draw(case.name, "x", &[b, h, w, c], Fill::Normal)?;
-            let filters = io.stored(io.draw(case.name, "filters", &[f, kh, kw, c], Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"filters"))?;
+            let filters = { let t = io.draw(case.name, "filters", &[f, kh, kw, c], Fill::Uniform(-0.25f64, 0.25f64))?; io.stored(t, case.bf16.contains(&"filters"))? };
             let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[f], Fill::Normal)?) };
             let out = io.call("forward", || conv2d(&x, &filters, bias.as_ref(), oh, ow, params))?;
             io.result("y", &out)?;
@@ -872,6 +877,7 @@ fn conv_silu_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, w, c, k, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("offset", params.offset as f64), ("reverse", f64::from(params.reverse))]);
             let p = io.draw(case.name, "p", &[b, n, w], Fill::Normal)?;
             let weight = io.draw(case.name, "weight", &[c, k], Fill::Uniform(-0.5f64, 0.5f64))?;
             let bias = io.draw(case.name, "bias", &[c], Fill::Uniform(-0.5f64, 0.5f64))?;
@@ -1059,6 +1065,7 @@ fn cross_attention_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, m, r, h, e, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("scale", f64::from(params.scale))]);
             let q = io.draw(case.name, "q", &[b, n, r, h, e], Fill::Normal)?;
             let kv = io.draw(case.name, "kv", &[b, m, 2, h, e], Fill::Normal)?;
             let counts = if absent("counts") { None } else { Some(io.draw_i32(case.name, "counts", &[b], Fill::Index(m+1))?) };
@@ -1403,6 +1410,7 @@ fn embed_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, v, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("act", params.act as f64)]);
             let table = io.draw(case.name, "table", &[v, d], Fill::Normal)?;
             let index = io.draw_i32(case.name, "index", &[b], Fill::Index(v))?;
             let addend = if absent("addend") { None } else { Some(io.draw(case.name, "addend", &[b, d], Fill::Normal)?) };
@@ -1707,6 +1715,7 @@ fn filter_window_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, c, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("centre", params.centre as f64), ("period", params.period as f64), ("slow", f64::from(params.slow)), ("fast", f64::from(params.fast))]);
             let x = io.draw(case.name, "x", &[l, c], Fill::Normal)?;
             let out = io.call("forward", || filter_window(&x, params))?;
             io.result("y", &out)?;
@@ -1863,6 +1872,7 @@ fn gate_residual_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("gate_row", params.gate_row as f64)]);
             let residual = io.draw(case.name, "residual", &[b, n, d], Fill::Normal)?;
             let modulation = io.draw(case.name, "modulation", &[b, c, d], Fill::Normal)?;
             let branch = io.draw(case.name, "branch", &[b, n, d], Fill::Normal)?;
@@ -2063,6 +2073,7 @@ fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, k, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("lead", params.lead as f64), ("reversed", params.reversed as f64)]);
             let p = io.draw(case.name, "p", &[b, n, 3, c], Fill::Normal)?;
             let short_weight = if absent("short_weight") { None } else { Some(io.draw(case.name, "short_weight", &[3, c, k], Fill::Uniform(-0.3f64, 0.3f64))?) };
             let short_bias = if absent("short_bias") { None } else { Some(io.draw(case.name, "short_bias", &[3, c], Fill::Uniform(-0.3f64, 0.3f64))?) };
@@ -2479,8 +2490,9 @@ fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, k, f, c, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("act", params.act as f64), ("gate_row", params.gate_row as f64), ("bf16", f64::from(params.bf16))]);
             let x = io.draw(case.name, "x", &[b, n, k], Fill::Normal)?;
-            let w = io.stored(io.draw(case.name, "w", &[f, k], Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"w"))?;
+            let w = { let t = io.draw(case.name, "w", &[f, k], Fill::Uniform(-0.25f64, 0.25f64))?; io.stored(t, case.bf16.contains(&"w"))? };
             let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[f], Fill::Normal)?) };
             let pos = if absent("pos") { None } else { Some(io.draw(case.name, "pos", &[n, f], Fill::Normal)?) };
             let gate = if absent("gate") { None } else { Some(io.draw(case.name, "gate", &[b, c, f], Fill::Normal)?) };
@@ -2575,8 +2587,9 @@ fn gemm_fp8_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, k, f, c, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("act", params.act as f64), ("gate_row", params.gate_row as f64)]);
             let x = io.draw(case.name, "x", &[b, n, k], Fill::Normal)?;
-            let w = io.stored(io.draw(case.name, "w", &[f, k], Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"w"))?;
+            let w = { let t = io.draw(case.name, "w", &[f, k], Fill::Uniform(-0.25f64, 0.25f64))?; io.stored(t, case.bf16.contains(&"w"))? };
             let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[f], Fill::Normal)?) };
             let gate = if absent("gate") { None } else { Some(io.draw(case.name, "gate", &[b, c, f], Fill::Normal)?) };
             let residual = if absent("residual") { None } else { Some(io.draw(case.name, "residual", &[b, n, f], Fill::Normal)?) };
@@ -2774,6 +2787,7 @@ fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, g, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("eps", f64::from(params.eps)), ("silu", f64::from(params.silu))]);
             let x = io.draw(case.name, "x", &[b, h, w, c], Fill::Normal)?;
             let gamma = io.draw(case.name, "gamma", &[c], Fill::Normal)?;
             let beta = io.draw(case.name, "beta", &[c], Fill::Normal)?;
@@ -2990,6 +3004,7 @@ fn kv_compress_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, r, d, k, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("first", params.first as f64), ("eps", f64::from(params.eps))]);
             let x = io.draw(case.name, "x", &[b, gh, gw, r, d], Fill::Normal)?;
             let weight = io.draw(case.name, "weight", &[d, k, k], Fill::Uniform(-0.5f64, 0.5f64))?;
             let bias = io.draw(case.name, "bias", &[d], Fill::Uniform(-0.5f64, 0.5f64))?;
@@ -3172,6 +3187,7 @@ fn linear_attention_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("map", params.map as f64), ("eps", f64::from(params.eps))]);
             let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
             let out = io.call("forward", || linear_attention(&qkv, params))?;
             io.result("y", &out.y)?;
@@ -3349,6 +3365,7 @@ fn ln_modulate_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("shift", params.shift as f64), ("scale", params.scale as f64), ("eps", f64::from(params.eps))]);
             let x = io.draw(case.name, "x", &[b, n, d], Fill::Normal)?;
             let modulation = io.draw(case.name, "modulation", &[b, c, d], Fill::Normal)?;
             let out = io.call("forward", || ln_modulate(&x, &modulation, params))?;
@@ -3551,6 +3568,7 @@ fn long_conv_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, k, l, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("lead", params.lead as f64), ("centre", params.centre as f64), ("reversed", params.reversed as f64)]);
             let p = io.draw(case.name, "p", &[b, n, 3, c], Fill::Normal)?;
             let short_weight = if absent("short_weight") { None } else { Some(io.draw(case.name, "short_weight", &[3, c, k], Fill::Uniform(-0.5f64, 0.5f64))?) };
             let short_bias = if absent("short_bias") { None } else { Some(io.draw(case.name, "short_bias", &[3, c], Fill::Uniform(-0.5f64, 0.5f64))?) };
@@ -3735,6 +3753,7 @@ fn loss_diffusion_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, s, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("vlb_weight", f64::from(params.vlb_weight))]);
             let model_output = io.draw(case.name, "model_output", &[b, 2*c, s], Fill::Normal)?;
             let x0 = io.draw(case.name, "x0", &[b, c, s], Fill::Normal)?;
             let noise = io.draw(case.name, "noise", &[b, c, s], Fill::Normal)?;
@@ -3885,6 +3904,7 @@ fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("kind", params.kind as f64), ("delta", f64::from(params.delta))]);
             let pred = io.draw(case.name, "pred", &[b, n, d], Fill::Normal)?;
             let target = io.draw(case.name, "target", &[b, n, d], Fill::Normal)?;
             let out = io.call("forward", || loss_regression(&pred, &target, params))?;
@@ -4086,6 +4106,7 @@ fn mamba2_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, w, h, e, k, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("dt_offset", params.dt_offset as f64), ("reverse", f64::from(params.reverse))]);
             let xbc = io.draw(case.name, "xbc", &[b, n, h*e + 2*k], Fill::Normal)?;
             let p = io.draw(case.name, "p", &[b, n, w], Fill::Normal)?;
             let dt_bias = io.draw(case.name, "dt_bias", &[h], Fill::Uniform(-4f64, 0f64))?;
@@ -4251,6 +4272,7 @@ fn neighborhood_attention_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, h, e, k, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("scale", f64::from(params.scale))]);
             let qkv = io.draw(case.name, "qkv", &[b, gh, gw, 3, h, e], Fill::Normal)?;
             let out = io.call("forward", || neighborhood_attention(&qkv, k, params))?;
             io.result("y", &out.y)?;
@@ -4344,10 +4366,11 @@ fn norm_silu_conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, g, f, kh, kw, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("eps", f64::from(params.eps)), ("bf16", f64::from(params.bf16))]);
             let x = io.draw(case.name, "x", &[b, h, w, c], Fill::Normal)?;
             let gamma = io.draw(case.name, "gamma", &[c], Fill::Normal)?;
             let beta = io.draw(case.name, "beta", &[c], Fill::Normal)?;
-            let filters = io.stored(io.draw(case.name, "filters", &[f, kh, kw, c], Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"filters"))?;
+            let filters = { let t = io.draw(case.name, "filters", &[f, kh, kw, c], Fill::Uniform(-0.25f64, 0.25f64))?; io.stored(t, case.bf16.contains(&"filters"))? };
             let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[f], Fill::Normal)?) };
             let residual = if absent("residual") { None } else { Some(io.draw(case.name, "residual", &[b, h, w, f], Fill::Normal)?) };
             let out = io.call("forward", || norm_silu_conv2d(&x, &gamma, &beta, &filters, bias.as_ref(), residual.as_ref(), g, params))?;
@@ -4547,6 +4570,7 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("seed", params.seed as f64), ("stream", params.stream as f64), ("offset", params.offset as f64)]);
             let device = io.device().clone();
             let out = io.call("forward", || philox(&device, l, params))?;
             io.result("z", &out)?;
@@ -4742,6 +4766,7 @@ fn qk_norm_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("eps", f64::from(params.eps))]);
             let x = io.draw(case.name, "x", &[b, n, 3, d], Fill::Normal)?;
             let q_gamma = io.draw(case.name, "q_gamma", &[d], Fill::Normal)?;
             let q_beta = io.draw(case.name, "q_beta", &[d], Fill::Normal)?;
@@ -4939,6 +4964,7 @@ fn relative_attention_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("scale", f64::from(params.scale))]);
             let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
             let bias = io.draw(case.name, "bias", &[2*n - 1, h], Fill::Normal)?;
             let counts = if absent("counts") { None } else { Some(io.draw_i32(case.name, "counts", &[b], Fill::Index(n+1))?) };
@@ -5123,6 +5149,7 @@ fn rms_norm_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, w, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("gate_offset", params.gate_offset as f64), ("eps", f64::from(params.eps))]);
             let x = io.draw(case.name, "x", &[b, n, d], Fill::Normal)?;
             let gate = if absent("gate") { None } else { Some(io.draw(case.name, "gate", &[b, n, w], Fill::Normal)?) };
             let weight = io.draw(case.name, "weight", &[d], Fill::Normal)?;
@@ -5197,6 +5224,7 @@ fn sinusoid_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, d, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("denominator", f64::from(params.denominator))]);
             let t = io.draw(case.name, "t", &[b], Fill::Uniform(0f64, 1000f64))?;
             let out = io.call("forward", || sinusoid(&t, d, params))?;
             io.result("y", &out)?;
@@ -5292,6 +5320,7 @@ fn solver_step_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, co, s, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("guidance", f64::from(params.guidance)), ("guided_channels", params.guided_channels as f64), ("inv_alpha", f64::from(params.inv_alpha)), ("sigma", f64::from(params.sigma)), ("cx", f64::from(params.cx)), ("ce", f64::from(params.ce)), ("c0", f64::from(params.c0)), ("c1", f64::from(params.c1)), ("cn", f64::from(params.cn)), ("learned", f64::from(params.learned)), ("log_hi", f64::from(params.log_hi)), ("log_lo", f64::from(params.log_lo))]);
             let x = io.draw(case.name, "x", &[b, c, s], Fill::Normal)?;
             let cond = io.draw(case.name, "cond", &[b, co, s], Fill::Normal)?;
             let uncond = if absent("uncond") { None } else { Some(io.draw(case.name, "uncond", &[b, co, s], Fill::Normal)?) };
@@ -5774,6 +5803,7 @@ fn window_attention_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, w, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("scale", f64::from(params.scale))]);
             let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
             let out = io.call("forward", || window_attention(&qkv, w, params))?;
             io.result("y", &out.y)?;

@@ -1,9 +1,9 @@
-//! Whole models as bench cases: the same work for us and for a peer, with weights and inputs that both can load.
+//! A DiT: forward passes and training steps.
 
+use super::{ModelCase, Subject, Work, write_inputs};
 use graft_engine::autograd::{Graph, Precision, Var};
 use graft_engine::backend::Device;
-use graft_engine::error::{Error, Result};
-use graft_engine::io::safetensors::{self, TensorRecord};
+use graft_engine::error::Result;
 use graft_engine::models::dit::{self, Dit, DitConfig, Run, SaveAs};
 use graft_engine::ops::contracts::loss_regression;
 use graft_engine::tensor::Tensor;
@@ -12,54 +12,8 @@ use graft_kernels::check::{Fill, draw_f32, draw_i32};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
-    /// One forward pass, nothing recorded.
-    Forward,
-    /// Forward, backward and one AdamW update.
-    TrainingStep,
-}
-
-/// One model at one batch size.
-#[derive(Clone, Copy, Debug)]
-pub struct ModelCase {
-    /// Name of the row.
-    pub name: &'static str,
-    /// Published size.
-    pub size: &'static str,
-    /// Batch B.
-    pub batch: usize,
-    /// What is measured.
-    pub work: Work,
-    /// The peer's time over ours that the project wants at the least; the small case has no target.
-    pub target: Option<f64>,
-}
-
-/// Cases in the order in which they run; the last is small, so that it shows in seconds whether a set-up works.
-pub const CASES: [ModelCase; 3] = [
-    ModelCase { name: "dit_xl_2_256_forward", size: "DiT-XL/2", batch: 1, work: Work::Forward, target: Some(0.9) },
-    ModelCase {
-        name: "dit_s_2_256_training_step",
-        size: "DiT-S/2",
-        batch: 8,
-        work: Work::TrainingStep,
-        target: Some(0.8),
-    },
-    ModelCase { name: "dit_s_8_256_training_step", size: "DiT-S/8", batch: 2, work: Work::TrainingStep, target: None },
-];
-
-/// The case with a name.
-///
-/// # Errors
-/// When there is none.
-pub fn case(name: &str) -> Result<ModelCase> {
-    let names = CASES.map(|c| c.name).join(", ");
-    CASES.into_iter().find(|c| c.name == name).ok_or_else(|| Error::usage("case", "unknown case").is(name).must(names))
-}
-
-/// A model with its inputs, ready to be run again and again.
-pub struct Prepared {
+/// A DiT with its inputs.
+pub struct Case {
     case: ModelCase,
     precision: Precision,
     model: Dit,
@@ -70,14 +24,14 @@ pub struct Prepared {
     optimiser: Option<AdamW>,
 }
 
-impl Prepared {
+impl Case {
     /// Draws the weights and inputs of a case: the same on every machine.
     ///
     /// # Errors
     /// When memory runs out.
-    pub fn new(case: ModelCase, precision: Precision) -> Result<Prepared> {
+    pub fn new(case: ModelCase, size: &str, precision: Precision) -> Result<Case> {
         let device = Device::cpu();
-        let mut model = Dit::new(DitConfig::named(case.size)?, &device, 0)?;
+        let mut model = Dit::new(DitConfig::named(size)?, &device, 0)?;
         randomise(&mut model)?;
         if case.work == Work::Forward && precision == Precision::Bf16 {
             dit::to_bf16(&mut model)?;
@@ -92,18 +46,16 @@ impl Prepared {
         let t: Vec<f32> = draw_i32(case.name, "t", b, Fill::Index(1000)).into_iter().map(|t| t as f32).collect();
         let y = draw_i32(case.name, "y", b, Fill::Index(c.classes));
         let optimiser = match case.work {
-            Work::Forward => None,
+            Work::Forward | Work::Decode => None,
             Work::TrainingStep => Some(AdamW::new(AdamWSettings::PLAIN, &model.params)?),
         };
         let (t, y) = (Tensor::from_f32(&device, &[b], &t)?, Tensor::from_i32(&device, &[b], &y)?);
-        Ok(Prepared { case, precision, model, x, t, y, target, optimiser })
+        Ok(Case { case, precision, model, x, t, y, target, optimiser })
     }
+}
 
-    /// One measured unit of work. Returns the output of a forward pass, or the loss of a training step.
-    ///
-    /// # Errors
-    /// When memory runs out.
-    pub fn run(&mut self) -> Result<Vec<f32>> {
+impl Subject for Case {
+    fn run(&mut self) -> Result<Vec<f32>> {
         let x = Var::constant(self.x.clone());
         let Some(optimiser) = &mut self.optimiser else {
             let g = Graph::inference(self.precision);
@@ -121,23 +73,15 @@ impl Prepared {
         Ok(loss)
     }
 
-    /// Tokens N of a sample.
-    pub fn tokens(&self) -> usize {
-        self.model.config.tokens()
-    }
-
-    /// Writes weights (diffusers layout, f32) and inputs below `folder`, for a peer to load.
-    ///
-    /// # Errors
-    /// When the folder cannot be written.
-    pub fn export(&self, folder: &Path) -> Result<()> {
+    fn export(&self, folder: &Path) -> Result<()> {
         dit::save(&self.model, &folder.join("model"), SaveAs::F32, &BTreeMap::new())?;
         let y: Vec<f32> = self.y.i32s()?.iter().map(|&y| y as f32).collect();
         let y = Tensor::from_f32(self.y.device(), &[self.case.batch], &y)?;
-        write_tensors(
-            &folder.join("inputs.safetensors"),
-            &[("x", &self.x), ("t", &self.t), ("y", &y), ("target", &self.target)],
-        )
+        write_inputs(folder, &[("x", &self.x), ("t", &self.t), ("y", &y), ("target", &self.target)])
+    }
+
+    fn tokens(&self) -> usize {
+        self.model.config.tokens()
     }
 }
 
@@ -155,25 +99,4 @@ pub fn randomise(model: &mut Dit) -> Result<()> {
         model.params.set(id, Tensor::from_f32(&device, shape.dims(), &values)?)?;
     }
     Ok(())
-}
-
-fn write_tensors(path: &Path, tensors: &[(&str, &Tensor)]) -> Result<()> {
-    let values = tensors.iter().map(|(_, t)| t.to_vec()).collect::<Result<Vec<_>>>()?;
-    let records = tensors.iter().zip(&values).map(|((name, t), v)| TensorRecord::f32(*name, t.shape().dims(), v));
-    safetensors::write(path, records, &BTreeMap::new())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_training_step_lowers_its_own_loss_and_a_case_is_the_same_each_time() {
-        let case = case("dit_s_8_256_training_step").unwrap();
-        let mut one = Prepared::new(case, Precision::F32).unwrap();
-        let mut two = Prepared::new(case, Precision::F32).unwrap();
-        let first = one.run().unwrap();
-        assert_eq!(first, two.run().unwrap());
-        assert!(one.run().unwrap() < first);
-    }
 }
