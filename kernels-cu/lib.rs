@@ -168,6 +168,19 @@ pub struct OpInfo {
     pub elements: &'static [launch::ElementType],
     /// Ways to run its passes on a GPU; none where there is one alone.
     pub ways: &'static [ways::WayInfo],
+    /// Cost of a forward call whose dims are known by name.
+    pub cost: fn(&dyn Fn(&str) -> usize) -> Cost,
+}
+
+/// What one forward call costs at the least.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Floating-point operations, 2 a multiply-add.
+    pub flops: usize,
+    /// Bytes that cross memory, every tensor in f32.
+    pub bytes: usize,
+    /// Exponentials, where they are counted.
+    pub exps: usize,
 }
 
 #[cfg(test)]

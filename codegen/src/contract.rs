@@ -222,6 +222,16 @@ pub struct Cost {
     pub flops: String,
     /// Bytes that must cross memory at the least, all tensors in f32, an expression over the dims.
     pub bytes: String,
+    /// Exponentials, where they are part of what takes time: an expression over the dims.
+    #[serde(default)]
+    pub exps: Option<String>,
+}
+
+impl Cost {
+    /// The expression of exponentials.
+    pub fn exponentials(&self) -> &str {
+        self.exps.as_deref().unwrap_or("0")
+    }
 }
 
 /// Bounds for |got − want| ≤ atol + rtol·|want| and for the relative RMS error.

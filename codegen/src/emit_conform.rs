@@ -11,7 +11,7 @@ pub fn conform(out: &mut String, c: &Contract) {
     let name = &c.name;
     let _ = writeln!(
         out,
-        "\nfn {name}_conform(run: &mut Conform<'_>) -> Result<()> {{\n    use kernels::generated::{name}::{{CASES, Dims, INFO, Params, bytes, flops}};\n    for case in CASES {{\n        let row = CaseRow {{ info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) }};\n        run.case(&row, &mut |io| {{"
+        "\nfn {name}_conform(run: &mut Conform<'_>) -> Result<()> {{\n    use kernels::generated::{name}::{{CASES, Dims, INFO, Params, bytes, exps, flops}};\n    for case in CASES {{\n        let row = CaseRow {{ info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) }};\n        run.case(&row, &mut |io| {{"
     );
     let mut body = String::new();
     body += "            let absent = |name: &str| case.absent.contains(&name);\n";

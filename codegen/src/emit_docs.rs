@@ -56,7 +56,8 @@ pub fn render(contracts: &[Contract]) -> String {
                 let _ = writeln!(out, "| `{}` | {} | {arch} | {elements} | {} |", w.name, w.pass, w.doc);
             }
         }
-        let _ = writeln!(out, "\nFLOPs `{}`, bytes at least `{}`.", c.cost.flops, c.cost.bytes);
+        let exps = c.cost.exps.as_ref().map_or(String::new(), |e| format!(", exponentials `{e}`"));
+        let _ = writeln!(out, "\nFLOPs `{}`, bytes at least `{}`{exps}.", c.cost.flops, c.cost.bytes);
     }
     out
 }

@@ -11,7 +11,7 @@ pub fn render(contracts: &[Contract]) -> String {
     let mut out = format!(
         "{HEADER}//! Argument structs, costs, cases and gradient checks, one module per operator.\n\
          #![allow(clippy::all, missing_docs, unused)]\n#![cfg_attr(rustfmt, rustfmt::skip)]\n\n\
-         use crate::check::{{self, Fill, GradCheck}};\nuse crate::launch::{{ElementType, In, Out}};\nuse crate::ways::{{Way, WayInfo}};\nuse crate::{{Case, OpInfo, Tier, Weight}};\n\n\
+         use crate::check::{{self, Fill, GradCheck}};\nuse crate::launch::{{ElementType, In, Out}};\nuse crate::ways::{{Way, WayInfo}};\nuse crate::{{Case, Cost, OpInfo, Tier, Weight}};\n\n\
          /// Every operator, by name.\npub const OPS: &[OpInfo] = &[\n"
     );
     for c in contracts {
@@ -142,14 +142,16 @@ fn write_type(t: &Tensor, optional: bool) -> String {
 
 fn costs(out: &mut String, c: &Contract) {
     for (name, doc, expr) in [
-        ("flops", "Floating-point operations of one forward call.", &c.cost.flops),
-        ("bytes", "Bytes that one forward call must move at the least.", &c.cost.bytes),
+        ("flops", "Floating-point operations of one forward call.", c.cost.flops.as_str()),
+        ("bytes", "Bytes that one forward call must move at the least.", c.cost.bytes.as_str()),
+        ("exps", "Exponentials of one forward call, where they are counted.", c.cost.exponentials()),
     ] {
         let expr = rust_expr(expr);
+        let locals = dim_locals(c, &expr);
+        let argument = if locals.is_empty() { "_" } else { "dims" };
         let _ = write!(
             out,
-            "    /// {doc}\n    pub fn {name}(dims: Dims) -> usize {{\n        {}\n        {expr}\n    }}\n\n",
-            dim_locals(c, &expr)
+            "    /// {doc}\n    pub fn {name}({argument}: Dims) -> usize {{\n        {locals}\n        {expr}\n    }}\n\n"
         );
     }
 }
@@ -182,7 +184,7 @@ fn cases(out: &mut String, c: &Contract) {
         c.cuda.iter().flat_map(|cuda| &cuda.elements).map(|e| format!("ElementType::{}", camel(e))).collect();
     let _ = write!(
         out,
-        "    ];\n\n    pub const INFO: OpInfo = OpInfo {{ name: {:?}, summary: {:?}, backward: {}, cases: &{names:?}, tolerance: {}, tolerance_bf16: {}, elements: &[{}], ways: &[{}] }};\n\n",
+        "    ];\n\n    pub const INFO: OpInfo = OpInfo {{ name: {:?}, summary: {:?}, backward: {}, cases: &{names:?}, tolerance: {}, tolerance_bf16: {}, elements: &[{}], ways: &[{}], cost }};\n\n",
         c.name,
         c.summary,
         c.gradient.is_some(),
@@ -190,6 +192,12 @@ fn cases(out: &mut String, c: &Contract) {
         bounds(&c.tolerance_bf16),
         elements.join(", "),
         c.cuda.iter().flat_map(|cuda| &cuda.way).map(emit_ways::info).collect::<Vec<_>>().join(", "),
+    );
+    let dims: Vec<String> = c.dims.iter().map(|d| format!("{}: dim({d:?})", d.to_lowercase())).collect();
+    let _ = write!(
+        out,
+        "    /// Cost of one forward call whose dims `dim` knows by name.\n    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {{\n        let dims = Dims {{ {} }};\n        Cost {{ flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }}\n    }}\n\n",
+        dims.join(", ")
     );
 }
 

@@ -114,7 +114,7 @@ fn peers_agree_with_the_formulas_of_the_contracts() {
     for must in [
         "attention SDPA flash backward",
         "window_attention FlexAttention forward",
-        "gemm cuBLASLt forward",
+        "gemm cuBLASLt alone forward",
         "gated_conv shifts, compile backward",
         "mamba2 chunked, compile backward",
         "linear_attention eager backward",

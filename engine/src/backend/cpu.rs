@@ -1,6 +1,8 @@
 //! The host processor: threads and instruction sets.
 
 use crate::error::{Error, Result};
+use graft_kernels::simd;
+use rayon::prelude::*;
 
 /// Instruction sets that the CPU paths choose from at run time, best first.
 pub fn instruction_sets() -> Vec<&'static str> {
@@ -36,4 +38,47 @@ pub fn set_threads(count: usize) -> Result<()> {
     rayon::ThreadPoolBuilder::new().num_threads(count).build_global().map_err(|e| {
         Error::usage("--threads", format!("cannot start the thread pool: {e}")).is(count).must("set once, at start")
     })
+}
+
+/// `rounds` times e^x of every value, each thread on its own part: values stay between 0 and 3. For measurements.
+pub fn exponentials(values: &mut [f32], rounds: usize) {
+    let part = values.len().div_ceil(threads()).max(1);
+    values.par_chunks_mut(part).for_each(|part| {
+        simd::vectorised(
+            #[inline(always)]
+            || {
+                for _ in 0..rounds {
+                    // e^(1 - x) has a fixed point at 1, so that nothing overflows however often it is taken.
+                    part.iter_mut().for_each(|v| *v = simd::exp(1.0 - *v));
+                }
+            },
+        );
+    });
+}
+
+/// `rounds` copies of `from` to `to`, each thread its own part. For measurements.
+pub fn copies(from: &[f32], to: &mut [f32], rounds: usize) {
+    let part = from.len().div_ceil(threads()).max(1);
+    from.par_chunks(part).zip(to.par_chunks_mut(part)).for_each(|(from, to)| {
+        for _ in 0..rounds {
+            // The compiler must not see that one copy would do.
+            std::hint::black_box(&mut *to).copy_from_slice(std::hint::black_box(from));
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_value_is_taken_and_copied() {
+        let mut values: Vec<f32> = (0..1000).map(|i| i as f32 / 1000.0).collect();
+        let want: Vec<f32> = values.iter().map(|v| (1.0 - (1.0 - v).exp()).exp()).collect();
+        exponentials(&mut values, 2);
+        assert!(values.iter().zip(&want).all(|(v, w)| (v - w).abs() < 1e-5 * w));
+        let mut to = vec![0.0; 1000];
+        copies(&values, &mut to, 3);
+        assert_eq!(to, values);
+    }
 }

@@ -116,12 +116,13 @@ fn curves(run: &RunFolder) -> Result<Vec<Figure<LineChart>>> {
         title: title.into(),
         x_label: "update".into(),
         y_label: y_label.into(),
+        log_x: false,
         log_y,
         series,
     };
     let mut figures = Vec::new();
     if !sites.is_empty() {
-        let series = sites.into_iter().map(|(name, points)| Series { name, points }).collect();
+        let series = sites.into_iter().map(|(name, points)| Series::curve(name, points)).collect();
         figures.push(Figure {
             title: "Stage 1: each operator learns to imitate".into(),
             caption: "Loss of every new operator against the output of the one it replaces, on the same inputs.".into(),
@@ -132,12 +133,7 @@ fn curves(run: &RunFolder) -> Result<Vec<Figure<LineChart>>> {
         figures.push(Figure {
             title: "Stage 2: the model grows together".into(),
             caption: "Diffusion loss of the whole model while all parameters are trained.".into(),
-            chart: chart(
-                "loss of stage 2",
-                "loss",
-                true,
-                vec![Series { name: "diffusion loss".into(), points: finetune }],
-            ),
+            chart: chart("loss of stage 2", "loss", true, vec![Series::curve("diffusion loss", finetune)]),
         });
     }
     Ok(figures)

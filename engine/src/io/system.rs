@@ -28,6 +28,62 @@ fn stated(field: &str) -> Option<usize> {
     Some(line.trim().trim_end_matches(" kB").parse::<usize>().ok()? << 10)
 }
 
+/// The clock of the processor's cores in MHz, their mean; nothing where the system does not tell.
+pub fn processor_mhz() -> Option<f64> {
+    let of_core = |core: usize| {
+        let path = format!("/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq");
+        files::read_text(Path::new(&path)).ok()?.trim().parse::<f64>().ok().map(|khz| khz / 1e3)
+    };
+    let clocks: Vec<f64> = (0..).map_while(of_core).collect();
+    (!clocks.is_empty()).then(|| clocks.iter().sum::<f64>() / clocks.len() as f64)
+}
+
+/// Clock of a GPU's multiprocessors in MHz and its power in watts, as `nvidia-smi` tells them; nothing without it.
+pub fn gpu_clock_and_power() -> (Option<f64>, Option<f64>) {
+    let query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "--id=0"];
+    let said = std::process::Command::new("nvidia-smi").args(query).output().ok().filter(|o| o.status.success());
+    let text = said.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+    let mut fields = text.trim().split(',').map(|field| field.trim().parse::<f64>().ok());
+    (fields.next().flatten(), fields.next().flatten())
+}
+
+/// Has the system drop what it keeps of a file in memory, so that the next reader waits for the disk.
+///
+/// # Errors
+/// A file that cannot be opened or written back, or a system that refuses.
+#[cfg(target_os = "linux")]
+pub fn forget_file(path: &Path) -> Result<()> {
+    let file = std::fs::File::open(path).map_err(|e| Error::io(path, "open", &e))?;
+    // What is not on the disk yet stays in memory.
+    file.sync_all().map_err(|e| Error::io(path, "write back", &e))?;
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)
+        .map_err(|e| Error::io(path, "drop the cached pages of", &e.into()))
+}
+
+/// Has the system drop what it keeps of a file in memory, so that the next reader waits for the disk.
+///
+/// # Errors
+/// Always: there is no such call here.
+#[cfg(not(target_os = "linux"))]
+pub fn forget_file(path: &Path) -> Result<()> {
+    Err(Error::failure(path.display().to_string(), "this system cannot drop the cached pages of a file"))
+}
+
+/// Reads a file from its beginning to its end by large reads, as a disk is fastest. Returns its bytes.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn read_through(path: &Path, part: usize) -> Result<u64> {
+    let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, "open", &e))?;
+    let (mut held, mut total) = (vec![0u8; part.max(1)], 0);
+    loop {
+        match std::io::Read::read(&mut file, &mut held).map_err(|e| Error::io(path, "read", &e))? {
+            0 => return Ok(total),
+            read => total += read as u64,
+        }
+    }
+}
+
 /// Name of the processor, as the system states it; the architecture where it does not.
 pub fn processor() -> String {
     let info = files::read_text(Path::new("/proc/cpuinfo")).unwrap_or_default();
@@ -62,6 +118,16 @@ pub fn free_space(_folder: &Path) -> Result<Option<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_file_is_read_to_its_end_after_it_was_forgotten() {
+        let path = files::test_dir("forget").join("a");
+        std::fs::write(&path, vec![7u8; 100_000]).unwrap();
+        forget_file(&path).unwrap();
+        assert_eq!(read_through(&path, 4096).unwrap(), 100_000);
+        assert!(forget_file(Path::new("/nowhere/at/all")).is_err());
+    }
 
     #[test]
     #[cfg(target_os = "linux")]

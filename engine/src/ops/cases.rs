@@ -27,6 +27,8 @@ pub struct CaseRow {
     pub flops: usize,
     /// Bytes that one forward call must move at the least.
     pub bytes: usize,
+    /// Exponentials of one forward call, where they are counted.
+    pub exps: usize,
 }
 
 /// What a case computes with: enough for another program to repeat it.

@@ -4,6 +4,7 @@ use crate::backend::{Device, DeviceKind};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 use graft_kernels::launch::ElementType;
+use std::time::Instant;
 
 /// Unifies the dim letters of a contract over the shapes of the arguments.
 pub(super) struct DimCheck {
@@ -13,6 +14,17 @@ pub(super) struct DimCheck {
     bound_by: [&'static str; MAX_DIMS],
     /// The working type of the call, and the argument that set it.
     element: Option<(DType, &'static str)>,
+    /// When the call began, where somebody watches: it ends with this value.
+    begun: Option<Instant>,
+}
+
+impl Drop for DimCheck {
+    fn drop(&mut self) {
+        if let Some(begun) = self.begun {
+            let dims = self.names.iter().zip(self.values).map(|(name, value)| (*name, value.unwrap_or(0)));
+            super::watch::end(begun, self.op, dims);
+        }
+    }
 }
 
 const MAX_DIMS: usize = 12;
@@ -20,7 +32,14 @@ const MAX_DIMS: usize = 12;
 impl DimCheck {
     pub(super) fn new(op: &'static str, names: &'static [&'static str]) -> Self {
         debug_assert!(names.len() <= MAX_DIMS);
-        DimCheck { op, names, values: [None; MAX_DIMS], bound_by: [""; MAX_DIMS], element: None }
+        DimCheck {
+            op,
+            names,
+            values: [None; MAX_DIMS],
+            bound_by: [""; MAX_DIMS],
+            element: None,
+            begun: super::watch::begin(),
+        }
     }
 
     fn index(&self, dim: &str) -> Option<usize> {

@@ -121,9 +121,9 @@ pub fn adamw(grad: &Tensor, param: &mut Tensor, m: &mut Tensor, v: &mut Tensor, 
 }
 
 fn adamw_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::adamw::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::adamw::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -198,9 +198,9 @@ pub fn add_noise(x0: &Tensor, noise: &Tensor, coefs: &Tensor, params: kernels::g
 }
 
 fn add_noise_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::add_noise::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::add_noise::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, l, .. } = dims;
@@ -345,9 +345,9 @@ impl Graph<'_> {
 }
 
 fn attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -413,9 +413,9 @@ pub fn attention_int8(qkv: &Tensor, params: kernels::generated::attention_int8::
 }
 
 fn attention_int8_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::attention_int8::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::attention_int8::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -476,9 +476,9 @@ pub fn axpy(x: &Tensor, y: &mut Tensor, params: kernels::generated::axpy::Params
 }
 
 fn axpy_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::axpy::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::axpy::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -622,9 +622,9 @@ impl Graph<'_> {
 }
 
 fn branch_deltas_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::branch_deltas::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::branch_deltas::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -706,9 +706,9 @@ pub fn conv2d(x: &Tensor, filters: &Tensor, bias: Option<&Tensor>, oh: usize, ow
 }
 
 fn conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::conv2d::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::conv2d::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, f, kh, kw, oh, ow, .. } = dims;
@@ -870,9 +870,9 @@ impl Graph<'_> {
 }
 
 fn conv_silu_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::conv_silu::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::conv_silu::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, w, c, k, .. } = dims;
@@ -1058,9 +1058,9 @@ impl Graph<'_> {
 }
 
 fn cross_attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::cross_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::cross_attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, m, r, h, e, .. } = dims;
@@ -1225,9 +1225,9 @@ impl Graph<'_> {
 }
 
 fn cross_entropy_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::cross_entropy::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::cross_entropy::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, k, .. } = dims;
@@ -1403,9 +1403,9 @@ impl Graph<'_> {
 }
 
 fn embed_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::embed::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::embed::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, v, d, .. } = dims;
@@ -1572,9 +1572,9 @@ impl Graph<'_> {
 }
 
 fn feature_gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::feature_gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::feature_gated_conv::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, f, k, .. } = dims;
@@ -1708,9 +1708,9 @@ impl Graph<'_> {
 }
 
 fn filter_window_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::filter_window::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::filter_window::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, c, .. } = dims;
@@ -1865,9 +1865,9 @@ impl Graph<'_> {
 }
 
 fn gate_residual_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gate_residual::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::gate_residual::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
@@ -2066,9 +2066,9 @@ impl Graph<'_> {
 }
 
 fn gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::gated_conv::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, k, .. } = dims;
@@ -2269,9 +2269,9 @@ impl Graph<'_> {
 }
 
 fn gated_conv_2d_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gated_conv_2d::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::gated_conv_2d::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, c, k, .. } = dims;
@@ -2483,9 +2483,9 @@ impl Graph<'_> {
 }
 
 fn gemm_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gemm::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::gemm::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, k, f, c, .. } = dims;
@@ -2580,9 +2580,9 @@ pub fn gemm_fp8(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, gate: Option<&Ten
 }
 
 fn gemm_fp8_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gemm_fp8::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::gemm_fp8::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, k, f, c, .. } = dims;
@@ -2780,9 +2780,9 @@ impl Graph<'_> {
 }
 
 fn group_norm_silu_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::group_norm_silu::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::group_norm_silu::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, g, .. } = dims;
@@ -2997,9 +2997,9 @@ impl Graph<'_> {
 }
 
 fn kv_compress_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::kv_compress::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::kv_compress::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, r, d, k, .. } = dims;
@@ -3180,9 +3180,9 @@ impl Graph<'_> {
 }
 
 fn linear_attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::linear_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::linear_attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -3358,9 +3358,9 @@ impl Graph<'_> {
 }
 
 fn ln_modulate_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::ln_modulate::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::ln_modulate::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, d, .. } = dims;
@@ -3561,9 +3561,9 @@ impl Graph<'_> {
 }
 
 fn long_conv_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::long_conv::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::long_conv::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, c, k, l, .. } = dims;
@@ -3746,9 +3746,9 @@ impl Graph<'_> {
 }
 
 fn loss_diffusion_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::loss_diffusion::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::loss_diffusion::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, s, .. } = dims;
@@ -3897,9 +3897,9 @@ impl Graph<'_> {
 }
 
 fn loss_regression_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::loss_regression::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::loss_regression::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -4099,9 +4099,9 @@ impl Graph<'_> {
 }
 
 fn mamba2_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::mamba2::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::mamba2::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, w, h, e, k, .. } = dims;
@@ -4265,9 +4265,9 @@ impl Graph<'_> {
 }
 
 fn neighborhood_attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::neighborhood_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::neighborhood_attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, gh, gw, h, e, k, .. } = dims;
@@ -4359,9 +4359,9 @@ pub fn norm_silu_conv2d(x: &Tensor, gamma: &Tensor, beta: &Tensor, filters: &Ten
 }
 
 fn norm_silu_conv2d_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::norm_silu_conv2d::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::norm_silu_conv2d::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, g, f, kh, kw, .. } = dims;
@@ -4500,9 +4500,9 @@ impl Graph<'_> {
 }
 
 fn patchify_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::patchify::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::patchify::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, p, gh, gw, .. } = dims;
@@ -4563,9 +4563,9 @@ pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Par
 }
 
 fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::philox::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::philox::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -4759,9 +4759,9 @@ impl Graph<'_> {
 }
 
 fn qk_norm_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::qk_norm::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::qk_norm::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, .. } = dims;
@@ -4957,9 +4957,9 @@ impl Graph<'_> {
 }
 
 fn relative_attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::relative_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::relative_attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
@@ -5142,9 +5142,9 @@ impl Graph<'_> {
 }
 
 fn rms_norm_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::rms_norm::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::rms_norm::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, w, .. } = dims;
@@ -5217,9 +5217,9 @@ pub fn sinusoid(t: &Tensor, d: usize, params: kernels::generated::sinusoid::Para
 }
 
 fn sinusoid_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::sinusoid::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::sinusoid::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, d, .. } = dims;
@@ -5313,9 +5313,9 @@ pub fn solver_step(x: &Tensor, cond: &Tensor, uncond: Option<&Tensor>, noise: Op
 }
 
 fn solver_step_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::solver_step::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::solver_step::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, co, s, .. } = dims;
@@ -5380,9 +5380,9 @@ pub fn sum_squares(x: &Tensor, params: kernels::generated::sum_squares::Params) 
 }
 
 fn sum_squares_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::sum_squares::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::sum_squares::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;
@@ -5515,9 +5515,9 @@ impl Graph<'_> {
 }
 
 fn unpatchify_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::unpatchify::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::unpatchify::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, c, p, gh, gw, .. } = dims;
@@ -5645,9 +5645,9 @@ impl Graph<'_> {
 }
 
 fn upsample_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::upsample::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::upsample::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, h, w, c, .. } = dims;
@@ -5796,9 +5796,9 @@ impl Graph<'_> {
 }
 
 fn window_attention_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::window_attention::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::window_attention::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, w, .. } = dims;

@@ -7,6 +7,7 @@ pub mod check;
 mod entry;
 #[rustfmt::skip]
 mod generated;
+pub mod watch;
 
 pub use generated::*;
 pub use graft_kernels::generated as contracts;

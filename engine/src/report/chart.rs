@@ -3,7 +3,7 @@
 //! Colours come from the page's style sheet (classes `s0` to `s5`), so that charts follow light and dark screens.
 
 use super::format::significant;
-use super::html::Html;
+use super::html::{self, Html};
 
 /// Size of a line chart in SVG units; the page scales it.
 const WIDTH: f64 = 560.0;
@@ -15,7 +15,7 @@ const POINTS: usize = 240;
 /// Most curves of a chart that have their bands drawn; more would hide each other.
 const BANDS: usize = 2;
 /// Colours of the style sheet.
-const COLOURS: usize = 6;
+pub(super) const COLOURS: usize = 6;
 
 /// A named curve.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +24,20 @@ pub struct Series {
     pub name: String,
     /// (x, y) with growing x; points that are not finite are left out.
     pub points: Vec<(f64, f64)>,
+    /// Points by themselves, joined by nothing.
+    pub dots: bool,
+}
+
+impl Series {
+    /// A curve.
+    pub fn curve(name: impl Into<String>, points: Vec<(f64, f64)>) -> Series {
+        Series { name: name.into(), points, dots: false }
+    }
+
+    /// Points by themselves.
+    pub fn dots(name: impl Into<String>, points: Vec<(f64, f64)>) -> Series {
+        Series { name: name.into(), points, dots: true }
+    }
 }
 
 /// Curves over one pair of axes.
@@ -35,6 +49,8 @@ pub struct LineChart {
     pub x_label: String,
     /// Vertical axis.
     pub y_label: String,
+    /// Logarithmic horizontal axis; points at or below zero are left out.
+    pub log_x: bool,
     /// Logarithmic vertical axis; points at or below zero are left out.
     pub log_y: bool,
     /// Curves.
@@ -90,39 +106,72 @@ impl Scale {
 impl LineChart {
     /// Draws legend and plot.
     pub fn draw(&self, h: &mut Html) {
-        let series: Vec<Vec<Run>> = self.series.iter().map(|s| self.runs(&s.points)).collect();
         if self.series.len() > 1 {
             legend(h, self.series.iter().map(|s| s.name.as_str()));
         }
+        svg(h, WIDTH, HEIGHT, &self.title, |h| self.plot(h));
+    }
+
+    /// The chart as a file of its own: title, legend, plot.
+    pub fn file(&self) -> String {
+        const LINE: f64 = 18.0;
+        let top = LINE * (self.series.len() + 1) as f64 + 12.0;
+        html::svg_file(WIDTH, HEIGHT + top, &self.title, |h| {
+            label(h, "name", "start", (10.0, LINE), &self.title);
+            for (index, series) in self.series.iter().enumerate() {
+                let y = LINE * (index + 1) as f64;
+                rectangle(h, &format!("bar s{}", index % COLOURS), (10.0, y + 8.0), (12.0, 12.0));
+                label(h, "", "start", (28.0, y + LINE), &series.name);
+            }
+            h.element("g", &[("transform", &format!("translate(0,{})", number(top)))], |h| self.plot(h));
+        })
+    }
+
+    fn plot(&self, h: &mut Html) {
+        let series: Vec<Vec<Run>> = self.series.iter().map(|s| self.runs(&s.points)).collect();
         let all = || series.iter().flatten();
         let Some((x_range, y_range)) = range(all().map(|r| (r.x, r.x))).zip(range(all().map(|r| (r.low, r.high))))
         else {
-            return h.leaf("p", &[("class", "note")], "Nothing was recorded.");
+            return label(h, "", "start", (MARGIN[0], HEIGHT / 2.0), "Nothing was recorded.");
         };
         let (y_ticks, y_from) = if self.log_y { log_ticks(y_range) } else { linear_ticks(padded(y_range)) };
-        let (x_ticks, _) = linear_ticks(x_range);
-        let x = Scale { log: false, from: widened(x_range), to: (MARGIN[0], WIDTH - MARGIN[1]) };
+        let (x_ticks, x_from) = match self.log_x {
+            true => (self.powers_of_two().unwrap_or_else(|| log_ticks(x_range).0), log_ticks(x_range).1),
+            false => (linear_ticks(x_range).0, widened(x_range)),
+        };
+        let x = Scale { log: self.log_x, from: x_from, to: (MARGIN[0], WIDTH - MARGIN[1]) };
         let y = Scale { log: self.log_y, from: y_from, to: (HEIGHT - MARGIN[3], MARGIN[2]) };
-        svg(h, WIDTH, HEIGHT, &self.title, |h| {
-            for &tick in &y_ticks {
-                line(h, "grid", (x.to.0, y.at(tick)), (x.to.1, y.at(tick)));
-                label(h, "", "end", (x.to.0 - 8.0, y.at(tick) + 4.0), &tick_text(tick));
+        for &tick in &y_ticks {
+            line(h, "grid", (x.to.0, y.at(tick)), (x.to.1, y.at(tick)));
+            label(h, "", "end", (x.to.0 - 8.0, y.at(tick) + 4.0), &tick_text(tick));
+        }
+        line(h, "axis", (x.to.0, y.to.0), (x.to.1, y.to.0));
+        for &tick in x_ticks.iter().filter(|&&t| t >= x_range.0 && t <= x_range.1) {
+            label(h, "", "middle", (x.at(tick), y.to.0 + 18.0), &tick_text(tick));
+        }
+        label(h, "", "end", (x.to.1, HEIGHT - 4.0), &self.x_label);
+        label(h, "", "start", (x.to.0 - 50.0, 12.0), &self.y_label);
+        for (index, (runs, series)) in series.iter().zip(&self.series).enumerate() {
+            match series.dots {
+                true => runs.iter().for_each(|run| dot(h, index, run, x, y)),
+                false => draw_runs(h, index, runs, self.series.len() <= BANDS, x, y),
             }
-            line(h, "axis", (x.to.0, y.to.0), (x.to.1, y.to.0));
-            for &tick in x_ticks.iter().filter(|&&t| t >= x_range.0 && t <= x_range.1) {
-                label(h, "", "middle", (x.at(tick), y.to.0 + 18.0), &tick_text(tick));
-            }
-            label(h, "", "end", (x.to.1, HEIGHT - 4.0), &self.x_label);
-            label(h, "", "start", (x.to.0 - 50.0, 12.0), &self.y_label);
-            for (index, runs) in series.iter().enumerate() {
-                draw_runs(h, index, runs, series.len() <= BANDS, x, y);
-            }
-        });
+        }
+    }
+
+    /// The places of the points where they are few powers of two: what doubles is read off best there.
+    fn powers_of_two(&self) -> Option<Vec<f64>> {
+        let mut places: Vec<f64> = self.series.iter().flat_map(|s| s.points.iter().map(|p| p.0)).collect();
+        places.sort_by(f64::total_cmp);
+        places.dedup();
+        (places.len() <= 10 && places.iter().all(|p| *p >= 1.0 && p.log2().fract() == 0.0)).then_some(places)
     }
 
     /// Points that the axes can show, averaged in equal runs where there are many.
     fn runs(&self, points: &[(f64, f64)]) -> Vec<Run> {
-        let shown = |&&(x, y): &&(f64, f64)| x.is_finite() && y.is_finite() && (!self.log_y || y > 0.0);
+        let shown = |&&(x, y): &&(f64, f64)| {
+            x.is_finite() && y.is_finite() && (!self.log_y || y > 0.0) && (!self.log_x || x > 0.0)
+        };
         let points: Vec<(f64, f64)> = points.iter().filter(shown).copied().collect();
         let length = points.len().div_ceil(POINTS).max(1);
         let run = |chunk: &[(f64, f64)]| {
@@ -180,11 +229,15 @@ impl BarChart {
     }
 }
 
+fn dot(h: &mut Html, index: usize, run: &Run, x: Scale, y: Scale) {
+    let (cx, cy) = (number(x.at(run.x)), number(y.at(run.mean)));
+    h.empty("circle", &[("class", &format!("dot s{}", index % COLOURS)), ("cx", &cx), ("cy", &cy), ("r", "4")]);
+}
+
 fn draw_runs(h: &mut Html, index: usize, runs: &[Run], band: bool, x: Scale, y: Scale) {
     let class = |kind: &str| format!("{kind} s{}", index % COLOURS);
     if let [only] = runs {
-        let (cx, cy) = (number(x.at(only.x)), number(y.at(only.mean)));
-        return h.empty("circle", &[("class", &class("dot")), ("cx", &cx), ("cy", &cy), ("r", "4")]);
+        return dot(h, index, only, x, y);
     }
     let point = |at: f64, value: f64| format!("{},{}", number(x.at(at)), number(y.at(value)));
     if band && runs.iter().any(|r| r.low < r.high) {
@@ -197,7 +250,7 @@ fn draw_runs(h: &mut Html, index: usize, runs: &[Run], band: bool, x: Scale, y: 
     h.empty("polyline", &[("class", &class("line")), ("points", &points)]);
 }
 
-fn legend<'a>(h: &mut Html, names: impl Iterator<Item = &'a str>) {
+pub(super) fn legend<'a>(h: &mut Html, names: impl Iterator<Item = &'a str>) {
     h.element("ul", &[("class", "legend")], |h| {
         for (index, name) in names.enumerate() {
             h.element("li", &[("class", &format!("s{}", index % COLOURS))], |h| {
@@ -208,28 +261,28 @@ fn legend<'a>(h: &mut Html, names: impl Iterator<Item = &'a str>) {
     });
 }
 
-fn svg(h: &mut Html, width: f64, height: f64, title: &str, body: impl FnOnce(&mut Html)) {
+pub(super) fn svg(h: &mut Html, width: f64, height: f64, title: &str, body: impl FnOnce(&mut Html)) {
     let view = format!("0 0 {} {}", number(width), number(height));
     h.element("svg", &[("viewBox", &view), ("role", "img"), ("aria-label", title)], body);
 }
 
-fn line(h: &mut Html, class: &str, from: (f64, f64), to: (f64, f64)) {
+pub(super) fn line(h: &mut Html, class: &str, from: (f64, f64), to: (f64, f64)) {
     let [x1, y1, x2, y2] = [from.0, from.1, to.0, to.1].map(number);
     h.empty("line", &[("class", class), ("x1", &x1), ("y1", &y1), ("x2", &x2), ("y2", &y2)]);
 }
 
-fn rectangle(h: &mut Html, class: &str, corner: (f64, f64), size: (f64, f64)) {
+pub(super) fn rectangle(h: &mut Html, class: &str, corner: (f64, f64), size: (f64, f64)) {
     let [x, y, width, height] = [corner.0, corner.1, size.0, size.1].map(number);
     h.empty("rect", &[("class", class), ("x", &x), ("y", &y), ("width", &width), ("height", &height), ("rx", "2")]);
 }
 
-fn label(h: &mut Html, class: &str, anchor: &str, at: (f64, f64), text: &str) {
+pub(super) fn label(h: &mut Html, class: &str, anchor: &str, at: (f64, f64), text: &str) {
     let (x, y) = (number(at.0), number(at.1));
     h.leaf("text", &[("class", class), ("text-anchor", anchor), ("x", &x), ("y", &y)], text);
 }
 
 /// A coordinate to a tenth of a unit: more than a screen shows.
-fn number(value: f64) -> String {
+pub(super) fn number(value: f64) -> String {
     format!("{value:.1}")
 }
 
@@ -296,10 +349,10 @@ mod tests {
     use crate::report::html::{check::well_formed, page};
 
     fn chart(log_y: bool, points: &[(f64, f64)]) -> LineChart {
-        let series = |name: &str| Series { name: name.into(), points: points.to_vec() };
+        let series = |name: &str| Series::curve(name, points.to_vec());
         let labels = ["loss < 1", "step", "loss"].map(str::to_owned);
         let [title, x_label, y_label] = labels;
-        LineChart { title, x_label, y_label, log_y, series: vec![series("a&b"), series("c")] }
+        LineChart { title, x_label, y_label, log_x: false, log_y, series: vec![series("a&b"), series("c")] }
     }
 
     fn drawn(chart: &LineChart) -> String {
@@ -330,6 +383,22 @@ mod tests {
             page.contains("a&amp;b") && page.contains("aria-label=\"loss &lt; 1\"") && page.contains(">0.75</text>")
         );
         assert!(!page.contains("polygon"));
+    }
+
+    #[test]
+    fn a_file_of_its_own_has_legend_and_round_powers() {
+        let mut chart = chart(true, &[(256.0, 1.0), (1024.0, 4.0), (4096.0, 16.0)]);
+        chart.log_x = true;
+        chart.series[1].dots = true;
+        let file = chart.file();
+        well_formed(&file);
+        assert!(file.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 560 366\""), "{file}");
+        // Equal factors are equal steps.
+        for text in ["a&amp;b", ">256</text>", ">1024</text>", ">4096</text>"] {
+            assert!(file.contains(text), "{text}: {file}");
+        }
+        assert_eq!(file.matches("<circle").count(), 3);
+        assert_eq!(chart.powers_of_two().unwrap(), [256.0, 1024.0, 4096.0]);
     }
 
     #[test]

@@ -58,6 +58,34 @@ impl Html {
     }
 }
 
+/// Colours and lines of charts that are files of their own, on white paper.
+const SVG_STYLE: &str = "svg{font:12px system-ui,sans-serif}text{fill:#5d6671}.grid{stroke:#eceef0}.axis{stroke:#e1e4e8}.mark{stroke:#1d2126;stroke-dasharray:4 3}\
+.line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round;stroke:var(--c)}.band{stroke:none;opacity:.18}.band,.bar,.dot{fill:var(--c)}\
+.s0{--c:#2667c9}.s1{--c:#d5641c}.s2{--c:#178a66}.s3{--c:#9d3f93}.s4{--c:#8a6d00}.s5{--c:#66707b}";
+
+/// A picture that is a file of its own, of a size in its units.
+pub fn svg_file(width: f64, height: f64, title: &str, body: impl FnOnce(&mut Html)) -> String {
+    let mut h = Html::default();
+    let view = format!("0 0 {width} {height}");
+    let [wide, high] = [width, height].map(|n| n.to_string());
+    let attributes = [
+        ("xmlns", "http://www.w3.org/2000/svg"),
+        ("viewBox", view.as_str()),
+        ("width", wide.as_str()),
+        ("height", high.as_str()),
+        ("role", "img"),
+        ("aria-label", title),
+    ];
+    h.element("svg", &attributes, |h| {
+        // As in a page: the style sheet is this program's own.
+        h.element("style", &[], |h| h.out.push_str(SVG_STYLE));
+        h.empty("rect", &[("width", &wide), ("height", &high), ("fill", "#ffffff")]);
+        body(h);
+    });
+    h.out.push('\n');
+    h.out
+}
+
 /// A whole page around `body`.
 pub fn page(title: &str, body: impl FnOnce(&mut Html)) -> String {
     let mut h = Html { out: "<!DOCTYPE html>\n".into() };

@@ -1,7 +1,8 @@
 //! Reports for people: one self-contained HTML file each, without scripts and without anything fetched from outside.
 //!
-//! [`html`] guarantees balanced, escaped markup; [`chart`] draws into it as SVG; [`graft_run`] is the report of a
-//! grafting run, [`science`] that of a study, [`mod@bench`] that of measurements; [`heat`] draws a table of numbers as a picture. Everything is a function of
+//! [`html`] guarantees balanced, escaped markup; [`chart`] draws into it as SVG, [`stack`] bars of parts; [`graft_run`] is the report of a
+//! grafting run, [`science`] that of a study, [`mod@bench`] that of measurements; [`heat`] draws a
+//! table of numbers as a picture. Everything is a function of
 //! the data given, so the same run gives the same bytes.
 
 pub mod bench;
@@ -12,3 +13,4 @@ pub mod heat;
 pub mod html;
 mod parts;
 pub mod science;
+pub mod stack;

@@ -144,6 +144,15 @@ def windows() -> None:
             call = flex(q, k, v, rows * columns, sees, context, case.params["scale"])
             return lambda: call().unflatten(1, (rows, columns))
 
+    @peer("window_attention", "FlexAttention, heads padded to 128", backward=False)
+    def _(t: dict, case, context: Context) -> Callable:
+        n, w, e = case.dims["N"], case.dims["W"], case.dims["E"]
+        if e >= 128:
+            raise CannotRun("its heads are as wide")
+        q, k, v = (F.pad(x, (0, 128 - e)) for x in packed(t))
+        call = flex(q, k, v, n, lambda i, j: (i - j).abs() <= w, context, case.params["scale"])
+        return lambda: call()[..., :e]
+
     @peer("neighborhood_attention", "NATTEN")
     def _(t: dict, case, context: Context) -> Callable:
         function, taps = module("natten").na2d, case.dims["K"]

@@ -39,7 +39,7 @@ def gemm(t: dict, case):
     return epilogue(F.linear(x, w, t["bias"]), t, case)
 
 
-@peer("gemm", "cuBLASLt", less="no bias and no epilogue", backward=False)
+@peer("gemm", "cuBLASLt alone", less="no bias and no epilogue", backward=False)
 def plain(t: dict, case, context: Context) -> Callable:
     """The product alone: what the library does best."""
     x, w = rounded(t, case)

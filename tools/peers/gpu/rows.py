@@ -139,8 +139,10 @@ class Bench:
 
     def measured(self, case, work: str, call, cold: bool) -> dict:
         """The times of a call, and what it moves."""
-        if self.context.device != "cpu":
+        cuda = self.context.device != "cpu"
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         times = self.timer.time(call, cold)
         row = {"ms": times.at(0.5), "ms_min": times.at(0.0), "ms_p90": times.at(0.9), "samples": len(times.ms), "timing": times.how}
         if cold:
@@ -149,8 +151,9 @@ class Bench:
             # The contract counts a forward call, with every tensor in f32.
             size = torch.finfo(self.dtype).bits / 32
             row |= {"flops": case.cost("flops"), "bytes": case.cost("bytes") * size}
-        if self.context.device != "cpu":
-            row["peak_bytes"] = torch.cuda.max_memory_allocated()
+        if cuda:
+            # What the work adds to its inputs and to what the check keeps.
+            row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         return row | times.clocks
 
     def ceilings(self) -> Iterator[dict]:

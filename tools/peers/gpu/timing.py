@@ -18,8 +18,8 @@ from .base import CannotRun, torch
 MEASURED, REPEATED = 2.0, 64
 # Seconds of the same load before samples count.
 SETTLE = 0.3
-# Clocks that a spin may take at most before a host counts as too slow.
-LONGEST_SPIN = 1 << 31
+# Clocks of the first spin, half a millisecond, and of the longest before a host counts as too slow.
+SHORTEST_SPIN, LONGEST_SPIN = 1 << 20, 1 << 31
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Timer:
         """Times of `call`; `cold`: every call begins with an L2 cache that holds none of its data."""
         if not self.cuda:
             return self._host(call)
+        self.spin = SHORTEST_SPIN
         # What was prepared on another stream is done.
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
@@ -99,12 +100,11 @@ class Timer:
         return graph.replay
 
     def _behind_a_spin(self, work: Callable, cold: bool) -> float:
-        clocks = 1 << 20
-        while clocks <= LONGEST_SPIN:
+        while self.spin <= LONGEST_SPIN:
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if cold:
                 self.flush.zero_()
-            torch.cuda._sleep(clocks)
+            torch.cuda._sleep(self.spin)
             first.record()
             work()
             last.record()
@@ -113,7 +113,7 @@ class Timer:
             last.synchronize()
             if hidden:
                 return first.elapsed_time(last)
-            clocks *= 2
+            self.spin *= 2
         raise CannotRun("the host's launches cannot be hidden")
 
 

@@ -1,31 +1,36 @@
-//! `graft bench op|model|train|e2e|compare|report`: measurements as rows, one JSON object each.
+//! `graft bench op|site|model|train|e2e|load|start|compare|report|plots`: measurements as rows, one JSON object each.
 //!
-//! Every run begins with the ceilings of its device, a large copy and a large product, so that rows can be read as
-//! shares of what the device can do. Times are those of calls after a warm-up; on a GPU by the device's own clock and
+//! Every run begins with the ceilings of its device ([`ceilings`]), so that rows can be read as shares of what the
+//! device can do, and so that the cost model can be held against them. Times are those of calls after a warm-up; on a GPU by the device's own clock and
 //! without the host's launches.
 
+pub mod ceilings;
+pub mod layers;
+pub mod load;
 pub mod model;
 pub mod op;
+pub mod site;
 mod text_model;
 
-use crate::autograd::{Graph, Precision, Var};
+use crate::autograd::Precision;
 use crate::backend::{self, Device, cpu};
 use crate::cli::out;
 use crate::cli::table::Table;
 use crate::error::{Error, Result};
 use crate::io::jsonl::JsonLog;
 use crate::io::{atomic, system};
-use crate::ops::{contracts, contracts::gemm};
-use crate::report::bench::{self, CEILING, COPY, Ceilings, PRODUCT, Row, compare};
+use crate::ops::contracts;
+use crate::report::bench::{self, CEILING, Ceilings, Misfit, Row, compare};
 use crate::report::format::significant;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::DType;
 use graft_kernels::ways;
+use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Time after which a ceiling takes no further sample.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Time after which a model on the host takes no further sample.
+const PATIENCE_MODEL: Duration = Duration::from_secs(20);
 
 /// Arguments.
 #[derive(clap::Args)]
@@ -38,12 +43,18 @@ pub struct Args {
 enum BenchCommand {
     /// Operators at the shapes of real models, both passes.
     Op(OpArgs),
+    /// Operators as they sit in a block, by number of tokens.
+    Site(site::Args),
     /// Forward passes of whole models with random weights.
     Model(model::Args),
     /// Training steps of whole models with random weights: forward, backward, AdamW.
     Train(model::Args),
     /// Images from noise by models with random weights: all steps of a sampler.
     E2e(model::Args),
+    /// Loading a transformer of safetensors against the sequential read rate of its disk, with cold caches.
+    Load(load::LoadArgs),
+    /// Starting the program: graft --help.
+    Start(load::StartArgs),
     /// What became faster or slower from one file of rows to another; fails where something became slower.
     Compare {
         /// Rows from before.
@@ -51,7 +62,16 @@ enum BenchCommand {
         /// Rows from after.
         after: PathBuf,
     },
-    /// A page of rows: a table, a roofline, and how cost grows.
+    /// Pictures of how cost grows along what was varied, a file each.
+    Plots {
+        /// Files of rows.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// The folder.
+        #[arg(short, long, default_value = "docs/results")]
+        out: PathBuf,
+    },
+    /// A page of rows: a roofline, the layers of a model, the cost model beside what was measured, how cost grows.
     Report {
         /// Files of rows.
         #[arg(required = true)]
@@ -111,19 +131,38 @@ pub struct OpArgs {
 pub fn run(args: &Args, json: bool) -> Result<()> {
     match &args.command {
         BenchCommand::Op(args) => run_op(args, json),
+        BenchCommand::Site(args) => site::run(args, json),
+        BenchCommand::Load(args) => load::run(args, json),
+        BenchCommand::Start(args) => load::start(args, json),
         BenchCommand::Model(args) => model::run(args, model::Work::Forward, json),
         BenchCommand::Train(args) => model::run(args, model::Work::TrainingStep, json),
         BenchCommand::E2e(args) => model::run(args, model::Work::Sampling, json),
         BenchCommand::Compare { before, after } => changes(&bench::read(before)?, &bench::read(after)?),
-        BenchCommand::Report { files, out: path } => {
-            let mut rows = Vec::new();
-            for file in files {
-                rows.extend(bench::read(file)?);
+        BenchCommand::Plots { files, out: folder } => {
+            atomic::ensure_writable_dir(folder)?;
+            for (name, picture) in bench::plots(&read(files)?) {
+                atomic::write_bytes(&folder.join(&name), picture.as_bytes())?;
+                out::line(folder.join(name).display().to_string())?;
             }
+            Ok(())
+        }
+        BenchCommand::Report { files, out: path } => {
+            let rows = read(files)?;
             atomic::write_bytes(path, bench::page("Measurements", &rows).as_bytes())?;
+            if let Some(misfit) = Misfit::of(&rows) {
+                out::line(misfit.to_string())?;
+            }
             out::line(format!("{} rows in {}", rows.len(), path.display()))
         }
     }
+}
+
+fn read(files: &[PathBuf]) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for file in files {
+        rows.extend(bench::read(file)?);
+    }
+    Ok(rows)
 }
 
 /// `graft bench op` and `graft op bench`.
@@ -136,8 +175,8 @@ pub fn run_op(args: &OpArgs, json: bool) -> Result<()> {
             return op::count(element, &choice, json);
         }
         let device = backend::open_as(backend, element)?;
-        let mut rows = ceilings(&device, json)?;
-        rows.extend(op::measure(&device, &choice, json)?);
+        let mut rows = ceilings::measure(&device, Precision::F32, json)?;
+        rows.extend(op::measure(&device, &choice, &rows, json)?);
         finish(rows, keep, json)
     };
     match way {
@@ -171,6 +210,10 @@ impl Subject {
     fn row(self, device: &Device, element: DType, mut times: Vec<f64>) -> Row {
         times.sort_by(f64::total_cmp);
         let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
+        let (mhz, watts) = match device.is_host() {
+            true => (system::processor_mhz(), None),
+            false => system::gpu_clock_and_power(),
+        };
         Row {
             bench: self.bench.into(),
             case: self.case,
@@ -186,35 +229,14 @@ impl Subject {
             samples: times.len(),
             flops: None,
             bytes: None,
+            exps: None,
+            predicted_ms: None,
+            mhz,
+            watts,
             peak_bytes: None,
             version: env!("CARGO_PKG_VERSION").into(),
         }
     }
-}
-
-/// A large copy and a large product on `device`.
-fn ceilings(device: &Device, json: bool) -> Result<Vec<Row>> {
-    // Larger than any cache; a side at which products reach their rate.
-    const FLOATS: usize = 64 << 20;
-    const SIDE: usize = 2048;
-    let element = device.element();
-    let from = Tensor::zeros(device, &[FLOATS])?;
-    let times = device.time(7, PATIENCE, &mut || from.copy().map(drop))?;
-    let copy = Subject { bench: CEILING, case: COPY.into(), work: "read and write".into() };
-    let mut copy = copy.row(device, DType::F32, times);
-    copy.bytes = Some(2.0 * 4.0 * FLOATS as f64);
-    let values = vec![0.5; SIDE * SIDE];
-    let x = Var::constant(Tensor::from_f32_as(device, &[1, SIDE, SIDE], &values, element)?);
-    let w = Var::constant(Tensor::from_f32_as(device, &[SIDE, SIDE], &values, element)?);
-    let g = Graph::inference(Precision::F32);
-    let params = gemm::Params { act: 0, gate_row: 0, bf16: false };
-    let times = device.time(7, PATIENCE, &mut || g.gemm(&x, &w, None, None, None, None, params).map(drop))?;
-    let product = Subject { bench: CEILING, case: PRODUCT.into(), work: format!("{SIDE} cubed") };
-    let mut product = product.row(device, element, times);
-    product.flops = Some(2.0 * (SIDE as f64).powi(3));
-    let rows = vec![copy, product];
-    rows.iter().try_for_each(|row| show(row, json))?;
-    Ok(rows)
 }
 
 /// A row as it is measured; a table follows at the end where nobody asked for JSON.
@@ -222,8 +244,17 @@ fn show(row: &Row, json: bool) -> Result<()> {
     if json { out::line(serde_json::to_string(row).unwrap_or_default()) } else { Ok(()) }
 }
 
-/// The table, the file of rows and the comparison that were asked for.
+/// The table of rows and what the cost model makes of them, the file of rows and the comparison that were asked for.
 fn finish(rows: Vec<Row>, keep: &Keep, json: bool) -> Result<()> {
+    let misfit = Misfit::of(&rows);
+    finish_with(rows, keep, json)?;
+    match misfit {
+        Some(misfit) if !json => out::line(misfit.to_string()),
+        _ => Ok(()),
+    }
+}
+
+fn finish_with(rows: Vec<Row>, keep: &Keep, json: bool) -> Result<()> {
     if !json {
         out::line(table(&rows).to_string().trim_end())?;
     }
@@ -238,9 +269,24 @@ fn store(path: &Path, rows: &[Row]) -> Result<()> {
     rows.iter().try_for_each(|row| log.append(row))
 }
 
+/// Adds one row of any kind to a file.
+fn store_value(path: &Path, row: &impl Serialize) -> Result<()> {
+    JsonLog::resume(path, u64::MAX)?.append(row)
+}
+
 fn table(rows: &[Row]) -> Table {
-    let heads =
-        ["what", "work", "varied", "median ms", "fastest", "p90", "GB/s", "TFLOP/s", "of the ceiling", "peak MiB"];
+    let heads = [
+        "what",
+        "work",
+        "varied",
+        "median ms",
+        "predicted",
+        "fastest",
+        "GB/s",
+        "TFLOP/s",
+        "of the ceiling",
+        "peak MiB",
+    ];
     let mut table = Table::new(&heads);
     for row in rows {
         let number = |value: Option<f64>| value.map_or("-".to_string(), significant);
@@ -250,8 +296,8 @@ fn table(rows: &[Row]) -> Table {
             row.work.clone(),
             row.axes_in_words().trim_start_matches(", ").to_string(),
             format!("{:.4}", row.ms),
+            number(row.predicted_ms),
             format!("{:.4}", row.ms_min),
-            format!("{:.4}", row.ms_p90),
             number(row.gbs()),
             number(row.tflops()),
             share.map_or("-".into(), |(share, of)| format!("{:.0} % of {of}", 100.0 * share)),

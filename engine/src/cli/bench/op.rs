@@ -7,7 +7,7 @@ use crate::cli::{out, table::Table};
 use crate::error::{Error, Result};
 use crate::ops::check::{CaseRow, time_cases};
 use crate::ops::contracts;
-use crate::report::bench::Row;
+use crate::report::bench::{Ceilings, Needs, Row};
 use crate::tensor::DType;
 use graft_kernels::Tier;
 use serde_json::json;
@@ -37,10 +37,10 @@ const CACHED: u64 = 400 << 20;
 impl Choice<'_> {
     fn takes(&self, device: &Device, row: &CaseRow) -> bool {
         let known = device.is_host() || row.info.elements.iter().any(|e| DType::from(*e) == device.element());
-        // An operator's whole name means it alone, and not those whose names contain it.
-        let whole = contracts::OPS.iter().any(|op| op.name == self.filter);
-        let named = if whole { row.info.name == self.filter } else { row.info.name.contains(self.filter) };
-        known && named && row.name.contains(self.case) && row.flops as f64 <= self.gflop * 1e9
+        known
+            && named(row.info.name, self.filter)
+            && row.name.contains(self.case)
+            && row.flops as f64 <= self.gflop * 1e9
     }
 
     fn nothing_fits(&self) -> Error {
@@ -50,14 +50,19 @@ impl Choice<'_> {
     }
 }
 
+/// Whether a filter takes an operator: its whole name means it alone, and not those whose names contain it.
+pub fn named(op: &str, filter: &str) -> bool {
+    if contracts::OPS.iter().any(|o| o.name == filter) { op == filter } else { op.contains(filter) }
+}
+
 /// Time after which a case on the host takes no further sample.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Measures on `device`: a row of every pass.
+/// Measures on `device`: a row of every pass, that of a forward pass with its prediction from the `ceilings` of the run.
 ///
 /// # Errors
 /// No case that fits, and those of the device.
-pub fn measure(device: &Device, choice: &Choice<'_>, json: bool) -> Result<Vec<Row>> {
+pub fn measure(device: &Device, choice: &Choice<'_>, ceilings: &[Row], json: bool) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let chosen = |row: &CaseRow| choice.takes(device, row);
     time_cases(device, Tier::Real, &chosen, &mut |row, pass, call| {
@@ -69,6 +74,9 @@ pub fn measure(device: &Device, choice: &Choice<'_>, json: bool) -> Result<Vec<R
                 // The contract counts a forward call, with every tensor in f32.
                 found.flops = Some(row.flops as f64);
                 found.bytes = Some((row.bytes * device.element().size() / 4) as f64);
+                found.exps = Some(row.exps as f64).filter(|n| *n > 0.0);
+                let needs = Needs { flops: row.flops as f64, bytes: found.bytes.unwrap_or(0.0), exps: row.exps as f64 };
+                found.predicted_ms = Ceilings::of(ceilings, &found).predict(needs);
             }
             show(&found, json)?;
             rows.push(found.clone());
@@ -76,9 +84,9 @@ pub fn measure(device: &Device, choice: &Choice<'_>, json: bool) -> Result<Vec<R
                 && (row.bytes as u64) < CACHED
                 && let Some(times) = device.time_cold(choice.samples, call)?
             {
-                let Row { flops, bytes, .. } = found;
+                let Row { flops, bytes, exps, predicted_ms, .. } = found;
                 let subject = Subject { bench: "op", case: found.case, work: pass.into() };
-                let mut cold = Row { flops, bytes, ..subject.row(device, device.element(), times) };
+                let mut cold = Row { flops, bytes, exps, predicted_ms, ..subject.row(device, device.element(), times) };
                 cold.axes.insert(COLD.to_string(), 1.0);
                 show(&cold, json)?;
                 rows.push(cold);
@@ -138,4 +146,15 @@ pub fn count(element: DType, choice: &Choice<'_>, json: bool) -> Result<()> {
         table.row([word("op"), word("case"), word("pass"), blocks, moved, least, conflicts]);
     }
     out::line(table.to_string().trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_name_is_one_operator_and_a_part_is_several() {
+        assert!(named("gemm", "gemm") && !named("gemm_fp8", "gemm"));
+        assert!(named("gemm_fp8", "gem") && named("attention", "") && !named("attention", "gem"));
+    }
 }

@@ -68,7 +68,7 @@ fn instead_of_fp8(row: &Value) -> Option<Value> {
 }
 
 /// What two rows must share to be of the same work on the same device.
-fn subject(row: &Value) -> [Value; 5] {
+pub(super) fn subject(row: &Value) -> [Value; 5] {
     let axes = if row["axes"].is_object() { row["axes"].clone() } else { json!({}) };
     [row["case"].clone(), row["work"].clone(), row["element"].clone(), row["device"].clone(), axes]
 }

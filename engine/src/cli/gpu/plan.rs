@@ -103,6 +103,8 @@ pub const MODELS: &str = "whole_models.jsonl";
 pub const RAW: &str = "raw";
 pub const OPERATOR_PEERS: &str = "raw/operator_peers.jsonl";
 pub const MODEL_PEERS: &str = "raw/model_peers.jsonl";
+/// Every way of an operator; the fastest are in `tuned.csv`.
+const TUNED: &str = "raw/tune.jsonl";
 
 /// Operators in the order of what their speed is worth: those of the models' longest parts first.
 const FIRST: [&str; 9] = [
@@ -222,8 +224,12 @@ pub fn steps(probes: &Path, peers: &Path) -> Result<Vec<Step>> {
         }
     }
     let table = to("tuned.csv");
-    let tune = ["graft", "--json", "op", "tune", "--element", "bf16", "--samples", "10", "--write", &table];
-    steps.push(Step::new(Stage::Tune, "bf16", 120, &tune).rows("raw/tune.jsonl"));
+    let choices = |op: &&&str| contracts::OPS.iter().any(|o| o.name == **op && o.ways.len() > 1);
+    for op in ops.iter().filter(choices) {
+        let tune =
+            ["graft", "--json", "op", "tune", op, "--element", working(op), "--samples", "10", "--write", &table];
+        steps.push(Step::new(Stage::Tune, op, 10, &tune).after(check(op)).rows(TUNED));
+    }
     let sanitizer = on_path("compute-sanitizer");
     for op in ops.iter().filter(|op| working(op) == "bf16") {
         let command = ["graft", "op", "run", op, "--backend", "cuda", "--element", "f32"];

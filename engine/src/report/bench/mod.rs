@@ -1,9 +1,15 @@
 //! Measured rows: what one is, how two files of them compare, and the page that shows them.
 
+mod ceilings;
 mod compare;
+mod curves;
+mod misfit;
 mod page;
 
+pub use ceilings::{Ceilings, Needs};
 pub use compare::{Change, compare};
+pub use curves::plots;
+pub use misfit::Misfit;
 pub use page::page;
 
 use crate::error::{Error, Result};
@@ -18,11 +24,17 @@ pub const CEILING: &str = "ceiling";
 pub const COPY: &str = "copy";
 /// The ceiling of arithmetic: a large product.
 pub const PRODUCT: &str = "product";
+/// The ceiling of bytes that stay in the caches: a copy that fits.
+pub const CACHED: &str = "copy in cache";
+/// The ceiling of exponentials.
+pub const EXPS: &str = "exponentials";
+/// Kind of the rows that are parts of a forward pass: an operator within a layer.
+pub const LAYER: &str = "layer";
 
 /// One measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    /// `op`, `model`, `train`, `e2e` or [`CEILING`].
+    /// `op`, `site`, `model`, `train`, `e2e`, [`LAYER`] or [`CEILING`].
     pub bench: String,
     /// Operator and case, or model.
     pub case: String,
@@ -54,6 +66,18 @@ pub struct Row {
     /// Bytes that one call must move at the least.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<f64>,
+    /// Exponentials of one call, where they are counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exps: Option<f64>,
+    /// Milliseconds that the cost model predicts from the ceilings of the same run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted_ms: Option<f64>,
+    /// Clock after the calls in MHz, where it can be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mhz: Option<f64>,
+    /// Power after the calls in watts, where it can be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watts: Option<f64>,
     /// Most bytes of tensors at one time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
@@ -82,37 +106,6 @@ impl Row {
     /// `, batch 2, tokens 256`.
     pub fn axes_in_words(&self) -> String {
         self.axes.iter().map(|(name, value)| format!(", {name} {value}")).collect()
-    }
-}
-
-/// Ceilings among rows, for shares: bytes/ms of the fastest copy and FLOPs/ms of the fastest product of a device and
-/// working type.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Ceilings {
-    /// Bytes per millisecond.
-    pub copy: Option<f64>,
-    /// Operations per millisecond.
-    pub product: Option<f64>,
-}
-
-impl Ceilings {
-    /// Those that hold for `row`.
-    pub fn of(rows: &[Row], row: &Row) -> Ceilings {
-        let same = |r: &&Row| r.bench == CEILING && r.device == row.device && r.threads == row.threads;
-        let most = |values: &mut dyn Iterator<Item = f64>| values.max_by(f64::total_cmp);
-        let copies = rows.iter().filter(same).filter(|r| r.case == COPY);
-        let products = rows.iter().filter(same).filter(|r| r.case == PRODUCT && r.element == row.element);
-        Ceilings {
-            copy: most(&mut copies.filter_map(|r| Some(r.bytes? / r.ms))),
-            product: most(&mut products.filter_map(|r| Some(r.flops? / r.ms))),
-        }
-    }
-
-    /// The larger share of the two ceilings that a row reaches, and which: its bound. None where nothing is known.
-    pub fn share(&self, row: &Row) -> Option<(f64, &'static str)> {
-        let of_copy = row.bytes.zip(self.copy).map(|(bytes, ceiling)| (bytes / row.ms / ceiling, COPY));
-        let of_product = row.flops.zip(self.product).map(|(flops, ceiling)| (flops / row.ms / ceiling, PRODUCT));
-        of_copy.into_iter().chain(of_product).max_by(|a, b| a.0.total_cmp(&b.0))
     }
 }
 
@@ -149,24 +142,13 @@ pub(crate) mod tests {
             samples: 5,
             flops: Some(4e9),
             bytes: Some(2e6),
+            exps: None,
+            predicted_ms: None,
+            mhz: None,
+            watts: None,
             peak_bytes: None,
             version: "0".into(),
         }
-    }
-
-    #[test]
-    fn a_share_names_the_ceiling_that_is_nearer() {
-        let mut copy = row(CEILING, COPY, 1.0);
-        (copy.flops, copy.bytes) = (None, Some(10e6));
-        let mut product = row(CEILING, PRODUCT, 1.0);
-        (product.flops, product.bytes) = (Some(8e9), None);
-        let measured = row("op", "gemm", 1.0);
-        let rows = [copy, product, measured.clone()];
-        let (share, name) = Ceilings::of(&rows, &measured).share(&measured).unwrap();
-        assert!((share - 0.5).abs() < 1e-12 && name == PRODUCT, "{share} {name}");
-        let mut other = measured;
-        other.device = "Y".into();
-        assert_eq!(Ceilings::of(&rows, &other).share(&other), None);
     }
 
     #[test]

@@ -1,10 +1,12 @@
-//! The page of a file of rows: every row with its share of the ceiling, a roofline, and how cost grows along what was
-//! varied.
+//! The page of a file of rows: every row with its share of the ceiling, a roofline, where the time of a forward pass
+//! goes, the cost model beside what was measured, and how cost grows along what was varied.
 
-use super::{CEILING, Ceilings, Row};
+use super::misfit::Misfit;
+use super::{CEILING, Ceilings, LAYER, Row, curves};
 use crate::report::chart::{LineChart, Series};
 use crate::report::format::significant;
 use crate::report::html::{self, Html};
+use crate::report::stack::StackChart;
 use std::collections::BTreeMap;
 
 /// Points of the roofline's curve.
@@ -16,11 +18,13 @@ const SPAN: (f64, f64) = (-1.0, 4.0);
 pub fn page(title: &str, rows: &[Row]) -> String {
     html::page(title, |h| {
         h.leaf("h1", &[], title);
+        growth(h, rows);
         for (device, list) in by_device(rows) {
             h.leaf("h2", &[], &device);
             ceilings(h, &list);
             roofline(h, &list);
-            growth(h, &list);
+            layers(h, &list);
+            predictions(h, &list);
             table(h, &list);
         }
     })
@@ -38,74 +42,143 @@ fn by_device(rows: &[Row]) -> BTreeMap<String, Vec<Row>> {
 
 fn ceilings(h: &mut Html, rows: &[Row]) {
     let c = rows.first().map(|row| Ceilings::of(rows, row)).unwrap_or_default();
-    let words = |value: Option<f64>, scale: f64, unit: &str| {
-        value.map_or(format!("{unit} not measured"), |v| format!("{} {unit}", significant(v * scale)))
+    let words = |what: &str, value: Option<f64>, scale: f64, unit: &str| match value {
+        None => format!("{what} not measured"),
+        Some(v) => format!("{what} {} {unit}", significant(v * scale)),
     };
-    let text = format!("Ceilings of this run: {}, {}.", words(c.copy, 1e-6, "GB/s"), words(c.product, 1e-9, "TFLOP/s"));
+    let text = format!(
+        "Ceilings of this run: {}, {}, {}, {}.",
+        words("copy", c.copy, 1e-6, "GB/s"),
+        words("copy in the caches", c.cached, 1e-6, "GB/s"),
+        words("product", c.product, 1e-9, "TFLOP/s"),
+        words("exponentials", c.exps, 1e-6, "G/s"),
+    );
+    h.leaf("p", &[("class", "note")], &text);
+    let range = |value: &dyn Fn(&Row) -> Option<f64>, unit: &str| {
+        let found: Vec<f64> = rows.iter().filter_map(value).collect();
+        let least = found.iter().copied().reduce(f64::min);
+        match least.zip(found.iter().copied().reduce(f64::max)) {
+            None => "not readable".to_string(),
+            Some((least, most)) => format!("{} to {} {unit}", significant(least), significant(most)),
+        }
+    };
+    let text = format!("Clock: {}. Power: {}.", range(&|r| r.mhz, "MHz"), range(&|r| r.watts, "W"));
     h.leaf("p", &[("class", "note")], &text);
 }
 
 fn roofline(h: &mut Html, rows: &[Row]) {
     let Some(c) = rows.first().map(|row| Ceilings::of(rows, row)) else { return };
     let (Some(copy), Some(product)) = (c.copy, c.product) else { return };
-    let measured: Vec<(f64, f64)> = rows
-        .iter()
-        .filter(|r| r.bench != CEILING)
-        .filter_map(|r| Some(((r.flops? / r.bytes?).log10(), r.tflops()? * 1e3)))
-        .collect();
-    if measured.is_empty() {
-        return;
+    let dots = |bench: &str| -> Vec<(f64, f64)> {
+        let of = rows.iter().filter(|r| r.bench == bench);
+        let of = of.filter_map(|r| Some((r.flops? / r.bytes?, r.tflops()? * 1e3)));
+        of.filter(|(intensity, rate)| *intensity > 0.0 && *rate > 0.0).collect()
+    };
+    let (operators, parts) = (dots("op"), dots(LAYER));
+    let Some(least) = operators.iter().chain(&parts).map(|p| p.0).reduce(f64::min) else { return };
+    let from = least.log10().floor().min(SPAN.0);
+    let at = |i: usize| 10f64.powf(from + (SPAN.1 - from) * i as f64 / (ROOF - 1) as f64);
+    let roof = (0..ROOF).map(|i| (at(i), (at(i) * copy).min(product) / 1e6)).collect();
+    let mut series = vec![Series::curve("roof: copy and product of this run", roof)];
+    for (name, points) in [("operators by themselves", operators), ("operators within a model", parts)] {
+        if !points.is_empty() {
+            series.push(Series::dots(name, points));
+        }
     }
-    let at = |i: usize| SPAN.0 + (SPAN.1 - SPAN.0) * i as f64 / (ROOF - 1) as f64;
-    let roof = (0..ROOF).map(|i| (at(i), (10f64.powf(at(i)) * copy).min(product) / 1e6)).collect();
-    let mut series = vec![Series { name: "roof".into(), points: roof }];
-    // A chart has curves, no dots: the measured operators in the order of their intensity.
-    let mut measured = measured;
-    measured.sort_by(|a, b| a.0.total_cmp(&b.0));
-    series.push(Series { name: "measured".into(), points: measured });
     h.leaf("h3", &[], "Roofline");
     let chart = LineChart {
         title: "GFLOP/s against operations per byte".into(),
-        x_label: "operations per byte, power of ten".into(),
+        x_label: "operations per byte".into(),
         y_label: "GFLOP/s".into(),
+        log_x: true,
         log_y: true,
         series,
     };
-    chart.draw(h);
+    h.element("figure", &[], |h| {
+        chart.draw(h);
+        h.leaf("figcaption", &[], "A dot above the sloping part is a case whose tensors stay in the caches.");
+    });
 }
 
-/// A chart for each thing that was varied alone: milliseconds along it, a curve for each setting of the rest.
+/// Every layer of a forward pass as a bar of its operators.
+fn layers(h: &mut Html, rows: &[Row]) {
+    let mut models: BTreeMap<String, BTreeMap<u64, Vec<(String, f64)>>> = BTreeMap::new();
+    for row in rows.iter().filter(|r| r.bench == LAYER) {
+        let mut rest = row.clone();
+        let layer = rest.axes.remove(LAYER).unwrap_or_default();
+        let model = format!("{}{}", rest.case, rest.axes_in_words());
+        let parts = models.entry(model).or_default().entry(layer as u64).or_default();
+        parts.retain(|(op, _)| *op != row.work);
+        parts.push((row.work.clone(), row.ms));
+    }
+    for (model, layers) in models {
+        let last = layers.keys().next_back().copied().unwrap_or_default();
+        let name = |layer: u64| match layer {
+            0 => "embeddings".to_string(),
+            l if l == last => "last layer".to_string(),
+            l => format!("block {l}"),
+        };
+        h.leaf("h3", &[], &format!("Where the time of a forward pass goes: {model}"));
+        let bars = layers.into_iter().map(|(layer, parts)| (name(layer), parts)).collect();
+        h.element("figure", &[], |h| StackChart::of("milliseconds of each operator by layer", "ms", bars).draw(h));
+    }
+}
+
+/// The cost model beside the measured rows, and its error.
+fn predictions(h: &mut Html, rows: &[Row]) {
+    let Some(error) = Misfit::of(rows) else { return };
+    h.leaf("h3", &[], "Predicted and measured");
+    h.leaf("p", &[("class", "note")], &error.to_string());
+    let of = |layer: bool| -> Vec<(f64, f64)> {
+        let of = rows.iter().filter(|r| (r.bench == LAYER) == layer);
+        of.filter_map(|r| Some((r.predicted_ms?, r.ms))).collect()
+    };
+    let (alone, within) = (of(false), of(true));
+    let all = || alone.iter().chain(&within).flat_map(|(a, b)| [*a, *b]);
+    let (least, most) = (all().fold(f64::INFINITY, f64::min), all().fold(0.0, f64::max));
+    let mut series = vec![Series::curve("equal", vec![(least, least), (most, most)])];
+    for (name, points) in [("by themselves", alone), ("within a model", within)] {
+        if !points.is_empty() {
+            series.push(Series::dots(name, points));
+        }
+    }
+    let chart = LineChart {
+        title: "measured milliseconds against predicted ones".into(),
+        x_label: "predicted, ms".into(),
+        y_label: "measured, ms".into(),
+        log_x: true,
+        log_y: true,
+        series,
+    };
+    h.element("figure", &[], |h| chart.draw(h));
+}
+
 fn growth(h: &mut Html, rows: &[Row]) {
-    let names: std::collections::BTreeSet<&String> = rows.iter().flat_map(|r| r.axes.keys()).collect();
-    for name in names {
-        let mut curves: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
-        for row in rows.iter().filter(|r| r.axes.contains_key(name)) {
-            let mut rest = row.clone();
-            let at = rest.axes.remove(name).unwrap_or_default();
-            let label = format!("{} {}{}", rest.case, rest.work, rest.axes_in_words());
-            curves.entry(label).or_default().push((at, row.ms));
-        }
-        curves.retain(|_, points| {
-            points.sort_by(|a, b| a.0.total_cmp(&b.0));
-            points.dedup_by(|a, b| a.0 == b.0);
-            points.len() > 1
-        });
-        if curves.is_empty() {
-            continue;
-        }
-        h.leaf("h3", &[], &format!("Time along {name}"));
-        let series = curves.into_iter().map(|(name, points)| Series { name, points }).collect();
-        let title = format!("milliseconds along {name}");
-        LineChart { title, x_label: name.clone(), y_label: "ms".into(), log_y: true, series }.draw(h);
+    for (_, chart) in curves::charts(rows) {
+        h.leaf("h3", &[], &chart.title);
+        h.element("figure", &[], |h| chart.draw(h));
     }
 }
 
 fn table(h: &mut Html, rows: &[Row]) {
+    h.element("div", &[("class", "scroll")], |h| rows_table(h, rows));
+}
+
+fn rows_table(h: &mut Html, rows: &[Row]) {
     h.element("table", &[], |h| {
         h.element("tr", &[], |h| {
-            for head in
-                ["what", "work", "varied", "ms", "fastest", "GB/s", "TFLOP/s", "share of the ceiling", "peak MiB"]
-            {
+            for head in [
+                "what",
+                "work",
+                "varied",
+                "ms",
+                "predicted",
+                "fastest",
+                "GB/s",
+                "TFLOP/s",
+                "share of the ceiling",
+                "peak MiB",
+            ] {
                 h.leaf("th", &[], head);
             }
         });
@@ -118,6 +191,7 @@ fn table(h: &mut Html, rows: &[Row]) {
                 row.work.clone(),
                 varied.trim_start_matches(", ").to_string(),
                 significant(row.ms),
+                number(row.predicted_ms),
                 significant(row.ms_min),
                 number(row.gbs()),
                 number(row.tflops()),
@@ -146,9 +220,29 @@ mod tests {
         }
         let page = page("Bench", &rows);
         well_formed(&page);
-        for words in ["Time along tokens", "Roofline", "% of", "DiT-S/2 &lt;&amp;&gt;"] {
+        for words in ["time along tokens", "% of", "DiT-S/2 &lt;&amp;&gt;", "Power: not readable."] {
             assert!(page.contains(words), "{words}");
         }
-        assert!(!page.contains("Time along batch"), "one value is no growth");
+        assert!(!page.contains("time along batch"), "one value is no growth");
+        assert!(!page.contains("Roofline") && !page.contains("Predicted"), "no operator was measured");
+    }
+
+    #[test]
+    fn layers_and_predictions_are_drawn_where_they_were_measured() {
+        let mut rows = vec![row(CEILING, COPY, 1.0), row(CEILING, PRODUCT, 0.5)];
+        for (layer, op, ms) in [(0.0, "patchify", 1.0), (1.0, "gemm", 3.0), (1.0, "attention", 2.0), (2.0, "gemm", 1.0)]
+        {
+            let mut r = row(LAYER, "DiT-S/2", ms);
+            r.work = op.into();
+            r.axes.insert(LAYER.into(), layer);
+            r.predicted_ms = Some(ms / 2.0);
+            rows.push(r);
+        }
+        let page = page("Bench", &rows);
+        well_formed(&page);
+        let words = ["Roofline", "block 1", "last layer", "5.00 ms", "Predicted and measured", "a factor of 2.00"];
+        for words in words {
+            assert!(page.contains(words), "{words}: {page}");
+        }
     }
 }

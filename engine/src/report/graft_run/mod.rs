@@ -189,11 +189,9 @@ mod tests {
             title: "Loss".into(),
             x_label: "update".into(),
             y_label: "loss".into(),
+            log_x: false,
             log_y,
-            series: (1..)
-                .zip(names)
-                .map(|(k, n)| Series { name: (*n).into(), points: noisy(f64::from(k)).collect() })
-                .collect(),
+            series: (1..).zip(names).map(|(k, n)| Series::curve(*n, noisy(f64::from(k)).collect())).collect(),
         };
         GraftRun {
             title: "fashion-dit with hyena_x".into(),

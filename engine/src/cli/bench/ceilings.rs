@@ -1,0 +1,107 @@
+//! What the device can do at best: a large copy and one that stays in the caches, a large product, exponentials.
+
+use super::{Subject, show};
+use crate::autograd::{Graph, Precision, Var};
+use crate::backend::{Device, cpu};
+use crate::error::Result;
+use crate::ops::contracts::gemm;
+use crate::report::bench::{CACHED, CEILING, COPY, EXPS, PRODUCT, Row};
+use crate::tensor::{DType, Tensor};
+use std::time::Duration;
+
+/// Time after which a ceiling takes no further sample.
+const PATIENCE: Duration = Duration::from_secs(2);
+const SAMPLES: usize = 7;
+/// Larger than any cache.
+const FLOATS: usize = 64 << 20;
+/// Source and copy fit the caches of a processor.
+const CACHED_FLOATS: usize = 128 << 10;
+/// Copies of a sample that stays in the caches: one alone is too short for a clock.
+const COPIES: usize = 64;
+/// A side at which products reach their rate.
+const SIDE: usize = 2048;
+/// Exponentials of a sample.
+const EXPONENTIALS: usize = 64 << 20;
+
+/// The ceilings of `device`, in its working type; `product` is the type in which products compute on the host.
+///
+/// # Errors
+/// When memory runs out.
+pub fn measure(device: &Device, product: Precision, json: bool) -> Result<Vec<Row>> {
+    let mut rows = vec![copy(device)?, product_of(device, product)?];
+    if device.is_host() {
+        rows.extend([copy_in_cache(device)?, exponentials(device)?]);
+    }
+    rows.iter().try_for_each(|row| show(row, json))?;
+    Ok(rows)
+}
+
+fn ceiling(case: &str, work: String) -> Subject {
+    Subject { bench: CEILING, case: case.into(), work }
+}
+
+fn copy(device: &Device) -> Result<Row> {
+    let from = Tensor::zeros(device, &[FLOATS])?;
+    let times = device.time(SAMPLES, PATIENCE, &mut || from.copy().map(drop))?;
+    let mut row = ceiling(COPY, "read and write".into()).row(device, DType::F32, times);
+    row.bytes = Some(2.0 * 4.0 * FLOATS as f64);
+    Ok(row)
+}
+
+fn copy_in_cache(device: &Device) -> Result<Row> {
+    let from = vec![1.0f32; CACHED_FLOATS * cpu::threads()];
+    let mut to = vec![0.0f32; from.len()];
+    let mut work = || {
+        cpu::copies(&from, &mut to, COPIES);
+        Ok(())
+    };
+    let times = device.time(SAMPLES, PATIENCE, &mut work)?;
+    let mut row = ceiling(CACHED, "read and write".into()).row(device, DType::F32, times);
+    row.bytes = Some(2.0 * 4.0 * (from.len() * COPIES) as f64);
+    Ok(row)
+}
+
+fn product_of(device: &Device, precision: Precision) -> Result<Row> {
+    let on_host = device.is_host();
+    let element = if on_host && precision == Precision::Bf16 { DType::BF16 } else { device.element() };
+    let values = vec![0.5; SIDE * SIDE];
+    let x = Var::constant(Tensor::from_f32_as(device, &[1, SIDE, SIDE], &values, device.element())?);
+    let w = Tensor::from_f32_as(device, &[SIDE, SIDE], &values, device.element())?;
+    let w = Var::constant(if on_host && element == DType::BF16 { w.to_bf16()? } else { w });
+    let g = Graph::inference(precision);
+    let params = gemm::Params { act: 0, gate_row: 0, bf16: precision == Precision::Bf16 };
+    let mut work = || g.gemm(&x, &w, None, None, None, None, params).map(drop);
+    let times = device.time(SAMPLES, PATIENCE, &mut work)?;
+    let mut row = ceiling(PRODUCT, format!("{SIDE} cubed")).row(device, element, times);
+    row.flops = Some(2.0 * (SIDE as f64).powi(3));
+    Ok(row)
+}
+
+/// The exponential that softmax and activations use, over numbers in the caches.
+fn exponentials(device: &Device) -> Result<Row> {
+    let mut values = vec![0.0f32; 4096 * cpu::threads()];
+    let rounds = EXPONENTIALS / values.len();
+    let mut work = || {
+        cpu::exponentials(&mut values, rounds);
+        Ok(())
+    };
+    let times = device.time(SAMPLES, PATIENCE, &mut work)?;
+    let mut row = ceiling(EXPS, "e^x of f32".into()).row(device, DType::F32, times);
+    row.exps = Some((values.len() * rounds) as f64);
+    Ok(row)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_processor_has_four_ceilings() {
+        let device = Device::cpu();
+        let rows = [copy_in_cache(&device).unwrap(), exponentials(&device).unwrap()];
+        assert!(rows.iter().all(|r| r.bench == CEILING && r.ms > 0.0));
+        // A second of one core makes between a hundred million and a hundred thousand million exponentials.
+        let rate = rows[1].exps.unwrap() / rows[1].ms * 1e3;
+        assert!((1e8..1e12).contains(&rate), "{rate}");
+    }
+}
