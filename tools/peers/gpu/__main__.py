@@ -99,7 +99,8 @@ def main() -> None:
         peers = chosen[op]
         if time.monotonic() > end:
             for peer in peers:
-                show({"bench": "op", "case": f"{op}/{case.name}", "work": passes[0], **bench.same, "peer": peer.name, "could_not_run": "the time was over"})
+                what = {"bench": "op", "case": f"{op}/{case.name}", "work": passes[0], "axes": {}, "peer": peer.name}
+                show(what | bench.same | {"could_not_run": "the time was over"})
             continue
         for row in bench.case(case, peers, passes, args.cold):
             show(row)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,7 +45,8 @@ PIXART = COMMON | {
 def config_of(kind: str, pixels: int, tiny: bool) -> dict:
     """The published configuration for images of `pixels` a side, or one of two blocks."""
     latent = pixels // PIXELS
-    size = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 24} if tiny else {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
+    layers, heads, each = (2, 2, 24) if tiny else (28, 16, 72)
+    size = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": each}
     if kind == "dit":
         return DIT | size | {"sample_size": latent, "num_embeds_ada_norm": 10 if tiny else 1000}
     wide = size["num_attention_heads"] * size["attention_head_dim"]
@@ -67,7 +69,8 @@ def shapes(kind: str, c: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
         if kind == "dit":
             # Every block has a copy of the embedders; the first block's are used.
             emb = at + "norm1.emb."
-            linears |= {f"{emb}timestep_embedder.linear_1": (wide, 256), f"{emb}timestep_embedder.linear_2": (wide, wide), f"{at}norm1.linear": (6 * wide, wide)}
+            time = emb + "timestep_embedder."
+            linears |= {f"{time}linear_1": (wide, 256), f"{time}linear_2": (wide, wide), f"{at}norm1.linear": (6 * wide, wide)}
             yield f"{emb}class_embedder.embedding_table.weight", (c["num_embeds_ada_norm"] + 1, wide)
         else:
             yield f"{at}scale_shift_table", (6, wide)
@@ -90,7 +93,7 @@ def write_model(kind: str, c: dict, folder: Path, device: str) -> None:
 
     random, made = torch.Generator(device).manual_seed(1), {}
     for name, shape in shapes(kind, c):
-        first = name.replace(f"transformer_blocks.{name.split('.')[1]}.norm1.emb", "transformer_blocks.0.norm1.emb") if ".norm1.emb." in name else name
+        first = re.sub(r"^transformer_blocks\.\d+\.norm1\.emb\.", "transformer_blocks.0.norm1.emb.", name)
         if first not in made:
             scale = shape[-1] ** -0.5 if len(shape) == 2 and "table" not in name else 0.1
             made[first] = (scale * torch.randn(shape, generator=random, device=device)).bfloat16().float().cpu().numpy()
@@ -150,8 +153,9 @@ class Model:
             given = self.inputs(pixels, batch)
             write_safetensors(inputs, {name: value.cpu().numpy() for name, value in given.items()})
             backend = "cpu" if args.device == "cpu" else "cuda"
-            command = [args.graft, "forward", "--model", self.folder, "--inputs", inputs, "--output", output]
-            ran = subprocess.run([*map(str, command), "--backend", backend, "--dtype", args.element], capture_output=True, text=True, check=False)
+            files = ["--model", self.folder, "--inputs", inputs, "--output", output]
+            command = map(str, [args.graft, "forward", *files, "--backend", backend, "--dtype", args.element])
+            ran = subprocess.run(list(command), capture_output=True, text=True, check=False)
             if ran.returncode != 0:
                 return {"ours_compared": f"graft forward failed: {ran.stderr.strip()[-300:]}"}
             got = torch.from_numpy(read_safetensors(output)["output"]).to(exact)
