@@ -235,12 +235,13 @@ at_most = 1
                 row("gemm/c", 2.0, Some("cuBLASLt")),
             ],
         };
-        let [attention, gemm, _] = &targets()[..] else { panic!("three targets") };
+        let list = targets();
+        let [attention, gemm, _] = &list[..] else { panic!("three targets") };
         let line = attention.line(&rows);
-        assert_eq!((line[1].as_str(), line[5].as_str()), ("4.8", "gate reached"));
+        assert_eq!((line[1].as_str(), line[5].as_str()), ("4.80", "gate reached"));
         assert_eq!((line[6].as_str(), line[7].as_str()), ("cuDNN, 3.0000 ms", "1.25"));
         let line = gemm.line(&rows);
-        assert_eq!((line[1].as_str(), line[5].as_str()), ("0.9", "MISSED"));
+        assert_eq!((line[1].as_str(), line[5].as_str()), ("0.900", "MISSED"));
         assert!(line[0].contains("worst of 2: gemm/b"), "{}", line[0]);
         let mut whole = row("PixArt-Σ", 100.0, None);
         whole["axes"] = serde_json::json!({ "batch": 2.0, "percent grafted": 0.0 });
