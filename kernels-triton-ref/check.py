@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Runs the Triton twins: against their oracles, or against the clock.
+"""Runs the Triton twins against their oracles.
 
     check.py [OP ...] [--element f32|bf16]     every tiny case of the contracts; without a GPU in Triton's interpreter,
                                                which has f32 alone
-    check.py --bench [OP ...] [--out FILE]     the real cases on a GPU, a line of JSON each, as `graft op bench` has them
 
-`graft gpu --peers kernels-triton-ref/check.py` calls it with --out, which means --bench.  To check, where this Python
-has no Triton, PyTorch for CPUs and Triton are installed into .venv-twins (about 1.2 GB) and used from there.
+Where this Python has no Triton, PyTorch for CPUs and Triton are installed into .venv-twins (about 1.2 GB) and used from
+there.  `tools/peers/gpu` times the twins.
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,12 +24,10 @@ TRITON = "triton==3.6.0"
 OPS = ["attention", "window_attention", "linear_attention", "gated_conv", "ln_modulate", "gemm"]
 
 
-def environment(install: bool) -> None:
-    """Goes on in a Python that has torch and triton, made if need be and if `install`."""
+def environment() -> None:
+    """Goes on in a Python that has torch and triton, made if need be."""
     if all(importlib.util.find_spec(name) for name in ("torch", "triton", "numpy")):
         return
-    if not install:
-        sys.exit(f"check.py: {sys.executable} has no torch, triton or numpy for the GPU")
     python = VENV / "bin/python"
     if Path(sys.prefix) == VENV:
         sys.exit(f"check.py: {VENV} has no torch or triton; remove it and run again")
@@ -69,65 +64,19 @@ def check(op: str, element: str, device: str) -> int:
     return failed
 
 
-def bench(ops: list[str], element: str, out: Path | None, budget: float) -> None:
-    """Times the forward pass of the real cases."""
-    import torch
-    import triton
-    from contract import cases
-
-    end, sink = time.monotonic() + budget, out.open("w") if out else None
-    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[element]
-    torch.manual_seed(0)
-    for op, case in ((op, case) for op in ops for case in cases(op, "real")):
-        row = {"op": op, "case": case.name, "pass": "forward", "backend": "triton", "element": element,
-               "device": torch.cuda.get_device_name()}
-        if time.monotonic() > end:
-            row["skipped"] = "out of time"
-        else:
-            # Random, because power and so clocks depend on the numbers; uniform where the contract draws so.
-            tensors = {}
-            for t in case.contract["input"]:
-                made = torch.randn(case.shape(t), device="cuda", dtype=dtype) * (0.1 if "fill" in t else 1.0)
-                tensors[t["name"]] = None if t["name"] in case.absent else made
-            twin, params = importlib.import_module(op), dict(case.params)
-            try:
-                times = sorted(triton.testing.do_bench(lambda: twin.run(tensors, case.dims, params), warmup=200, rep=500, return_mode="all"))
-            except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
-                row["failed"] = f"{type(error).__name__}: {str(error)[:160]}"
-            else:
-                median = times[len(times) // 2]
-                size = torch.finfo(dtype).bits / 32
-                row |= {"ms": median, "ms_min": times[0], "ms_p90": times[len(times) * 9 // 10], "samples": len(times),
-                        "gb_per_s": case.cost("bytes") * size / median / 1e6,
-                        "tflop_per_s": case.cost("flops") / median / 1e9}
-        line = json.dumps(row)
-        print(line, flush=True)
-        if sink:
-            sink.write(line + "\n")
-            sink.flush()
-
-
 def main() -> None:
     """See the top."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help=", ".join(OPS))
     parser.add_argument("--element", choices=["f32", "bf16"])
-    parser.add_argument("--bench", action="store_true")
-    parser.add_argument("--out", type=Path, help="rows are written here, too; means --bench")
-    parser.add_argument("--budget", type=float, default=200.0, help="seconds after which --bench starts nothing new")
     args = parser.parse_args()
     if unknown := [op for op in args.ops if op not in OPS]:
         parser.error(f"no twin of {', '.join(unknown)}")
-    timed = args.bench or args.out is not None
-    environment(install=not timed)
+    environment()
     import torch
 
     gpu = torch.cuda.is_available()
     ops = args.ops or OPS
-    if timed:
-        if not gpu:
-            sys.exit("check.py: --bench needs a GPU that PyTorch can use")
-        return bench(ops, args.element or "bf16", args.out, args.budget)
     if not gpu:
         if args.element == "bf16":
             sys.exit("check.py: --element bf16 needs a GPU: the interpreter multiplies bf16 as the integers that hold it")

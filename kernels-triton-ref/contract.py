@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent / "kernels-cu"
 # atol, rtol, rms of kernels-cu/check.rs, for contracts that state none of their own.
@@ -26,22 +29,22 @@ class Case:
     contract: dict
 
     def shape(self, tensor: dict) -> tuple[int, ...]:
-        """The shape of an input or output: dims in letters, or numbers."""
-        return tuple(self.dims[d] if d in self.dims else int(d) for d in tensor["shape"])
+        """The shape of an input or output: sums and products of dims in letters, with whole quotients."""
+        return tuple(int(evaluate(d.replace("/", "//"), self.dims)) for d in tensor["shape"])
 
     def inputs(self) -> dict[str, np.ndarray | None]:
         """Every input in f32, None where it is absent."""
         found = {}
         for tensor in self.contract["input"]:
             name = tensor["name"]
-            count = int(np.prod(self.shape(tensor)))
+            count = math.prod(self.shape(tensor))
             absent = name in self.absent
             found[name] = None if absent else draw(self.name, name, count, tensor.get("fill", "normal")).reshape(self.shape(tensor))
         return found
 
     def cost(self, what: str) -> float:
         """`flops` or `bytes` of a forward call, the bytes with every tensor in f32."""
-        return eval(self.contract["cost"][what], {"__builtins__": {}}, dict(self.dims))
+        return evaluate(self.contract["cost"][what].replace("/", "//"), self.dims)
 
     def tolerance(self, element: str) -> tuple[float, float, float]:
         """atol, rtol, rms."""
@@ -59,8 +62,20 @@ def cases(op: str, tier: str) -> list[Case]:
     ]
 
 
+def evaluate(formula: str, dims: dict[str, int]) -> float:
+    """A formula of a contract in its dims."""
+    return eval(formula, {"__builtins__": {}}, dict(dims))
+
+
+def operators() -> list[str]:
+    """Names of the contracts."""
+    return sorted(path.parent.name for path in ROOT.glob("*/op.toml"))
+
+
 def uniforms(seed: int, count: int) -> np.ndarray:
     """`count` draws of splitmix64 after `seed`, as numbers in [0, 1)."""
+    import numpy as np
+
     with np.errstate(over="ignore"):
         z = np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -71,6 +86,8 @@ def uniforms(seed: int, count: int) -> np.ndarray:
 
 def draw(case: str, tensor: str, count: int, fill: str) -> np.ndarray:
     """The numbers of a tensor of a case: the seed is an FNV-1a hash of both names."""
+    import numpy as np
+
     seed = 0xCBF29CE484222325
     for byte in f"{case}/{tensor}".encode():
         seed = (seed ^ byte) * 0x100000001B3 & MASK

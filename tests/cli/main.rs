@@ -3,6 +3,7 @@
 mod emoji;
 mod errors;
 mod evaluation;
+mod gpu;
 mod help;
 mod plans;
 mod reports;

@@ -121,24 +121,6 @@ fn doctor_reports() {
 }
 
 #[test]
-fn the_battery_shows_its_steps_without_a_gpu() {
-    let here = folder("gpu");
-    let plan = parsed(&succeed(&here, &["--json", "gpu", "--dry-run"]).text());
-    let steps = plan.as_array().unwrap();
-    for stage in ["probes", "conformance", "sanitizer", "operators", "models"] {
-        assert!(steps.iter().any(|s| s["stage"] == stage), "{stage}");
-    }
-    if let Some(none) = steps.iter().find(|s| s["step"] == "conformance/gemm").filter(|s| !s["skip"].is_null()) {
-        assert!(none["skip"].as_str().unwrap().contains("driver"), "{none}");
-        // Without a GPU nothing runs and nothing is written.
-        refuse(&here, &["gpu", "--out", "results"], 1, &["NVIDIA driver", "--backend cpu"]);
-        assert!(!here.join("results").exists());
-    }
-    refuse(&here, &["gpu", "--dry-run", "--only", "everything"], 2, &["--only", "conformance"]);
-    refuse(&here, &["gpu", "--dry-run", "--minutes", "0"], 2, &["--minutes"]);
-}
-
-#[test]
 fn operators_are_timed() {
     let here = folder("op-bench");
     let line =

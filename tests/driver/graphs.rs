@@ -188,5 +188,14 @@ fn timing() -> Result<(), String> {
     }
     // Of nothing: nearly nothing.
     let none = text(gpu.timed(&mut || Ok(())))?;
-    if none < time { Ok(()) } else { Err(format!("{none} ms for nothing, {time} for work")) }
+    if none >= time {
+        return Err(format!("{none} ms for nothing, {time} for work"));
+    }
+    // As `graft bench` does: every sample has all the work in it, warm and cold, and nothing is left behind.
+    for times in [text(gpu.time(2, &mut || work(&gpu, at)))?, text(gpu.time_cold(3, &mut || work(&gpu, at)))?] {
+        if times.iter().any(|t| !(*t > f64::from(none) && *t < 60_000.0)) {
+            return Err(format!("{times:?} ms, {none} for nothing"));
+        }
+    }
+    same("graphs", text(gpu.graphs())?, 0)
 }

@@ -36,11 +36,12 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes tensors as f32."""
-    arrays = {name: np.ascontiguousarray(values, dtype="<f4") for name, values in tensors.items()}
+    """Writes tensors as f32, whole numbers as i64."""
+    kinds = {name: "I64" if values.dtype.kind == "i" else "F32" for name, values in tensors.items()}
+    arrays = {name: np.ascontiguousarray(values, dtype=TYPES[kinds[name]]) for name, values in tensors.items()}
     header, offset = {}, 0
     for name, values in arrays.items():
-        header[name] = {"dtype": "F32", "shape": values.shape, "data_offsets": [offset, offset + values.nbytes]}
+        header[name] = {"dtype": kinds[name], "shape": values.shape, "data_offsets": [offset, offset + values.nbytes]}
         offset += values.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Everything that the battery needs on a machine with a GPU, in one folder: no cargo, no compiler, no sources.
+"""Everything that `graft gpu` needs on a machine with a GPU, in one folder: no cargo, no compiler, no sources.
 
     python3 tools/setup/gpu_kit.py target/gpu-kit     # builds what is missing
-    target/gpu-kit/graft gpu --probes target/gpu-kit/probes --out results     # there
-    … --peers target/gpu-kit/kernels-triton-ref/check.py     # where python3 has torch and triton
+    cd target/gpu-kit && ./graft gpu                  # there; rows in benches/results/<gpu>
 
-The program is stripped; `graft.cubins` lies beside it, where it looks for it.
+The program is stripped; `graft.cubins` lies beside it, where it looks for it.  The rest has its place in the repository:
+recorded probes, contracts, targets, peers and Triton twins for a python3 (or GRAFT_PYTHON) with PyTorch and Triton.
+`--without-building` takes program and archive as they are.
 """
 
 import argparse
@@ -17,6 +18,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # What may travel to a lent machine in one go.
 LIMIT = 60 << 20
+# What travels besides the program and its archive: patterns below the root.
+CARRIED = [
+    "tests/golden/probes/*",
+    "kernels-cu/*/op.toml",
+    "kernels-cu/tuned.csv",
+    "kernels-triton-ref/*.py",
+    "tools/peers/common.py",
+    "tools/peers/models.py",
+    "tools/peers/gpu/*.py",
+    "benches/targets.toml",
+]
 
 
 def run(*command: str) -> None:
@@ -24,29 +36,39 @@ def run(*command: str) -> None:
     subprocess.run(command, cwd=ROOT, check=True)
 
 
+def carry(folder: Path) -> None:
+    """Copies what travels; a pattern that names nothing is an error."""
+    for pattern in CARRIED:
+        found = [path for path in sorted(ROOT.glob(pattern)) if path.is_file()]
+        if not found:
+            sys.exit(f"gpu_kit.py: nothing is called {pattern}")
+        for source in found:
+            to = folder / source.relative_to(ROOT)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, to)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the kit goes")
-    folder = parser.parse_args().folder
-    run("cargo", "build", "--release", "-p", "graft-engine", "--bin", "graft")
-    run(sys.executable, "tools/setup/cuda_compiler.py")
-    run("cargo", "xtask", "cubins")
+    parser.add_argument("--without-building", action="store_true")
+    args = parser.parse_args()
+    folder = args.folder
+    if not args.without_building:
+        run("cargo", "build", "--release", "-p", "graft-engine", "--bin", "graft")
+        run(sys.executable, "tools/setup/cuda_compiler.py")
+        run("cargo", "xtask", "cubins")
+    built = ROOT / "target/release"
+    if missing := [name for name in ("graft", "graft.cubins") if not (built / name).is_file()]:
+        sys.exit(f"gpu_kit.py: no {' and no '.join(missing)} in {built}; leave out --without-building")
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    built = ROOT / "target/release"
-    shutil.copy2(built / "graft", folder / "graft")
+    for name in ("graft", "graft.cubins"):
+        shutil.copy2(built / name, folder / name)
     if shutil.which("strip"):
         run("strip", str((folder / "graft").resolve()))
-    shutil.copy2(built / "graft.cubins", folder / "graft.cubins")
-    probes = ROOT / "tests/golden/probes"
-    if probes.is_dir():
-        shutil.copytree(probes, folder / "probes")
-    # The Triton twins with the cases that they read, for a machine whose Python has Triton.
-    for source in [*(ROOT / "kernels-triton-ref").glob("*.py"), *(ROOT / "kernels-cu").glob("*/op.toml")]:
-        to = folder / source.relative_to(ROOT)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, to)
+    carry(folder)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     print(f"{folder}: {size / 2**20:.1f} MiB")
     if size > LIMIT:

@@ -20,7 +20,7 @@ const PATTERNS: &str = "\"all\", \"every-other\", \"3-of-4\", \"deep:n\", \"top-
                         \"auto:ratio\", \"paper-pixart\" or a list of layers such as [1, 3, 5]";
 
 /// Layers of PixArt-Σ whose self-attention the paper replaces (its §5), of 28.
-const PAPER_PIXART: [usize; 14] = [8, 10, 12, 14, 16, 18, 20, 21, 22, 23, 24, 25, 26, 27];
+pub const PAPER_PIXART: [usize; 14] = [8, 10, 12, 14, 16, 18, 20, 21, 22, 23, 24, 25, 26, 27];
 
 /// A pattern whose layers depend on what the base model does; [`super::choose`] finds them.
 #[derive(Clone, Copy, Debug, PartialEq)]

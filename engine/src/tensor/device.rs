@@ -317,6 +317,14 @@ impl Device {
         Ok(times)
     }
 
+    /// The same on a GPU whose caches hold nothing of the work when a call begins; none on the host.
+    ///
+    /// # Errors
+    /// As [`Device::time`].
+    pub fn time_cold(&self, samples: usize, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<Vec<f64>>> {
+        self.0.gpu.as_ref().map(|gpu| gpu.time_cold(samples, work)).transpose()
+    }
+
     /// What runs the operators of this device.
     pub fn kind(&self) -> DeviceKind {
         self.0.kind

@@ -68,6 +68,15 @@ pub trait Gpu: Send + Sync {
         Err(Error::failure(&self.properties().name, "has no clock"))
     }
 
+    /// The same where every call finds caches that hold none of its data.
+    ///
+    /// # Errors
+    /// As [`Gpu::time`].
+    fn time_cold(&self, samples: usize, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<f64>> {
+        let _ = (samples, work);
+        Err(Error::failure(&self.properties().name, "has no clock"))
+    }
+
     /// Waits for everything in the queue.
     ///
     /// # Errors

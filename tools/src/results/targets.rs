@@ -130,7 +130,11 @@ impl Target {
             "times the peer's speed" => row.maybe_number("ratio"),
             "TFLOP/s" => Some(row.maybe_number("flops")? / row.ms()? / 1e9),
             "images/s" => Some(1e3 * row.value["axes"]["batch"].as_f64()? / row.ms()?),
-            "of the copy rate" => Some(row.maybe_number("bytes")? / row.ms()? / copy_rate(row, rows)?),
+            "of the copy rate" => Some(row.maybe_number("bytes")? / row.ms()? / rate(row, rows, "copy", "bytes")?),
+            "of the product rate" => {
+                Some(row.maybe_number("flops")? / row.ms()? / rate(row, rows, "product", "flops")?)
+            }
+            "times the speed with no graft" => Some(ungrafted(row, rows)? / row.ms()?),
             "of the disk's rate" => row.maybe_number("share"),
             "seconds of the stage" => stage()?["seconds"].as_f64(),
             "GB at the peak of the stage" => Some(stage()?["bytes_peak"].as_f64()? / 1e9),
@@ -189,12 +193,20 @@ impl Target {
     }
 }
 
-/// Bytes per millisecond of the best copy of the row's device.
-fn copy_rate(row: &Row, rows: &[Row]) -> Option<f64> {
-    let copies = rows.iter().filter(|r| {
-        r.maybe("bench") == Some("ceiling") && r.maybe("case") == Some("copy") && r.device() == row.device()
+/// Bytes or operations per millisecond of the best copy or product of the row's device.
+fn rate(row: &Row, rows: &[Row], ceiling: &str, amount: &str) -> Option<f64> {
+    let fitting = rows.iter().filter(|r| {
+        r.maybe("bench") == Some("ceiling") && r.maybe("case") == Some(ceiling) && r.device() == row.device()
     });
-    copies.filter_map(|r| Some(r.maybe_number("bytes")? / r.ms()?)).max_by(f64::total_cmp)
+    fitting.filter_map(|r| Some(r.maybe_number(amount)? / r.ms()?)).max_by(f64::total_cmp)
+}
+
+/// Milliseconds of the same work on the same device with no layer grafted.
+fn ungrafted(row: &Row, rows: &[Row]) -> Option<f64> {
+    let of = |r: &Row| (r.subject(), r.work().to_string(), r.element().to_string(), r.device().to_string());
+    let mut axes = row.value["axes"].clone();
+    axes["percent grafted"] = 0.0.into();
+    rows.iter().rfind(|r| of(r) == of(row) && r.value["axes"] == axes && !r.is_paired())?.ms()
 }
 
 /// The table of all targets.

@@ -42,6 +42,7 @@ use memory::Memory;
 use modules::{Modules, Target};
 use staging::Staging;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Oldest compute capability that the kernels are for.
 const OLDEST_ARCH: u32 = 80;
@@ -231,6 +232,13 @@ const MEASURED: f32 = 2.0;
 /// Most repetitions of a call in a measurement.
 const REPEATED: f32 = 64.0;
 
+/// How long work runs before it is measured: clocks settle under the very load.
+const SETTLE: Duration = Duration::from_millis(300);
+
+/// Bytes that are written before a cold call, at most an eighth of the memory: more than any L2 cache, and so long to
+/// write that the host has launched the call before it begins.
+const FLUSH: usize = 512 << 20;
+
 impl Gpu for Cuda {
     fn properties(&self) -> &Properties {
         &self.properties
@@ -245,6 +253,10 @@ impl Gpu for Cuda {
         // The first time it runs plainly, the second time it is captured.
         self.graph(&key, &mut repeated)?;
         self.graph(&key, &mut repeated)?;
+        let begun = Instant::now();
+        while begun.elapsed() < SETTLE {
+            self.timed(&mut || self.graph(&key, &mut repeated).map(drop))?;
+        }
         let mut times = Vec::with_capacity(samples);
         for _ in 0..samples.max(1) {
             let all = self.timed(&mut || self.graph(&key, &mut repeated).map(drop))?;
@@ -252,6 +264,22 @@ impl Gpu for Cuda {
         }
         self.forget_graphs()?;
         Ok(times)
+    }
+
+    fn time_cold(&self, samples: usize, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<f64>> {
+        let key = GraphKey { work: "a cold measurement".to_string(), shape: Vec::new(), addresses: Vec::new() };
+        self.graph(&key, work)?;
+        self.graph(&key, work)?;
+        let bytes = FLUSH.min(self.properties.memory as usize / 8);
+        let flush = self.allocate(bytes)?;
+        let mut sample = || {
+            self.fill(flush, 0, bytes)?;
+            self.timed(&mut || self.graph(&key, work).map(drop)).map(f64::from)
+        };
+        let times = (0..samples.max(1)).map(|_| sample()).collect();
+        self.free(flush, bytes);
+        self.forget_graphs()?;
+        times
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {

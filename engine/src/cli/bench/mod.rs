@@ -10,6 +10,7 @@ pub mod load;
 pub mod model;
 pub mod op;
 pub mod site;
+mod text_model;
 
 use crate::autograd::Precision;
 use crate::backend::{self, Device, cpu};
@@ -119,6 +120,9 @@ pub struct OpArgs {
     /// Largest case, in GFLOP of a forward call.
     #[arg(long, default_value_t = 20.0)]
     gflop: f64,
+    /// On a GPU the cases that a cache can hold once more, each call after the cache was emptied.
+    #[arg(long)]
+    cold: bool,
     #[command(flatten)]
     keep: Keep,
 }
@@ -163,8 +167,8 @@ fn read(files: &[PathBuf]) -> Result<Vec<Row>> {
 
 /// `graft bench op` and `graft op bench`.
 pub fn run_op(args: &OpArgs, json: bool) -> Result<()> {
-    let OpArgs { filter, backend, element, case, pass, way, samples, gflop, keep } = args;
-    let choice = op::Choice { filter, case, pass, gflop: *gflop, samples: *samples };
+    let OpArgs { filter, backend, element, case, pass, way, samples, gflop, cold, keep } = args;
+    let choice = op::Choice { filter, case, pass, gflop: *gflop, samples: *samples, cold: *cold };
     let element = backend::element(element)?;
     let measure = || {
         if backend == "emu" {

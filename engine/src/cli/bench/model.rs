@@ -3,11 +3,12 @@
 //! Lists of `--batch`, `--pixels` and `--grafted` are gone through in all combinations, a row each, so that a page can
 //! show how cost grows.
 
-use super::{Keep, PATIENCE_MODEL, Subject, ceilings, finish, layers, show};
+use super::{Keep, PATIENCE_MODEL, Subject, ceilings, finish, layers, show, text_model};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::{self, Device};
 use crate::error::{Error, Result};
 use crate::graft::cost::Counter;
+use crate::graft::select::PAPER_PIXART;
 use crate::models::dit::{self, Dit, DitConfig};
 use crate::models::pixart::{self, Keys, PixArt, PixArtConfig, Text};
 use crate::models::sites::{Observer, SiteConfig};
@@ -17,6 +18,7 @@ use crate::report::bench::Row;
 use crate::sample::pipeline::{self, Request};
 use crate::tensor::{DType, Tensor};
 use crate::train::optimizer::{AdamW, AdamWSettings};
+use std::time::Instant;
 
 /// What rows call the text-to-image model.
 const PIXART: &str = "PixArt-Σ";
@@ -105,7 +107,7 @@ enum Sizes {
     Text(PixArtConfig),
 }
 
-/// The model at a resolution with a share of its layers grafted, evenly spread.
+/// The model at a resolution with a share of its layers grafted, evenly spread; half of PixArt's are the paper's.
 fn sizes(args: &Args, pixels: usize, grafted: f64) -> Result<Sizes> {
     let text = is_text(&args.size);
     let mut sizes = match text {
@@ -142,9 +144,11 @@ fn sizes(args: &Args, pixels: usize, grafted: f64) -> Result<Sizes> {
     }
     let depth = blocks.len();
     let count = (grafted / 100.0 * depth as f64).round() as usize;
-    for i in 0..count {
-        blocks[i * depth / count].attn = Spec::new(&args.operator);
-    }
+    let layers: Vec<usize> = match text && depth == 2 * PAPER_PIXART.len() && count == PAPER_PIXART.len() {
+        true => PAPER_PIXART.to_vec(),
+        false => (0..count).map(|i| i * depth / count).collect(),
+    };
+    layers.into_iter().for_each(|i| blocks[i].attn = Spec::new(&args.operator));
     Ok(sizes)
 }
 
@@ -231,8 +235,12 @@ fn measure(
         rows = layers::measure(device, precision, &model, &x, &case, ceilings)?;
         device.reset_peak();
     }
+    let mut shortcut = None;
     let times = match (work, model) {
         (Work::Forward, model) => {
+            if let (Subjected::Text(model, ..), 2) = (&model, batch) {
+                shortcut = Some(text_model::guided_pair(model, precision, TEXT_TOKENS, args.samples)?);
+            }
             let graph = Graph::inference(precision);
             device.time(args.samples, PATIENCE_MODEL, &mut || model.forward(&graph, &x, None).map(drop))?
         }
@@ -243,11 +251,13 @@ fn measure(
             let labels = (0..batch).map(|i| (i % model.config.classes) as i32).collect();
             let request = Request { steps: args.steps, batch, precision, ..Request::new(labels, 0) };
             let mut image = || pipeline::generate(&model, &request, &mut |_| {}).map(drop);
-            device.time(args.samples, PATIENCE_MODEL, &mut image)?
+            paced(device, args.samples, &mut image)?
         }
-        (_, Subjected::Text(..)) => {
-            return Err(Error::usage("size", "only forward passes of PixArt-Σ are measured here")
-                .fix("graft sample --random-weights --measure FILE measures pictures"));
+        (Work::Sampling, Subjected::Text(model, ..)) => {
+            text_model::pictures(&model, precision, [TEXT_TOKENS, args.steps, batch], args.samples)?
+        }
+        (Work::TrainingStep, Subjected::Text(..)) => {
+            return Err(Error::usage("size", "no training of PixArt-Σ is measured").must("a DiT, as DiT-XL/2"));
         }
     };
     let (bench, words, passes) = match work {
@@ -255,13 +265,17 @@ fn measure(
         // A backward pass is two products for each of the forward pass.
         Work::TrainingStep => ("train", "training step".to_string(), 3.0),
         // Guidance runs every image with its label and without.
+        Work::Sampling if is_text(&args.size) => ("e2e", format!("{} steps", args.steps), 2.0 * args.steps as f64),
         Work::Sampling => ("e2e", format!("{} DDIM steps with guidance", args.steps), 2.0 * args.steps as f64),
     };
     let element = if precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
-    let mut row = Subject { bench, case, work: words }.row(device, element, times);
-    row.flops = Some(passes * flops * batch as f64);
-    row.peak_bytes = Some(device.memory().peak as u64);
-    rows.push(row);
+    let pair = shortcut.map(|times| ("forward, null text of one token".to_string(), times));
+    for (work, times) in std::iter::once((words, times)).chain(pair) {
+        let mut row = Subject { bench, case: case.clone(), work }.row(device, element, times);
+        row.flops = Some(passes * flops * batch as f64);
+        row.peak_bytes = Some(device.memory().peak as u64);
+        rows.push(row);
+    }
     for row in &mut rows {
         for (name, value) in [("batch", batch as f64), ("tokens", tokens), ("percent grafted", grafted)] {
             row.axes.insert(name.to_string(), value);
@@ -291,7 +305,25 @@ fn training(
         };
         optimiser.update(&mut model.params, &grads, settings.lr)
     };
-    device.time(args.samples, PATIENCE_MODEL, &mut || step().map(drop))
+    paced(device, args.samples, &mut || step().map(drop))
+}
+
+/// Milliseconds of long work from its first launch to its end by the host's clock, as a user waits for it. It reads
+/// results and changes its own inputs, so no graph of a GPU can hold it.
+pub(super) fn paced(device: &Device, samples: usize, work: &mut dyn FnMut() -> Result<()>) -> Result<Vec<f64>> {
+    if device.is_host() {
+        return device.time(samples, PATIENCE_MODEL, work);
+    }
+    work()?;
+    device.synchronize()?;
+    let mut times = Vec::new();
+    for _ in 0..samples.max(1) {
+        let begun = Instant::now();
+        work()?;
+        device.synchronize()?;
+        times.push(begun.elapsed().as_secs_f64() * 1e3);
+    }
+    Ok(times)
 }
 
 #[cfg(test)]
@@ -368,6 +400,10 @@ mod tests {
         let words = ["PixArt-Σ", "--depth", "1"];
         let found = rows(&words, Work::Forward).unwrap();
         assert_eq!((found[0].case.as_str(), found[0].axes["tokens"]), ("PixArt-Σ, 1 blocks", 16.0));
-        assert!(rows(&words, Work::Sampling).is_err());
+        assert_eq!(found[1].work, "forward, null text of one token");
+        assert!(rows(&words, Work::TrainingStep).is_err());
+        let whole = sizes(&args(&["PixArt-Σ"]), 2048, 50.0).unwrap();
+        let grafted: Vec<usize> = (0..28).filter(|&i| blocks(&whole)[i].attn == Spec::new("hyena_x")).collect();
+        assert_eq!(grafted, PAPER_PIXART);
     }
 }

@@ -6,6 +6,7 @@ use crate::backend::{Device, emu};
 use crate::cli::{out, table::Table};
 use crate::error::{Error, Result};
 use crate::ops::check::{CaseRow, time_cases};
+use crate::ops::contracts;
 use crate::report::bench::{Ceilings, Needs, Row};
 use crate::tensor::DType;
 use graft_kernels::Tier;
@@ -24,13 +25,20 @@ pub struct Choice<'a> {
     pub gflop: f64,
     /// Measurements of each.
     pub samples: usize,
+    /// On a GPU once more with caches that hold nothing, where a case is small enough for it to matter.
+    pub cold: bool,
 }
+
+/// The axis of a row of a cold measurement.
+const COLD: &str = "cold L2";
+/// Larger cases leave nothing in a cache from one call to the next: several times the L2 cache of any GPU.
+const CACHED: u64 = 400 << 20;
 
 impl Choice<'_> {
     fn takes(&self, device: &Device, row: &CaseRow) -> bool {
         let known = device.is_host() || row.info.elements.iter().any(|e| DType::from(*e) == device.element());
         known
-            && row.info.name.contains(self.filter)
+            && named(row.info.name, self.filter)
             && row.name.contains(self.case)
             && row.flops as f64 <= self.gflop * 1e9
     }
@@ -40,6 +48,11 @@ impl Choice<'_> {
             .is(format!("operator {:?}, case {:?}, at most {} GFLOP", self.filter, self.case, self.gflop))
             .fix("graft op list names the operators; --gflop sets the largest case")
     }
+}
+
+/// Whether a filter takes an operator: its whole name means it alone, and not those whose names contain it.
+pub fn named(op: &str, filter: &str) -> bool {
+    if contracts::OPS.iter().any(|o| o.name == filter) { op == filter } else { op.contains(filter) }
 }
 
 /// Time after which a case on the host takes no further sample.
@@ -66,7 +79,18 @@ pub fn measure(device: &Device, choice: &Choice<'_>, ceilings: &[Row], json: boo
                 found.predicted_ms = Ceilings::of(ceilings, &found).predict(needs);
             }
             show(&found, json)?;
-            rows.push(found);
+            rows.push(found.clone());
+            if choice.cold
+                && (row.bytes as u64) < CACHED
+                && let Some(times) = device.time_cold(choice.samples, call)?
+            {
+                let Row { flops, bytes, exps, predicted_ms, .. } = found;
+                let subject = Subject { bench: "op", case: found.case, work: pass.into() };
+                let mut cold = Row { flops, bytes, exps, predicted_ms, ..subject.row(device, device.element(), times) };
+                cold.axes.insert(COLD.to_string(), 1.0);
+                show(&cold, json)?;
+                rows.push(cold);
+            }
         }
         Ok(())
     })?;
@@ -122,4 +146,15 @@ pub fn count(element: DType, choice: &Choice<'_>, json: bool) -> Result<()> {
         table.row([word("op"), word("case"), word("pass"), blocks, moved, least, conflicts]);
     }
     out::line(table.to_string().trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_name_is_one_operator_and_a_part_is_several() {
+        assert!(named("gemm", "gemm") && !named("gemm_fp8", "gemm"));
+        assert!(named("gemm_fp8", "gem") && named("attention", "") && !named("attention", "gem"));
+    }
 }

@@ -1,58 +1,65 @@
 //! `graft gpu`: the battery for the first minutes on a GPU, most valuable first.
 //!
-//! | stage | what | why first |
+//! | stage | what | why there |
 //! |---|---|---|
 //! | `probes` | recorded one-tile cases of every emulated instruction, bit by bit | what the emulator believes of the hardware |
-//! | `conformance` | every operator against its oracle | a time counts only where this passed |
-//! | `sanitizer` | compute-sanitizer over the small cases | |
-//! | `operators` | times of every operator at the shapes of real models; what PyTorch does beside it | |
-//! | `models` | whole forward passes | |
+//! | `conformance` | every operator against its oracle, in the type that its kernels are for | a time counts only where this passed |
+//! | `operators` | times of every operator at the shapes of real models | |
+//! | `peers` | what PyTorch and others do at the same shapes | |
+//! | `models` | whole models, each with its peers behind it | |
+//! | `tune` | every way of running an operator | |
+//! | `rest` | the other working type, compute-sanitizer | |
 //!
-//! Every step is a process of its own with a time limit. What is done is written to `battery.jsonl` in the folder, and
-//! a second run goes on after it. It needs this program, its archive of kernels and the recorded probes, nothing else.
+//! Every step is a process of its own with a time limit. What it measured is on disk when the next one begins, and a
+//! second run goes on after it. At the end ours stands beside the best peer and the target. It needs this program, its
+//! archive of kernels, the recorded probes, the contracts and the peers; nothing else.
 
-mod model;
+mod pairs;
 mod plan;
 mod run;
+mod targets;
+mod watch;
 
-use crate::backend::cuda;
+use crate::backend::{self, cuda};
 use crate::cli::{out, table::Table};
 use crate::error::{Error, Result};
+use crate::tensor::DType;
 use plan::{Stage, Step};
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Arguments.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Folder for what came out; a folder that is there is gone on with.
-    #[arg(long, value_name = "DIR", default_value = "gpu-results")]
-    out: PathBuf,
-    /// Show the steps and why some would be skipped; run nothing.
+    /// Folder for what came out, gone on with where it is there; of the GPU's name in benches/results where not given.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Show the steps with what they are expected to take and why some would be skipped; run nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Run nothing; pairs and table of what is in the folder.
+    #[arg(long, conflicts_with = "dry_run")]
+    report: bool,
     /// Minutes for everything.
     #[arg(long, default_value_t = 9.0)]
     minutes: f64,
-    /// Only these stages: probes, conformance, sanitizer, operators, models.
+    /// Only these stages: probes, conformance, operators, peers, models, tune, rest.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Folder with the recorded probes.
     #[arg(long, value_name = "DIR", default_value = "tests/golden/probes")]
     probes: PathBuf,
-    /// A program that measures others at the same shapes and takes `--out FILE`.
-    #[arg(long, value_name = "SCRIPT")]
-    peers: Option<PathBuf>,
-    /// Measure the forward pass of one model instead, with random weights.
-    #[arg(long, value_name = "SIZE", hide = true)]
-    model: Option<String>,
+    /// Folder of the programs that measure others at the same shapes, by GRAFT_PYTHON or python3.
+    #[arg(long, value_name = "DIR", default_value = "tools/peers/gpu")]
+    peers: PathBuf,
+    /// What is aimed at.
+    #[arg(long, value_name = "FILE", default_value = "benches/targets.toml")]
+    targets: PathBuf,
 }
 
 /// Runs the command.
 pub fn run(args: &Args, json: bool) -> Result<()> {
-    if let Some(size) = &args.model {
-        return model::run(size, json);
-    }
     let mut chosen = Vec::new();
     for name in &args.only {
         chosen.push(Stage::named(name)?);
@@ -60,28 +67,63 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
     if !(args.minutes > 0.0) {
         return Err(Error::usage("--minutes", "out of range").is(args.minutes).must("above 0"));
     }
-    let mut steps = plan::steps(&args.probes, args.peers.as_deref())?;
+    let mut steps = plan::steps(&args.probes, &args.peers)?;
     steps.retain(|s| chosen.is_empty() || chosen.contains(&s.stage));
-    let device = cuda::probe();
     if args.dry_run {
-        let why = device.err().map(|e| e.problem().to_string());
+        let why = cuda::probe().err().map(|e| e.problem().to_string());
         return show(&steps, why.as_deref(), json);
     }
-    device?;
-    run::battery(&steps, &args.out, Duration::from_secs_f64(60.0 * args.minutes))
+    let folder = match &args.out {
+        Some(folder) => folder.clone(),
+        None => Path::new("benches/results").join(slug(&backend::open_as("cuda", DType::F32)?.describe())),
+    };
+    if args.report {
+        return report(&folder, &args.targets);
+    }
+    cuda::probe()?;
+    let ran = run::battery(&steps, &folder, Duration::from_secs_f64(60.0 * args.minutes));
+    report(&folder, &args.targets)?;
+    ran
+}
+
+/// A GPU's name as that of a folder: `nvidia-h200`.
+fn slug(name: &str) -> String {
+    let words: Vec<String> = name.split(|c: char| !c.is_ascii_alphanumeric()).map(str::to_lowercase).collect();
+    words.into_iter().filter(|w| !w.is_empty()).collect::<Vec<_>>().join("-")
+}
+
+/// The pairs of a folder, written, and its table of targets.
+fn report(folder: &Path, targets: &Path) -> Result<()> {
+    let rows = pairs::Rows::read(folder)?;
+    let pairs = rows.pairs();
+    if !pairs.is_empty() {
+        pairs::write(folder, &pairs)?;
+    }
+    let absent: BTreeSet<String> = pairs
+        .iter()
+        .filter_map(|p| Some(format!("{}: {}", p["peer"]["name"].as_str()?, p["could_not_run"].as_str()?)))
+        .collect();
+    if !targets.is_file() {
+        return out::line(format!("no table: {} is not there", targets.display()));
+    }
+    out::line(targets::table(&targets::read(targets)?, &rows).to_string().trim_end())?;
+    absent.iter().try_for_each(|why| out::line(format!("could not run: {why}")))
 }
 
 /// The plan with the reasons why steps would be skipped.
 fn show(steps: &[Step], no_device: Option<&str>, json: bool) -> Result<()> {
     let reason = |step: &Step| step.missing.clone().or(no_device.map(str::to_string));
     if json {
-        let record = |s: &Step| serde_json::json!({ "step": s.name, "stage": s.stage.name(), "command": s.command, "limit_s": s.limit.as_secs(), "skip": reason(s) });
+        let record = |s: &Step| serde_json::json!({ "step": s.name, "stage": s.stage.name(), "command": s.command, "expected_s": s.expected, "limit_s": s.limit.as_secs(), "skip": reason(s) });
         return out::line(format!("{:#}", serde_json::Value::from(steps.iter().map(record).collect::<Vec<_>>())));
     }
-    let mut table = Table::new(&["step", "limit", "command", ""]);
+    let mut table = Table::new(&["step", "expected", "in all", "command", ""]);
+    let mut all = 0;
     for step in steps {
         let note = reason(step).map_or(String::new(), |why| format!("SKIP {why}"));
-        table.row([step.name.clone(), format!("{} s", step.limit.as_secs()), step.command.join(" "), note]);
+        all += step.expected;
+        let minutes = format!("{:.1} min", all as f64 / 60.0);
+        table.row([step.name.clone(), format!("{} s", step.expected), minutes, step.command.join(" "), note]);
     }
     let skipped = steps.iter().filter(|s| reason(s).is_some()).count();
     out::line(format!("{table}{} steps, {skipped} would be skipped", steps.len()))

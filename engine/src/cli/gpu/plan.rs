@@ -11,22 +11,27 @@ use std::time::Duration;
 pub enum Stage {
     Probes,
     Conformance,
-    Sanitizer,
     Operators,
+    Peers,
     Models,
+    Tune,
+    Rest,
 }
 
 impl Stage {
-    const ALL: [Stage; 5] = [Stage::Probes, Stage::Conformance, Stage::Sanitizer, Stage::Operators, Stage::Models];
+    const ALL: [Stage; 7] =
+        [Stage::Probes, Stage::Conformance, Stage::Operators, Stage::Peers, Stage::Models, Stage::Tune, Stage::Rest];
 
     /// Name in flags and files.
     pub fn name(self) -> &'static str {
         match self {
             Stage::Probes => "probes",
             Stage::Conformance => "conformance",
-            Stage::Sanitizer => "sanitizer",
             Stage::Operators => "operators",
+            Stage::Peers => "peers",
             Stage::Models => "models",
+            Stage::Tune => "tune",
+            Stage::Rest => "rest",
         }
     }
 
@@ -46,96 +51,213 @@ pub struct Step {
     pub name: String,
     /// Its part.
     pub stage: Stage,
-    /// Program and arguments; `graft` is this program.
+    /// Program and arguments; `graft` is this program, `{out}` the folder.
     pub command: Vec<String>,
+    /// Seconds that it is expected to take: a guess, until a GPU has said.
+    pub expected: u64,
     /// Longest run.
     pub limit: Duration,
     /// A step that must have passed: a time counts only where the check did.
     pub after: Option<String>,
-    /// File for the lines of JSON that it prints; `{out}` in the command is the folder.
+    /// File for the lines of JSON that it prints. A peer adds its rows to its own file as they come.
     pub rows: Option<&'static str>,
     /// Why it cannot run on this machine.
     pub missing: Option<String>,
 }
 
 impl Step {
-    fn new(stage: Stage, what: &str, seconds: u64, command: &[&str]) -> Step {
+    fn new(stage: Stage, what: &str, expected: u64, command: &[&str]) -> Step {
         Step {
             name: format!("{}/{what}", stage.name()),
             stage,
             command: command.iter().map(|w| w.to_string()).collect(),
-            limit: Duration::from_secs(seconds),
+            expected,
+            // Long enough for a slow start, short enough that one step that hangs does not take all.
+            limit: Duration::from_secs((4 * expected).max(30)),
             after: None,
             rows: None,
             missing: None,
         }
     }
+
+    fn after(mut self, name: String) -> Step {
+        self.after = Some(name);
+        self
+    }
+
+    fn rows(mut self, file: &'static str) -> Step {
+        self.rows = Some(file);
+        self
+    }
+
+    fn missing(mut self, why: Option<String>) -> Step {
+        self.missing = why;
+        self
+    }
 }
 
+/// Rows of ours: operators, and whole models.
+pub const OPERATORS: &str = "operators.jsonl";
+pub const MODELS: &str = "whole_models.jsonl";
+/// Rows of peers, in a folder of their own: raw, as they came. What counts are the pairs that are made of both.
+pub const RAW: &str = "raw";
+pub const OPERATOR_PEERS: &str = "raw/operator_peers.jsonl";
+pub const MODEL_PEERS: &str = "raw/model_peers.jsonl";
+/// Every way of an operator; the fastest are in `tuned.csv`.
+const TUNED: &str = "raw/tune.jsonl";
+
 /// Operators in the order of what their speed is worth: those of the models' longest parts first.
-const FIRST: [&str; 6] = ["gated_conv", "ln_modulate", "adamw", "attention", "gemm", "window_attention"];
+const FIRST: [&str; 9] = [
+    "attention",
+    "gemm",
+    "gated_conv",
+    "ln_modulate",
+    "window_attention",
+    "linear_attention",
+    "cross_attention",
+    "gemm_fp8",
+    "adamw",
+];
 
-/// Whole forward passes, by size of the model.
-const MODELS: [&str; 2] = ["DiT-S/2", "DiT-XL/2"];
+/// Operators that `tools/peers/gpu` has peers of.
+pub const WITH_PEERS: [&str; 26] = [
+    "adamw",
+    "add_noise",
+    "attention",
+    "attention_int8",
+    "axpy",
+    "branch_deltas",
+    "conv2d",
+    "conv_silu",
+    "cross_attention",
+    "gate_residual",
+    "gated_conv",
+    "gated_conv_2d",
+    "gemm",
+    "gemm_fp8",
+    "group_norm_silu",
+    "kv_compress",
+    "linear_attention",
+    "ln_modulate",
+    "long_conv",
+    "mamba2",
+    "neighborhood_attention",
+    "norm_silu_conv2d",
+    "qk_norm",
+    "relative_attention",
+    "rms_norm",
+    "upsample",
+];
 
-/// The battery. `probes` is the folder of recorded cases, `peers` a program that measures others.
+/// Whole models of ours: name of the step, seconds, and the arguments of `graft bench`.
+const OURS: [(&str, u64, &str); 6] = [
+    ("dit_forward", 15, "model DiT-XL/2 --pixels 256,512 --batch 2,64 --samples 20"),
+    ("dit_training", 20, "train DiT-XL/2 --batch 256 --samples 5"),
+    ("pixart_forward", 40, "model PixArt-Sigma --pixels 2048 --batch 2 --grafted 0,50,100 --samples 5"),
+    ("pixart_sizes", 40, "model PixArt-Sigma --pixels 512,1024,4096 --batch 2 --samples 3"),
+    ("pixart_picture", 60, "e2e PixArt-Sigma --pixels 2048 --batch 1 --grafted 0,50,100 --steps 20 --samples 1"),
+    ("dit_grafted", 15, "model DiT-XL/2 --pixels 256 --batch 64 --grafted 50,100 --samples 10"),
+];
+
+/// The same for `whole.py` of the peers: name of the step, seconds, and its arguments.
+const THEIRS: [(&str, u64, &str); 4] = [
+    ("dit_forward", 60, "dit --work forward --pixels 256,512 --batch 2,64"),
+    ("dit_training", 60, "dit --work training --pixels 256 --batch 256"),
+    ("pixart_forward", 90, "pixart --work forward --pixels 2048 --batch 2 --grafted 0,50,100"),
+    ("pixart_sizes", 90, "pixart --work forward --pixels 512,1024,4096 --batch 2"),
+];
+
+/// The battery. `probes` is the folder of recorded cases, `peers` that of the programs that measure others.
 ///
 /// # Errors
 /// When the folder of probes cannot be read.
-pub fn steps(probes: &Path, peers: Option<&Path>) -> Result<Vec<Step>> {
+pub fn steps(probes: &Path, peers: &Path) -> Result<Vec<Step>> {
     let mut ops: Vec<&str> = contracts::OPS.iter().filter(|o| !o.elements.is_empty()).map(|o| o.name).collect();
-    let place = |op: &str| FIRST.iter().position(|f| *f == op).unwrap_or(FIRST.len());
-    ops.sort_by_key(|op| place(op));
+    ops.sort_by_key(|op| FIRST.iter().position(|f| f == op).unwrap_or(FIRST.len()));
     let mut steps = Vec::new();
     let folder = probes.display().to_string();
-    let mut replay = Step::new(Stage::Probes, "replay", 60, &["graft", "op", "replay", &folder, "--backend", "cuda"]);
-    if !probes.is_dir() || files::list(probes)?.is_empty() {
-        replay.missing = Some(format!("no recorded probes in {folder}"));
+    let replay = Step::new(Stage::Probes, "replay", 15, &["graft", "op", "replay", &folder, "--backend", "cuda"]);
+    let none = !probes.is_dir() || files::list(probes)?.is_empty();
+    steps.push(replay.missing(none.then(|| format!("no recorded probes in {folder}"))));
+    for op in &ops {
+        let command = ["graft", "op", "run", op, "--backend", "cuda", "--element", working(op)];
+        steps.push(Step::new(Stage::Conformance, op, 3, &command));
     }
-    steps.push(replay);
     let check = |op: &str| format!("{}/{op}", Stage::Conformance.name());
     for op in &ops {
-        let command = ["graft", "op", "run", op, "--backend", "cuda"];
-        steps.push(Step::new(Stage::Conformance, op, 60, &command));
+        let command = [
+            &["graft", "--json", "bench", "op", op, "--backend", "cuda"][..],
+            &["--element", working(op), "--cold", "--gflop", "1e6"],
+        ];
+        steps.push(Step::new(Stage::Operators, op, 4, &command.concat()).after(check(op)).rows(OPERATORS));
+    }
+    let (python, program) = (python(), peers.display().to_string());
+    let absent = match (peers.join("__main__.py").is_file(), on_path(&python)) {
+        (false, _) => Some(format!("no peers in {program}")),
+        (_, false) => Some(format!("{python} is not installed")),
+        _ => None,
+    };
+    let to = |file: &str| format!("{{out}}/{file}");
+    for op in std::iter::once("ceilings").chain(ops.iter().copied().filter(|op| WITH_PEERS.contains(op))) {
+        let seconds = if FIRST.contains(&op) { 25 } else { 15 };
+        let (budget, file) = ((3 * seconds).to_string(), to(OPERATOR_PEERS));
+        let element = if op == "ceilings" { "bf16" } else { working(op) };
+        let command =
+            [&python, &program, op, "--element", element, "--cold", "--budget", budget.as_str(), "--out", &file];
+        steps.push(Step::new(Stage::Peers, op, seconds, &command).missing(absent.clone()));
+    }
+    let no_models = absent.clone().or_else(|| {
+        let models = peers.parent().is_none_or(|p| !p.join("models.py").is_file());
+        models.then(|| format!("no models.py beside {program}"))
+    });
+    for (name, seconds, words) in OURS {
+        let words: Vec<&str> = words.split(' ').collect();
+        let bf16: &[&str] = &["--backend", "cuda", "--dtype", "bf16"];
+        let command = [&["graft", "--json", "bench"], &words[..], bf16].concat();
+        steps.push(Step::new(Stage::Models, name, seconds, &command).rows(MODELS));
+        if let Some((_, seconds, words)) = THEIRS.iter().find(|t| t.0 == name) {
+            let (whole, file) = (peers.join("whole.py").display().to_string(), to(MODEL_PEERS));
+            let words: Vec<&str> = words.split(' ').collect();
+            let command = [&[python.as_str(), &whole], &words[..], &["--graft", "graft", "--out", &file]].concat();
+            let step = Step::new(Stage::Models, &format!("{name}_peers"), *seconds, &command);
+            steps.push(step.missing(no_models.clone()));
+        }
+    }
+    let table = to("tuned.csv");
+    let choices = |op: &&&str| contracts::OPS.iter().any(|o| o.name == **op && o.ways.len() > 1);
+    for op in ops.iter().filter(choices) {
+        let tune =
+            ["graft", "--json", "op", "tune", op, "--element", working(op), "--samples", "10", "--write", &table];
+        steps.push(Step::new(Stage::Tune, op, 10, &tune).after(check(op)).rows(TUNED));
     }
     let sanitizer = on_path("compute-sanitizer");
+    for op in ops.iter().filter(|op| working(op) == "bf16") {
+        let command = ["graft", "op", "run", op, "--backend", "cuda", "--element", "f32"];
+        steps.push(Step::new(Stage::Rest, &format!("f32 {op}"), 3, &command));
+    }
     for op in ops.iter().take(FIRST.len()) {
         let command = ["compute-sanitizer", "--error-exitcode", "1", "graft", "op", "run", op, "--backend", "cuda"];
-        let mut step = Step::new(Stage::Sanitizer, op, 90, &command);
-        step.after = Some(check(op));
-        step.missing = (!sanitizer).then(|| "compute-sanitizer is not installed".to_string());
-        steps.push(step);
-    }
-    for op in &ops {
-        let bf16 = contracts::OPS.iter().any(|o| o.name == *op && o.elements.len() > 1);
-        let element = if bf16 { "bf16" } else { "f32" };
-        let command =
-            ["graft", "--json", "op", "bench", op, "--backend", "cuda", "--element", element, "--gflop", "1e6"];
-        let mut step = Step::new(Stage::Operators, op, 60, &command);
-        step.after = Some(check(op));
-        step.rows = Some("operators.jsonl");
-        steps.push(step);
-    }
-    let script = peers.map_or("peers".to_string(), |p| p.display().to_string());
-    let mut beside = Step::new(Stage::Operators, "peers", 240, &["python3", &script, "--out", "{out}/peers.jsonl"]);
-    beside.missing = match peers {
-        None => Some("no --peers script was given".to_string()),
-        Some(path) if !path.is_file() => Some(format!("no file {script}")),
-        Some(_) => None,
-    };
-    steps.push(beside);
-    for size in MODELS {
-        let command = ["graft", "--json", "gpu", "--model", size];
-        let mut step = Step::new(Stage::Models, size, 90, &command);
-        step.rows = Some("models.jsonl");
-        steps.push(step);
+        let step = Step::new(Stage::Rest, &format!("sanitizer {op}"), 30, &command).after(check(op));
+        steps.push(step.missing((!sanitizer).then(|| "compute-sanitizer is not installed".to_string())));
     }
     Ok(steps)
 }
 
-/// Whether a program of this name lies in a folder of `PATH`.
+/// The type that an operator's kernels are for: bf16 where they have it.
+fn working(op: &str) -> &'static str {
+    let bf16 = contracts::OPS.iter().any(|o| o.name == op && o.elements.iter().any(|e| e.name() == "bf16"));
+    if bf16 { "bf16" } else { "f32" }
+}
+
+/// The Python of the peers: that of `GRAFT_PYTHON`, else the machine's own.
+fn python() -> String {
+    std::env::var("GRAFT_PYTHON").unwrap_or_else(|_| "python3".to_string())
+}
+
+/// Whether a program is there: a path, or a name in a folder of `PATH`.
 fn on_path(program: &str) -> bool {
-    std::env::var_os("PATH").is_some_and(|p| std::env::split_paths(&p).any(|folder| folder.join(program).is_file()))
+    Path::new(program).is_absolute() && Path::new(program).is_file()
+        || std::env::var_os("PATH").is_some_and(|p| std::env::split_paths(&p).any(|f| f.join(program).is_file()))
 }
 
 #[cfg(test)]
@@ -144,7 +266,7 @@ mod tests {
 
     #[test]
     fn no_time_is_taken_before_its_check() {
-        let steps = steps(Path::new("nowhere"), None).unwrap();
+        let steps = steps(Path::new("nowhere"), Path::new("none")).unwrap();
         assert!(steps[0].missing.as_deref().is_some_and(|why| why.contains("nowhere")));
         let mut names = Vec::new();
         for step in &steps {
@@ -152,8 +274,22 @@ mod tests {
             assert!(step.after.as_ref().is_none_or(|after| names.contains(after)), "{}", step.name);
             names.push(step.name.clone());
         }
-        let timed = steps.iter().filter(|s| s.rows == Some("operators.jsonl"));
+        let timed = steps.iter().filter(|s| s.rows == Some(OPERATORS));
         assert!(timed.clone().count() > 10 && timed.clone().all(|s| s.after.is_some()));
-        assert_eq!(timed.clone().next().map(|s| s.name.as_str()), Some("operators/gated_conv"));
+        assert_eq!(timed.clone().next().map(|s| s.name.as_str()), Some("operators/attention"));
+        assert!(steps.iter().filter(|s| s.stage == Stage::Peers).all(|s| s.missing.is_some()));
+    }
+
+    #[test]
+    fn stages_come_in_their_order_and_peers_are_of_known_operators() {
+        let steps = steps(Path::new("nowhere"), Path::new("none")).unwrap();
+        let mut seen: Vec<Stage> = steps.iter().map(|s| s.stage).collect();
+        seen.dedup();
+        assert_eq!(seen, Stage::ALL);
+        for op in WITH_PEERS {
+            assert!(contracts::OPS.iter().any(|o| o.name == op), "{op}");
+        }
+        let adamw = steps.iter().find(|s| s.name == "conformance/adamw").unwrap();
+        assert!(adamw.command.ends_with(&["--element".to_string(), "f32".to_string()]));
     }
 }

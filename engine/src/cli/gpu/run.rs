@@ -1,6 +1,7 @@
 //! Runs the steps: each in a process of its own, within its time and that of the whole.
 
-use super::plan::Step;
+use super::plan::{RAW, Step};
+use super::watch::Watch;
 use crate::cli::out;
 use crate::error::{Error, Result};
 use crate::io::atomic;
@@ -13,14 +14,15 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// What was done, a line a step.
-const LOG: &str = "battery.jsonl";
+const LOG: &str = "raw/battery.jsonl";
 
 /// Messages of compute-sanitizer that say it cannot work with the device: no finding about a kernel.
 const UNSUPPORTED: [&str; 2] = ["Device not supported", "not supported on this device"];
 
 /// Runs what is not done yet.
 pub fn battery(steps: &[Step], folder: &Path, time: Duration) -> Result<()> {
-    atomic::ensure_writable_dir(folder)?;
+    atomic::ensure_writable_dir(&folder.join(RAW))?;
+    let watch = Watch::start();
     let log = folder.join(LOG);
     let mut done = finished(&log)?;
     let mut log = JsonLog::resume(&log, u64::MAX)?;
@@ -36,18 +38,22 @@ pub fn battery(steps: &[Step], folder: &Path, time: Duration) -> Result<()> {
             Some(why) => Outcome { verdict: "skip", note: why, seconds: 0.0, rows: Vec::new() },
             None => start(step, folder, step.limit.min(left))?,
         };
+        let state = watch.as_ref().map_or(Value::Null, Watch::since);
         failed += usize::from(outcome.verdict == "fail");
         skipped += usize::from(outcome.verdict == "skip");
         out::line(format!("{:<32} {} {:.1} s {}", step.name, outcome.verdict, outcome.seconds, outcome.note))?;
         // A row of a step that failed is no result.
         if let (Some(file), "ok") = (step.rows, outcome.verdict) {
             let mut rows = JsonLog::resume(&folder.join(file), u64::MAX)?;
-            outcome.rows.iter().try_for_each(|row| rows.append(row))?;
+            for mut row in outcome.rows {
+                row["gpu"] = state.clone();
+                rows.append(&row)?;
+            }
         }
-        let record =
-            json!({ "step": step.name, "verdict": outcome.verdict, "seconds": outcome.seconds, "note": outcome.note });
+        let Outcome { verdict, note, seconds, .. } = outcome;
+        let record = json!({ "step": step.name, "verdict": verdict, "seconds": seconds, "note": note, "gpu": state });
         log.append(&record)?;
-        done.insert(step.name.clone(), outcome.verdict.to_string());
+        done.insert(step.name.clone(), verdict.to_string());
     }
     out::line(format!("{} steps, {failed} failed, {skipped} skipped; in {}", steps.len(), folder.display()))?;
     if failed == 0 { Ok(()) } else { Err(Error::failure("gpu", format!("{failed} steps failed"))) }
@@ -106,7 +112,7 @@ fn start(step: &Step, folder: &Path, limit: Duration) -> Result<Outcome> {
         Some(_) if UNSUPPORTED.iter().any(|u| stdout.contains(u) || stderr.contains(u)) => "skip",
         Some(_) => "fail",
     };
-    let rows = stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let rows = stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).filter(Value::is_object).collect();
     Ok(Outcome { verdict, note, seconds, rows })
 }
 
@@ -114,13 +120,14 @@ fn start(step: &Step, folder: &Path, limit: Duration) -> Result<Outcome> {
 mod tests {
     use super::super::plan::Stage;
     use super::*;
-    use crate::io::files::{self, test_dir};
+    use crate::io::files::test_dir;
 
     fn step(name: &str, shell: &str) -> Step {
         Step {
             name: name.to_string(),
             stage: Stage::Operators,
             command: ["sh", "-c", shell].map(String::from).to_vec(),
+            expected: 1,
             limit: Duration::from_millis(400),
             after: None,
             rows: Some("rows.jsonl"),
@@ -140,12 +147,14 @@ mod tests {
         steps[3].after = Some("bad".to_string());
         let time = Duration::from_secs(60);
         assert!(battery(&steps, &folder, time).unwrap_err().to_string().contains("2 steps failed"));
-        let rows = || files::read_text(&folder.join("rows.jsonl")).unwrap();
-        assert_eq!(rows(), "{\"ms\":1}\n");
+        let rows = || -> Vec<f64> {
+            jsonl::read(&folder.join("rows.jsonl")).unwrap().iter().map(|row| row["ms"].as_f64().unwrap()).collect()
+        };
+        assert_eq!(rows(), [1.0]);
         steps[1] = step("bad", "echo '{\"ms\":2}'");
         steps.remove(2);
         battery(&steps, &folder, time).unwrap();
-        assert_eq!(rows(), "{\"ms\":1}\n{\"ms\":2}\n{\"ms\":4}\n");
+        assert_eq!(rows(), [1.0, 2.0, 4.0]);
         battery(&steps, &folder, Duration::ZERO).unwrap();
     }
 }

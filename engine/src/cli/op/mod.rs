@@ -96,8 +96,8 @@ enum OpCommand {
         /// Measurements of each.
         #[arg(long, default_value_t = 20)]
         samples: usize,
-        /// The table whose rows are replaced or added, kernels-cu/tuned.csv of the sources; nothing is written where it
-        /// is not given.
+        /// The table whose rows are replaced or added, kernels-cu/tuned.csv of the sources; a new one where there is
+        /// none. Nothing is written where it is not given.
         #[arg(long, value_name = "FILE")]
         write: Option<PathBuf>,
     },

@@ -2,7 +2,7 @@
 //! table that running reads (`kernels-cu/tuned.csv`).
 
 use crate::backend::Device;
-use crate::cli::{out, table::Table};
+use crate::cli::{bench::op::named, out, table::Table};
 use crate::error::{Error, Result};
 use crate::io::{atomic, files};
 use crate::ops::check::{CaseRow, time_cases};
@@ -38,7 +38,7 @@ pub fn run(device: &Device, choice: &Choice<'_>, write: Option<&Path>, json: boo
         return Err(Error::usage("op tune", "the device has no ways to choose from").is(device.kind()).must("a GPU"));
     };
     // The table that is to be written must be one before an hour is spent on it.
-    let text = write.map(files::read_text).transpose()?;
+    let text = write.filter(|path| path.is_file()).map(files::read_text).transpose()?;
     let mut rows = match (&text, write) {
         (Some(text), Some(path)) => ways::parse(text)
             .map_err(|why| Error::failure(path.display().to_string(), why).fix("name a table of graft op tune"))?,
@@ -89,7 +89,7 @@ fn measure(device: &Device, choice: &Choice<'_>) -> Result<Vec<Found>> {
     let element = device.element();
     let mut found = Vec::new();
     let chosen = |row: &CaseRow| {
-        row.info.ways.len() > 1 && row.info.name.contains(choice.filter) && row.name.contains(choice.case)
+        row.info.ways.len() > 1 && named(row.info.name, choice.filter) && row.name.contains(choice.case)
     };
     time_cases(device, Tier::Real, &chosen, &mut |row, pass, call| {
         let mut times = Vec::new();
