@@ -16,6 +16,7 @@ pub const OPS: &[OpInfo] = &[
     attention_int8::INFO,
     axpy::INFO,
     branch_deltas::INFO,
+    cast::INFO,
     conv2d::INFO,
     conv_silu::INFO,
     cross_attention::INFO,
@@ -59,6 +60,9 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     }
     for case in branch_deltas::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(branch_deltas::gradcheck(case).into_iter().map(|row| ("branch_deltas", case.name, row)));
+    }
+    for case in cast::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(cast::gradcheck(case).into_iter().map(|row| ("cast", case.name, row)));
     }
     for case in conv_silu::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(conv_silu::gradcheck(case).into_iter().map(|row| ("conv_silu", case.name, row)));
@@ -743,6 +747,100 @@ pub mod branch_deltas {
         { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &first, &second).0, &cotangent))); }
         { rows.push(check::directional("first", case.name, &first, &dfirst, |moved| check::dot(&forward(&x, moved, &second).0, &cotangent))); }
         { rows.push(check::directional("second", case.name, &second, &dsecond, |moved| check::dot(&forward(&x, &first, moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Values of f32 in the working type of the device; the backward pass brings gradients back to f32.
+pub mod cast {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub l: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[L]` f32: Values in f32.
+        pub x: &'a [T],
+        /// `[L]` float: The same values in the working type.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[L]` float: The same values in the working type.
+        pub dy: &'a [T],
+        /// `[L]` f32: Values in f32.
+        pub dx: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<f32>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub dx: Option<Out<f32>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        
+        0
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { l, .. } = dims;
+        8*l
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, shape: "L=1", dims: Dims { l: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "L=1029", dims: Dims { l: 1029 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vectors", tier: Tier::Tiny, shape: "L=4096", dims: Dims { l: 4096 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_block", tier: Tier::Tiny, shape: "L=70003", dims: Dims { l: 70003 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_block", tier: Tier::Real, shape: "L=21255552", dims: Dims { l: 21255552 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_mlp", tier: Tier::Real, shape: "L=5308416", dims: Dims { l: 5308416 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "cast", summary: "Values of f32 in the working type of the device; the backward pass brings gradients back to f32.", backward: true, cases: &["one", "odd", "vectors", "over_a_block", "dit_block", "pixart_mlp"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }), tolerance_bf16: Some(check::Tolerance { atol: 1e-30, rtol: 1.954e-3, rms: 1.3e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { l, .. } = dims;
+        let x = check::draw_f64(case.name, "x", l, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", l, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64]| {
+            let mut y = vec![0.0f64; l];
+            super::super::cast::reference::forward(Forward { dims, params, x: x, y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&x);
+        let mut dx = vec![0.0f64; l];
+        super::super::cast::reference::backward(Backward { dims, params, dy: &cotangent, dx: Some(&mut dx[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved).0, &cotangent))); }
         rows
     }
 }
