@@ -4272,12 +4272,13 @@ pub mod philox {
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Dims {
+        pub b: usize,
         pub l: usize,
     }
 
     #[derive(Clone, Copy, Debug, PartialEq)]
     pub struct Params {
-        /// Key of the generator.
+        /// Key of the first row; the sum with a row's number wraps.
         pub seed: u64,
         /// Independent sequence: upper half of the counter.
         pub stream: u64,
@@ -4288,7 +4289,7 @@ pub mod philox {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[L]` float: Standard normal numbers.
+        /// `[B, L]` float: Standard normal numbers.
         pub z: &'a mut [T],
     }
 
@@ -4302,26 +4303,27 @@ pub mod philox {
 
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
-        let Dims { l, .. } = dims;
-        40*l
+        let Dims { b, l, .. } = dims;
+        40*b*l
     }
 
     /// Bytes that one forward call must move at the least.
     pub fn bytes(dims: Dims) -> usize {
-        let Dims { l, .. } = dims;
-        4*l
+        let Dims { b, l, .. } = dims;
+        4*b*l
     }
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, shape: "L=37", dims: Dims { l: 37 }, params: Params { seed: 0, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "one", tier: Tier::Tiny, shape: "L=1", dims: Dims { l: 1 }, params: Params { seed: 1, stream: 7, offset: 3 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "unaligned", tier: Tier::Tiny, shape: "L=1023", dims: Dims { l: 1023 }, params: Params { seed: 42, stream: 4294967296, offset: 5 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "far", tier: Tier::Tiny, shape: "L=20000", dims: Dims { l: 20000 }, params: Params { seed: 81985529216486895, stream: 1, offset: 17179869182 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "dit_xl_256", tier: Tier::Real, shape: "L=131072", dims: Dims { l: 131072 }, params: Params { seed: 42, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 L=37", dims: Dims { b: 3, l: 37 }, params: Params { seed: 0, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 L=1", dims: Dims { b: 1, l: 1 }, params: Params { seed: 1, stream: 7, offset: 3 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "unaligned", tier: Tier::Tiny, shape: "B=2 L=1023", dims: Dims { b: 2, l: 1023 }, params: Params { seed: 42, stream: 4294967296, offset: 5 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "far", tier: Tier::Tiny, shape: "B=1 L=20000", dims: Dims { b: 1, l: 20000 }, params: Params { seed: 81985529216486895, stream: 1, offset: 17179869182 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "carried_keys", tier: Tier::Tiny, shape: "B=5 L=64", dims: Dims { b: 5, l: 64 }, params: Params { seed: 4294967293, stream: 3, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=1 L=131072", dims: Dims { b: 1, l: 131072 }, params: Params { seed: 42, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }), tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "carried_keys", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }), tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
 
 }
 

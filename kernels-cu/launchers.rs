@@ -10054,6 +10054,7 @@ pub mod philox {
     /// Arguments of [`PHILOX_FORWARD`].
     pub struct PhiloxForward<T> {
         pub z: Out<T>,
+        pub b: u64,
         pub l: u64,
         pub seed: u64,
         pub stream: u64,
@@ -10064,6 +10065,7 @@ pub mod philox {
         pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
             let args = [
                 Arg::Address(self.z.address()),
+                Arg::U64(self.b),
                 Arg::U64(self.l),
                 Arg::U64(self.seed),
                 Arg::U64(self.stream),

@@ -13,10 +13,11 @@ pub use params::{Adapter, Param, ParamId, ParamStore};
 
 use crate::backend::{add_into, add_scaled};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 use std::cell::{Cell, RefCell};
 
-/// Arithmetic of the products in a graph.
+/// Arithmetic of the products in a graph. On the host all else is f32; a GPU is opened for one of them
+/// ([`Device::element`](crate::tensor::Device::element)) and computes all but what is f32 by contract in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// f32 products.
@@ -24,6 +25,16 @@ pub enum Precision {
     F32,
     /// Products of values rounded to bf16, accumulated in f32.
     Bf16,
+}
+
+impl From<Precision> for DType {
+    /// The working type of a GPU that computes in this precision.
+    fn from(precision: Precision) -> DType {
+        match precision {
+            Precision::F32 => DType::F32,
+            Precision::Bf16 => DType::BF16,
+        }
+    }
 }
 
 /// Where a gradient goes: a result on the tape, or a parameter.

@@ -4707,24 +4707,26 @@ fn patchify_conform(run: &mut Conform<'_>) -> Result<()> {
 /// Standard normal numbers by counter: the same on every device, whatever the split of the work.
 ///
 /// ```text
+/// row b has the key seed + b, so that every image of a batch has its own; in it
 /// block = (offset + i)/4;  (a, b, c, d) = Philox4x32-10(counter = (block lo, block hi, stream lo, stream hi), key = (seed lo, seed hi))
 /// u(x) = (2*floor(x/2^9) + 1) * 2^-24
 /// element (offset + i) mod 4: sqrt(-2 ln u(a))*cos(2 pi u(b)), sqrt(-2 ln u(a))*sin(2 pi u(b)), then the same of c and d
 /// every operation is one f32 operation in the order that `rng` states: all devices give the same bits
 /// ```
-/// - returns `z` `[L]` float: Standard normal numbers.
+/// - returns `z` `[B, L]` float: Standard normal numbers.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
-pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Params) -> Result<Tensor> {
+pub fn philox(device: &Device, b: usize, l: usize, params: kernels::generated::philox::Params) -> Result<Tensor> {
     use kernels::generated::philox::{Dims, Forward};
-    let mut check = DimCheck::new("philox", &["L"]);
+    let mut check = DimCheck::new("philox", &["B", "L"]);
+    check.given("B", b)?;
     check.given("L", l)?;
-    let dims = Dims { l: check.dim("L")? };
+    let dims = Dims { b: check.dim("B")?, l: check.dim("L")? };
     let device = device.clone();
     let element = check.element(&device, kernels::generated::philox::INFO.elements)?;
-    let Dims { l, .. } = dims;
-    let mut z = device.empty_of(&[l], element)?;
+    let Dims { b, l, .. } = dims;
+    let mut z = device.empty_of(&[b, l], element)?;
 
     if device.is_dry() {
         return Ok(z);
@@ -4753,10 +4755,10 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
         let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
-            let Dims { l, .. } = dims;
+            let Dims { b, l, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             let device = io.device().clone();
-            let out = io.call("forward", || philox(&device, l, params))?;
+            let out = io.call("forward", || philox(&device, b, l, params))?;
             io.result("z", &out)?;
             Ok(())
         })?;

@@ -6,6 +6,7 @@
 use crate::autograd::{Graph, Var};
 use crate::error::{Error, Result};
 use crate::models::dit::{Dit, DitConfig, Run};
+use crate::ops::{act, contracts, embed};
 use crate::tensor::Tensor;
 
 /// Output channels that the original implementation guides.
@@ -69,10 +70,12 @@ pub fn combine(out: &mut Tensor, scale: f64, channels: usize) -> Result<()> {
     })
 }
 
-/// Writes the values of a tensor as often as they fit into `target`, one after the other.
-pub(crate) fn double(values: &Tensor, target: &mut Tensor) -> Result<()> {
-    let values = values.values()?;
-    target.edit(|target| target.chunks_exact_mut(values.len().max(1)).for_each(|half| half.copy_from_slice(&values)))
+/// Parts `[I, …]` of `x [R, …]` by their numbers `index [I]`, copied where they are.
+pub(super) fn pick(x: &Tensor, index: &Tensor) -> Result<Tensor> {
+    let mut shape = x.shape().dims().to_vec();
+    let rows = x.reshape(&[shape[0], x.len() / shape[0].max(1)])?;
+    shape[0] = index.len();
+    embed(&rows, index, None, contracts::embed::Params { act: act::NONE })?.y.into_shape(&shape)
 }
 
 /// Puts the first half of a batch in the place of the second, too.

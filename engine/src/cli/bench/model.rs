@@ -8,7 +8,7 @@ use crate::autograd::{Graph, Precision, Var};
 use crate::backend::{self, Device};
 use crate::error::{Error, Result};
 use crate::graft::cost::Counter;
-use crate::models::dit::{Dit, DitConfig, Run};
+use crate::models::dit::{self, Dit, DitConfig, Run};
 use crate::nn::operators::Spec;
 use crate::ops::contracts::loss_regression;
 use crate::report::bench::Row;
@@ -74,7 +74,7 @@ pub fn run(args: &Args, work: Work, json: bool) -> Result<()> {
         "bf16" => Precision::Bf16,
         other => return Err(Error::usage("--dtype", "unknown type").is(format!("{other:?}")).must("f32 or bf16")),
     };
-    let device = backend::open_as(&args.backend, DType::F32)?;
+    let device = backend::open_as(&args.backend, precision.into())?;
     let mut rows = ceilings(&device, json)?;
     for &pixels in &args.pixels {
         for &grafted in &args.grafted {
@@ -122,7 +122,11 @@ fn measure(
     }
     let flops = Counter::new(&config).model()?.flops * batch as f64;
     let (tokens, classes) = (config.tokens() as f64, config.classes);
-    let model = Dit::new(config, device, 1)?;
+    let mut model = Dit::new(config, device, 1)?;
+    if work != Work::TrainingStep && device.element() == DType::BF16 {
+        dit::to_bf16(&mut model)?;
+        device.trim();
+    }
     device.reset_peak();
     let times = match work {
         Work::Forward => forward(args, device, precision, &model, batch)?,
