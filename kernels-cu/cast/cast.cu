@@ -5,7 +5,7 @@
 // A thread owns vectors of eight elements, grid-stride; the last L mod 8 elements go to single threads.
 //
 // Bound: memory, 6 bytes an element in bf16 either way. 32 (from f32) or 16 (from bf16) bytes of loads in flight a thread
-// at 8 blocks of 256 a multiprocessor: 64 or 32 KB; 18 registers leave room for all of them.
+// at 8 blocks of 256 a multiprocessor: 64 or 32 KB; 24 registers leave room for all of them.
 //
 // Requires: pointers aligned to 16 bytes. Does not handle: strides, in place.
 #include "../common/ptx.cuh"

@@ -141,7 +141,7 @@ fn a_text_becomes_a_picture_in_bf16() {
     let [features, latents, picture] = [0, 1, 2].map(|i| [cpu[i].clone(), gpu[i].clone()]);
     near("features", &features, 2e-2);
     near("latents", &latents, 4e-2);
-    near("picture", &picture, 2e-2);
+    near("picture", &picture, 3e-2);
 }
 
 fn images() -> ImageSet {
@@ -169,24 +169,23 @@ const OPTIMISER: AdamWSettings = AdamWSettings { lr: 3e-3, ema: 0.9, ..AdamWSett
 fn training_in_bf16_follows_that_of_the_cpu() {
     let Some(devices) = devices() else { return };
     let data = images();
-    for (name, config) in configs() {
+    // The second with blocks that are computed again in the backward pass.
+    for ((name, config), steps) in configs().into_iter().zip([8, 2]) {
         let losses = devices.each_ref().map(|device| {
             let model = Dit::new(config.clone(), device, 1).unwrap();
-            let checkpoint = name == "grafted";
-            let settings = LoopSettings { activation_checkpointing: checkpoint, ..training(12, Precision::Bf16) };
+            let settings = LoopSettings { activation_checkpointing: steps == 2, ..training(8, Precision::Bf16) };
             let mut trainer = Trainer::homeless(model, OPTIMISER, settings).unwrap();
             let mut batches = Batches::new(&data, 4, 3).unwrap();
-            let losses: Vec<f64> = (0..12).map(|_| trainer.update(&mut batches).unwrap().loss).collect();
+            let losses: Vec<f64> = (0..steps).map(|_| trainer.update(&mut batches).unwrap().loss).collect();
             assert!(trainer.model.params.iter().all(|(_, p)| p.value.dtype() == DType::F32));
             losses
         });
         let [cpu, gpu] = &losses;
         println!("{name}: {cpu:?} {gpu:?}");
         for (c, g) in cpu.iter().zip(gpu) {
-            assert!((c - g).abs() <= 2e-2 * c.abs(), "{name}: losses {cpu:?} and {gpu:?}");
+            assert!((c - g).abs() <= 5e-3 * c.abs(), "{name}: losses {cpu:?} and {gpu:?}");
         }
-        let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
-        assert!(mean(&gpu[8..]) < 0.9 * mean(&gpu[..4]), "{name}: {gpu:?}");
+        assert!(gpu[steps - 1] < gpu[0] && (steps == 2 || gpu[steps - 1] < 0.9 * gpu[1]), "{name}: {gpu:?}");
     }
 }
 

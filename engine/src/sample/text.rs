@@ -120,12 +120,12 @@ pub fn generate(model: &PixArt, request: &Request, watch: &mut Watch<'_>) -> Res
     Ok(all)
 }
 
-/// Plans the memory of a request before it runs, by running two of its steps on a device that only counts.
+/// Plans the memory of a request before it runs on `on`, by running two of its steps on a device that only counts.
 ///
 /// # Errors
 /// As [`generate`].
-pub fn plan_memory(config: &PixArtConfig, request: &Request) -> Result<MemoryPlan> {
-    let device = Device::dry();
+pub fn plan_memory(config: &PixArtConfig, on: &Device, request: &Request) -> Result<MemoryPlan> {
+    let device = on.dry_twin();
     let mut twin = PixArt::unset(config.clone(), &device)?;
     if request.precision == Precision::Bf16 {
         twin.round_to_bf16()?;

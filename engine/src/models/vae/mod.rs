@@ -135,12 +135,18 @@ fn mapped(x: &Tensor, f: impl Fn(f32) -> f32) -> Result<Tensor> {
     Ok(out)
 }
 
-/// Plans the memory of decoding `n` latents of a size (height, width), by doing it on a device that only counts.
+/// Plans the memory of decoding `n` latents of a size (height, width) on `on`, by doing it on a device that only counts.
 ///
 /// # Errors
 /// Sizes that cannot be.
-pub fn plan_memory(config: &VaeConfig, [h, w]: [usize; 2], n: usize, precision: Precision) -> Result<MemoryPlan> {
-    let device = Device::dry();
+pub fn plan_memory(
+    config: &VaeConfig,
+    on: &Device,
+    [h, w]: [usize; 2],
+    n: usize,
+    precision: Precision,
+) -> Result<MemoryPlan> {
+    let device = on.dry_twin();
     let vae = Vae::new(config.clone(), &device, 0)?;
     let latents = device.empty(&[n, config.latent, h, w])?;
     device.trim();
