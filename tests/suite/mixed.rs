@@ -45,7 +45,7 @@ fn drawn(device: &Device, shape: &[usize], seed: u64) -> Tensor {
     Tensor::from_f32(device, shape, &values).unwrap()
 }
 
-/// Relative error in the mean square, and the largest against the largest value: a few roundings to 2^-9 of every layer.
+/// Relative error in the mean square, and the largest against the largest value: a few roundings to 2^-8 of every layer.
 fn near(what: &str, [want, got]: &[Vec<f32>; 2], rms: f64) {
     let size = want.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs())));
     let result = compare(got, want, Tolerance { atol: 4.0 * rms * size, rtol: 0.0, rms });
@@ -164,7 +164,7 @@ fn training(steps: u64, precision: Precision) -> LoopSettings {
 
 const OPTIMISER: AdamWSettings = AdamWSettings { lr: 3e-3, ema: 0.9, ..AdamWSettings::PLAIN };
 
-/// Parameters stay in f32, so that steps smaller than 2^-9 of a weight count, and losses follow those of the CPU.
+/// Parameters stay in f32, so that steps smaller than 2^-8 of a weight count, and losses follow those of the CPU.
 #[test]
 fn training_in_bf16_follows_that_of_the_cpu() {
     let Some(devices) = devices() else { return };

@@ -70,12 +70,11 @@ pub fn combine(out: &mut Tensor, scale: f64, channels: usize) -> Result<()> {
     })
 }
 
-/// Parts `[I, …]` of `x [R, …]` by their numbers `index [I]`, copied where they are.
+/// Images `[I, C, L]` of `x [B, C, L]` by their numbers `index [I]`, copied where they are.
 pub(super) fn pick(x: &Tensor, index: &Tensor) -> Result<Tensor> {
-    let mut shape = x.shape().dims().to_vec();
-    let rows = x.reshape(&[shape[0], x.len() / shape[0].max(1)])?;
-    shape[0] = index.len();
-    embed(&rows, index, None, contracts::embed::Params { act: act::NONE })?.y.into_shape(&shape)
+    let (b, c, l) = (x.dim(0), x.dim(1), x.dim(2));
+    let picked = embed(&x.reshape(&[b, c * l])?, index, None, contracts::embed::Params { act: act::NONE })?;
+    picked.y.into_shape(&[index.len(), c, l])
 }
 
 /// Puts the first half of a batch in the place of the second, too.
