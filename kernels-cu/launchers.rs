@@ -62,6 +62,8 @@ pub const KERNELS: &[&Kernel] = &[
     &branch_deltas::BRANCH_DELTAS_FORWARD_ANY,
     &branch_deltas::BRANCH_DELTAS_BACKWARD,
     &branch_deltas::BRANCH_DELTAS_BACKWARD_ANY,
+    &cast::CAST_FORWARD,
+    &cast::CAST_BACKWARD,
     &conv2d::CONV2D_FORWARD,
     &conv2d::CONV2D_WINDOWS_128X128,
     &conv2d::CONV2D_WINDOWS_64X64,
@@ -2081,6 +2083,51 @@ pub mod branch_deltas {
                 int(queue, &BRANCH_DELTAS_BACKWARD_ANY, "d", self.d)?,
             ];
             queue.launch(&Launch { kernel: &BRANCH_DELTAS_BACKWARD_ANY, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
+/// Kernels of `cast`.
+pub mod cast {
+    use super::*;
+
+    pub const CAST_FORWARD: Kernel = Kernel { op: "cast", source: "cast.cu", name: "cast_forward", arch: 80 };
+
+    /// Arguments of [`CAST_FORWARD`].
+    pub struct CastForward<T> {
+        pub x: In<f32>,
+        pub y: Out<T>,
+        pub l: u64,
+    }
+
+    impl<T: Element> CastForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.y.address()),
+                Arg::U64(self.l),
+            ];
+            queue.launch(&Launch { kernel: &CAST_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const CAST_BACKWARD: Kernel = Kernel { op: "cast", source: "cast.cu", name: "cast_backward", arch: 80 };
+
+    /// Arguments of [`CAST_BACKWARD`].
+    pub struct CastBackward<T> {
+        pub dy: In<T>,
+        pub dx: Out<f32>,
+        pub l: u64,
+    }
+
+    impl<T: Element> CastBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.dx.address()),
+                Arg::U64(self.l),
+            ];
+            queue.launch(&Launch { kernel: &CAST_BACKWARD, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -10007,6 +10054,7 @@ pub mod philox {
     /// Arguments of [`PHILOX_FORWARD`].
     pub struct PhiloxForward<T> {
         pub z: Out<T>,
+        pub b: u64,
         pub l: u64,
         pub seed: u64,
         pub stream: u64,
@@ -10017,6 +10065,7 @@ pub mod philox {
         pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
             let args = [
                 Arg::Address(self.z.address()),
+                Arg::U64(self.b),
                 Arg::U64(self.l),
                 Arg::U64(self.seed),
                 Arg::U64(self.stream),

@@ -24,6 +24,7 @@ pub mod attention;
 pub mod attention_int8;
 pub mod axpy;
 pub mod branch_deltas;
+pub mod cast;
 pub mod conv2d;
 pub mod conv_silu;
 pub mod cross_attention;

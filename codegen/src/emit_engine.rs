@@ -434,6 +434,17 @@ fn graph_method(out: &mut String, c: &Contract, gradient: &Gradient) {
         "\nimpl Graph<'_> {{\n    /// [`{name}`], recorded.\n    ///\n    /// # Errors\n    /// As the operator.\n    pub fn {name}(&self, {}, params: kernels::generated::{name}::Params) -> Result<Var> {{",
         params.join(", ")
     );
+    let elements = format!("kernels::generated::{name}::INFO.elements");
+    for t in c.input.iter().filter(|t| t.is_float()) {
+        let _ = match t.optional {
+            false => writeln!(out, "        let {0} = &self.fitted({0}, {elements})?;", t.name),
+            true => writeln!(
+                out,
+                "        let {0} = {0}.map(|v| self.fitted(v, {elements})).transpose()?;\n        let {0} = {0}.as_ref();",
+                t.name
+            ),
+        };
+    }
     let differentiable: Vec<&Tensor> = c.input.iter().filter(|t| t.grad != Grad::None).collect();
     let sources: Vec<String> = differentiable
         .iter()

@@ -12,14 +12,16 @@ const GROUP: usize = 4 * LANES;
 
 /// The numbers.
 pub fn forward(a: Forward<'_, f32>) {
-    let stream = Philox::new(a.params.seed, a.params.stream);
-    a.z.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, z)| {
-        let first = a.params.offset.wrapping_add((chunk * CHUNK) as u64);
-        vectorised(
-            #[inline(always)]
-            || fill(&stream, first, z),
-        );
-    });
+    for (row, z) in a.z.chunks_mut(a.dims.l.max(1)).enumerate() {
+        let stream = Philox::new(a.params.seed.wrapping_add(row as u64), a.params.stream);
+        z.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, z)| {
+            let first = a.params.offset.wrapping_add((chunk * CHUNK) as u64);
+            vectorised(
+                #[inline(always)]
+                || fill(&stream, first, z),
+            );
+        });
+    }
 }
 
 /// Fills `z` with the numbers from index `first` of the stream on, which may lie inside a block.

@@ -6,14 +6,17 @@ use crate::launchers::philox::PhiloxForward;
 
 /// Blocks at the most; more numbers go round.
 const GRID: usize = 1 << 14;
+/// The same for rows.
+const ROWS: usize = 1 << 10;
 
 /// Launches the generator.
 ///
 /// # Errors
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
-    let (l, p) = (a.dims.l, a.params);
+    let (b, l, p) = (a.dims.b, a.dims.l, a.params);
     // One block of four more where the offset cuts the first.
-    let shape = Shape::new((l / 4 + 2).div_ceil(128).min(GRID), 128);
-    PhiloxForward { z: a.z, l: l as u64, seed: p.seed, stream: p.stream, offset: p.offset }.launch(queue, shape)
+    let shape = Shape::new((l / 4 + 2).div_ceil(128).min(GRID), 128).y(b.min(ROWS));
+    let (seed, stream, offset) = (p.seed, p.stream, p.offset);
+    PhiloxForward { z: a.z, b: b as u64, l: l as u64, seed, stream, offset }.launch(queue, shape)
 }

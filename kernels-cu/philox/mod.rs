@@ -13,10 +13,11 @@ pub mod reference {
 
     /// The numbers.
     pub fn forward<T: Real>(a: Forward<'_, T>) {
-        let stream = Philox::new(a.params.seed, a.params.stream);
-        for i in 0..a.dims.l {
-            let index = a.params.offset.wrapping_add(i as u64);
-            a.z[i] = T::from_f64(stream.normals(index / 4)[(index % 4) as usize].into());
+        for (at, z) in a.z.iter_mut().enumerate() {
+            let (row, i) = ((at / a.dims.l) as u64, (at % a.dims.l) as u64);
+            let stream = Philox::new(a.params.seed.wrapping_add(row), a.params.stream);
+            let index = a.params.offset.wrapping_add(i);
+            *z = T::from_f64(stream.normals(index / 4)[(index % 4) as usize].into());
         }
     }
 }
@@ -29,9 +30,23 @@ mod tests {
     use crate::rng::Philox;
 
     fn draw(forward: fn(Forward<'_, f32>), params: Params, l: usize) -> Vec<u32> {
-        let mut z = vec![f32::NAN; l];
-        forward(Forward { dims: Dims { l }, params, z: &mut z });
+        draw_rows(forward, params, Dims { b: 1, l })
+    }
+
+    fn draw_rows(forward: fn(Forward<'_, f32>), params: Params, dims: Dims) -> Vec<u32> {
+        let mut z = vec![f32::NAN; dims.b * dims.l];
+        forward(Forward { dims, params, z: &mut z });
         z.into_iter().map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn a_row_is_that_of_its_own_key() {
+        let params = |seed| Params { seed, stream: 6, offset: 2 };
+        for forward in [reference::forward::<f32>, cpu::forward] {
+            let rows = draw_rows(forward, params(u64::MAX - 1), Dims { b: 3, l: 9 });
+            let alone = [u64::MAX - 1, u64::MAX, 0].map(|seed| draw(forward, params(seed), 9));
+            assert_eq!(rows, alone.concat());
+        }
     }
 
     #[test]
@@ -70,7 +85,7 @@ mod tests {
     #[test]
     fn cpu_has_the_bits_of_the_oracle() {
         for case in CASES.iter().filter(|c| c.tier == Tier::Tiny) {
-            let [got, want] = [cpu::forward, reference::forward].map(|f| draw(f, case.params, case.dims.l));
+            let [got, want] = [cpu::forward, reference::forward].map(|f| draw_rows(f, case.params, case.dims));
             assert_eq!(got, want, "{}", case.name);
         }
     }

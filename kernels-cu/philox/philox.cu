@@ -1,11 +1,11 @@
-// block = (offset + i)/4; words (a, b, c, d) = Philox4x32-10(counter = (block, stream), key = seed)
-// z[i] = number (offset + i) mod 4 of: sqrt(-2 ln u(a))·(cos, sin)(2 pi u(b)), the same of c and d
+// block = (offset + i)/4; words (a, b, c, d) = Philox4x32-10(counter = (block, stream), key = seed + row)
+// z[row,i] = number (offset + i) mod 4 of: sqrt(-2 ln u(a))·(cos, sin)(2 pi u(b)), the same of c and d
 //
-// z: [L], T = f32 alone. The bits are those of `rng.rs`, which states every operation: each is one f32 operation rounded
+// z: [B, L], T = f32 alone. The bits are those of `rng.rs`, which states every operation: each is one f32 operation rounded
 // by itself, so products and sums here are __fmul_rn and __fadd_rn, which are never contracted.
 //
-// A thread owns one block of four numbers; its stores are one of 16 bytes where the offset is a multiple of 4, else up to
-// four of 4 bytes.
+// A thread owns one block of four numbers of a row; its stores are one of 16 bytes where offset and row length are
+// multiples of 4, else up to four of 4 bytes.
 //
 // Bound: arithmetic, some 150 operations for 4 bytes written: on H100 about as long as the stores take, below 10 µs a
 // million numbers. A latent of 131,072 numbers is bound by the launch.
@@ -74,22 +74,25 @@ __device__ __forceinline__ float2 box_muller(uint32_t a, uint32_t b) {
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    philox_forward(T* z, uint64_t l, uint64_t seed, uint64_t stream, uint64_t offset) {
+    philox_forward(T* z, uint64_t b, uint64_t l, uint64_t seed, uint64_t stream, uint64_t offset) {
     const uint64_t skipped = offset % 4, blocks = (l + skipped + 3) / 4;
-    for (uint64_t i = grid_thread(); i < blocks; i += grid_threads()) {
-        // Blocks wrap at 2^62, because their numbers do at 2^64.
-        const Words w = philox_words((offset / 4 + i) & (~uint64_t(0) >> 2), stream, seed);
-        const float2 first = box_muller(w.a, w.b), second = box_muller(w.c, w.d);
-        const float v[4] = {first.x, first.y, second.x, second.y};
-        const uint64_t start = 4 * i - skipped;
-        if (skipped == 0 && start + 4 <= l) {
-            store<4>(z + start, v);
-            continue;
-        }
+    for (uint64_t row = blockIdx.y; row < b; row += gridDim.y) {
+        T* line = z + row * l;
+        for (uint64_t i = grid_thread(); i < blocks; i += grid_threads()) {
+            // Blocks wrap at 2^62, because their numbers do at 2^64.
+            const Words w = philox_words((offset / 4 + i) & (~uint64_t(0) >> 2), stream, seed + row);
+            const float2 first = box_muller(w.a, w.b), second = box_muller(w.c, w.d);
+            const float v[4] = {first.x, first.y, second.x, second.y};
+            const uint64_t start = 4 * i - skipped;
+            if (skipped == 0 && l % 4 == 0) {
+                store<4>(line + start, v);
+                continue;
+            }
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            // The numbers before the first wrap to indices far above l.
-            if (start + e < l) z[start + e] = v[e];
+            for (int e = 0; e < 4; e++) {
+                // The numbers before the first wrap to indices far above l.
+                if (start + e < l) line[start + e] = v[e];
+            }
         }
     }
 }

@@ -21,7 +21,12 @@ use graft_kernels::ways::force;
 
 /// An emulated GPU in f32; none where there is no C++ compiler, which `REQUIRE_EMU=1` does not allow.
 fn emulator() -> Option<Device> {
-    match emu::open(DType::F32, 1) {
+    emulator_of(DType::F32)
+}
+
+/// One that computes in `element`.
+pub fn emulator_of(element: DType) -> Option<Device> {
+    match emu::open(element, 1) {
         Ok(device) => Some(device),
         Err(why) => {
             assert!(std::env::var_os("REQUIRE_EMU").is_none_or(|v| v == "0"), "{why}");
@@ -31,7 +36,7 @@ fn emulator() -> Option<Device> {
     }
 }
 
-fn configs() -> [(&'static str, DitConfig); 2] {
+pub fn configs() -> [(&'static str, DitConfig); 2] {
     let plain = DitConfig { patch: 2, input_size: 8, in_channels: 3, classes: 4, ..DitConfig::plain(2, 32, 4) };
     let mut grafted = plain.clone();
     grafted.blocks[0].attn = Spec::new("hyena_x").with("taps", 4.0);

@@ -9,6 +9,7 @@ mod golden_io;
 mod golden_verify;
 mod graft;
 mod malicious;
+mod mixed;
 mod plans;
 mod properties;
 mod science;

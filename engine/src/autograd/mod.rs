@@ -11,12 +11,13 @@ mod params;
 pub use gradients::Gradients;
 pub use params::{Adapter, Param, ParamId, ParamStore};
 
-use crate::backend::add_into;
+use crate::backend::{add_into, add_scaled};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 use std::cell::{Cell, RefCell};
 
-/// Arithmetic of the products in a graph.
+/// Arithmetic of the products in a graph. On the host all else is f32; a GPU is opened for one of them
+/// ([`Device::element`](crate::tensor::Device::element)) and computes all but what is f32 by contract in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// f32 products.
@@ -24,6 +25,16 @@ pub enum Precision {
     F32,
     /// Products of values rounded to bf16, accumulated in f32.
     Bf16,
+}
+
+impl From<Precision> for DType {
+    /// The working type of a GPU that computes in this precision.
+    fn from(precision: Precision) -> DType {
+        match precision {
+            Precision::F32 => DType::F32,
+            Precision::Bf16 => DType::BF16,
+        }
+    }
 }
 
 /// Where a gradient goes: a result on the tape, or a parameter.
@@ -87,6 +98,8 @@ struct Node<'m> {
 pub struct Graph<'m> {
     recording: bool,
     precision: Precision,
+    /// Whether operators run in f32, whatever the working type of their device.
+    exact: Cell<bool>,
     nodes: RefCell<Vec<Node<'m>>>,
     saved_bytes: Cell<usize>,
 }
@@ -94,7 +107,13 @@ pub struct Graph<'m> {
 impl<'m> Graph<'m> {
     /// A graph that records nothing and saves nothing.
     pub fn inference(precision: Precision) -> Graph<'m> {
-        Graph { recording: false, precision, nodes: RefCell::new(Vec::new()), saved_bytes: Cell::new(0) }
+        Graph {
+            recording: false,
+            precision,
+            exact: Cell::new(false),
+            nodes: RefCell::new(Vec::new()),
+            saved_bytes: Cell::new(0),
+        }
     }
 
     /// A graph that records every operator with a differentiable input.
@@ -110,6 +129,23 @@ impl<'m> Graph<'m> {
     /// Arithmetic of the products.
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// Runs `work` with every operator in f32, whatever the working type of the device: for small parts whose results
+    /// a narrower type would blur. On the host, which computes in f32, this changes nothing.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn in_f32<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        let before = self.exact.replace(true);
+        let done = work();
+        self.exact.set(before);
+        done
+    }
+
+    /// Whether operators run in f32, whatever the working type of their device.
+    pub(crate) fn is_exact(&self) -> bool {
+        self.exact.get()
     }
 
     /// Bytes of the tensors that the tape keeps for the backward pass.
@@ -224,15 +260,18 @@ impl<'m> Graph<'m> {
     /// # Errors
     /// When the shapes differ.
     pub fn sub(&self, a: &Var, b: &Var) -> Result<Var> {
-        let mut difference = negated(&b.tensor)?;
-        add_into(&mut difference, &a.tensor)?;
+        let mut difference = a.tensor.copy()?;
+        add_scaled(&mut difference, &b.tensor, -1.0)?;
         let sources = [self.source(a), self.source(b)];
         if sources.iter().all(Option::is_none) {
             return Ok(Var::constant(difference));
         }
         Ok(self.record("sub", difference, 0, move |dy, grads| {
             grads.add(sources[0], Some(dy.clone()))?;
-            grads.add(sources[1], Some(negated(dy)?))
+            let Some(source) = sources[1] else { return Ok(()) };
+            let mut negated = Tensor::zeros_of(dy.device(), dy.shape().dims(), dy.dtype())?;
+            add_scaled(&mut negated, dy, -1.0)?;
+            grads.add(Some(source), Some(negated))
         }))
     }
 
@@ -295,11 +334,4 @@ impl<'m> Graph<'m> {
         }
         Ok(grads)
     }
-}
-
-/// −x.
-fn negated(x: &Tensor) -> Result<Tensor> {
-    let mut out = x.copy()?;
-    out.edit(|values| values.iter_mut().for_each(|v| *v = -*v))?;
-    Ok(out)
 }

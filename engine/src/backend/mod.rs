@@ -60,6 +60,14 @@ pub fn element(name: &str) -> Result<DType> {
 /// # Errors
 /// When the shapes differ, or the device has no path.
 pub fn add_into(target: &mut Tensor, addend: &Tensor) -> Result<()> {
+    add_scaled(target, addend, 1.0)
+}
+
+/// `target += alpha · addend`, in place where `target` is not shared.
+///
+/// # Errors
+/// As [`add_into`].
+pub fn add_scaled(target: &mut Tensor, addend: &Tensor, alpha: f32) -> Result<()> {
     if target.shape() != addend.shape() {
         return Err(Error::failure("add", "shapes differ").is(addend.shape()).must(target.shape()));
     }
@@ -71,7 +79,7 @@ pub fn add_into(target: &mut Tensor, addend: &Tensor) -> Result<()> {
         return Ok(());
     }
     let dims = Dims { l: target.len() };
-    let params = Params { alpha: 1.0 };
+    let params = Params { alpha };
     if target.device().is_gpu() {
         return match (target.dtype(), addend.dtype()) {
             (DType::F32, DType::F32) => add_into_gpu::<f32>(target, addend, dims, params),

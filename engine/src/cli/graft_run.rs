@@ -3,8 +3,9 @@
 //! `graft distill --sites 0/4` trains a quarter of the sites; when all four are done, `graft distill` gathers them.
 
 use super::{progress, synthesize};
+use crate::autograd::Precision;
 use crate::backend::{self, Device};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graft::assemble::Stage;
 use crate::graft::parts::Part;
 use crate::graft::plan::Plan;
@@ -12,6 +13,8 @@ use crate::graft::run::{self, Event, RunData, RunFolder};
 use crate::graft::source::{RunSource, reads_text};
 use crate::graft::summary::{StageSummary, Summary};
 use crate::graft::text_source::TextData;
+use crate::tensor::DType;
+use crate::train::config::Dtype;
 use indicatif::ProgressBar;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -63,7 +66,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
 }
 
 fn run_on<D: RunSource>(plan: Plan, args: &RunArgs) -> Result<()> {
-    let device = backend::open(&args.backend)?;
+    let device = open(&args.backend, &[plan.distill.dtype, plan.finetune.dtype])?;
     let folder = RunFolder::create(plan, &args.run)?;
     if let Some(config) = &folder.plan.synthesize {
         synthesize::for_plan(&folder.plan, config, &args.backend)?;
@@ -83,13 +86,18 @@ pub fn distill(args: &DistillArgs) -> Result<()> {
     match (reads_text(&plan), part) {
         (false, Some(part)) => distill_part::<RunData>(plan, &args.common, part),
         (true, Some(part)) => distill_part::<TextData>(plan, &args.common, part),
-        (false, None) => stage(&RunFolder::create(plan, &args.common.run)?, &args.common, run::distill::<RunData>),
-        (true, None) => stage(&RunFolder::create(plan, &args.common.run)?, &args.common, run::distill::<TextData>),
+        (reads_text, None) => {
+            let (dtype, folder) = (plan.distill.dtype, RunFolder::create(plan, &args.common.run)?);
+            match reads_text {
+                false => stage(&folder, &args.common, dtype, run::distill::<RunData>),
+                true => stage(&folder, &args.common, dtype, run::distill::<TextData>),
+            }
+        }
     }
 }
 
 fn distill_part<D: RunSource>(plan: Plan, args: &RunArgs, part: Part) -> Result<()> {
-    let device = backend::open(&args.backend)?;
+    let device = open(&args.backend, &[plan.distill.dtype])?;
     let folder = RunFolder::share(plan, &args.run)?;
     let mut bars = Bars::new(steps(&folder), &device, args.stop_after);
     let data = D::load(&folder.plan.data)?;
@@ -110,8 +118,8 @@ fn distill_part<D: RunSource>(plan: Plan, args: &RunArgs, part: Part) -> Result<
 pub fn finetune(args: &RunArgs) -> Result<()> {
     let folder = RunFolder::open(&args.run)?;
     match reads_text(&folder.plan) {
-        false => stage(&folder, args, run::finetune::<RunData>),
-        true => stage(&folder, args, run::finetune::<TextData>),
+        false => stage(&folder, args, folder.plan.finetune.dtype, run::finetune::<RunData>),
+        true => stage(&folder, args, folder.plan.finetune.dtype, run::finetune::<TextData>),
     }
 }
 
@@ -122,8 +130,21 @@ fn steps(folder: &RunFolder) -> [u64; 2] {
 
 type StageFn<D> = fn(&RunFolder, &D, &Device, &mut run::Report<'_>) -> Result<bool>;
 
-fn stage<D: RunSource>(folder: &RunFolder, args: &RunArgs, stage: StageFn<D>) -> Result<()> {
-    let device = backend::open(&args.backend)?;
+/// The device that runs stages; a GPU computes in the type that the plan has for all of them.
+fn open(backend: &str, dtypes: &[Dtype]) -> Result<Device> {
+    let element = dtypes.first().map_or(DType::F32, |dtype| Precision::from(*dtype).into());
+    let device = backend::open_as(backend, element)?;
+    match dtypes.iter().any(|dtype| *dtype != dtypes[0]) && device.is_gpu() {
+        false => Ok(device),
+        true => Err(Error::usage("distill.dtype, finetune.dtype", "differ, and a GPU computes in one type")
+            .is(format!("{dtypes:?}"))
+            .must("the same")
+            .fix("run the stages one by one: graft distill, then graft finetune")),
+    }
+}
+
+fn stage<D: RunSource>(folder: &RunFolder, args: &RunArgs, dtype: Dtype, stage: StageFn<D>) -> Result<()> {
+    let device = open(&args.backend, &[dtype])?;
     let mut bars = Bars::new(steps(folder), &device, args.stop_after);
     let data = D::load(&folder.plan.data)?;
     let finished = stage(folder, &data, &device, &mut |e| bars.report(e))?;

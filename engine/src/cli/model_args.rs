@@ -1,6 +1,7 @@
 //! Arguments that several commands share: a model, its arithmetic and details, and how labels are named.
 
 use super::Dtype;
+use crate::autograd::Precision;
 use crate::backend::{self, Device};
 use crate::error::{Error, Result};
 use crate::io::{files, hash, json, safetensors::TensorFile};
@@ -27,7 +28,7 @@ pub struct RunArgs {
     /// What runs the operators: cpu, oracle, emu or cuda.
     #[arg(long, default_value = "cpu", value_name = "NAME")]
     backend: String,
-    /// Arithmetic of the products; bf16 also halves the memory of the weights.
+    /// Arithmetic of the products; bf16 also halves the memory of the weights. A GPU computes in it throughout.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     pub dtype: Dtype,
     /// Details in which implementations differ: those of training, or diffusers'.
@@ -50,12 +51,12 @@ impl RunArgs {
         RunArgs { backend: backend.into(), dtype, semantics: SemanticsArg::Original }
     }
 
-    /// The device that runs the operators.
+    /// The device that runs the operators; a GPU computes in the type of `--dtype`.
     ///
     /// # Errors
     /// A backend that this machine cannot run.
     pub fn device(&self) -> Result<Device> {
-        backend::open(&self.backend)
+        backend::open_as(&self.backend, Precision::from(self.dtype).into())
     }
 
     /// Whether diffusers' details are asked for.

@@ -1,7 +1,8 @@
 //! `graft pretrain CONFIG --run DIR`.
 
 use super::progress;
-use crate::backend::Device;
+use crate::autograd::Precision;
+use crate::backend::{self, Device};
 use crate::error::{Error, Result};
 use crate::io::datasets::Split;
 use crate::models::dit::{self, Dit, DitConfig, SaveAs};
@@ -29,6 +30,9 @@ pub struct Args {
     /// Stop after this many updates of this call; the run resumes from there.
     #[arg(long, value_name = "N")]
     stop_after: Option<u64>,
+    /// What runs the operators: cpu, oracle, emu or cuda; a GPU computes in the configuration's dtype.
+    #[arg(long, default_value = "cpu", value_name = "NAME")]
+    backend: String,
     /// Only write the model of the last checkpoint (averaged weights) to `RUN/model`.
     #[arg(long)]
     export: bool,
@@ -45,7 +49,7 @@ pub fn run(args: &Args) -> Result<()> {
 
 fn run_labels(args: &Args, config: &PretrainConfig) -> Result<()> {
     let data = config.data.load(Split::Train)?;
-    let device = Device::cpu();
+    let device = open(args, config)?;
     let sizes = config.model_for(data.channels, data.height, data.class_names.len())?;
     let model = match &config.init {
         None => Dit::new(sizes, &device, config.train.seed)?,
@@ -60,10 +64,14 @@ fn run_labels(args: &Args, config: &PretrainConfig) -> Result<()> {
     Ok(())
 }
 
+fn open(args: &Args, config: &PretrainConfig) -> Result<Device> {
+    backend::open_as(&args.backend, Precision::from(config.train.dtype).into())
+}
+
 /// A model that reads captions, with its text encoder and a tokenizer of the captions' words.
 fn run_text(args: &Args, config: &PretrainConfig, text: &TextConfig) -> Result<()> {
     let data = config.data.load_captioned(Split::Train)?;
-    let (device, folder) = (Device::cpu(), args.run.join("model"));
+    let (device, folder) = (open(args, config)?, args.run.join("model"));
     let cleaned: Vec<String> = data.captions.iter().map(|caption| captions::clean(caption)).collect();
     let tokens = folder.join("tokenizer");
     t5::write_word_tokenizer(&tokens, cleaned.iter().map(String::as_str))?;

@@ -3,6 +3,7 @@
 use super::source::{Source, read_weight, read_weight_into, read_weight_rounded};
 use crate::autograd::{ParamId, ParamStore};
 use crate::error::{Error, Result};
+use crate::ops::to_working;
 use crate::tensor::{DType, Device, Tensor};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,7 +29,8 @@ pub(super) struct Fill<'f> {
     pub place: &'f dyn Fn(&str) -> Place,
     /// Names in the file that need not belong to the model.
     pub ignored: &'f dyn Fn(&str) -> bool,
-    /// Whether weights of products are rounded to bf16 as they are read …
+    /// Whether a model that is only run is read: on a device that computes in bf16 everything is rounded as it is read,
+    /// elsewhere the weights of products …
     pub bf16: bool,
     /// … but for these.
     pub exact: &'f dyn Fn(&str) -> bool,
@@ -57,7 +59,7 @@ pub(super) fn fill(params: &mut ParamStore, source: &dyn Source, device: &Device
     // In the order of the file, so that it is read from front to back.
     let offset = |place: &Place| place.parts.first().and_then(|n| source.tensor(n)).map_or(0, |t| t.offset());
     let job = |(id, place): (ParamId, Place)| {
-        let bf16 = how.bf16 && !(how.exact)(&params.get(id).name);
+        let bf16 = how.bf16 && (device.element() == DType::BF16 || !(how.exact)(&params.get(id).name));
         (offset(&place), id, place, bf16)
     };
     let mut jobs: Vec<(u64, ParamId, Place, bool)> = wanted.into_iter().map(job).collect();
@@ -139,6 +141,22 @@ fn read_one(
         let pixel = found.len() == stored.len() + 2 && found.ends_with(&[1, 1]) && found.starts_with(&stored);
         if pixel { found } else { stored.clone() }
     };
+    let read = |target: &mut [f32]| -> Result<()> {
+        for (name, target) in place.parts.iter().zip(target.chunks_mut(chunk)) {
+            let stored = in_file(name);
+            match (place.filters, stored.as_slice()) {
+                (true, &[f, c, h, w]) => turn_filters(&read_weight(source, name, &stored)?, [f, c, h * w], target),
+                _ => read_weight_into(source, name, &stored, target)?,
+            }
+        }
+        Ok(())
+    };
+    if device.is_gpu() {
+        let mut values = vec![0.0; param.value.len()];
+        read(&mut values)?;
+        let element = if bf16 { device.element() } else { DType::F32 };
+        return Tensor::from_f32_as(device, shape.dims(), &values, element);
+    }
     let bf16 = bf16 && is_product;
     if bf16 && device.is_host() && !place.filters {
         let mut value = device.empty_of(shape.dims(), DType::BF16)?;
@@ -148,17 +166,33 @@ fn read_one(
         return Ok(value);
     }
     let mut value = device.empty(shape.dims())?;
-    value.edit(|target| -> Result<()> {
-        for (name, target) in place.parts.iter().zip(target.chunks_mut(chunk)) {
-            let stored = in_file(name);
-            match (place.filters, stored.as_slice()) {
-                (true, &[f, c, h, w]) => turn_filters(&read_weight(source, name, &stored)?, [f, c, h * w], target),
-                _ => read_weight_into(source, name, &stored, target)?,
-            }
-        }
-        Ok(())
-    })??;
+    value.edit(read)??;
     if bf16 { value.to_bf16() } else { Ok(value) }
+}
+
+/// Stores the parameters of a model that is only run in bf16: all of them on a device that computes in it, elsewhere
+/// the weights of products.
+///
+/// # Errors
+/// When memory runs out.
+pub(crate) fn round(params: &mut ParamStore) -> Result<()> {
+    let ids: Vec<ParamId> = params.iter().map(|(id, _)| id).collect();
+    for id in ids {
+        let param = params.get(id);
+        let value = rounded(&param.name, &param.value)?;
+        params.set(id, value)?;
+    }
+    Ok(())
+}
+
+/// A parameter as [`round`] stores it.
+pub(super) fn rounded(name: &str, value: &Tensor) -> Result<Tensor> {
+    let device = value.device();
+    match (value.dtype(), device.element()) {
+        (DType::F32, DType::BF16) => to_working(value),
+        (DType::F32, _) if !device.is_gpu() && is_product(name, value.shape().dims()) => value.to_bf16(),
+        _ => Ok(value.clone()),
+    }
 }
 
 /// `[F, C, K]` to `[F, K, C]`.

@@ -153,7 +153,12 @@ impl DimCheck {
         if device.is_host() {
             return Ok(DType::F32);
         }
-        let element = self.element.map_or(device.element(), |(element, _)| element);
+        let element = match (self.element, kernels) {
+            (Some((element, _)), _) => element,
+            // Where nothing that is read says it, what computes in one type alone computes in that.
+            (None, [only]) => DType::from(*only),
+            (None, _) => device.element(),
+        };
         if !device.is_gpu() || kernels.iter().any(|k| DType::from(*k) == element) {
             return Ok(element);
         }

@@ -25,6 +25,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("attention_int8", attention_int8_conform),
     ("axpy", axpy_conform),
     ("branch_deltas", branch_deltas_conform),
+    ("cast", cast_conform),
     ("conv2d", conv2d_conform),
     ("conv_silu", conv_silu_conform),
     ("cross_attention", cross_attention_conform),
@@ -326,6 +327,7 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn attention(&self, qkv: &Var, params: kernels::generated::attention::Params) -> Result<Var> {
+        let qkv = &self.fitted(qkv, kernels::generated::attention::INFO.elements)?;
         let sources = [self.source(qkv)];
         let record = sources.iter().any(Option::is_some);
         let out = attention(qkv.tensor(), params)?;
@@ -604,6 +606,9 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn branch_deltas(&self, x: &Var, first: &Var, second: &Var, params: kernels::generated::branch_deltas::Params) -> Result<Var> {
+        let x = &self.fitted(x, kernels::generated::branch_deltas::INFO.elements)?;
+        let first = &self.fitted(first, kernels::generated::branch_deltas::INFO.elements)?;
+        let second = &self.fitted(second, kernels::generated::branch_deltas::INFO.elements)?;
         let sources = [self.source(x), self.source(first), self.source(second)];
         let record = sources.iter().any(Option::is_some);
         let out = branch_deltas(x.tensor(), first.tensor(), second.tensor(), params)?;
@@ -639,6 +644,132 @@ fn branch_deltas_conform(run: &mut Conform<'_>) -> Result<()> {
             if let Some(t) = &grads.x { io.result("dx", t)?; }
             if let Some(t) = &grads.first { io.result("dfirst", t)?; }
             if let Some(t) = &grads.second { io.result("dsecond", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Values of f32 in the working type of the device; the backward pass brings gradients back to f32.
+///
+/// ```text
+/// y[l] = x[l], rounded to nearest, ties to even
+/// dx[l] = dy[l], exactly
+/// ```
+/// - `x` `[L]` f32: Values in f32.
+/// - returns `y` `[L]` float: The same values in the working type.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn cast(x: &Tensor, params: kernels::generated::cast::Params) -> Result<Tensor> {
+    use kernels::generated::cast::{Dims, Forward};
+    let mut check = DimCheck::new("cast", &["L"]);
+    check.bind("x", x, &["L"])?;
+    check.match_exprs("x", x, &["L"])?;
+    check.f32("x", x)?;
+    let dims = Dims { l: check.dim("L")? };
+    let device = x.device().clone();
+    check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::cast::INFO.elements)?;
+    let Dims { l, .. } = dims;
+    let mut y = device.empty_of(&[l], element)?;
+
+    if device.is_dry() {
+        return Ok(y);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cast::GpuForward { dims, params, x: x.input()?, y: y.output()?, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cast::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::cast::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("cast", other)),
+        }
+        return Ok(y);
+    }
+    let args = Forward { dims, params, x: x.f32s()?, y: y.f32s_mut()? };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::cast::cpu::forward(args),
+        DeviceKind::Oracle => kernels::cast::reference::forward(args),
+        other => return Err(no_path("cast", other)),
+    }
+    Ok(y)
+}
+
+/// Backward pass of [`cast`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn cast_backward(dy: &Tensor, want_x: bool, params: kernels::generated::cast::Params) -> Result<Option<Tensor>> {
+    use kernels::generated::cast::{Backward, Dims};
+    let mut check = DimCheck::new("cast", &["L"]);
+    check.bind("dy", dy, &["L"])?;
+    check.match_exprs("dy", dy, &["L"])?;
+    check.float("dy", dy)?;
+    let dims = Dims { l: check.dim("L")? };
+    let device = dy.device().clone();
+    check.same_device(&device, &[])?;
+    let element = check.element(&device, kernels::generated::cast::INFO.elements)?;
+    let Dims { l, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty(&[l])?) } else { None };
+
+    if device.is_dry() {
+        return Ok(grad_x);
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::cast::GpuBackward { dims, params, dy: dy.input()?, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::cast::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::cast::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("cast", other)),
+        }
+        return Ok(grad_x);
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::cast::cpu::backward(args),
+        DeviceKind::Oracle => kernels::cast::reference::backward(args),
+        other => return Err(no_path("cast", other)),
+    }
+    Ok(grad_x)
+}
+
+impl Graph<'_> {
+    /// [`cast`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn cast(&self, x: &Var, params: kernels::generated::cast::Params) -> Result<Var> {
+        let sources = [self.source(x)];
+        let record = sources.iter().any(Option::is_some);
+        let out = cast(x.tensor(), params)?;
+        if !record {
+            return Ok(Var::constant(out));
+        }
+        let saved = 0;
+        Ok(self.record("cast", out, saved, move |dy, grads| {
+            let found = cast_backward(dy, sources[0].is_some(), params)?;
+            grads.add(sources[0], found.clone())?;
+            Ok(())
+        }))
+    }
+}
+
+fn cast_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::cast::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { l, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw_f32(case.name, "x", &[l], Fill::Normal)?;
+            let out = io.call("forward", || cast(&x, params))?;
+            io.result("y", &out)?;
+            let dy = io.draw(case.name, "dy", &[l], Fill::Normal)?;
+            let grads = io.call("backward", || cast_backward(&dy, true, params))?;
+            if let Some(t) = &grads { io.result("dx", t)?; }
             Ok(())
         })?;
     }
@@ -849,6 +980,9 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn conv_silu(&self, p: &Var, weight: &Var, bias: &Var, params: kernels::generated::conv_silu::Params) -> Result<Var> {
+        let p = &self.fitted(p, kernels::generated::conv_silu::INFO.elements)?;
+        let weight = &self.fitted(weight, kernels::generated::conv_silu::INFO.elements)?;
+        let bias = &self.fitted(bias, kernels::generated::conv_silu::INFO.elements)?;
         let sources = [self.source(p), self.source(weight), self.source(bias)];
         let record = sources.iter().any(Option::is_some);
         let out = conv_silu(p.tensor(), weight.tensor(), bias.tensor(), params)?;
@@ -1036,6 +1170,8 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn cross_attention(&self, q: &Var, kv: &Var, counts: Option<&Tensor>, params: kernels::generated::cross_attention::Params) -> Result<Var> {
+        let q = &self.fitted(q, kernels::generated::cross_attention::INFO.elements)?;
+        let kv = &self.fitted(kv, kernels::generated::cross_attention::INFO.elements)?;
         let sources = [self.source(q), self.source(kv)];
         let record = sources.iter().any(Option::is_some);
         let out = cross_attention(q.tensor(), kv.tensor(), counts, params)?;
@@ -1206,6 +1342,7 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn cross_entropy(&self, logits: &Var, labels: &Tensor, params: kernels::generated::cross_entropy::Params) -> Result<Var> {
+        let logits = &self.fitted(logits, kernels::generated::cross_entropy::INFO.elements)?;
         let sources = [self.source(logits)];
         let record = sources.iter().any(Option::is_some);
         let out = cross_entropy(logits.tensor(), labels, params)?;
@@ -1383,6 +1520,9 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn embed(&self, table: &Var, index: &Tensor, addend: Option<&Var>, params: kernels::generated::embed::Params) -> Result<Var> {
+        let table = &self.fitted(table, kernels::generated::embed::INFO.elements)?;
+        let addend = addend.map(|v| self.fitted(v, kernels::generated::embed::INFO.elements)).transpose()?;
+        let addend = addend.as_ref();
         let sources = [self.source(table), addend.and_then(|v| self.source(v))];
         let record = sources.iter().any(Option::is_some);
         let out = embed(table.tensor(), index, addend.map(Var::tensor), params)?;
@@ -1551,6 +1691,9 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn feature_gated_conv(&self, p: &Var, weight: &Var, bias: &Var, params: kernels::generated::feature_gated_conv::Params) -> Result<Var> {
+        let p = &self.fitted(p, kernels::generated::feature_gated_conv::INFO.elements)?;
+        let weight = &self.fitted(weight, kernels::generated::feature_gated_conv::INFO.elements)?;
+        let bias = &self.fitted(bias, kernels::generated::feature_gated_conv::INFO.elements)?;
         let sources = [self.source(p), self.source(weight), self.source(bias)];
         let record = sources.iter().any(Option::is_some);
         let out = feature_gated_conv(p.tensor(), weight.tensor(), bias.tensor(), params)?;
@@ -1692,6 +1835,7 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn filter_window(&self, x: &Var, params: kernels::generated::filter_window::Params) -> Result<Var> {
+        let x = &self.fitted(x, kernels::generated::filter_window::INFO.elements)?;
         let sources = [self.source(x)];
         let record = sources.iter().any(Option::is_some);
         let out = filter_window(x.tensor(), params)?;
@@ -1845,6 +1989,9 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn gate_residual(&self, residual: &Var, modulation: &Var, branch: &Var, params: kernels::generated::gate_residual::Params) -> Result<Var> {
+        let residual = &self.fitted(residual, kernels::generated::gate_residual::INFO.elements)?;
+        let modulation = &self.fitted(modulation, kernels::generated::gate_residual::INFO.elements)?;
+        let branch = &self.fitted(branch, kernels::generated::gate_residual::INFO.elements)?;
         let sources = [self.source(residual), self.source(modulation), self.source(branch)];
         let record = sources.iter().any(Option::is_some);
         let out = gate_residual(residual.tensor(), modulation.tensor(), branch.tensor(), params)?;
@@ -2040,6 +2187,15 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn gated_conv(&self, p: &Var, short_weight: Option<&Var>, short_bias: Option<&Var>, inner_weight: Option<&Var>, inner_bias: Option<&Var>, params: kernels::generated::gated_conv::Params) -> Result<Var> {
+        let p = &self.fitted(p, kernels::generated::gated_conv::INFO.elements)?;
+        let short_weight = short_weight.map(|v| self.fitted(v, kernels::generated::gated_conv::INFO.elements)).transpose()?;
+        let short_weight = short_weight.as_ref();
+        let short_bias = short_bias.map(|v| self.fitted(v, kernels::generated::gated_conv::INFO.elements)).transpose()?;
+        let short_bias = short_bias.as_ref();
+        let inner_weight = inner_weight.map(|v| self.fitted(v, kernels::generated::gated_conv::INFO.elements)).transpose()?;
+        let inner_weight = inner_weight.as_ref();
+        let inner_bias = inner_bias.map(|v| self.fitted(v, kernels::generated::gated_conv::INFO.elements)).transpose()?;
+        let inner_bias = inner_bias.as_ref();
         let sources = [self.source(p), short_weight.and_then(|v| self.source(v)), short_bias.and_then(|v| self.source(v)), inner_weight.and_then(|v| self.source(v)), inner_bias.and_then(|v| self.source(v))];
         let record = sources.iter().any(Option::is_some);
         let out = gated_conv(p.tensor(), short_weight.map(Var::tensor), short_bias.map(Var::tensor), inner_weight.map(Var::tensor), inner_bias.map(Var::tensor), params)?;
@@ -2243,6 +2399,15 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn gated_conv_2d(&self, p: &Var, short_weight: Option<&Var>, short_bias: Option<&Var>, inner_weight: Option<&Var>, inner_bias: Option<&Var>, params: kernels::generated::gated_conv_2d::Params) -> Result<Var> {
+        let p = &self.fitted(p, kernels::generated::gated_conv_2d::INFO.elements)?;
+        let short_weight = short_weight.map(|v| self.fitted(v, kernels::generated::gated_conv_2d::INFO.elements)).transpose()?;
+        let short_weight = short_weight.as_ref();
+        let short_bias = short_bias.map(|v| self.fitted(v, kernels::generated::gated_conv_2d::INFO.elements)).transpose()?;
+        let short_bias = short_bias.as_ref();
+        let inner_weight = inner_weight.map(|v| self.fitted(v, kernels::generated::gated_conv_2d::INFO.elements)).transpose()?;
+        let inner_weight = inner_weight.as_ref();
+        let inner_bias = inner_bias.map(|v| self.fitted(v, kernels::generated::gated_conv_2d::INFO.elements)).transpose()?;
+        let inner_bias = inner_bias.as_ref();
         let sources = [self.source(p), short_weight.and_then(|v| self.source(v)), short_bias.and_then(|v| self.source(v)), inner_weight.and_then(|v| self.source(v)), inner_bias.and_then(|v| self.source(v))];
         let record = sources.iter().any(Option::is_some);
         let out = gated_conv_2d(p.tensor(), short_weight.map(Var::tensor), short_bias.map(Var::tensor), inner_weight.map(Var::tensor), inner_bias.map(Var::tensor), params)?;
@@ -2457,6 +2622,16 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn gemm(&self, x: &Var, w: &Var, bias: Option<&Var>, pos: Option<&Var>, gate: Option<&Var>, residual: Option<&Var>, params: kernels::generated::gemm::Params) -> Result<Var> {
+        let x = &self.fitted(x, kernels::generated::gemm::INFO.elements)?;
+        let w = &self.fitted(w, kernels::generated::gemm::INFO.elements)?;
+        let bias = bias.map(|v| self.fitted(v, kernels::generated::gemm::INFO.elements)).transpose()?;
+        let bias = bias.as_ref();
+        let pos = pos.map(|v| self.fitted(v, kernels::generated::gemm::INFO.elements)).transpose()?;
+        let pos = pos.as_ref();
+        let gate = gate.map(|v| self.fitted(v, kernels::generated::gemm::INFO.elements)).transpose()?;
+        let gate = gate.as_ref();
+        let residual = residual.map(|v| self.fitted(v, kernels::generated::gemm::INFO.elements)).transpose()?;
+        let residual = residual.as_ref();
         let sources = [self.source(x), self.source(w), bias.and_then(|v| self.source(v)), pos.and_then(|v| self.source(v)), gate.and_then(|v| self.source(v)), residual.and_then(|v| self.source(v))];
         let record = sources.iter().any(Option::is_some);
         let out = gemm(x.tensor(), w.tensor(), bias.map(Var::tensor), pos.map(Var::tensor), gate.map(Var::tensor), residual.map(Var::tensor), record && (params.act != 0 || gate.is_some()), params)?;
@@ -2756,6 +2931,9 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn group_norm_silu(&self, x: &Var, gamma: &Var, beta: &Var, stats: Option<&Var>, g: usize, params: kernels::generated::group_norm_silu::Params) -> Result<Var> {
+        let x = &self.fitted(x, kernels::generated::group_norm_silu::INFO.elements)?;
+        let gamma = &self.fitted(gamma, kernels::generated::group_norm_silu::INFO.elements)?;
+        let beta = &self.fitted(beta, kernels::generated::group_norm_silu::INFO.elements)?;
         let sources = [self.source(x), self.source(gamma), self.source(beta)];
         let record = sources.iter().any(Option::is_some);
         let out = group_norm_silu(x.tensor(), gamma.tensor(), beta.tensor(), stats.map(Var::tensor), g, params)?;
@@ -2971,6 +3149,11 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn kv_compress(&self, x: &Var, weight: &Var, bias: &Var, gamma: &Var, beta: &Var, params: kernels::generated::kv_compress::Params) -> Result<Var> {
+        let x = &self.fitted(x, kernels::generated::kv_compress::INFO.elements)?;
+        let weight = &self.fitted(weight, kernels::generated::kv_compress::INFO.elements)?;
+        let bias = &self.fitted(bias, kernels::generated::kv_compress::INFO.elements)?;
+        let gamma = &self.fitted(gamma, kernels::generated::kv_compress::INFO.elements)?;
+        let beta = &self.fitted(beta, kernels::generated::kv_compress::INFO.elements)?;
         let sources = [self.source(x), self.source(weight), self.source(bias), self.source(gamma), self.source(beta)];
         let record = sources.iter().any(Option::is_some);
         let out = kv_compress(x.tensor(), weight.tensor(), bias.tensor(), gamma.tensor(), beta.tensor(), params)?;
@@ -3159,6 +3342,7 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn linear_attention(&self, qkv: &Var, params: kernels::generated::linear_attention::Params) -> Result<Var> {
+        let qkv = &self.fitted(qkv, kernels::generated::linear_attention::INFO.elements)?;
         let sources = [self.source(qkv)];
         let record = sources.iter().any(Option::is_some);
         let out = linear_attention(qkv.tensor(), params)?;
@@ -3337,6 +3521,8 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn ln_modulate(&self, x: &Var, modulation: &Var, params: kernels::generated::ln_modulate::Params) -> Result<Var> {
+        let x = &self.fitted(x, kernels::generated::ln_modulate::INFO.elements)?;
+        let modulation = &self.fitted(modulation, kernels::generated::ln_modulate::INFO.elements)?;
         let sources = [self.source(x), self.source(modulation)];
         let record = sources.iter().any(Option::is_some);
         let out = ln_modulate(x.tensor(), modulation.tensor(), params)?;
@@ -3535,6 +3721,13 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn long_conv(&self, p: &Var, short_weight: Option<&Var>, short_bias: Option<&Var>, filter: &Var, skip: &Var, params: kernels::generated::long_conv::Params) -> Result<Var> {
+        let p = &self.fitted(p, kernels::generated::long_conv::INFO.elements)?;
+        let short_weight = short_weight.map(|v| self.fitted(v, kernels::generated::long_conv::INFO.elements)).transpose()?;
+        let short_weight = short_weight.as_ref();
+        let short_bias = short_bias.map(|v| self.fitted(v, kernels::generated::long_conv::INFO.elements)).transpose()?;
+        let short_bias = short_bias.as_ref();
+        let filter = &self.fitted(filter, kernels::generated::long_conv::INFO.elements)?;
+        let skip = &self.fitted(skip, kernels::generated::long_conv::INFO.elements)?;
         let sources = [self.source(p), short_weight.and_then(|v| self.source(v)), short_bias.and_then(|v| self.source(v)), self.source(filter), self.source(skip)];
         let record = sources.iter().any(Option::is_some);
         let out = long_conv(p.tensor(), short_weight.map(Var::tensor), short_bias.map(Var::tensor), filter.tensor(), skip.tensor(), params)?;
@@ -3726,6 +3919,10 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn loss_diffusion(&self, model_output: &Var, x0: &Var, noise: &Var, coefs: &Var, params: kernels::generated::loss_diffusion::Params) -> Result<Var> {
+        let model_output = &self.fitted(model_output, kernels::generated::loss_diffusion::INFO.elements)?;
+        let x0 = &self.fitted(x0, kernels::generated::loss_diffusion::INFO.elements)?;
+        let noise = &self.fitted(noise, kernels::generated::loss_diffusion::INFO.elements)?;
+        let coefs = &self.fitted(coefs, kernels::generated::loss_diffusion::INFO.elements)?;
         let sources = [self.source(model_output)];
         let record = sources.iter().any(Option::is_some);
         let out = loss_diffusion(model_output.tensor(), x0.tensor(), noise.tensor(), coefs.tensor(), params)?;
@@ -3879,6 +4076,8 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn loss_regression(&self, pred: &Var, target: &Var, params: kernels::generated::loss_regression::Params) -> Result<Var> {
+        let pred = &self.fitted(pred, kernels::generated::loss_regression::INFO.elements)?;
+        let target = &self.fitted(target, kernels::generated::loss_regression::INFO.elements)?;
         let sources = [self.source(pred)];
         let record = sources.iter().any(Option::is_some);
         let out = loss_regression(pred.tensor(), target.tensor(), params)?;
@@ -4073,6 +4272,13 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn mamba2(&self, xbc: &Var, p: &Var, dt_bias: &Var, a_log: &Var, skip: &Var, residual: Option<&Var>, e: usize, k: usize, params: kernels::generated::mamba2::Params) -> Result<Var> {
+        let xbc = &self.fitted(xbc, kernels::generated::mamba2::INFO.elements)?;
+        let p = &self.fitted(p, kernels::generated::mamba2::INFO.elements)?;
+        let dt_bias = &self.fitted(dt_bias, kernels::generated::mamba2::INFO.elements)?;
+        let a_log = &self.fitted(a_log, kernels::generated::mamba2::INFO.elements)?;
+        let skip = &self.fitted(skip, kernels::generated::mamba2::INFO.elements)?;
+        let residual = residual.map(|v| self.fitted(v, kernels::generated::mamba2::INFO.elements)).transpose()?;
+        let residual = residual.as_ref();
         let sources = [self.source(xbc), self.source(p), self.source(dt_bias), self.source(a_log), self.source(skip), residual.and_then(|v| self.source(v))];
         let record = sources.iter().any(Option::is_some);
         let out = mamba2(xbc.tensor(), p.tensor(), dt_bias.tensor(), a_log.tensor(), skip.tensor(), residual.map(Var::tensor), e, k, params)?;
@@ -4246,6 +4452,7 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn neighborhood_attention(&self, qkv: &Var, k: usize, params: kernels::generated::neighborhood_attention::Params) -> Result<Var> {
+        let qkv = &self.fitted(qkv, kernels::generated::neighborhood_attention::INFO.elements)?;
         let sources = [self.source(qkv)];
         let record = sources.iter().any(Option::is_some);
         let out = neighborhood_attention(qkv.tensor(), k, params)?;
@@ -4483,6 +4690,7 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn patchify(&self, x: &Var, p: usize, gh: usize, gw: usize, params: kernels::generated::patchify::Params) -> Result<Var> {
+        let x = &self.fitted(x, kernels::generated::patchify::INFO.elements)?;
         let sources = [self.source(x)];
         let record = sources.iter().any(Option::is_some);
         let out = patchify(x.tensor(), p, gh, gw, params)?;
@@ -4522,24 +4730,26 @@ fn patchify_conform(run: &mut Conform<'_>) -> Result<()> {
 /// Standard normal numbers by counter: the same on every device, whatever the split of the work.
 ///
 /// ```text
+/// row b has the key seed + b, so that every image of a batch has its own; in it
 /// block = (offset + i)/4;  (a, b, c, d) = Philox4x32-10(counter = (block lo, block hi, stream lo, stream hi), key = (seed lo, seed hi))
 /// u(x) = (2*floor(x/2^9) + 1) * 2^-24
 /// element (offset + i) mod 4: sqrt(-2 ln u(a))*cos(2 pi u(b)), sqrt(-2 ln u(a))*sin(2 pi u(b)), then the same of c and d
 /// every operation is one f32 operation in the order that `rng` states: all devices give the same bits
 /// ```
-/// - returns `z` `[L]` float: Standard normal numbers.
+/// - returns `z` `[B, L]` float: Standard normal numbers.
 ///
 /// # Errors
 /// Names the argument whose shape, dtype or device does not fit, before anything runs.
-pub fn philox(device: &Device, l: usize, params: kernels::generated::philox::Params) -> Result<Tensor> {
+pub fn philox(device: &Device, b: usize, l: usize, params: kernels::generated::philox::Params) -> Result<Tensor> {
     use kernels::generated::philox::{Dims, Forward};
-    let mut check = DimCheck::new("philox", &["L"]);
+    let mut check = DimCheck::new("philox", &["B", "L"]);
+    check.given("B", b)?;
     check.given("L", l)?;
-    let dims = Dims { l: check.dim("L")? };
+    let dims = Dims { b: check.dim("B")?, l: check.dim("L")? };
     let device = device.clone();
     let element = check.element(&device, kernels::generated::philox::INFO.elements)?;
-    let Dims { l, .. } = dims;
-    let mut z = device.empty_of(&[l], element)?;
+    let Dims { b, l, .. } = dims;
+    let mut z = device.empty_of(&[b, l], element)?;
 
     if device.is_dry() {
         return Ok(z);
@@ -4568,11 +4778,11 @@ fn philox_conform(run: &mut Conform<'_>) -> Result<()> {
         let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
-            let Dims { l, .. } = dims;
+            let Dims { b, l, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
             io.params(&[("seed", params.seed as f64), ("stream", params.stream as f64), ("offset", params.offset as f64)]);
             let device = io.device().clone();
-            let out = io.call("forward", || philox(&device, l, params))?;
+            let out = io.call("forward", || philox(&device, b, l, params))?;
             io.result("z", &out)?;
             Ok(())
         })?;
@@ -4734,6 +4944,11 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn qk_norm(&self, x: &Var, q_gamma: &Var, q_beta: &Var, k_gamma: &Var, k_beta: &Var, params: kernels::generated::qk_norm::Params) -> Result<Var> {
+        let x = &self.fitted(x, kernels::generated::qk_norm::INFO.elements)?;
+        let q_gamma = &self.fitted(q_gamma, kernels::generated::qk_norm::INFO.elements)?;
+        let q_beta = &self.fitted(q_beta, kernels::generated::qk_norm::INFO.elements)?;
+        let k_gamma = &self.fitted(k_gamma, kernels::generated::qk_norm::INFO.elements)?;
+        let k_beta = &self.fitted(k_beta, kernels::generated::qk_norm::INFO.elements)?;
         let sources = [self.source(x), self.source(q_gamma), self.source(q_beta), self.source(k_gamma), self.source(k_beta)];
         let record = sources.iter().any(Option::is_some);
         let out = qk_norm(x.tensor(), q_gamma.tensor(), q_beta.tensor(), k_gamma.tensor(), k_beta.tensor(), params)?;
@@ -4935,6 +5150,8 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn relative_attention(&self, qkv: &Var, bias: &Var, counts: Option<&Tensor>, params: kernels::generated::relative_attention::Params) -> Result<Var> {
+        let qkv = &self.fitted(qkv, kernels::generated::relative_attention::INFO.elements)?;
+        let bias = &self.fitted(bias, kernels::generated::relative_attention::INFO.elements)?;
         let sources = [self.source(qkv), self.source(bias)];
         let record = sources.iter().any(Option::is_some);
         let out = relative_attention(qkv.tensor(), bias.tensor(), counts, params)?;
@@ -5119,6 +5336,10 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn rms_norm(&self, x: &Var, gate: Option<&Var>, weight: &Var, params: kernels::generated::rms_norm::Params) -> Result<Var> {
+        let x = &self.fitted(x, kernels::generated::rms_norm::INFO.elements)?;
+        let gate = gate.map(|v| self.fitted(v, kernels::generated::rms_norm::INFO.elements)).transpose()?;
+        let gate = gate.as_ref();
+        let weight = &self.fitted(weight, kernels::generated::rms_norm::INFO.elements)?;
         let sources = [self.source(x), gate.and_then(|v| self.source(v)), self.source(weight)];
         let record = sources.iter().any(Option::is_some);
         let out = rms_norm(x.tensor(), gate.map(Var::tensor), weight.tensor(), params)?;
@@ -5499,6 +5720,7 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn unpatchify(&self, tokens: &Var, c: usize, p: usize, gh: usize, gw: usize, params: kernels::generated::unpatchify::Params) -> Result<Var> {
+        let tokens = &self.fitted(tokens, kernels::generated::unpatchify::INFO.elements)?;
         let sources = [self.source(tokens)];
         let record = sources.iter().any(Option::is_some);
         let out = unpatchify(tokens.tensor(), c, p, gh, gw, params)?;
@@ -5627,6 +5849,7 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn upsample(&self, x: &Var, params: kernels::generated::upsample::Params) -> Result<Var> {
+        let x = &self.fitted(x, kernels::generated::upsample::INFO.elements)?;
         let sources = [self.source(x)];
         let record = sources.iter().any(Option::is_some);
         let out = upsample(x.tensor(), params)?;
@@ -5777,6 +6000,7 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn window_attention(&self, qkv: &Var, w: usize, params: kernels::generated::window_attention::Params) -> Result<Var> {
+        let qkv = &self.fitted(qkv, kernels::generated::window_attention::INFO.elements)?;
         let sources = [self.source(qkv)];
         let record = sources.iter().any(Option::is_some);
         let out = window_attention(qkv.tensor(), w, params)?;

@@ -1,6 +1,7 @@
 //! Operators on tensors: generated entry points that check, allocate and dispatch, and what they share.
 //!
-//! `generated.rs` follows from the contracts in `kernels-cu/<op>/op.toml`; nothing here is written per operator.
+//! `generated.rs` follows from the contracts in `kernels-cu/<op>/op.toml`; nothing else here is written per operator, but
+//! for `working.rs`, where f32 meets the working type of a device.
 
 mod cases;
 pub mod check;
@@ -8,9 +9,11 @@ mod entry;
 #[rustfmt::skip]
 mod generated;
 pub mod watch;
+mod working;
 
 pub use generated::*;
 pub use graft_kernels::generated as contracts;
+pub use working::{to_f32, to_working};
 
 /// Activation codes of the contracts.
 pub mod act {

@@ -6,6 +6,7 @@
 use crate::autograd::{Graph, Var};
 use crate::error::{Error, Result};
 use crate::models::dit::{Dit, DitConfig, Run};
+use crate::ops::{act, contracts, embed};
 use crate::tensor::Tensor;
 
 /// Output channels that the original implementation guides.
@@ -69,10 +70,11 @@ pub fn combine(out: &mut Tensor, scale: f64, channels: usize) -> Result<()> {
     })
 }
 
-/// Writes the values of a tensor as often as they fit into `target`, one after the other.
-pub(crate) fn double(values: &Tensor, target: &mut Tensor) -> Result<()> {
-    let values = values.values()?;
-    target.edit(|target| target.chunks_exact_mut(values.len().max(1)).for_each(|half| half.copy_from_slice(&values)))
+/// Images `[I, C, L]` of `x [B, C, L]` by their numbers `index [I]`, copied where they are.
+pub(super) fn pick(x: &Tensor, index: &Tensor) -> Result<Tensor> {
+    let (b, c, l) = (x.dim(0), x.dim(1), x.dim(2));
+    let picked = embed(&x.reshape(&[b, c * l])?, index, None, contracts::embed::Params { act: act::NONE })?;
+    picked.y.into_shape(&[index.len(), c, l])
 }
 
 /// Puts the first half of a batch in the place of the second, too.

@@ -13,9 +13,9 @@ use crate::backend::cpu::on_workers;
 use crate::error::{Error, Result};
 use crate::models::dit::{self, Dit, Run, Seen, Semantics};
 use crate::nn::operators::Site;
-use crate::ops::solver_step;
+use crate::ops::{contracts, philox, solver_step};
 use crate::tensor::{DType, Device, MemoryPlan, Tensor};
-use graft_kernels::rng::{LATENT_STREAM, Philox, image_seed, step_stream};
+use graft_kernels::rng::{LATENT_STREAM, image_seed, step_stream};
 
 /// What to sample.
 #[derive(Clone, Debug)]
@@ -133,7 +133,7 @@ pub fn generate_watched(
 /// # Errors
 /// As [`generate`].
 pub fn plan_memory(model: &Dit, request: &Request) -> Result<MemoryPlan> {
-    let device = Device::dry();
+    let device = model.device().dry_twin();
     let mut twin = Dit::unset(model.config.clone(), &device)?;
     if model.params.iter().any(|(_, p)| p.value.dtype() == DType::BF16) {
         dit::to_bf16(&mut twin)?;
@@ -201,14 +201,15 @@ struct Batch<'a> {
     x0: Option<Tensor>,
     /// `[B, C, S·S]` fresh noise, where the plan uses any or pixels are known.
     noise: Option<Tensor>,
-    /// `[B or 2B, C, S, S]` what the model sees.
-    input: Tensor,
+    /// Images that the model sees.
+    rows: usize,
     /// Timesteps of every step, `[B or 2B]` each.
     times: Vec<Tensor>,
     /// `[B or 2B]` labels, then null labels.
     labels: Tensor,
-    /// `[B, Co, S·S]` each: predictions of the two halves, where there are two.
-    halves: Option<(Tensor, Tensor)>,
+    /// Numbers of the images that the two halves have, where there are two: of both together, of the first and of the
+    /// second.
+    halves: Option<[Tensor; 3]>,
 }
 
 impl<'a> Batch<'a> {
@@ -237,7 +238,9 @@ impl<'a> Batch<'a> {
         let mut given: Vec<i32> = labels.to_vec();
         given.resize(rows, c.classes as i32);
         let times = plan.steps.iter().map(|s| fill(device, rows, s.timestep as f32)).collect::<Result<_>>()?;
-        let prediction = || device.empty(&[b, c.out_channels(), side * side]);
+        let numbers = |of: &dyn Fn(usize) -> usize, len: usize| {
+            Tensor::from_i32(device, &[len], &(0..len).map(|i| of(i) as i32).collect::<Vec<_>>())
+        };
         Ok(Batch {
             model,
             plan,
@@ -248,10 +251,13 @@ impl<'a> Batch<'a> {
             x,
             x0: None,
             noise: if plan.needs_noise() || request.known.is_some() { Some(device.empty(&flat)?) } else { None },
-            input: device.empty(&[rows, c.in_channels, side, side])?,
+            rows,
             times,
             labels: Tensor::from_i32(device, &[rows], &given)?,
-            halves: if guided { Some((prediction()?, prediction()?)) } else { None },
+            halves: match guided {
+                true => Some([numbers(&|i| i % b, 2 * b)?, numbers(&|i| i, b)?, numbers(&|i| b + i, b)?]),
+                false => None,
+            },
         })
     }
 
@@ -259,9 +265,12 @@ impl<'a> Batch<'a> {
     fn step(&mut self, index: usize, round: usize, watch: Option<&mut Watch<'_>>) -> Result<()> {
         let c = &self.model.config;
         let coefs = &self.plan.steps[index].coefs;
-        cfg::double(&self.x, &mut self.input)?;
         let run = Run { semantics: self.request.semantics, checkpoint: false };
-        let input = Var::constant(self.input.clone());
+        let input = match &self.halves {
+            None => self.x.clone(),
+            Some([both, ..]) => cfg::pick(&self.x, both)?,
+        };
+        let input = Var::constant(input.into_shape(&[self.rows, c.in_channels, c.input_size, c.input_size])?);
         let (times, labels) = (&self.times[index], &self.labels);
         let out = match watch {
             None => self.model.forward(&self.graph, &input, times, labels, run)?,
@@ -272,17 +281,11 @@ impl<'a> Batch<'a> {
             }
         };
         let out = out.into_tensor();
-        let out = out.into_shape(&[self.input.dim(0), c.out_channels(), c.input_size * c.input_size])?;
+        let out = out.into_shape(&[self.rows, c.out_channels(), c.input_size * c.input_size])?;
         drop(input);
-        let (cond, null) = match &mut self.halves {
-            None => (&out, None),
-            Some((cond, null)) => {
-                let both = out.values()?;
-                let (first, second) = both.split_at(out.len() / 2);
-                cond.edit(|cond| cond.copy_from_slice(first))?;
-                null.edit(|null| null.copy_from_slice(second))?;
-                (&*cond, Some(&*null))
-            }
+        let (cond, null) = match &self.halves {
+            None => (out, None),
+            Some([_, first, second]) => (cfg::pick(&out, first)?, Some(cfg::pick(&out, second)?)),
         };
         let noise = match &mut self.noise {
             Some(noise) if coefs.noise != NoiseScale::None => {
@@ -295,7 +298,7 @@ impl<'a> Batch<'a> {
         let guided = self.request.guided.unwrap_or_else(|| cfg::default_channels(c));
         let params = coefs.params(self.request.guidance, guided);
         let previous = self.x0.as_ref().filter(|_| coefs.c1 != 0.0);
-        let next = solver_step(&self.x, cond, null, noise, previous, params)?;
+        let next = solver_step(&self.x, &cond, null.as_ref(), noise, previous, params)?;
         (self.x, self.x0) = (next.x_next, Some(next.x0));
         Ok(())
     }
@@ -308,14 +311,14 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// Standard normal numbers of one stream for every image of a batch, each from its own seed.
+/// Standard normal numbers of one stream for every image of a batch `[B, C, S·S]`, each from its own seed.
 pub(super) fn draw(target: &mut Tensor, seed: u64, stream: u64) -> Result<()> {
-    let image = target.dim(1) * target.dim(2);
-    target.edit(|target| {
-        for (i, values) in target.chunks_mut(image.max(1)).enumerate() {
-            Philox::new(image_seed(seed, i as u64), stream).fill_normal(values);
-        }
-    })
+    let (images, shape) = (target.dim(0), target.shape());
+    // The operator's rows have the seeds of `image_seed`.
+    let params = contracts::philox::Params { seed, stream, offset: 0 };
+    let drawn = philox(target.device(), images, target.len() / images.max(1), params)?;
+    *target = drawn.into_shape(shape.dims())?;
+    Ok(())
 }
 
 pub(super) fn fill(device: &Device, rows: usize, value: f32) -> Result<Tensor> {
@@ -345,6 +348,7 @@ pub fn to_pixels(images: &Tensor) -> Result<Vec<u8>> {
 mod tests {
     use super::*;
     use crate::models::dit::DitConfig;
+    use graft_kernels::rng::Philox;
 
     /// A model whose every parameter is random, so that nothing is the identity.
     fn model() -> Dit {

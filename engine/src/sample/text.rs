@@ -101,20 +101,17 @@ pub fn generate(model: &PixArt, request: &Request, watch: &mut Watch<'_>) -> Res
     let mut all = model.device().empty(&[n, model.config.in_channels, h, w])?;
     on_workers(|| -> Result<()> {
         let moments = moments(model, request, &plan)?;
+        // Where looking at a value would wait for the device, only the result is looked at.
+        let each = model.device().is_host();
         for done in (0..n).step_by(request.batch) {
-            let mut batch = Batch::new(model, request, (&plan, &moments), done, first)?;
-            for step in first..plan.steps.len() {
-                let rounds = request.known.as_ref().map_or(1, |known| known.rounds(&plan, step));
-                for round in 0..rounds {
-                    batch.step(step, round)?;
-                    batch.hold(step, round, round + 1 < rounds)?;
-                }
-                if let Some(x0) = &batch.x0 {
-                    watch(Progress { images: done, batch: batch.count, step: step + 1 - first }, x0)?;
-                }
-            }
+            let x = Batch::new(model, request, (&plan, &moments), done, first)?.run(first, each, &mut *watch)?;
             if !model.device().is_dry() {
-                let found = batch.x.values()?;
+                let found = x.values()?;
+                if !each && found.iter().any(|v| !v.is_finite()) {
+                    // Once more, to say where that comes from.
+                    let again = Batch::new(model, request, (&plan, &moments), done, first)?;
+                    again.run(first, true, &mut |_, _| Ok(()))?;
+                }
                 all.edit(|all| all[done * image..][..found.len()].copy_from_slice(&found))?;
             }
         }
@@ -123,12 +120,12 @@ pub fn generate(model: &PixArt, request: &Request, watch: &mut Watch<'_>) -> Res
     Ok(all)
 }
 
-/// Plans the memory of a request before it runs, by running two of its steps on a device that only counts.
+/// Plans the memory of a request before it runs on `on`, by running two of its steps on a device that only counts.
 ///
 /// # Errors
 /// As [`generate`].
-pub fn plan_memory(config: &PixArtConfig, request: &Request) -> Result<MemoryPlan> {
-    let device = Device::dry();
+pub fn plan_memory(config: &PixArtConfig, on: &Device, request: &Request) -> Result<MemoryPlan> {
+    let device = on.dry_twin();
     let mut twin = PixArt::unset(config.clone(), &device)?;
     if request.precision == Precision::Bf16 {
         twin.round_to_bf16()?;
@@ -303,12 +300,27 @@ impl<'a> Batch<'a> {
         Ok(Batch { model, plan, request, graph, first, seed, count, x, x0: None, noise, keys: halves, moments })
     }
 
+    /// The latents after all steps from `first` on; with `each`, every prediction is looked at.
+    fn run(mut self, first: usize, each: bool, watch: &mut Watch<'_>) -> Result<Tensor> {
+        for step in first..self.plan.steps.len() {
+            let rounds = self.request.known.as_ref().map_or(1, |known| known.rounds(self.plan, step));
+            for round in 0..rounds {
+                self.step(step, round, each)?;
+                self.hold(step, round, round + 1 < rounds)?;
+            }
+            if let Some(x0) = &self.x0 {
+                watch(Progress { images: self.first, batch: self.count, step: step + 1 - first }, x0)?;
+            }
+        }
+        Ok(self.x)
+    }
+
     /// One evaluation of both halves and the update that follows; `round` counts repetitions of a step.
-    fn step(&mut self, index: usize, round: usize) -> Result<()> {
+    fn step(&mut self, index: usize, round: usize, each: bool) -> Result<()> {
         let step = &self.plan.steps[index];
         let mut halves = Vec::with_capacity(2);
         for keys in &self.keys {
-            halves.push(self.predict(keys, index)?);
+            halves.push(self.predict(keys, index, each)?);
         }
         let noise = match &mut self.noise {
             Some(noise) if step.coefs.noise != NoiseScale::None => {
@@ -333,13 +345,13 @@ impl<'a> Batch<'a> {
     }
 
     /// The prediction of one half, `[B, Co, h·w]`.
-    fn predict(&self, keys: &Keys, index: usize) -> Result<Tensor> {
+    fn predict(&self, keys: &Keys, index: usize, look: bool) -> Result<Tensor> {
         let (c, [h, w]) = (&self.model.config, self.request.size);
         let x = Var::constant(self.x.reshape(&[self.count, c.in_channels, h, w])?);
         let run = Run { semantics: self.request.semantics, checkpoint: false };
         let at = (self.moments, index);
         let out = self.model.forward_at(&self.graph, &x, at, keys, run, None)?.into_tensor();
-        if !self.model.device().is_dry() && out.values()?.iter().any(|v| !v.is_finite()) {
+        if look && out.values()?.iter().any(|v| !v.is_finite()) {
             return Err(self.find_fault(&x, keys, index));
         }
         out.into_shape(&[self.count, self.moments.channels(), h * w])

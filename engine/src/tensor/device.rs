@@ -243,6 +243,11 @@ impl Device {
         Device::host(DeviceKind::Dry)
     }
 
+    /// [`Device::dry`] in the working type of this device, so that what is counted on it is what this one would hold.
+    pub fn dry_twin(&self) -> Device {
+        Device::new(DeviceKind::Dry, None, self.element())
+    }
+
     /// Whether tensors of this device have no values worth writing: what fills them need not run.
     pub fn is_dry(&self) -> bool {
         self.0.kind == DeviceKind::Dry

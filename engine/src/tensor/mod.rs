@@ -117,8 +117,7 @@ impl Tensor {
             DType::BF16 => {
                 let mut t = device.empty_of(shape, dtype)?;
                 same_length(t.shape, values.len())?;
-                let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-                t.write(bytemuck::cast_slice(&rounded))?;
+                t.assign(values)?;
                 Ok(t)
             }
             DType::I32 => Err(Error::failure("tensor", "wrong dtype").is(dtype).must("f32 or bf16")),
@@ -310,32 +309,50 @@ impl Tensor {
         })
     }
 
-    /// f32 values on the host: in place where they are there, copied from a GPU otherwise.
+    /// Values on the host as f32: in place where they are there in that type, a copy otherwise.
     ///
     /// # Errors
-    /// When the dtype is another, or the device fails.
+    /// When the dtype is an integer, or the device fails.
     pub fn values(&self) -> Result<Cow<'_, [f32]>> {
-        self.want(DType::F32)?;
-        if self.buffer().memory().is_none() {
+        self.want_float()?;
+        if self.buffer().memory().is_none() && self.dtype == DType::F32 {
             return Ok(Cow::Borrowed(self.f32s()?));
         }
-        let mut values = vec![0.0f32; self.len()];
-        self.download(bytemuck::cast_slice_mut(&mut values))?;
-        Ok(Cow::Owned(values))
+        Ok(Cow::Owned(self.to_vec()?))
     }
 
-    /// Changes f32 values on the host: in place where they are there, through a copy on a GPU.
+    /// Changes values as f32 on the host: in place where they are there in that type, else through a copy that is
+    /// rounded back.
     ///
     /// # Errors
     /// As [`Tensor::f32s_mut`], or the device fails.
     pub fn edit<R>(&mut self, change: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
-        if self.buffer().memory().is_none() {
+        self.want_float()?;
+        if self.buffer().memory().is_none() && self.dtype == DType::F32 {
             return Ok(change(self.f32s_mut()?));
         }
         let mut values = self.values()?.into_owned();
         let out = change(&mut values);
-        self.write(bytemuck::cast_slice(&values))?;
+        self.assign(&values)?;
         Ok(out)
+    }
+
+    /// Writes values, rounded to the element type; as many as there are elements.
+    fn assign(&mut self, values: &[f32]) -> Result<()> {
+        match self.dtype {
+            DType::BF16 => {
+                let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
+                self.write(bytemuck::cast_slice(&rounded))
+            }
+            _ => self.write(bytemuck::cast_slice(values)),
+        }
+    }
+
+    fn want_float(&self) -> Result<()> {
+        match self.dtype {
+            DType::I32 => self.want(DType::F32),
+            _ => Ok(()),
+        }
     }
 
     fn download(&self, bytes: &mut [u8]) -> Result<()> {

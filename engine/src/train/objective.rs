@@ -58,7 +58,7 @@ pub fn noise_batch<C>(
         coefs.extend(row.row());
     }
     let noise =
-        philox(device, b * c * h * w, contracts::philox::Params { seed, stream: NOISE_STREAMS + step, offset: 0 })?;
+        philox(device, 1, b * c * h * w, contracts::philox::Params { seed, stream: NOISE_STREAMS + step, offset: 0 })?;
     let weights = Tensor::from_f32(device, &[b, 2], &weights)?;
     let flat = [b, c * h * w];
     let x_t = add_noise(&images.reshape(&flat)?, &noise.reshape(&flat)?, &weights, contracts::add_noise::Params {})?;

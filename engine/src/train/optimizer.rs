@@ -266,10 +266,13 @@ impl AdamW {
     /// # Errors
     /// A gradient that is not finite: nothing is changed then.
     pub fn update(&mut self, store: &mut ParamStore, grads: &Gradients, lr: f64) -> Result<f64> {
+        let square =
+            |(_, grad): (_, &Tensor)| sum_squares(&grad.reshape(&[grad.len()])?, contracts::sum_squares::Params {});
+        // All of them asked for before the first is read, which waits for the device.
+        let squares = grads.of_store(store).map(square).collect::<Result<Vec<_>>>()?;
         let mut total = 0.0f64;
-        for (_, grad) in grads.of_store(store) {
-            let flat = grad.reshape(&[grad.len()])?;
-            total += f64::from(sum_squares(&flat, contracts::sum_squares::Params {})?.values()?[0]);
+        for sum in &squares {
+            total += f64::from(sum.values()?[0]);
         }
         let norm = total.sqrt();
         if !norm.is_finite() {

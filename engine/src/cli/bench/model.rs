@@ -85,7 +85,7 @@ pub fn run(args: &Args, work: Work, json: bool) -> Result<()> {
         "bf16" => Precision::Bf16,
         other => return Err(Error::usage("--dtype", "unknown type").is(format!("{other:?}")).must("f32 or bf16")),
     };
-    let device = backend::open_as(&args.backend, DType::F32)?;
+    let device = backend::open_as(&args.backend, precision.into())?;
     let mut rows = ceilings::measure(&device, precision, json)?;
     for &pixels in &args.pixels {
         for &grafted in &args.grafted {
@@ -170,18 +170,23 @@ pub enum Subjected {
 }
 
 impl Subjected {
-    fn new(sizes: &Sizes, device: &Device, precision: Precision, batch: usize) -> Result<Subjected> {
+    fn new(sizes: &Sizes, device: &Device, precision: Precision, work: Work, batch: usize) -> Result<Subjected> {
+        // Inference stores its weights as it multiplies them; training keeps them in f32.
+        let bf16 = precision == Precision::Bf16 && work != Work::TrainingStep;
         let t = Tensor::from_f32(device, &[batch], &vec![500.0; batch])?;
         match sizes {
             Sizes::Dit(config) => {
                 let labels: Vec<i32> = (0..batch).map(|i| (i % config.classes) as i32).collect();
-                let model = Dit::new(config.clone(), device, 1)?;
+                let mut model = Dit::new(config.clone(), device, 1)?;
+                if bf16 {
+                    dit::to_bf16(&mut model)?;
+                    device.trim();
+                }
                 Ok(Subjected::Dit(model, t, Tensor::from_i32(device, &[batch], &labels)?))
             }
             Sizes::Text(config) => {
                 let shape = [batch, TEXT_TOKENS, config.caption_channels];
                 let features = Tensor::from_f32(device, &shape, &vec![0.5; shape.iter().product()])?;
-                let bf16 = precision == Precision::Bf16 && device.is_host();
                 let model = PixArt::random_in(config.clone(), device, 1, bf16)?;
                 let g = Graph::inference(precision);
                 let text = Text::new(&g, &Var::constant(features), None)?;
@@ -225,7 +230,7 @@ fn measure(
         Sizes::Dit(c) => (costs(c)?, [batch, c.in_channels, c.input_size, c.input_size]),
         Sizes::Text(c) => (costs(c)?, [batch, c.in_channels, c.sample_size, c.sample_size]),
     };
-    let model = Subjected::new(sizes, device, precision, batch)?;
+    let model = Subjected::new(sizes, device, precision, work, batch)?;
     let x = Var::constant(Tensor::from_f32(device, &shape, &vec![0.5; shape.iter().product()])?);
     let size = if is_text(&args.size) { PIXART } else { args.size.as_str() };
     let case = args.depth.map_or(size.to_string(), |depth| format!("{size}, {depth} blocks"));

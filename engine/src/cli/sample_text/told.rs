@@ -56,7 +56,7 @@ impl Job<'_> {
             nulls: vec![Device::dry().empty(&[1, self.config.caption_channels])?; count],
         };
         let request = Request { latents: None, ..self.request(texts, &Sources::default())? };
-        stages.push(Planned::of(TRANSFORMER, text::plan_memory(&self.config, &request)?));
+        stages.push(Planned::of(TRANSFORMER, text::plan_memory(&self.config, &self.device, &request)?));
         if !self.pixels && (args.output_latents.is_none() || args.output.is_some()) {
             let config = match &self.components {
                 None => Some(VaeConfig::released(0.13025)),
@@ -64,7 +64,7 @@ impl Job<'_> {
                 Some(components) => vae::describe(components.vae()?, self.given()).ok(),
             };
             if let Some(config) = config {
-                let plan = vae::plan_memory(&config, self.latent_size(), count, args.run.dtype.into())?;
+                let plan = vae::plan_memory(&config, &self.device, self.latent_size(), count, args.run.dtype.into())?;
                 stages.push(Planned::of(DECODER, plan));
             }
         }

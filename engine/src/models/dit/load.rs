@@ -6,7 +6,7 @@ use super::{Dit, DitConfig};
 use crate::autograd::ParamId;
 use crate::error::{Error, Result};
 use crate::io::{json, weights};
-use crate::models::fill::is_product;
+use crate::models::fill::round;
 use crate::models::folder::{self, OPERATORS_KEY};
 use crate::models::open::{is_pickle, only_pickle, open_pickle};
 use crate::models::source::{Source, read_weight};
@@ -282,16 +282,11 @@ fn fill(model: &mut Dit, source: &dyn Source) -> Result<()> {
     Ok(())
 }
 
-/// Rounds the weights of all products to bf16 storage, for inference in half the memory.
+/// Stores the weights of all products in bf16, and all else, too, on a device that computes in it: for inference in half
+/// the memory.
 ///
 /// # Errors
 /// When memory runs out.
 pub fn to_bf16(model: &mut Dit) -> Result<()> {
-    let chosen = model.params.iter().filter(|(_, p)| is_product(&p.name, p.value.shape().dims()));
-    let ids: Vec<ParamId> = chosen.map(|(id, _)| id).collect();
-    for id in ids {
-        let rounded = model.params.get(id).value.to_bf16()?;
-        model.params.set(id, rounded)?;
-    }
-    Ok(())
+    round(&mut model.params)
 }

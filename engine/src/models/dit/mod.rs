@@ -151,7 +151,7 @@ impl Dit {
     /// Predicts noise (and variance values where the model has them).
     ///
     /// `x [B, C, S, S]` noisy images or latents, `t [B]` f32 timesteps in 0..1000 (fractions allowed), `y [B]` i32
-    /// labels, where `classes` is the null label. Returns `[B, out_channels, S, S]`.
+    /// labels, where `classes` is the null label. Returns `[B, out_channels, S, S]` in f32.
     ///
     /// # Errors
     /// When a shape does not fit or a label is out of range.
@@ -213,7 +213,9 @@ impl Dit {
         let modulation = modulation(g, &self.params, &self.final_modulation, &condition, 2)?;
         let h = g.ln_modulate(&h, &modulation, contracts::ln_modulate::Params { shift: 0, scale: 1, eps: EPS })?;
         let out = self.final_linear.forward(g, &self.params, &h, act::NONE)?;
-        g.unpatchify(&out, c.out_channels(), c.patch, c.grid(), c.grid(), contracts::unpatchify::Params {})
+        let out =
+            g.unpatchify(&out, c.out_channels(), c.patch, c.grid(), c.grid(), contracts::unpatchify::Params {})?;
+        g.to_f32(&out)
     }
 
     fn embed(&self, g: &Graph<'_>, tokens: &Var, pos: &Var) -> Result<Var> {

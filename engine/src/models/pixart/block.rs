@@ -65,7 +65,7 @@ impl Block {
         if !single {
             return Ok(Key::Tokens(g.reshape(&kv, &[b, l, 2, self.heads, d / self.heads])?));
         }
-        let mut value = text.tensor().device().empty(&[b, 1, d])?;
+        let mut value = text.tensor().device().empty_of(&[b, 1, d], kv.tensor().dtype())?;
         let pairs = kv.tensor().values()?;
         let pairs = pairs.chunks(2 * d);
         value

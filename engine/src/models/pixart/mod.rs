@@ -24,7 +24,7 @@ pub use save::{SaveAs, save};
 pub use sites::TextCondition;
 pub use text::{Keys, Text};
 
-use super::fill::is_product;
+use super::fill::{is_product, round, rounded};
 use super::positions;
 use crate::autograd::{Graph, ParamId, ParamStore, Precision, Var};
 use crate::error::{Error, Result};
@@ -161,7 +161,8 @@ impl PixArt {
                     values.iter_mut().for_each(|v| *v *= deviation);
                 })?;
             }
-            model.params.set(id, if bf16 && product { value.to_bf16()? } else { value })?;
+            let stored = if bf16 { rounded(&model.params.get(id).name, &value)? } else { value };
+            model.params.set(id, stored)?;
             if bf16 && product {
                 device.trim();
             }
@@ -169,17 +170,13 @@ impl PixArt {
         Ok(model)
     }
 
-    /// Rounds the weights of all products to bf16 storage, for inference in half the memory.
+    /// Stores the weights of all products in bf16, and all else, too, on a device that computes in it: for inference in
+    /// half the memory.
     ///
     /// # Errors
     /// When memory runs out.
     pub fn round_to_bf16(&mut self) -> Result<()> {
-        let chosen = self.params.iter().filter(|(_, p)| is_product(&p.name, p.value.shape().dims()));
-        let ids: Vec<ParamId> = chosen.map(|(id, _)| id).collect();
-        for id in ids {
-            let rounded = self.params.get(id).value.to_bf16()?;
-            self.params.set(id, rounded)?;
-        }
+        round(&mut self.params)?;
         self.device().trim();
         Ok(())
     }
@@ -304,7 +301,7 @@ impl PixArt {
     /// Predicts noise (and variance values where the model has them).
     ///
     /// `x [B, C, H, W]` noisy latents, `t [B]` f32 timesteps in 0..1000 (fractions allowed), `keys` those of B texts,
-    /// `micro` where the model embeds them. Returns `[B, out_channels, H, W]`.
+    /// `micro` where the model embeds them. Returns `[B, out_channels, H, W]` in f32.
     ///
     /// # Errors
     /// When a shape does not fit.
@@ -433,7 +430,8 @@ impl PixArt {
                 g.gemm(&h, weight, Some(bias), None, None, None, settings)?
             }
         };
-        g.unpatchify(&out, moments.channels, c.patch, grid[0], grid[1], contracts::unpatchify::Params {})
+        let out = g.unpatchify(&out, moments.channels, c.patch, grid[0], grid[1], contracts::unpatchify::Params {})?;
+        g.to_f32(&out)
     }
 
     fn embed(&self, g: &Graph<'_>, tokens: &Var, pos: &Var) -> Result<Var> {
@@ -460,7 +458,7 @@ impl PixArt {
         let sizes = self.waves(&frozen, &sizes, &layers.size)?;
         let aspects = self.waves(&frozen, &micro.aspect, &layers.aspect)?;
         let (wide, narrow) = (sizes.tensor().values()?, aspects.tensor().values()?);
-        let mut added = t.device().empty(&[b, d])?;
+        let mut added = t.device().empty_of(&[b, d], time.tensor().dtype())?;
         added.edit(|added| {
             for (sample, row) in added.chunks_mut(d).enumerate() {
                 let (size, aspect) = row.split_at_mut(d / 3 * 2);
@@ -496,10 +494,10 @@ impl PixArt {
         };
         let shape = [grid[0] * grid[1], c.width];
         let table = match device.is_dry() {
-            true => device.empty(&shape)?,
+            true => device.empty_of(&shape, device.element())?,
             false => {
                 let values = positions::table(&coordinates(grid[0]), &coordinates(grid[1]), c.width);
-                Tensor::from_f32(device, &shape, &values)?
+                Tensor::from_f32_as(device, &shape, &values, device.element())?
             }
         };
         *kept = Some((grid, table.clone()));

@@ -94,7 +94,7 @@ impl Keys {
                 shape[1] = longest;
             }
             let each = shape[1..].iter().product::<usize>();
-            let mut all = device.empty(&shape)?;
+            let mut all = device.empty_of(&shape, one.dtype())?;
             if !device.is_dry() {
                 let values = parts.iter().map(|(part, _)| part.values()).collect::<Result<Vec<_>>>()?;
                 all.edit(|all| {

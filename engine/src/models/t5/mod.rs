@@ -2,7 +2,8 @@
 //!
 //! Only real tokens go through it: padding is never attended to, positions count distances only, and nobody reads what
 //! comes out at a padding. Scores are not scaled; the biases of the first block serve all. With bf16 products the last
-//! matrix of every MLP stays in f32, as the residual stream does: its results outgrow 16-bit floats.
+//! matrix of every MLP stays in f32, as the residual stream does: its results outgrow 16-bit floats of 5 exponent bits. On
+//! a device that computes in bf16 both are bf16, which has the exponents of f32.
 
 mod charsmap;
 mod load;
@@ -323,7 +324,7 @@ impl T5 {
 
     fn finish(&self, g: &Graph<'_>, x: &Var) -> Result<Var> {
         let settings = contracts::rms_norm::Params { gate_offset: 0, eps: self.config.eps };
-        g.rms_norm(x, None, &g.param(&self.params, self.last_norm), settings)
+        g.to_f32(&g.rms_norm(x, None, &g.param(&self.params, self.last_norm), settings)?)
     }
 }
 

@@ -115,7 +115,8 @@ impl Conv {
         let grows = if matches!(before, Before::Upsample) { 2 } else { 1 };
         let outputs = run.value(self.weight).dim(0);
         let row = w * c.max(outputs) * grows * grows;
-        if h * row <= run.strip || x.dim(0) != 1 {
+        // Strips are cut and joined on the host.
+        if h * row <= run.strip || x.dim(0) != 1 || x.device().is_gpu() {
             let ready = prepare(run, x, before, None)?;
             return self.plain(run, ready.as_ref().unwrap_or(x), false);
         }
@@ -232,7 +233,7 @@ fn strips(height: usize, row: usize, most: usize) -> impl Iterator<Item = Range<
 /// Rows of a single picture, copied.
 fn slice(x: &Tensor, rows: Range<usize>) -> Result<Tensor> {
     let line = x.dim(2) * x.dim(3);
-    let mut part = x.device().empty(&[1, rows.len(), x.dim(2), x.dim(3)])?;
+    let mut part = x.device().empty_of(&[1, rows.len(), x.dim(2), x.dim(3)], x.dtype())?;
     if !x.device().is_dry() {
         let values = x.values()?;
         part.edit(|part| part.copy_from_slice(&values[rows.start * line..rows.end * line]))?;

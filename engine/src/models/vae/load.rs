@@ -8,7 +8,7 @@ use crate::models::fill::{Fill, Place, fill};
 use crate::models::open::{Opened, Renamed, open};
 use crate::models::source::Source;
 use crate::nn::Scheme;
-use crate::tensor::Device;
+use crate::tensor::{DType, Device};
 use serde_json::Value;
 use std::path::Path;
 
@@ -43,7 +43,7 @@ pub fn load(path: &Path, device: &Device, given: Given) -> Result<Vae> {
         let filters = ranks.iter().any(|(known, rank)| known == name && *rank == 4);
         Place { parts: parts(name), filters }
     };
-    let how = Fill { place: &place, ignored: &|_| false, bf16: false, exact: &|_| true };
+    let how = Fill { place: &place, ignored: &|_| false, bf16: device.element() == DType::BF16, exact: &|_| true };
     fill(&mut vae.params, source.as_ref(), device, &how)?;
     Ok(vae)
 }

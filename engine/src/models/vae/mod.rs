@@ -14,10 +14,12 @@ pub use decoder::{Decoder, is_tiny};
 pub use load::{Given, describe, load};
 pub use tiny::Tiny;
 
+use super::fill::round;
 use crate::autograd::{ParamStore, Precision};
 use crate::error::{Error, Result};
 use crate::nn::{Builder, Scheme};
-use crate::tensor::{Device, MemoryPlan, Tensor};
+use crate::ops::to_working;
+use crate::tensor::{DType, Device, MemoryPlan, Tensor};
 use layers::{Attention, Before, Conv, Norm, Resnet, Run, channels_first, channels_last};
 use std::fmt;
 
@@ -133,12 +135,18 @@ fn mapped(x: &Tensor, f: impl Fn(f32) -> f32) -> Result<Tensor> {
     Ok(out)
 }
 
-/// Plans the memory of decoding `n` latents of a size (height, width), by doing it on a device that only counts.
+/// Plans the memory of decoding `n` latents of a size (height, width) on `on`, by doing it on a device that only counts.
 ///
 /// # Errors
 /// Sizes that cannot be.
-pub fn plan_memory(config: &VaeConfig, [h, w]: [usize; 2], n: usize, precision: Precision) -> Result<MemoryPlan> {
-    let device = Device::dry();
+pub fn plan_memory(
+    config: &VaeConfig,
+    on: &Device,
+    [h, w]: [usize; 2],
+    n: usize,
+    precision: Precision,
+) -> Result<MemoryPlan> {
+    let device = on.dry_twin();
     let vae = Vae::new(config.clone(), &device, 0)?;
     let latents = device.empty(&[n, config.latent, h, w])?;
     device.trim();
@@ -207,7 +215,12 @@ impl Vae {
     /// # Errors
     /// Sizes that cannot be, or too little memory.
     pub fn new(config: VaeConfig, device: &Device, seed: u64) -> Result<Vae> {
-        Vae::build(config, device, seed, Scheme::Torch, [true; 2])
+        let mut vae = Vae::build(config, device, seed, Scheme::Torch, [true; 2])?;
+        // It is only ever run, so that it is held as the device computes.
+        if device.element() == DType::BF16 {
+            round(&mut vae.params)?;
+        }
+        Ok(vae)
     }
 
     fn build(config: VaeConfig, device: &Device, seed: u64, scheme: Scheme, attends: [bool; 2]) -> Result<Vae> {
@@ -329,7 +342,7 @@ impl Vae {
     /// makes.
     fn picture(&self, run: Run<'_>, latent: &Tensor, step: &mut dyn FnMut(), seen: &mut Seen<'_>) -> Result<Tensor> {
         let half = &self.decoder;
-        let mut x = channels_last(latent)?;
+        let mut x = to_working(&channels_last(latent)?)?;
         if let Some(quant) = &half.quant {
             x = quant.plain(run, &x, false)?;
         }
@@ -392,7 +405,7 @@ impl Vae {
         let (each, latent) = (c.colours * h * w, shape[1] * shape[2] * shape[3]);
         for image in 0..b {
             let x = one(pictures, image, each, [c.colours, h, w])?;
-            let mut x = half.first.forward(run, &channels_last(&x)?, Before::Nothing)?;
+            let mut x = half.first.forward(run, &to_working(&channels_last(&x)?)?, Before::Nothing)?;
             for (resnets, change) in &half.levels {
                 for resnet in resnets {
                     x = resnet.forward(run, x)?;

@@ -7,7 +7,8 @@ use crate::models::fill::{Fill, Place, fill};
 use crate::models::open::{Renamed, open};
 use crate::models::source::Source;
 use crate::nn::{Builder, Scheme};
-use crate::tensor::{Device, Tensor};
+use crate::ops::to_working;
+use crate::tensor::{DType, Device, Tensor};
 use std::path::Path;
 
 /// Prefixes of the decoder's layers in files; the original has none.
@@ -55,7 +56,7 @@ impl Tiny {
         let (layers, latent) = layers(source.as_ref(), &mut Builder::new(&mut params, &dry, 0, Scheme::Unset))?;
         let filters = |name: &str| name.ends_with("weight");
         let place = |name: &str| Place { parts: vec![name.to_string()], filters: filters(name) };
-        let how = Fill { place: &place, ignored: &|_| false, bf16: false, exact: &|_| true };
+        let how = Fill { place: &place, ignored: &|_| false, bf16: device.element() == DType::BF16, exact: &|_| true };
         fill(&mut params, source.as_ref(), device, &how)?;
         let factor = 1 << layers.iter().filter(|layer| matches!(layer, Layer::Upsample)).count();
         Ok(Tiny { params, layers, latent, factor, magnitude: magnitude.unwrap_or(3.0) as f32 })
@@ -79,6 +80,7 @@ impl Tiny {
         let run = Run::new(&self.params, 1, precision == Precision::Bf16);
         let mut x = channels_last(latents)?;
         map(&mut x, |v| (v / self.magnitude).tanh() * self.magnitude)?;
+        let mut x = to_working(&x)?;
         let mut layers = self.layers.iter().peekable();
         while let Some(layer) = layers.next() {
             x = match layer {

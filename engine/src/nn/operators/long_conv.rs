@@ -104,20 +104,22 @@ impl LongConv {
             true => self.features.clone(),
             false => features(self.features.device(), n, [length, centre], self.bands)?,
         });
-        for (i, layer) in self.layers.iter().enumerate() {
-            let weight = g.reshape(&g.param(params, layer.weight), &layer.sizes)?;
-            let bias = layer.bias.map(|bias| g.param(params, bias));
-            let act = if i + 1 < self.layers.len() { act::SINE } else { act::NONE };
-            // In f32 whatever the model runs in: the filters are few and their phases large.
-            let settings = gemm::Params { act, gate_row: 0, bf16: false };
-            x = g.gemm(&x, &weight, bias.as_ref(), None, None, None, settings)?;
-        }
-        let x = g.reshape(&x, &[length, d])?;
-        let rate = |reach: f32| 100f32.ln() / (reach * n as f32);
-        // Either direction has channels of every decay.
-        let (_, reversed) = lead_and_reversed(self.direction, self.taps, d);
-        let window = filter_window::Params { centre, period: d - reversed, slow: rate(REACH[0]), fast: rate(REACH[1]) };
-        g.filter_window(&x, window)
+        // In f32 whatever the model runs in: the filters are few and their phases large.
+        g.in_f32(|| {
+            for (i, layer) in self.layers.iter().enumerate() {
+                let weight = g.reshape(&g.param(params, layer.weight), &layer.sizes)?;
+                let bias = layer.bias.map(|bias| g.param(params, bias));
+                let act = if i + 1 < self.layers.len() { act::SINE } else { act::NONE };
+                let settings = gemm::Params { act, gate_row: 0, bf16: false };
+                x = g.gemm(&x, &weight, bias.as_ref(), None, None, None, settings)?;
+            }
+            let x = g.reshape(&x, &[length, d])?;
+            let rate = |reach: f32| 100f32.ln() / (reach * n as f32);
+            // Either direction has channels of every decay.
+            let (_, reversed) = lead_and_reversed(self.direction, self.taps, d);
+            let (slow, fast) = (rate(REACH[0]), rate(REACH[1]));
+            g.filter_window(&x, filter_window::Params { centre, period: d - reversed, slow, fast })
+        })
     }
 }
 
