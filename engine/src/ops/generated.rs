@@ -757,9 +757,9 @@ impl Graph<'_> {
 }
 
 fn cast_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::cast::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::cast::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { l, .. } = dims;

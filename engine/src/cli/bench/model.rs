@@ -273,7 +273,7 @@ fn measure(
         Work::Sampling if is_text(&args.size) => ("e2e", format!("{} steps", args.steps), 2.0 * args.steps as f64),
         Work::Sampling => ("e2e", format!("{} DDIM steps with guidance", args.steps), 2.0 * args.steps as f64),
     };
-    let element = if precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
+    let element = DType::from(precision);
     let pair = shortcut.map(|times| ("forward, null text of one token".to_string(), times));
     for (work, times) in std::iter::once((words, times)).chain(pair) {
         let mut row = Subject { bench, case: case.clone(), work }.row(device, element, times);
