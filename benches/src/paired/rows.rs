@@ -13,7 +13,7 @@ pub fn folder(root: &Path) -> PathBuf {
     root.join("benches/results").join(slug(&processor()))
 }
 
-/// One object of two, the second's fields first in rank.
+/// One object of two; where both have a field, the second's.
 pub fn merged(mut first: Value, second: Value) -> Value {
     if let (Some(into), Value::Object(from)) = (first.as_object_mut(), second) {
         into.extend(from);
