@@ -158,7 +158,7 @@ mod tests {
             "linear &lt;x&gt;",
             "0.9 missed",
             "href=\"own.html\"",
-            "2 / 4",
+            &format!("{} / {}", significant(2.0), significant(4.0)),
         ] {
             assert!(page.contains(words), "{words}");
         }

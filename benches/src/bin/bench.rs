@@ -64,6 +64,7 @@ fn run(args: &Args) -> Result<()> {
     let kept = args.rows.clone().unwrap_or_else(|| rows::folder(&root));
     let settings = Settings { root, rows: kept, pairs: args.pairs, threads: args.threads, dry_run: args.dry_run };
     let folder = settings.root.join("target/bench");
+    std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, "make the folder", &e))?;
     if !args.page_only {
         measure(args, &settings, &folder)?;
     }
@@ -113,7 +114,6 @@ fn alone(folder: &Path) -> Result<()> {
     if rows.is_file() {
         std::fs::remove_file(&rows).map_err(|e| Error::io(&rows, "remove the rows of the last run", &e))?;
     }
-    std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "make the folder", &e))?;
     let path = rows.display().to_string();
     let graft = |words: &[&str]| {
         // It says itself what went wrong.

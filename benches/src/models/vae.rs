@@ -3,7 +3,7 @@
 use super::{ModelCase, Subject, write_inputs};
 use graft_engine::autograd::Precision;
 use graft_engine::backend::Device;
-use graft_engine::error::Result;
+use graft_engine::error::{Error, Result};
 use graft_engine::io::atomic;
 use graft_engine::io::safetensors::{self, TensorRecord};
 use graft_engine::models::vae::{Vae, VaeConfig};
@@ -41,6 +41,7 @@ impl Subject for Case {
 
     fn export(&self, folder: &Path) -> Result<()> {
         let model = folder.join("model");
+        std::fs::create_dir_all(&model).map_err(|e| Error::io(&model, "make the folder", &e))?;
         let mut records = Vec::new();
         for (_, param) in self.vae.params.iter() {
             let (values, shape) = (param.value.to_vec()?, param.value.shape());

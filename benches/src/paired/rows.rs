@@ -13,7 +13,7 @@ pub fn folder(root: &Path) -> PathBuf {
     root.join("benches/results").join(slug(&processor()))
 }
 
-/// One object of two, the second's fields first in rank.
+/// One object of two; where both have a field, the second's.
 pub fn merged(mut first: Value, second: Value) -> Value {
     if let (Some(into), Value::Object(from)) = (first.as_object_mut(), second) {
         into.extend(from);
@@ -41,8 +41,13 @@ fn key(row: &Value) -> [String; 5] {
 /// # Errors
 /// When the file cannot be read or written.
 pub fn put(path: &Path, row: &Value) -> Result<()> {
-    let mut text: String =
-        read(path)?.iter().filter(|old| key(old) != key(row)).map(|old| format!("{old}\n")).collect();
+    let measured = row["could_not_run"].is_null();
+    // A peer that runs now is no longer one that could not.
+    let outdated =
+        |old: &Value| measured && !old["could_not_run"].is_null() && old["peer"]["name"] == row["peer"]["name"];
+    let mut rows = read(path)?;
+    rows.retain(|old| key(old) != key(row) && !outdated(old));
+    let mut text: String = rows.iter().map(|old| format!("{old}\n")).collect();
     text += &format!("{row}\n");
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "make the folder", &e))?;

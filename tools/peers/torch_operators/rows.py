@@ -281,6 +281,8 @@ def sum_squares(c):
     x = c.t["x"]
     return {
         "vector_norm in f64": lambda: torch.linalg.vector_norm(x, dtype=torch.float64).square().reshape(1),
+        "vector_norm": lambda: torch.linalg.vector_norm(x).square().reshape(1),
+        "square, sum": lambda: x.square().sum().reshape(1),
         "dot": lambda: torch.dot(x, x).reshape(1),
     }
 
