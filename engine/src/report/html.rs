@@ -60,8 +60,8 @@ impl Html {
 
 /// Colours and lines of charts that are files of their own, on white paper.
 const SVG_STYLE: &str = "svg{font:12px system-ui,sans-serif}text{fill:#5d6671}.grid{stroke:#eceef0}.axis{stroke:#e1e4e8}.mark{stroke:#1d2126;stroke-dasharray:4 3}\
-.line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round;stroke:var(--c)}.band{stroke:none;opacity:.18}.band,.bar,.dot{fill:var(--c)}\
-.s0{--c:#2667c9}.s1{--c:#d5641c}.s2{--c:#178a66}.s3{--c:#9d3f93}.s4{--c:#8a6d00}.s5{--c:#66707b}";
+.s0{color:#2667c9}.s1{color:#d5641c}.s2{color:#178a66}.s3{color:#9d3f93}.s4{color:#8a6d00}.s5{color:#66707b}\
+.band,.bar,.dot{fill:currentColor}.line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.band{stroke:none;opacity:.18}";
 
 /// A picture that is a file of its own, of a size in its units.
 pub fn svg_file(width: f64, height: f64, title: &str, body: impl FnOnce(&mut Html)) -> String {

@@ -5,7 +5,7 @@ use crate::autograd::{Graph, Precision, Var};
 use crate::backend::{Device, cpu};
 use crate::error::Result;
 use crate::ops::contracts::gemm;
-use crate::report::bench::{CACHED, CEILING, COPY, EXPS, PRODUCT, Row};
+use crate::report::bench::{CACHED, CALL, CEILING, COPY, EXPS, PRODUCT, Row};
 use crate::tensor::{DType, Tensor};
 use std::time::Duration;
 
@@ -20,6 +20,8 @@ const CACHED_FLOATS: usize = 128 << 10;
 const COPIES: usize = 64;
 /// A side at which products reach their rate.
 const SIDE: usize = 2048;
+/// Calls with next to no work that are timed.
+const CALLS: usize = 1000;
 /// Exponentials of a sample.
 const EXPONENTIALS: usize = 64 << 20;
 
@@ -30,7 +32,7 @@ const EXPONENTIALS: usize = 64 << 20;
 pub fn measure(device: &Device, product: Precision, json: bool) -> Result<Vec<Row>> {
     let mut rows = vec![copy(device)?, product_of(device, product)?];
     if device.is_host() {
-        rows.extend([copy_in_cache(device)?, exponentials(device)?]);
+        rows.extend([copy_in_cache(device)?, exponentials(device)?, call(device)?]);
     }
     rows.iter().try_for_each(|row| show(row, json))?;
     Ok(rows)
@@ -75,6 +77,17 @@ fn product_of(device: &Device, precision: Precision) -> Result<Row> {
     let mut row = ceiling(PRODUCT, format!("{SIDE} cubed")).row(device, element, times);
     row.flops = Some(2.0 * (SIDE as f64).powi(3));
     Ok(row)
+}
+
+/// An operator with next to no work.
+fn call(device: &Device) -> Result<Row> {
+    let x = Var::constant(Tensor::zeros(device, &[1, 1, 16])?);
+    let w = Var::constant(Tensor::zeros(device, &[16, 16])?);
+    let g = Graph::inference(Precision::F32);
+    let params = gemm::Params { act: 0, gate_row: 0, bf16: false };
+    let mut work = || g.gemm(&x, &w, None, None, None, None, params).map(drop);
+    let times = device.time(CALLS, PATIENCE, &mut work)?;
+    Ok(ceiling(CALL, "a product of 16 numbers".into()).row(device, DType::F32, times))
 }
 
 /// The exponential that softmax and activations use, over numbers in the caches.

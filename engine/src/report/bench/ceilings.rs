@@ -1,14 +1,13 @@
 //! What a device can do at best, and the time that follows from it: the cost model.
 //!
 //! ```text
-//! time = max(FLOPs / product + exponentials / exp, bytes / copy)
+//! time = max(FLOPs / product + exponentials / exp, bytes / copy) + a call with no work
 //! ```
 //! Every rate is measured in the same run. On a processor arithmetic and exponentials share their units, so their times
 //! add up; bytes that fit the caches move at the rate of a copy that does. What the model leaves out is told by its
-//! error, which is reported wherever it is used: how well operators that are no products use the units, and what it
-//! costs to start threads.
+//! error, which is reported wherever it is used: mostly how well operators that are no products use the units.
 
-use super::{CACHED, CEILING, COPY, EXPS, PRODUCT, Row};
+use super::{CACHED, CALL, CEILING, COPY, EXPS, PRODUCT, Row};
 
 /// Bytes of all tensors of a call up to which they stay in the caches.
 const IN_CACHE: f64 = (8 << 20) as f64;
@@ -24,6 +23,8 @@ pub struct Ceilings {
     pub product: Option<f64>,
     /// Exponentials per millisecond.
     pub exps: Option<f64>,
+    /// Milliseconds of a call with no work.
+    pub call: Option<f64>,
 }
 
 /// What a call needs.
@@ -50,6 +51,7 @@ impl Ceilings {
             cached: most(CACHED, false, &|r| r.bytes),
             product: most(PRODUCT, true, &|r| r.flops),
             exps: most(EXPS, false, &|r| r.exps),
+            call: most(CALL, false, &|_| Some(1.0)).map(|calls| 1.0 / calls),
         }
     }
 
@@ -66,7 +68,7 @@ impl Ceilings {
         let exps = if needs.exps > 0.0 { needs.exps / self.exps? } else { 0.0 };
         let arithmetic = if needs.flops > 0.0 { needs.flops / self.product? } else { 0.0 };
         let time = (arithmetic + exps).max(needs.bytes / rate);
-        (time > 0.0).then_some(time)
+        (time > 0.0).then_some(time + self.call.unwrap_or(0.0))
     }
 }
 
@@ -87,6 +89,7 @@ mod tests {
             of(CACHED, None, Some(50e6), None),
             of(PRODUCT, Some(8e9), None, None),
             of(EXPS, None, None, Some(1e6)),
+            Row { ms: 0.5, ..of(CALL, None, None, None) },
         ]
     }
 
@@ -107,12 +110,12 @@ mod tests {
         let rows = ceilings();
         let c = Ceilings::of(&rows, &rows[0]);
         let of = |flops: f64, bytes: f64, exps: f64| c.predict(Needs { flops, bytes, exps });
-        // 16 GFLOP at 8 a millisecond, and 3 M exponentials at one.
-        assert_eq!(of(16e9, 1e6, 0.0), Some(2.0));
-        assert_eq!(of(16e9, 1e6, 3e6), Some(5.0));
+        // 16 GFLOP at 8 a millisecond, and 3 M exponentials at one; half a millisecond for the call itself.
+        assert_eq!(of(16e9, 1e6, 0.0), Some(2.5));
+        assert_eq!(of(16e9, 1e6, 3e6), Some(5.5));
         // 5 MB stay in the caches, 100 MB do not.
-        assert_eq!(of(0.0, 5e6, 0.0), Some(0.1));
-        assert_eq!(of(0.0, 100e6, 0.0), Some(10.0));
+        assert_eq!(of(0.0, 5e6, 0.0), Some(0.6));
+        assert_eq!(of(0.0, 100e6, 0.0), Some(10.5));
         assert_eq!(of(0.0, 0.0, 0.0), None);
         let without = Ceilings { exps: None, ..c };
         assert_eq!(without.predict(Needs { flops: 1.0, bytes: 1.0, exps: 1.0 }), None);

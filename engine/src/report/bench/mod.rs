@@ -28,6 +28,8 @@ pub const PRODUCT: &str = "product";
 pub const CACHED: &str = "copy in cache";
 /// The ceiling of exponentials.
 pub const EXPS: &str = "exponentials";
+/// The least time of a call: an operator with next to no work.
+pub const CALL: &str = "call";
 /// Kind of the rows that are parts of a forward pass: an operator within a layer.
 pub const LAYER: &str = "layer";
 

@@ -47,11 +47,12 @@ fn ceilings(h: &mut Html, rows: &[Row]) {
         Some(v) => format!("{what} {} {unit}", significant(v * scale)),
     };
     let text = format!(
-        "Ceilings of this run: {}, {}, {}, {}.",
+        "Ceilings of this run: {}, {}, {}, {}, {}.",
         words("copy", c.copy, 1e-6, "GB/s"),
         words("copy in the caches", c.cached, 1e-6, "GB/s"),
         words("product", c.product, 1e-9, "TFLOP/s"),
         words("exponentials", c.exps, 1e-6, "G/s"),
+        words("a call with no work", c.call, 1e3, "µs"),
     );
     h.leaf("p", &[("class", "note")], &text);
     let range = |value: &dyn Fn(&Row) -> Option<f64>, unit: &str| {
