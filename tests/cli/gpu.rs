@@ -100,7 +100,10 @@ fn peers_agree_with_the_formulas_of_the_contracts() {
     let Some(python) = torch() else {
         return eprintln!("SKIP: no .venv-torch-cpu; tools/peers/setup_torch_cpu.sh makes it");
     };
-    let words = ["tools/peers/gpu", "--device", "cpu", "--tiny", "--element", "f32", "--first", "1"];
+    // One of each kind; without names the program goes through all.
+    let ops = ["attention", "window_attention", "gemm", "gated_conv", "mamba2", "linear_attention", "adamw", "conv2d"];
+    let words =
+        [&["tools/peers/gpu", "--device", "cpu", "--tiny", "--element", "f32", "--first", "1"], &ops[..]].concat();
     let text = printed(&python, &words).unwrap_or_default();
     let mut good = BTreeSet::new();
     for row in lines(&text).iter().filter(|row| row["bench"] == "op") {

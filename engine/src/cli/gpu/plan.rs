@@ -120,7 +120,7 @@ const FIRST: [&str; 9] = [
 ];
 
 /// Operators that `tools/peers/gpu` has peers of.
-pub const WITH_PEERS: [&str; 26] = [
+const WITH_PEERS: [&str; 27] = [
     "adamw",
     "add_noise",
     "attention",
@@ -147,6 +147,7 @@ pub const WITH_PEERS: [&str; 26] = [
     "relative_attention",
     "rms_norm",
     "upsample",
+    "window_attention",
 ];
 
 /// Whole models of ours: name of the step, seconds, and the arguments of `graft bench`.
