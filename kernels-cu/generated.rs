@@ -28,6 +28,7 @@ pub const OPS: &[OpInfo] = &[
     gated_conv_2d::INFO,
     gemm::INFO,
     gemm_fp8::INFO,
+    gemm_gated_conv::INFO,
     group_norm_silu::INFO,
     kv_compress::INFO,
     linear_attention::INFO,
@@ -89,6 +90,9 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     }
     for case in gemm::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(gemm::gradcheck(case).into_iter().map(|row| ("gemm", case.name, row)));
+    }
+    for case in gemm_gated_conv::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(gemm_gated_conv::gradcheck(case).into_iter().map(|row| ("gemm_gated_conv", case.name, row)));
     }
     for case in group_norm_silu::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(group_norm_silu::gradcheck(case).into_iter().map(|row| ("group_norm_silu", case.name, row)));
@@ -383,6 +387,10 @@ pub mod attention {
         Mma128x64,
         /// mma.sync, blocks of 64 queries, keys in stages of 64.
         Mma64x64,
+        /// mma.sync, heads of 136 to 512 columns: blocks of 64 queries, keys in stages of 64, 205 KB of shared memory.
+        MmaWide64x64,
+        /// The same with keys in stages of 32, 136 KB of shared memory.
+        MmaWide64x32,
         /// Multiply-adds of the CUDA cores, any width.
         CudaCores,
     }
@@ -399,6 +407,8 @@ pub mod attention {
             (ForwardWay::Wgmma128x128, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }),
             (ForwardWay::Mma128x64, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }),
             (ForwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }),
+            (ForwardWay::MmaWide64x64, WayInfo { name: "mma_wide_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, heads of 136 to 512 columns: blocks of 64 queries, keys in stages of 64, 205 KB of shared memory." }),
+            (ForwardWay::MmaWide64x32, WayInfo { name: "mma_wide_64x32", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "The same with keys in stages of 32, 136 KB of shared memory." }),
             (ForwardWay::CudaCores, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }),
         ];
     }
@@ -406,6 +416,8 @@ pub mod attention {
     /// Ways to run the backward pass on a GPU.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub enum BackwardWay {
+        /// mma.sync, up to 256 tokens: a head a block, dq, dk and dv from one kernel and every product once.
+        MmaWhole,
         /// TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72.
         Wgmma128x64,
         /// The same with 80 queries at a time; heads of 72.
@@ -419,6 +431,7 @@ pub mod attention {
     impl Way for BackwardWay {
         const OP: &'static str = "attention";
         const ALL: &'static [(BackwardWay, WayInfo)] = &[
+            (BackwardWay::MmaWhole, WayInfo { name: "mma_whole", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: a head a block, dq, dk and dv from one kernel and every product once." }),
             (BackwardWay::Wgmma128x64, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }),
             (BackwardWay::Wgmma128x80, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }),
             (BackwardWay::Mma64x64, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }),
@@ -462,12 +475,20 @@ pub mod attention {
         Case { name: "tail_72", tier: Tier::Tiny, shape: "B=1 N=260 H=2 E=72", dims: Dims { b: 1, n: 260, h: 2, e: 72 }, params: Params { scale: 0.3 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "heads_64", tier: Tier::Tiny, shape: "B=1 N=140 H=2 E=64", dims: Dims { b: 1, n: 140, h: 2, e: 64 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "heads_128", tier: Tier::Tiny, shape: "B=1 N=140 H=1 E=128", dims: Dims { b: 1, n: 140, h: 1, e: 128 }, params: Params { scale: 0.0883883 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_tensor_cores", tier: Tier::Tiny, shape: "B=2 N=70 H=1 E=512", dims: Dims { b: 2, n: 70, h: 1, e: 512 }, params: Params { scale: 0.04419417 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_two_heads", tier: Tier::Tiny, shape: "B=1 N=33 H=2 E=264", dims: Dims { b: 1, n: 33, h: 2, e: 264 }, params: Params { scale: -0.2 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_stages", tier: Tier::Tiny, shape: "B=1 N=161 H=1 E=136", dims: Dims { b: 1, n: 161, h: 1, e: 136 }, params: Params { scale: 0.6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_one_token", tier: Tier::Tiny, shape: "B=1 N=1 H=1 E=144", dims: Dims { b: 1, n: 1, h: 1, e: 144 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_80", tier: Tier::Tiny, shape: "B=1 N=181 H=2 E=80", dims: Dims { b: 1, n: 181, h: 2, e: 80 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "whole_narrow", tier: Tier::Tiny, shape: "B=1 N=145 H=1 E=40", dims: Dims { b: 1, n: 145, h: 1, e: 40 }, params: Params { scale: -0.3 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32", dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vae_512", tier: Tier::Real, shape: "B=1 N=4096 H=1 E=512", dims: Dims { b: 1, n: 4096, h: 1, e: 512 }, params: Params { scale: 0.04419417 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_b64", tier: Tier::Real, shape: "B=64 N=256 H=16 E=72", dims: Dims { b: 64, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "tensor_cores_64", "tensor_cores_72", "tensor_cores_80", "tensor_cores_96", "tensor_cores_128", "whole_row", "narrow_columns", "sharp_72", "negative_scale", "equal_scores", "tiles_72", "heads_72", "tail_72", "heads_64", "heads_128", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_whole", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: keys and values of a head in shared memory, scores in two steps of 128." }, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72." }, WayInfo { name: "wgmma_128x192_cluster2", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same in clusters of two blocks, which load every tile of keys and values once for both." }, WayInfo { name: "wgmma_128x192_wide", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory." }, WayInfo { name: "wgmma_128x192_exact", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first." }, WayInfo { name: "wgmma_192x112", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with three warpgroups of sums, 192 queries by 112 keys." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
+    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "tensor_cores_64", "tensor_cores_72", "tensor_cores_80", "tensor_cores_96", "tensor_cores_128", "whole_row", "narrow_columns", "sharp_72", "negative_scale", "equal_scores", "tiles_72", "heads_72", "tail_72", "heads_64", "heads_128", "wide_tensor_cores", "wide_two_heads", "wide_stages", "wide_one_token", "whole_80", "whole_narrow", "fashion_b128", "dit_xl_256", "pixart_2k", "vae_512", "dit_xl_256_b64"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_whole", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: keys and values of a head in shared memory, scores in two steps of 128." }, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72." }, WayInfo { name: "wgmma_128x192_cluster2", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same in clusters of two blocks, which load every tile of keys and values once for both." }, WayInfo { name: "wgmma_128x192_wide", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory." }, WayInfo { name: "wgmma_128x192_exact", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first." }, WayInfo { name: "wgmma_192x112", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with three warpgroups of sums, 192 queries by 112 keys." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "mma_wide_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, heads of 136 to 512 columns: blocks of 64 queries, keys in stages of 64, 205 KB of shared memory." }, WayInfo { name: "mma_wide_64x32", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "The same with keys in stages of 32, 136 KB of shared memory." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_whole", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: a head a block, dq, dk and dv from one kernel and every product once." }, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2474,6 +2495,207 @@ pub mod gemm_fp8 {
 
 }
 
+/// In-projection of Hyena-X with what follows it: the short depthwise convolution along the tokens and both gates.
+pub mod gemm_gated_conv {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub b: usize,
+        pub n: usize,
+        pub d: usize,
+        pub c: usize,
+        pub k: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+        /// Taps before the current token: K - 1 is causal, (K - 1) / 2 is centred.
+        pub lead: usize,
+        /// Channels, the last ones, that run against token order; half of them make a causal operator bidirectional.
+        pub reversed: usize,
+        /// Products of operands rounded to bf16, accumulated in f32; implied by a weight stored in bf16.
+        pub bf16: bool,
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, D]` float: Input rows.
+        pub x: &'a [T],
+        /// `[3*C, D]` float (f32 or bf16 on the CPU): Weight of the projection: rows of q, of k, of v.
+        pub w: Weight<'a, T>,
+        /// `[3*C]` float: Bias of the projection.
+        pub bias: Option<&'a [T]>,
+        /// `[3, C, K]` float: Taps of the convolution on q, k and v, the earliest token first.
+        pub short_weight: &'a [T],
+        /// `[3, C]` float: Bias of the convolution.
+        pub short_bias: &'a [T],
+        /// `[B, N, C]` float: Gated result, before the output projection.
+        pub y: &'a mut [T],
+        /// `[B, N, 3, C]` float: The projection, before the convolution; where it was not asked for, the backward pass computes it again.
+        pub p: Option<&'a mut [T]>,
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[B, N, C]` float: Gated result, before the output projection.
+        pub dy: &'a [T],
+        /// `[B, N, D]` float: Input rows.
+        pub x: &'a [T],
+        /// `[3*C, D]` float (f32 or bf16 on the CPU): Weight of the projection: rows of q, of k, of v.
+        pub w: Weight<'a, T>,
+        /// `[3*C]` float: Bias of the projection.
+        pub bias: Option<&'a [T]>,
+        /// `[3, C, K]` float: Taps of the convolution on q, k and v, the earliest token first.
+        pub short_weight: &'a [T],
+        /// `[3, C]` float: Bias of the convolution.
+        pub short_bias: &'a [T],
+        /// `[B, N, 3, C]` float: The projection, before the convolution; where it was not asked for, the backward pass computes it again.
+        pub p: Option<&'a [T]>,
+        /// `[B, N, D]` float: Input rows.
+        pub dx: Option<&'a mut [T]>,
+        /// `[3*C, D]` float (f32 or bf16 on the CPU): Weight of the projection: rows of q, of k, of v.
+        pub dw: Option<&'a mut [T]>,
+        /// `[3*C]` float: Bias of the projection.
+        pub dbias: Option<&'a mut [T]>,
+        /// `[3, C, K]` float: Taps of the convolution on q, k and v, the earliest token first.
+        pub dshort_weight: Option<&'a mut [T]>,
+        /// `[3, C]` float: Bias of the convolution.
+        pub dshort_bias: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: Option<In<T>>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub y: Out<T>,
+        pub p: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: Option<In<T>>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub p: Option<In<T>>,
+        pub dx: Option<Out<T>>,
+        pub dw: Option<Out<T>>,
+        pub dbias: Option<Out<T>>,
+        pub dshort_weight: Option<Out<T>>,
+        pub dshort_bias: Option<Out<T>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    impl std::fmt::Display for Dims {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "B={} N={} D={} C={} K={}", self.b, self.n, self.d, self.c, self.k)
+        }
+    }
+
+    /// Ways to run the forward pass on a GPU.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ForwardWay {
+        /// TMA and wgmma; q, k and v of 64 channels and 128 tokens in a tile, which two warpgroups take in turn.
+        Wgmma128x192,
+        /// mma.sync and cp.async; q, k and v of 32 channels and 128 tokens in a tile, 4 warps.
+        Mma128x96,
+        /// As mma_128x96 with 64 channels and 8 warps: half the reads of x from L2.
+        Mma128x192,
+        /// The product, then the convolution and the gates; the projection goes through memory.
+        Apart,
+    }
+
+    impl Way for ForwardWay {
+        const OP: &'static str = "gemm_gated_conv";
+        const ALL: &'static [(ForwardWay, WayInfo)] = &[
+            (ForwardWay::Wgmma128x192, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; q, k and v of 64 channels and 128 tokens in a tile, which two warpgroups take in turn." }),
+            (ForwardWay::Mma128x96, WayInfo { name: "mma_128x96", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; q, k and v of 32 channels and 128 tokens in a tile, 4 warps." }),
+            (ForwardWay::Mma128x192, WayInfo { name: "mma_128x192", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As mma_128x96 with 64 channels and 8 warps: half the reads of x from L2." }),
+            (ForwardWay::Apart, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The product, then the convolution and the gates; the projection goes through memory." }),
+        ];
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(dims: Dims) -> usize {
+        let Dims { b, n, d, c, k, .. } = dims;
+        6*b*n*d*c + b*n*c*(6*k + 2)
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { b, n, d, c, .. } = dims;
+        4*(b*n*d + 3*c*d + b*n*c)
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=3 N=1 D=5 C=3 K=1", dims: Dims { b: 3, n: 1, d: 5, c: 3, k: 1 }, params: Params { lead: 0, reversed: 0, bf16: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=7 D=11 C=5 K=3", dims: Dims { b: 3, n: 7, d: 11, c: 5, k: 3 }, params: Params { lead: 1, reversed: 2, bf16: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "causal", tier: Tier::Tiny, shape: "B=2 N=19 D=24 C=18 K=4", dims: Dims { b: 2, n: 19, d: 24, c: 18, k: 4 }, params: Params { lead: 3, reversed: 0, bf16: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "centred_no_bias", tier: Tier::Tiny, shape: "B=2 N=21 D=16 C=34 K=3", dims: Dims { b: 2, n: 21, d: 16, c: 34, k: 3 }, params: Params { lead: 1, reversed: 0, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: true },
+        Case { name: "recomputed", tier: Tier::Tiny, shape: "B=2 N=9 D=16 C=10 K=4", dims: Dims { b: 2, n: 9, d: 16, c: 10, k: 4 }, params: Params { lead: 3, reversed: 0, bf16: false }, absent: &["p"], bf16: &[], gradcheck: true },
+        Case { name: "bf16_products", tier: Tier::Tiny, shape: "B=2 N=9 D=21 C=6 K=4", dims: Dims { b: 2, n: 9, d: 21, c: 6, k: 4 }, params: Params { lead: 3, reversed: 2, bf16: true }, absent: &[], bf16: &["w"], gradcheck: false },
+        Case { name: "tokens_across_tiles", tier: Tier::Tiny, shape: "B=1 N=259 D=40 C=34 K=4", dims: Dims { b: 1, n: 259, d: 40, c: 34, k: 4 }, params: Params { lead: 3, reversed: 0, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "images_inside_a_tile", tier: Tier::Tiny, shape: "B=5 N=49 D=72 C=66 K=4", dims: Dims { b: 5, n: 49, d: 72, c: 66, k: 4 }, params: Params { lead: 3, reversed: 0, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "both_directions_of_a_tile", tier: Tier::Tiny, shape: "B=2 N=131 D=24 C=72 K=4", dims: Dims { b: 2, n: 131, d: 24, c: 72, k: 4 }, params: Params { lead: 3, reversed: 36, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "directions_by_tile", tier: Tier::Tiny, shape: "B=1 N=260 D=24 C=128 K=3", dims: Dims { b: 1, n: 260, d: 24, c: 128, k: 3 }, params: Params { lead: 2, reversed: 64, bf16: false }, absent: &["p"], bf16: &[], gradcheck: false },
+        Case { name: "many_taps", tier: Tier::Tiny, shape: "B=1 N=150 D=8 C=40 K=11", dims: Dims { b: 1, n: 150, d: 8, c: 40, k: 11 }, params: Params { lead: 4, reversed: 40, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "steps_of_depth", tier: Tier::Tiny, shape: "B=1 N=20 D=328 C=66 K=4", dims: Dims { b: 1, n: 20, d: 328, c: 66, k: 4 }, params: Params { lead: 3, reversed: 0, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "tiles_in_turn", tier: Tier::Tiny, shape: "B=2 N=257 D=40 C=200 K=4", dims: Dims { b: 2, n: 257, d: 40, c: 200, k: 4 }, params: Params { lead: 3, reversed: 100, bf16: false }, absent: &["p"], bf16: &[], gradcheck: false },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 D=128 C=128 K=4", dims: Dims { b: 128, n: 49, d: 128, c: 128, k: 4 }, params: Params { lead: 3, reversed: 0, bf16: false }, absent: &["p"], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 D=1152 C=1152 K=4", dims: Dims { b: 2, n: 256, d: 1152, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0, bf16: false }, absent: &["p"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 D=1152 C=1152 K=4", dims: Dims { b: 2, n: 16384, d: 1152, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0, bf16: false }, absent: &["p"], bf16: &["w"], gradcheck: false },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "gemm_gated_conv", summary: "In-projection of Hyena-X with what follows it: the short depthwise convolution along the tokens and both gates.", backward: true, cases: &["one_token", "odd", "causal", "centred_no_bias", "recomputed", "bf16_products", "tokens_across_tiles", "images_inside_a_tile", "both_directions_of_a_tile", "directions_by_tile", "many_taps", "steps_of_depth", "tiles_in_turn", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; q, k and v of 64 channels and 128 tokens in a tile, which two warpgroups take in turn." }, WayInfo { name: "mma_128x96", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; q, k and v of 32 channels and 128 tokens in a tile, 4 warps." }, WayInfo { name: "mma_128x192", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As mma_128x96 with 64 channels and 8 warps: half the reads of x from L2." }, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The product, then the convolution and the gates; the projection goes through memory." }] };
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { b, n, d, c, k, .. } = dims;
+        let x = check::draw_f64(case.name, "x", b * n * d, Fill::Normal);
+        let w = check::draw_f64(case.name, "w", 3*c * d, Fill::Uniform(-0.25f64, 0.25f64));
+        let bias = check::draw_f64(case.name, "bias", 3*c, Fill::Normal);
+        let short_weight = check::draw_f64(case.name, "short_weight", 3 * c * k, Fill::Uniform(-0.3f64, 0.3f64));
+        let short_bias = check::draw_f64(case.name, "short_bias", 3 * c, Fill::Uniform(-0.3f64, 0.3f64));
+        let cotangent = check::draw_f64(case.name, "dy", b * n * c, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64], w: &[f64], bias: &[f64], short_weight: &[f64], short_bias: &[f64]| {
+            let mut y = vec![0.0f64; b * n * c];
+            let mut p = vec![0.0f64; b * n * 3 * c];
+            super::super::gemm_gated_conv::reference::forward(Forward { dims, params, x: x, w: Weight::Native(w), bias: (!absent("bias")).then_some(bias), short_weight: short_weight, short_bias: short_bias, y: &mut y[..], p: (!absent("p")).then_some(&mut p[..]) });
+            (y, p)
+        };
+        let (y, p) = forward(&x, &w, &bias, &short_weight, &short_bias);
+        let mut dx = vec![0.0f64; b * n * d];
+        let mut dw = vec![0.0f64; 3*c * d];
+        let mut dbias = vec![0.0f64; 3*c];
+        let mut dshort_weight = vec![0.0f64; 3 * c * k];
+        let mut dshort_bias = vec![0.0f64; 3 * c];
+        super::super::gemm_gated_conv::reference::backward(Backward { dims, params, dy: &cotangent, x: &x[..], w: Weight::Native(&w[..]), bias: (!absent("bias")).then_some(&bias[..]), short_weight: &short_weight[..], short_bias: &short_bias[..], p: (!absent("p")).then_some(&p[..]), dx: Some(&mut dx[..]), dw: Some(&mut dw[..]), dbias: (!absent("bias")).then_some(&mut dbias[..]), dshort_weight: Some(&mut dshort_weight[..]), dshort_bias: Some(&mut dshort_bias[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &w, &bias, &short_weight, &short_bias).0, &cotangent))); }
+        { rows.push(check::directional("w", case.name, &w, &dw, |moved| check::dot(&forward(&x, moved, &bias, &short_weight, &short_bias).0, &cotangent))); }
+        if !absent("bias") { rows.push(check::directional("bias", case.name, &bias, &dbias, |moved| check::dot(&forward(&x, &w, moved, &short_weight, &short_bias).0, &cotangent))); }
+        { rows.push(check::directional("short_weight", case.name, &short_weight, &dshort_weight, |moved| check::dot(&forward(&x, &w, &bias, moved, &short_bias).0, &cotangent))); }
+        { rows.push(check::directional("short_bias", case.name, &short_bias, &dshort_bias, |moved| check::dot(&forward(&x, &w, &bias, &short_weight, moved).0, &cotangent))); }
+        rows
+    }
+}
+
 /// Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.
 pub mod group_norm_silu {
     use super::*;
@@ -2797,7 +3019,7 @@ pub mod kv_compress {
     }
 }
 
-/// Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.
+/// Attention with a kernel in place of the softmax, over all tokens or those so far in linear time, from the packed projection.
 pub mod linear_attention {
     use super::*;
 
@@ -2815,6 +3037,8 @@ pub mod linear_attention {
         pub map: usize,
         /// Added to the norm.
         pub eps: f32,
+        /// A query meets the keys up to its own token.
+        pub causal: bool,
     }
 
     pub struct Forward<'a, T> {
@@ -2890,7 +3114,7 @@ pub mod linear_attention {
         Mma264,
         /// mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks.
         Mma528,
-        /// CUDA cores, tiles of 64×32.
+        /// CUDA cores, tiles of 64×32; causal sums by chunks of 64 tokens.
         Tiles,
     }
 
@@ -2899,7 +3123,7 @@ pub mod linear_attention {
         const ALL: &'static [(ForwardWay, WayInfo)] = &[
             (ForwardWay::Mma264, WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }),
             (ForwardWay::Mma528, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }),
-            (ForwardWay::Tiles, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32." }),
+            (ForwardWay::Tiles, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32; causal sums by chunks of 64 tokens." }),
         ];
     }
 
@@ -2910,7 +3134,7 @@ pub mod linear_attention {
         Mma264,
         /// mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks.
         Mma528,
-        /// CUDA cores, tiles of 64×32.
+        /// CUDA cores, tiles of 64×32; causal sums by chunks of 64 tokens.
         Tiles,
     }
 
@@ -2919,7 +3143,7 @@ pub mod linear_attention {
         const ALL: &'static [(BackwardWay, WayInfo)] = &[
             (BackwardWay::Mma264, WayInfo { name: "mma_264", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }),
             (BackwardWay::Mma528, WayInfo { name: "mma_528", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }),
-            (BackwardWay::Tiles, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32." }),
+            (BackwardWay::Tiles, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32; causal sums by chunks of 64 tokens." }),
         ];
     }
 
@@ -2937,26 +3161,31 @@ pub mod linear_attention {
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 H=3 E=7", dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "one_token", tier: Tier::Tiny, shape: "B=2 N=1 H=1 E=1", dims: Dims { b: 2, n: 1, h: 1, e: 1 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "relu", tier: Tier::Tiny, shape: "B=2 N=37 H=5 E=8", dims: Dims { b: 2, n: 37, h: 5, e: 8 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion", tier: Tier::Tiny, shape: "B=2 N=49 H=4 E=32", dims: Dims { b: 2, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_relu", tier: Tier::Tiny, shape: "B=1 N=49 H=4 E=32", dims: Dims { b: 1, n: 49, h: 4, e: 32 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=65 H=2 E=72", dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=1037 H=2 E=9", dims: Dims { b: 1, n: 1037, h: 2, e: 9 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "wide_eps", tier: Tier::Tiny, shape: "B=1 N=20 H=2 E=6", dims: Dims { b: 1, n: 20, h: 2, e: 6 }, params: Params { map: 1, eps: 0.5 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "head_32_tail", tier: Tier::Tiny, shape: "B=2 N=131 H=3 E=32", dims: Dims { b: 2, n: 131, h: 3, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "head_64_parts", tier: Tier::Tiny, shape: "B=1 N=389 H=2 E=64", dims: Dims { b: 1, n: 389, h: 2, e: 64 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "head_64_relu", tier: Tier::Tiny, shape: "B=2 N=63 H=1 E=64", dims: Dims { b: 2, n: 63, h: 1, e: 64 }, params: Params { map: 1, eps: 0.001 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "head_72_parts", tier: Tier::Tiny, shape: "B=1 N=321 H=2 E=72", dims: Dims { b: 1, n: 321, h: 2, e: 72 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "head_72_one_token", tier: Tier::Tiny, shape: "B=2 N=1 H=1 E=72", dims: Dims { b: 2, n: 1, h: 1, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "head_72_tiles", tier: Tier::Tiny, shape: "B=1 N=701 H=1 E=72", dims: Dims { b: 1, n: 701, h: 1, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32", dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { map: 0, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
-        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { map: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 H=3 E=7", dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "one_token", tier: Tier::Tiny, shape: "B=2 N=1 H=1 E=1", dims: Dims { b: 2, n: 1, h: 1, e: 1 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "relu", tier: Tier::Tiny, shape: "B=2 N=37 H=5 E=8", dims: Dims { b: 2, n: 37, h: 5, e: 8 }, params: Params { map: 1, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion", tier: Tier::Tiny, shape: "B=2 N=49 H=4 E=32", dims: Dims { b: 2, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_relu", tier: Tier::Tiny, shape: "B=1 N=49 H=4 E=32", dims: Dims { b: 1, n: 49, h: 4, e: 32 }, params: Params { map: 1, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72", tier: Tier::Tiny, shape: "B=1 N=65 H=2 E=72", dims: Dims { b: 1, n: 65, h: 2, e: 72 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 N=1037 H=2 E=9", dims: Dims { b: 1, n: 1037, h: 2, e: 9 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide_eps", tier: Tier::Tiny, shape: "B=1 N=20 H=2 E=6", dims: Dims { b: 1, n: 20, h: 2, e: 6 }, params: Params { map: 1, eps: 0.5, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_32_tail", tier: Tier::Tiny, shape: "B=2 N=131 H=3 E=32", dims: Dims { b: 2, n: 131, h: 3, e: 32 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_64_parts", tier: Tier::Tiny, shape: "B=1 N=389 H=2 E=64", dims: Dims { b: 1, n: 389, h: 2, e: 64 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_64_relu", tier: Tier::Tiny, shape: "B=2 N=63 H=1 E=64", dims: Dims { b: 2, n: 63, h: 1, e: 64 }, params: Params { map: 1, eps: 0.001, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72_parts", tier: Tier::Tiny, shape: "B=1 N=321 H=2 E=72", dims: Dims { b: 1, n: 321, h: 2, e: 72 }, params: Params { map: 1, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72_one_token", tier: Tier::Tiny, shape: "B=2 N=1 H=1 E=72", dims: Dims { b: 2, n: 1, h: 1, e: 72 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "head_72_tiles", tier: Tier::Tiny, shape: "B=1 N=701 H=1 E=72", dims: Dims { b: 1, n: 701, h: 1, e: 72 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "causal_odd", tier: Tier::Tiny, shape: "B=3 N=5 H=3 E=7", dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { map: 0, eps: 1e-6, causal: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "causal_one_token", tier: Tier::Tiny, shape: "B=2 N=1 H=1 E=8", dims: Dims { b: 2, n: 1, h: 1, e: 8 }, params: Params { map: 0, eps: 1e-6, causal: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "causal_chunks", tier: Tier::Tiny, shape: "B=1 N=150 H=2 E=37", dims: Dims { b: 1, n: 150, h: 2, e: 37 }, params: Params { map: 0, eps: 1e-6, causal: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "causal_relu", tier: Tier::Tiny, shape: "B=2 N=70 H=1 E=40", dims: Dims { b: 2, n: 70, h: 1, e: 40 }, params: Params { map: 1, eps: 0.5, causal: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "causal_72", tier: Tier::Tiny, shape: "B=1 N=257 H=1 E=72", dims: Dims { b: 1, n: 257, h: 1, e: 72 }, params: Params { map: 0, eps: 1e-6, causal: true }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32", dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { map: 1, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "head_32_tail", "head_64_parts", "head_64_relu", "head_72_parts", "head_72_one_token", "head_72_tiles", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32." }, WayInfo { name: "mma_264", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }, WayInfo { name: "mma_528", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32." }] };
+    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens or those so far in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "head_32_tail", "head_64_parts", "head_64_relu", "head_72_parts", "head_72_one_token", "head_72_tiles", "causal_odd", "causal_one_token", "causal_chunks", "causal_relu", "causal_72", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32; causal sums by chunks of 64 tokens." }, WayInfo { name: "mma_264", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }, WayInfo { name: "mma_528", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32; causal sums by chunks of 64 tokens." }] };
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
