@@ -51,6 +51,11 @@ pub const KERNELS: &[&Kernel] = &[
     &attention::ATTENTION_FORWARD_72_128X128,
     &attention::ATTENTION_FORWARD_64_128X128,
     &attention::ATTENTION_FORWARD_128_128X128,
+    &attention::ATTENTION_BACKWARD_WHOLE_E64,
+    &attention::ATTENTION_BACKWARD_WHOLE_E72,
+    &attention::ATTENTION_BACKWARD_WHOLE_E80,
+    &attention::ATTENTION_FORWARD_WIDE_64X64,
+    &attention::ATTENTION_FORWARD_WIDE_64X32,
     &attention_int8::ATTENTION_INT8_SUMS,
     &attention_int8::ATTENTION_INT8_MEANS,
     &attention_int8::ATTENTION_INT8_ROUND,
@@ -183,6 +188,9 @@ pub const KERNELS: &[&Kernel] = &[
     &gemm_fp8::GEMM_FP8_FORWARD,
     &gemm_fp8::GEMM_FP8_ROUND_SM90,
     &gemm_fp8::GEMM_FP8_WGMMA_128X192,
+    &gemm_gated_conv::GEMM_GATED_CONV_MMA_128X96,
+    &gemm_gated_conv::GEMM_GATED_CONV_MMA_128X192,
+    &gemm_gated_conv::GEMM_GATED_CONV_WGMMA_128X192,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS,
     &group_norm_silu::GROUP_NORM_SILU_MOMENTS_ANY,
     &group_norm_silu::GROUP_NORM_SILU_STATISTICS,
@@ -212,6 +220,9 @@ pub const KERNELS: &[&Kernel] = &[
     &linear_attention::LINEAR_ATTENTION_BACKWARD_Q,
     &linear_attention::LINEAR_ATTENTION_BACKWARD_K,
     &linear_attention::LINEAR_ATTENTION_BACKWARD_V,
+    &linear_attention::LINEAR_ATTENTION_PREFIX,
+    &linear_attention::LINEAR_ATTENTION_CAUSAL_FORWARD,
+    &linear_attention::LINEAR_ATTENTION_CAUSAL_BACKWARD,
     &linear_attention::LINEAR_ATTENTION_MMA_STATE_32,
     &linear_attention::LINEAR_ATTENTION_MMA_STATE_64,
     &linear_attention::LINEAR_ATTENTION_MMA_STATE_72,
@@ -1772,6 +1783,158 @@ pub mod attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_FORWARD_128_128X128, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_WHOLE_E64: Kernel = Kernel { op: "attention", source: "attention_whole.cu", name: "attention_backward_whole_e64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_WHOLE_E64`].
+    pub struct AttentionBackwardWholeE64<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardWholeE64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_WHOLE_E64, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_WHOLE_E64, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_WHOLE_E64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_WHOLE_E64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_WHOLE_E72: Kernel = Kernel { op: "attention", source: "attention_whole.cu", name: "attention_backward_whole_e72", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_WHOLE_E72`].
+    pub struct AttentionBackwardWholeE72<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardWholeE72<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_WHOLE_E72, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_WHOLE_E72, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_WHOLE_E72, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_WHOLE_E72, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_BACKWARD_WHOLE_E80: Kernel = Kernel { op: "attention", source: "attention_whole.cu", name: "attention_backward_whole_e80", arch: 80 };
+
+    /// Arguments of [`ATTENTION_BACKWARD_WHOLE_E80`].
+    pub struct AttentionBackwardWholeE80<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub y: In<T>,
+        pub lse: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionBackwardWholeE80<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &ATTENTION_BACKWARD_WHOLE_E80, "n", self.n)?,
+                int(queue, &ATTENTION_BACKWARD_WHOLE_E80, "h", self.h)?,
+                int(queue, &ATTENTION_BACKWARD_WHOLE_E80, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_BACKWARD_WHOLE_E80, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_WIDE_64X64: Kernel = Kernel { op: "attention", source: "attention_wide.cu", name: "attention_forward_wide_64x64", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_WIDE_64X64`].
+    pub struct AttentionForwardWide64x64<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForwardWide64x64<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_WIDE_64X64, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_WIDE_64X64, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_WIDE_64X64, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WIDE_64X64, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_WIDE_64X32: Kernel = Kernel { op: "attention", source: "attention_wide.cu", name: "attention_forward_wide_64x32", arch: 80 };
+
+    /// Arguments of [`ATTENTION_FORWARD_WIDE_64X32`].
+    pub struct AttentionForwardWide64x32<T> {
+        pub qkv: In<T>,
+        pub y: Out<T>,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub scale: f32,
+    }
+
+    impl<T: Element> AttentionForwardWide64x32<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_WIDE_64X32, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_WIDE_64X32, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_WIDE_64X32, "e", self.e)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WIDE_64X32, element: T::TYPE, shape, args: &args })
         }
     }
 }
@@ -6480,6 +6643,143 @@ pub mod gemm_fp8 {
     }
 }
 
+/// Kernels of `gemm_gated_conv`.
+pub mod gemm_gated_conv {
+    use super::*;
+
+    pub const GEMM_GATED_CONV_MMA_128X96: Kernel = Kernel { op: "gemm_gated_conv", source: "gemm_gated_conv.cu", name: "gemm_gated_conv_mma_128x96", arch: 80 };
+
+    /// Arguments of [`GEMM_GATED_CONV_MMA_128X96`].
+    pub struct GemmGatedConvMma128x96<T> {
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub y: Out<T>,
+        pub p: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub d: usize,
+        pub c: usize,
+        pub taps: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub tokens: usize,
+    }
+
+    impl<T: Element> GemmGatedConvMma128x96<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.p.address()),
+                int(queue, &GEMM_GATED_CONV_MMA_128X96, "rows", self.rows)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X96, "n", self.n)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X96, "d", self.d)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X96, "c", self.c)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X96, "taps", self.taps)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X96, "lead", self.lead)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X96, "reversed", self.reversed)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X96, "tokens", self.tokens)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_GATED_CONV_MMA_128X96, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_GATED_CONV_MMA_128X192: Kernel = Kernel { op: "gemm_gated_conv", source: "gemm_gated_conv.cu", name: "gemm_gated_conv_mma_128x192", arch: 80 };
+
+    /// Arguments of [`GEMM_GATED_CONV_MMA_128X192`].
+    pub struct GemmGatedConvMma128x192<T> {
+        pub x: In<T>,
+        pub w: In<T>,
+        pub bias: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub y: Out<T>,
+        pub p: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub d: usize,
+        pub c: usize,
+        pub taps: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub tokens: usize,
+    }
+
+    impl<T: Element> GemmGatedConvMma128x192<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.x.address()),
+                Arg::Address(self.w.address()),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.p.address()),
+                int(queue, &GEMM_GATED_CONV_MMA_128X192, "rows", self.rows)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X192, "n", self.n)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X192, "d", self.d)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X192, "c", self.c)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X192, "taps", self.taps)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X192, "lead", self.lead)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X192, "reversed", self.reversed)?,
+                int(queue, &GEMM_GATED_CONV_MMA_128X192, "tokens", self.tokens)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_GATED_CONV_MMA_128X192, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_GATED_CONV_WGMMA_128X192: Kernel = Kernel { op: "gemm_gated_conv", source: "gemm_gated_conv_sm90.cu", name: "gemm_gated_conv_wgmma_128x192", arch: 90 };
+
+    /// Arguments of [`GEMM_GATED_CONV_WGMMA_128X192`].
+    pub struct GemmGatedConvWgmma128x192<T> {
+        pub x: TensorMap,
+        pub w: TensorMap,
+        pub bias: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub y: Out<T>,
+        pub p: Out<T>,
+        pub rows: usize,
+        pub n: usize,
+        pub d: usize,
+        pub c: usize,
+        pub taps: usize,
+        pub lead: usize,
+        pub reversed: usize,
+        pub tokens: usize,
+    }
+
+    impl<T: Element> GemmGatedConvWgmma128x192<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.x),
+                Arg::Map(self.w),
+                Arg::Address(self.bias.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.p.address()),
+                int(queue, &GEMM_GATED_CONV_WGMMA_128X192, "rows", self.rows)?,
+                int(queue, &GEMM_GATED_CONV_WGMMA_128X192, "n", self.n)?,
+                int(queue, &GEMM_GATED_CONV_WGMMA_128X192, "d", self.d)?,
+                int(queue, &GEMM_GATED_CONV_WGMMA_128X192, "c", self.c)?,
+                int(queue, &GEMM_GATED_CONV_WGMMA_128X192, "taps", self.taps)?,
+                int(queue, &GEMM_GATED_CONV_WGMMA_128X192, "lead", self.lead)?,
+                int(queue, &GEMM_GATED_CONV_WGMMA_128X192, "reversed", self.reversed)?,
+                int(queue, &GEMM_GATED_CONV_WGMMA_128X192, "tokens", self.tokens)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_GATED_CONV_WGMMA_128X192, element: T::TYPE, shape, args: &args })
+        }
+    }
+}
+
 /// Kernels of `group_norm_silu`.
 pub mod group_norm_silu {
     use super::*;
@@ -7467,6 +7767,106 @@ pub mod linear_attention {
                 int(queue, &LINEAR_ATTENTION_BACKWARD_V, "map", self.map)?,
             ];
             queue.launch(&Launch { kernel: &LINEAR_ATTENTION_BACKWARD_V, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_PREFIX: Kernel = Kernel { op: "linear_attention", source: "linear_attention_causal.cu", name: "linear_attention_prefix", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_PREFIX`].
+    pub struct LinearAttentionPrefix {
+        pub sums: Out<f32>,
+        pub state: Out<f32>,
+        pub total: Out<f32>,
+        pub heads: u64,
+        pub e: usize,
+        pub chunks: usize,
+        pub reverse: usize,
+    }
+
+    impl LinearAttentionPrefix {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.sums.address()),
+                Arg::Address(self.state.address()),
+                Arg::Address(self.total.address()),
+                Arg::U64(self.heads),
+                int(queue, &LINEAR_ATTENTION_PREFIX, "e", self.e)?,
+                int(queue, &LINEAR_ATTENTION_PREFIX, "chunks", self.chunks)?,
+                int(queue, &LINEAR_ATTENTION_PREFIX, "reverse", self.reverse)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_PREFIX, element: element, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_CAUSAL_FORWARD: Kernel = Kernel { op: "linear_attention", source: "linear_attention_causal.cu", name: "linear_attention_causal_forward", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_CAUSAL_FORWARD`].
+    pub struct LinearAttentionCausalForward<T> {
+        pub qkv: In<T>,
+        pub before: In<f32>,
+        pub y: Out<T>,
+        pub norm: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub map: usize,
+        pub eps: f32,
+        pub chunks: usize,
+    }
+
+    impl<T: Element> LinearAttentionCausalForward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.before.address()),
+                Arg::Address(self.y.address()),
+                Arg::Address(self.norm.address()),
+                int(queue, &LINEAR_ATTENTION_CAUSAL_FORWARD, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_CAUSAL_FORWARD, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_CAUSAL_FORWARD, "e", self.e)?,
+                int(queue, &LINEAR_ATTENTION_CAUSAL_FORWARD, "map", self.map)?,
+                Arg::F32(self.eps),
+                int(queue, &LINEAR_ATTENTION_CAUSAL_FORWARD, "chunks", self.chunks)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_CAUSAL_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const LINEAR_ATTENTION_CAUSAL_BACKWARD: Kernel = Kernel { op: "linear_attention", source: "linear_attention_causal.cu", name: "linear_attention_causal_backward", arch: 80 };
+
+    /// Arguments of [`LINEAR_ATTENTION_CAUSAL_BACKWARD`].
+    pub struct LinearAttentionCausalBackward<T> {
+        pub dy: In<T>,
+        pub qkv: In<T>,
+        pub norm: In<f32>,
+        pub delta: In<f32>,
+        pub before: In<f32>,
+        pub behind: In<f32>,
+        pub dqkv: Out<T>,
+        pub n: usize,
+        pub h: usize,
+        pub e: usize,
+        pub map: usize,
+        pub chunks: usize,
+    }
+
+    impl<T: Element> LinearAttentionCausalBackward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.qkv.address()),
+                Arg::Address(self.norm.address()),
+                Arg::Address(self.delta.address()),
+                Arg::Address(self.before.address()),
+                Arg::Address(self.behind.address()),
+                Arg::Address(self.dqkv.address()),
+                int(queue, &LINEAR_ATTENTION_CAUSAL_BACKWARD, "n", self.n)?,
+                int(queue, &LINEAR_ATTENTION_CAUSAL_BACKWARD, "h", self.h)?,
+                int(queue, &LINEAR_ATTENTION_CAUSAL_BACKWARD, "e", self.e)?,
+                int(queue, &LINEAR_ATTENTION_CAUSAL_BACKWARD, "map", self.map)?,
+                int(queue, &LINEAR_ATTENTION_CAUSAL_BACKWARD, "chunks", self.chunks)?,
+            ];
+            queue.launch(&Launch { kernel: &LINEAR_ATTENTION_CAUSAL_BACKWARD, element: T::TYPE, shape, args: &args })
         }
     }
 

@@ -37,6 +37,7 @@ pub mod gated_conv;
 pub mod gated_conv_2d;
 pub mod gemm;
 pub mod gemm_fp8;
+pub mod gemm_gated_conv;
 pub mod group_norm_silu;
 pub mod kv_compress;
 pub mod linear_attention;

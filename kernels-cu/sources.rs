@@ -18,6 +18,7 @@ pub const COMMON: &[File] = &[
     ("fragments.cuh", include_str!("common/fragments.cuh")),
     ("gated_window.cuh", include_str!("common/gated_window.cuh")),
     ("linear.cuh", include_str!("common/linear.cuh")),
+    ("linear_mma.cuh", include_str!("common/linear_mma.cuh")),
     ("linear_sm90.cuh", include_str!("common/linear_sm90.cuh")),
     ("mbarrier.cuh", include_str!("common/mbarrier.cuh")),
     ("memory.cuh", include_str!("common/memory.cuh")),
@@ -63,7 +64,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "attention_int8", "axpy", "branch_deltas", "cast", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "gemm_fp8", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "norm_silu_conv2d", "patchify", "philox", "probes", "qk_norm", "relative_attention", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "attention_int8", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "gemm_fp8", "gemm_gated_conv", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "norm_silu_conv2d", "patchify", "philox", "probes", "qk_norm", "relative_attention", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -80,6 +81,8 @@ pub fn operator(op: &str) -> &'static [File] {
             ("attention_mma.cu", include_str!("attention/attention_mma.cu")),
             ("attention_sm90.cu", include_str!("attention/attention_sm90.cu")),
             ("attention_sm90.cuh", include_str!("attention/attention_sm90.cuh")),
+            ("attention_whole.cu", include_str!("attention/attention_whole.cu")),
+            ("attention_wide.cu", include_str!("attention/attention_wide.cu")),
         ],
         "attention_int8" => &[
             ("attention_int8.cu", include_str!("attention_int8/attention_int8.cu")),
@@ -89,9 +92,6 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "branch_deltas" => &[
             ("branch_deltas.cu", include_str!("branch_deltas/branch_deltas.cu")),
-        ],
-        "cast" => &[
-            ("cast.cu", include_str!("cast/cast.cu")),
         ],
         "conv2d" => &[
             ("conv2d.cu", include_str!("conv2d/conv2d.cu")),
@@ -131,12 +131,16 @@ pub fn operator(op: &str) -> &'static [File] {
             ("gemm.cu", include_str!("gemm/gemm.cu")),
             ("gemm_mma.cu", include_str!("gemm/gemm_mma.cu")),
             ("gemm_sm90.cu", include_str!("gemm/gemm_sm90.cu")),
-            ("mma.cuh", include_str!("gemm/mma.cuh")),
         ],
         "gemm_fp8" => &[
             ("gemm_fp8.cu", include_str!("gemm_fp8/gemm_fp8.cu")),
             ("gemm_fp8_sm90.cu", include_str!("gemm_fp8/gemm_fp8_sm90.cu")),
             ("round.cuh", include_str!("gemm_fp8/round.cuh")),
+        ],
+        "gemm_gated_conv" => &[
+            ("gates.cuh", include_str!("gemm_gated_conv/gates.cuh")),
+            ("gemm_gated_conv.cu", include_str!("gemm_gated_conv/gemm_gated_conv.cu")),
+            ("gemm_gated_conv_sm90.cu", include_str!("gemm_gated_conv/gemm_gated_conv_sm90.cu")),
         ],
         "group_norm_silu" => &[
             ("group_norm_silu.cu", include_str!("group_norm_silu/group_norm_silu.cu")),
@@ -147,7 +151,9 @@ pub fn operator(op: &str) -> &'static [File] {
         "linear_attention" => &[
             ("features.cuh", include_str!("linear_attention/features.cuh")),
             ("linear_attention.cu", include_str!("linear_attention/linear_attention.cu")),
+            ("linear_attention_causal.cu", include_str!("linear_attention/linear_attention_causal.cu")),
             ("linear_attention_mma.cu", include_str!("linear_attention/linear_attention_mma.cu")),
+            ("parts.cuh", include_str!("linear_attention/parts.cuh")),
             ("sums.cuh", include_str!("linear_attention/sums.cuh")),
         ],
         "ln_modulate" => &[

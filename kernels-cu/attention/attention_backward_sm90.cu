@@ -98,6 +98,7 @@ template <class P> PTX_FN void produce(const P& s, const Maps& m, int n, int h, 
                     load_tile<P::kWidth, 64>(s.own(g, w), m.own[w], at.row0 + 64 * g, m.own_part[w], at, s.own_full());
         }
     }
+    start_next();
 }
 
 // Brings lse in base two and delta of every stage's queries; all lanes of a warp.

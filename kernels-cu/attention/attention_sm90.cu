@@ -120,6 +120,7 @@ template <class P> PTX_FN void produce(const P& s, const Maps& m, int n, int h, 
             ring.template step<P::kStages>();
         }
     }
+    start_next();
 }
 
 // A warp has read a stage: it says so to every block that fills it.

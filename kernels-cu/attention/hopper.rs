@@ -96,7 +96,7 @@ fn swizzle(columns: usize) -> u32 {
 /// One block for each multiprocessor, in whole clusters, or one for each unit of work where there are fewer.
 fn persistent<Q: Queue>(queue: &Q, units: usize, cluster: usize, threads: usize) -> Shape {
     let most = (queue.properties().multiprocessors / cluster).max(1);
-    Shape::new(units.min(most) * cluster, threads).cluster(cluster)
+    Shape::new(units.min(most) * cluster, threads).cluster(cluster).dependent()
 }
 
 /// Launches the forward pass; `way` has taken the shape.

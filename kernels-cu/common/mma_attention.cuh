@@ -12,6 +12,7 @@
 // Weights are exp2(c·s - c·m) with c = scale·log2(e) in one multiply-add. c·m is rounded once for a row and the same
 // number is in the log-sum, so its error leaves the weights; a negative scale changes the sign of the queries.
 #pragma once
+#include "cluster.cuh"
 #include "memory.cuh"
 #include "softmax_attention.cuh"
 #include "warp.cuh"
@@ -398,6 +399,7 @@ PTX_FN void mma_forward(const Keys& keys, Vectors<const E> q, Vectors<const E> k
         const int row_end = min(n, row0 + Tile::kRows), warp = threadIdx.x / 32;
         const int my_row = row0 + warp * Tile::kWarpRows, my_end = min(row_end, my_row + Tile::kWarpRows);
         const Span span = keys.keys(row0, row_end);
+        wait_for_previous();
         if (span.first < span.end) {
             fetch_rows<Tile>(stage_of<Tile>(0), k, span.first, span.end, e);
             fetch_rows<Tile>(stage_of<Tile>(1), v, span.first, span.end, e);
@@ -419,6 +421,7 @@ PTX_FN void mma_forward(const Keys& keys, Vectors<const E> q, Vectors<const E> k
             const Stage<Tile> ks{stage_of<Tile>(stage)}, vs{stage_of<Tile>(stage + 1)};
             forward_tile<false, Tile, E>(w, keys, ks, vs, my_row, my_end, key, span.end);
         }
+        start_next();
         cp_async_wait<0>();
         __syncthreads();
         finish<Tile>(w, own_rows<Tile>(0), y, lse, my_row, my_end, e);
@@ -439,6 +442,7 @@ PTX_FN void mma_forward_resident(const Keys& keys, Vectors<const E> q, Vectors<c
         guard_stages<Region>(regions);
         SMEM_DYNAMIC(smem, 128);
         smem_guard(smem, own + Tile::kWarps * kOwn);
+        wait_for_previous();
         for (int key = 0, region = 0; key < keys.limit; key += kStage, region += 2) {
             fetch_rows<Region>(stage_of<Region>(region), k, key, keys.limit, e);
             fetch_rows<Region>(stage_of<Region>(region + 1), v, key, keys.limit, e);
@@ -460,6 +464,7 @@ PTX_FN void mma_forward_resident(const Keys& keys, Vectors<const E> q, Vectors<c
             }
             finish<Tile>(w, smem_u32(smem) + own + threadIdx.x / 32 * kOwn, y, lse, row, row_end, e);
         }
+        start_next();
     }
 }
 

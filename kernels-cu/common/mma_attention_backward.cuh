@@ -115,6 +115,7 @@ PTX_FN void mma_dq(const Keys& keys, Vectors<const E> q, Vectors<const E> k, Vec
         const int row_end = min(n, row0 + Tile::kRows), warp = threadIdx.x / 32;
         const int my_row = row0 + warp * Tile::kWarpRows, my_end = min(row_end, my_row + Tile::kWarpRows);
         const Span span = keys.keys(row0, row_end);
+        wait_for_previous();
         if (span.first < span.end) {
             fetch_rows<Tile>(stage_of<Tile>(0), k, span.first, span.end, e);
             fetch_rows<Tile>(stage_of<Tile>(1), v, span.first, span.end, e);
@@ -135,6 +136,7 @@ PTX_FN void mma_dq(const Keys& keys, Vectors<const E> q, Vectors<const E> k, Vec
             const Stage<Tile> ks{stage_of<Tile>(stage)}, vs{stage_of<Tile>(stage + 1)};
             dq_tile<Tile, E>(w, keys, ks, vs, my_row, my_end, key, span.end);
         }
+        start_next();
         cp_async_wait<0>();
         __syncthreads();
         float factor[Tile::kM][2];
@@ -277,6 +279,7 @@ PTX_FN void mma_dkdv(const Keys& keys, Vectors<const E> q, Vectors<const E> k, V
             }
             cp_async_commit();
         };
+        wait_for_previous();
         KeySlopes<Tile> w;
         if constexpr (kSharedRows<Tile>) {
             fetch_rows<Tile>(smem_u32(key_rows), k, row0, row_end, e);
@@ -294,6 +297,7 @@ PTX_FN void mma_dkdv(const Keys& keys, Vectors<const E> q, Vectors<const E> k, V
             const Stage<Tile> qs{stage_of<Tile>(stage)}, dys{stage_of<Tile>(stage + 1)};
             dkdv_tile<Tile, E>(w, keys, qs, dys, stats + stage * Tile::kKeys * 4, my_row, my_end, query, span.end);
         }
+        start_next();
         cp_async_wait<0>();
         __syncthreads();
         const int last = min(m, my_row + Tile::kWarpRows);

@@ -16,12 +16,12 @@
 // quarter of the multiprocessor: 512 clocks; ldmatrix reads 32 KB, 256 clocks, and the copies write 16 KB, 128 clocks.
 //
 // Requires: K and F multiples of 8 (rows begin at 16 bytes). Does not handle: sine.
-#include "mma.cuh"
+#include "../common/linear_mma.cuh"
 #include "../common/elementwise.cuh"
 
 using namespace linear;
 
-// The loop of a block, mma_m16n8k16<bf16> of fragments in mma.cuh.
+// The loop of a block, mma_m16n8k16<bf16> of fragments in common/linear_mma.cuh.
 template <class Product, class Out>
 PTX_FN void multiply(const Operand& a, const Operand& b, int depth, int part, const Out& out) {
     SMEM_DYNAMIC(smem, 128);

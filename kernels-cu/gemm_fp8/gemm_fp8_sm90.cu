@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     SMEM_DYNAMIC(smem, 1024);
     SMEM_ARRAY(uint64_t, bars, 8);
     smem_guard(smem, Product::kBytes);
-    Product::run(smem, bars, &x, &w, {rows, f, k, k, 1},
+    Product::run(smem, bars, &x, &w, Task{rows, f, k, k, 1},
                  Scaled{{bias, nullptr, gate, residual, y, nullptr, nullptr, rows, n, f, c, gate_row, act},
                         x_scales, w_scales});
 }

@@ -12,13 +12,13 @@ use rayon::prelude::*;
 const TOKENS: usize = 240;
 
 #[inline(always)]
-fn phi<const MAP: usize>(x: f32) -> f32 {
+pub(super) fn phi<const MAP: usize>(x: f32) -> f32 {
     let positive = if x > 0.0 { x } else { 0.0 };
     if MAP == RELU { positive } else { positive + exp_decay(x - positive) }
 }
 
 #[inline(always)]
-fn slope<const MAP: usize>(x: f32) -> f32 {
+pub(super) fn slope<const MAP: usize>(x: f32) -> f32 {
     let below = if MAP == RELU { 0.0 } else { exp_decay(if x > 0.0 { 0.0 } else { x }) };
     if x > 0.0 { 1.0 } else { below }
 }
@@ -53,6 +53,9 @@ pub fn forward(a: Forward<'_, f32>) {
 }
 
 fn forward_by<const MAP: usize>(a: Forward<'_, f32>) {
+    if a.params.causal {
+        return super::causal::forward::<MAP>(a);
+    }
     let (dims, qkv, eps, e) = (a.dims, a.qkv, a.params.eps, a.dims.e);
     let heads = heads(dims);
     let run = if by_sample(dims.b) { dims.h } else { 1 };
@@ -144,6 +147,9 @@ pub fn backward(a: Backward<'_, f32>) {
 }
 
 fn backward_by<const MAP: usize>(a: Backward<'_, f32>) {
+    if a.params.causal {
+        return super::causal::backward::<MAP>(a);
+    }
     let Some(dqkv) = a.dqkv else { return };
     let (dims, e) = (a.dims, a.dims.e);
     let heads = heads(dims);

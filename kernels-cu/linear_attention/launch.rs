@@ -117,15 +117,69 @@ fn backward_mma<T: Element, Q: Queue>(
     )
 }
 
+/// Tokens of a chunk of causal sums, at the most.
+const CHUNK: usize = 64;
+
+/// Causal sums: those of chunks, those before each chunk, then the chunks themselves.
+fn forward_causal<T: Element, Q: Queue>(queue: &mut Q, a: &GpuForward<T>) -> Result<(), Q::Error> {
+    let (Dims { b, n, h, e }, map, eps, qkv) = (a.dims, a.params.map, a.params.eps, a.qkv);
+    let (chunks, heads) = (n.div_ceil(CHUNK).max(1), b * h);
+    let sums = queue.scratch::<f32>(heads * chunks * e * (e + 1))?;
+    let tiles = e.div_ceil(64) * (e + 1).div_ceil(32);
+    let shape = Shape::new(heads * chunks, 128);
+    LinearAttentionState { qkv, partials: sums, n, h, e, map, parts: chunks }.launch(queue, shape.y(tiles))?;
+    prefix::<T, Q>(queue, a.dims, sums, Some([a.state, a.total]))?;
+    LinearAttentionCausalForward { qkv, before: sums.read(), y: a.y, norm: a.norm, n, h, e, map, eps, chunks }
+        .launch(queue, shape)
+}
+
+/// The sums of chunks become those of what lies before each, and the whole; without the whole, of what lies behind.
+fn prefix<T: Element, Q: Queue>(
+    queue: &mut Q,
+    Dims { b, n, h, e }: Dims,
+    sums: Out<f32>,
+    whole: Option<[Out<f32>; 2]>,
+) -> Result<(), Q::Error> {
+    let [state, total] = whole.unwrap_or([Out::at(0); 2]);
+    let (heads, chunks, reverse) = ((b * h) as u64, n.div_ceil(CHUNK).max(1), usize::from(whole.is_none()));
+    let shape = Shape::new((b * h * e * (e + 1)).div_ceil(256).clamp(1, 1 << 14), 256);
+    LinearAttentionPrefix { sums, state, total, heads, e, chunks, reverse }.launch(queue, shape, T::TYPE)
+}
+
+fn backward_causal<T: Element, Q: Queue>(queue: &mut Q, a: &GpuBackward<T>, dqkv: Out<T>) -> Result<(), Q::Error> {
+    let (Dims { b, n, h, e }, map) = (a.dims, a.params.map);
+    let (dy, qkv, norm, rows) = (a.dy, a.qkv, a.norm, b * n * h);
+    let delta = queue.scratch::<f32>(rows)?;
+    LinearAttentionBackwardDelta { y: a.y, dy, delta, rows: rows as u64, n, h, e }.launch(queue, by_rows(rows))?;
+    let delta = delta.read();
+    let (chunks, heads) = (n.div_ceil(CHUNK).max(1), b * h);
+    let [before, behind]: [Out<f32>; 2] =
+        [queue.scratch(heads * chunks * e * (e + 1))?, queue.scratch(heads * chunks * e * (e + 1))?];
+    let whole = [queue.scratch(heads * e * e)?, queue.scratch(heads * e)?];
+    let shape = Shape::new(heads * chunks, 128);
+    let tiles = shape.y(e.div_ceil(64) * (e + 1).div_ceil(32));
+    LinearAttentionState { qkv, partials: before, n, h, e, map, parts: chunks }.launch(queue, tiles)?;
+    prefix::<T, Q>(queue, a.dims, before, Some(whole))?;
+    LinearAttentionBackwardState { dy, qkv, norm, delta, partials: behind, n, h, e, map, parts: chunks }
+        .launch(queue, tiles)?;
+    prefix::<T, Q>(queue, a.dims, behind, None)?;
+    let (before, behind) = (before.read(), behind.read());
+    LinearAttentionCausalBackward { dy, qkv, norm, delta, before, behind, dqkv, n, h, e, map, chunks }
+        .launch(queue, shape)
+}
+
 /// Launches the forward pass.
 ///
 /// # Errors
 /// Those of the queue.
 pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<(), Q::Error> {
     let (Dims { b, n, h, e }, map, qkv) = (a.dims, a.params.map, a.qkv);
-    match choose(queue, T::TYPE, &a.dims, |way: ForwardWay| way == ForwardWay::Tiles || on_tensor_cores(a.dims)) {
+    match choose(queue, T::TYPE, &a.dims, |way: ForwardWay| {
+        way == ForwardWay::Tiles || !a.params.causal && on_tensor_cores(a.dims)
+    }) {
         ForwardWay::Mma264 => return forward_mma(queue, &a, BLOCKS),
         ForwardWay::Mma528 => return forward_mma(queue, &a, 2 * BLOCKS),
+        ForwardWay::Tiles if a.params.causal => return forward_causal(queue, &a),
         ForwardWay::Tiles => {}
     }
     let (parts, shape) = by_parts(a.dims);
@@ -145,9 +199,12 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
 /// Those of the queue.
 pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Result<(), Q::Error> {
     let Some(dqkv) = a.dqkv else { return Ok(()) };
-    match choose(queue, T::TYPE, &a.dims, |way: BackwardWay| way == BackwardWay::Tiles || on_tensor_cores(a.dims)) {
+    match choose(queue, T::TYPE, &a.dims, |way: BackwardWay| {
+        way == BackwardWay::Tiles || !a.params.causal && on_tensor_cores(a.dims)
+    }) {
         BackwardWay::Mma264 => return backward_mma(queue, &a, dqkv, BLOCKS),
         BackwardWay::Mma528 => return backward_mma(queue, &a, dqkv, 2 * BLOCKS),
+        BackwardWay::Tiles if a.params.causal => return backward_causal(queue, &a, dqkv),
         BackwardWay::Tiles => {}
     }
     let (Dims { b, n, h, e }, map) = (a.dims, a.params.map);

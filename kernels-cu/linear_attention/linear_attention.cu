@@ -14,10 +14,11 @@
 // Bound: memory, 4·N·H·E elements moved forward for 4·N·H·E² operations (72 a byte at E = 72 in bf16); CUDA cores and
 // the second reading of q and k leave this version some three times above it.
 //
-// Requires: eps above zero. Does not handle: causal sums, strides.
+// Requires: eps above zero. Does not handle: causal sums (linear_attention_causal.cu), strides.
 #include "../common/elementwise.cuh"
 #include "../common/softmax_attention.cuh"
 #include "features.cuh"
+#include "parts.cuh"
 
 using Block = Tile<64, 32, 16>;
 
@@ -64,17 +65,6 @@ __device__ __forceinline__ void by_token(int row0, int n, int e, L left, R right
             if (row < n && column < e) put(row, column, acc[i][j]);
         }
     }
-}
-
-// blockIdx.x is a part of a head of a sample.
-struct Part {
-    Place at;
-    size_t head;
-    int first, end;
-};
-__device__ __forceinline__ Part part_of_block(int n, int h, int parts) {
-    const int head = int(blockIdx.x) / parts, part = int(blockIdx.x) % parts, each = (n + parts - 1) / parts;
-    return {{head / h, head % h, 0}, size_t(head), min(n, part * each), min(n, part * each + each)};
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4)

@@ -38,6 +38,7 @@ pub(super) const CONFORMANCE: &[(&str, fn(&mut Conform<'_>) -> Result<()>)] = &[
     ("gated_conv_2d", gated_conv_2d_conform),
     ("gemm", gemm_conform),
     ("gemm_fp8", gemm_fp8_conform),
+    ("gemm_gated_conv", gemm_gated_conv_conform),
     ("group_norm_silu", group_norm_silu_conform),
     ("kv_compress", kv_compress_conform),
     ("linear_attention", linear_attention_conform),
@@ -2776,6 +2777,220 @@ fn gemm_fp8_conform(run: &mut Conform<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Outputs of [`gemm_gated_conv`].
+pub struct GemmGatedConvOut {
+    /// `[B, N, C]` float: Gated result, before the output projection.
+    pub y: Tensor,
+    /// `[B, N, 3, C]` float: The projection, before the convolution; where it was not asked for, the backward pass computes it again.
+    pub p: Option<Tensor>,
+}
+
+/// Gradients of [`gemm_gated_conv`]; absent where not asked for.
+pub struct GemmGatedConvGrads {
+    /// `[B, N, D]` float
+    pub x: Option<Tensor>,
+    /// `[3*C, D]` float
+    pub w: Option<Tensor>,
+    /// `[3*C]` float
+    pub bias: Option<Tensor>,
+    /// `[3, C, K]` float
+    pub short_weight: Option<Tensor>,
+    /// `[3, C]` float
+    pub short_bias: Option<Tensor>,
+}
+
+/// In-projection of Hyena-X with what follows it: the short depthwise convolution along the tokens and both gates.
+///
+/// ```text
+/// p[b,t,part,c] = sum_d x[b,t,d] * w[part*C + c, d] + bias[part*C + c], part = q, k, v
+/// conv(p)[t] = short_bias + sum_j short_weight[j] * p[t - lead + j], p zero outside [0, N); y[b,t,c] = conv(p)[q] * conv(p)[k] * conv(p)[v]
+/// the last `reversed` channels run against token order: p[t + lead - j] in conv
+/// ```
+/// - `x` `[B, N, D]` float: Input rows.
+/// - `w` `[3*C, D]` float (f32 or bf16 on the CPU): Weight of the projection: rows of q, of k, of v.
+/// - `bias` `[3*C]` float, optional: Bias of the projection.
+/// - `short_weight` `[3, C, K]` float: Taps of the convolution on q, k and v, the earliest token first.
+/// - `short_bias` `[3, C]` float: Bias of the convolution.
+/// - returns `y` `[B, N, C]` float: Gated result, before the output projection.
+/// - returns `p` `[B, N, 3, C]` float: The projection, before the convolution; where it was not asked for, the backward pass computes it again.
+///
+/// # Errors
+/// Names the argument whose shape, dtype or device does not fit, before anything runs.
+pub fn gemm_gated_conv(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, short_weight: &Tensor, short_bias: &Tensor, want_p: bool, params: kernels::generated::gemm_gated_conv::Params) -> Result<GemmGatedConvOut> {
+    use kernels::generated::gemm_gated_conv::{Dims, Forward};
+    let mut check = DimCheck::new("gemm_gated_conv", &["B", "N", "D", "C", "K"]);
+    check.bind("x", x, &["B", "N", "D"])?;
+    check.bind("w", w, &["3*C", "D"])?;
+    if let Some(t) = bias { check.bind("bias", t, &["3*C"])?; }
+    check.bind("short_weight", short_weight, &["3", "C", "K"])?;
+    check.bind("short_bias", short_bias, &["3", "C"])?;
+    check.match_exprs("x", x, &["B", "N", "D"])?;
+    check.match_exprs("w", w, &["3*C", "D"])?;
+    if let Some(t) = bias { check.match_exprs("bias", t, &["3*C"])?; }
+    check.match_exprs("short_weight", short_weight, &["3", "C", "K"])?;
+    check.match_exprs("short_bias", short_bias, &["3", "C"])?;
+    check.float("x", x)?;
+    check.weight("w", w)?;
+    if let Some(t) = bias { check.float("bias", t)?; }
+    check.float("short_weight", short_weight)?;
+    check.float("short_bias", short_bias)?;
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { c, k, .. } = dims;
+    require("gemm_gated_conv", params.lead < k, "lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("gemm_gated_conv", params.reversed <= c, "reversed <= C", "at most all channels reversed", || format!("{dims:?}, {params:?}"))?;
+    let device = x.device().clone();
+    check.same_device(&device, &[("w", Some(w)), ("bias", bias), ("short_weight", Some(short_weight)), ("short_bias", Some(short_bias))])?;
+    let element = check.element(&device, kernels::generated::gemm_gated_conv::INFO.elements)?;
+    let Dims { b, n, c, .. } = dims;
+    let mut y = device.empty_of(&[b, n, c], element)?;
+    let mut p = if want_p { Some(device.empty_of(&[b, n, 3, c], element)?) } else { None };
+
+    if device.is_dry() {
+        return Ok(GemmGatedConvOut { y, p });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gemm_gated_conv::GpuForward { dims, params, x: x.input()?, w: w.input()?, bias: match bias { Some(t) => Some(t.input()?), None => None }, short_weight: short_weight.input()?, short_bias: short_bias.input()?, y: y.output()?, p: match &mut p { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gemm_gated_conv::launch::forward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gemm_gated_conv::launch::forward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gemm_gated_conv", other)),
+        }
+        return Ok(GemmGatedConvOut { y, p });
+    }
+    let args = Forward { dims, params, x: x.f32s()?, w: w.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, short_weight: short_weight.f32s()?, short_bias: short_bias.f32s()?, y: y.f32s_mut()?, p: match &mut p { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gemm_gated_conv::cpu::forward(args),
+        DeviceKind::Oracle => kernels::gemm_gated_conv::reference::forward(args),
+        other => return Err(no_path("gemm_gated_conv", other)),
+    }
+    Ok(GemmGatedConvOut { y, p })
+}
+
+/// Backward pass of [`gemm_gated_conv`]: gradients of the inputs asked for, from `dy` and the saved tensors.
+///
+/// # Errors
+/// As the forward pass.
+pub fn gemm_gated_conv_backward(dy: &Tensor, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, short_weight: &Tensor, short_bias: &Tensor, p: Option<&Tensor>, want_x: bool, want_w: bool, want_bias: bool, want_short_weight: bool, want_short_bias: bool, params: kernels::generated::gemm_gated_conv::Params) -> Result<GemmGatedConvGrads> {
+    use kernels::generated::gemm_gated_conv::{Backward, Dims};
+    let mut check = DimCheck::new("gemm_gated_conv", &["B", "N", "D", "C", "K"]);
+    check.bind("dy", dy, &["B", "N", "C"])?;
+    check.bind("x", x, &["B", "N", "D"])?;
+    check.bind("w", w, &["3*C", "D"])?;
+    if let Some(t) = bias { check.bind("bias", t, &["3*C"])?; }
+    check.bind("short_weight", short_weight, &["3", "C", "K"])?;
+    check.bind("short_bias", short_bias, &["3", "C"])?;
+    if let Some(t) = p { check.bind("p", t, &["B", "N", "3", "C"])?; }
+    check.match_exprs("dy", dy, &["B", "N", "C"])?;
+    check.match_exprs("x", x, &["B", "N", "D"])?;
+    check.match_exprs("w", w, &["3*C", "D"])?;
+    if let Some(t) = bias { check.match_exprs("bias", t, &["3*C"])?; }
+    check.match_exprs("short_weight", short_weight, &["3", "C", "K"])?;
+    check.match_exprs("short_bias", short_bias, &["3", "C"])?;
+    if let Some(t) = p { check.match_exprs("p", t, &["B", "N", "3", "C"])?; }
+    check.float("dy", dy)?;
+    check.float("x", x)?;
+    check.weight("w", w)?;
+    if let Some(t) = bias { check.float("bias", t)?; }
+    check.float("short_weight", short_weight)?;
+    check.float("short_bias", short_bias)?;
+    if let Some(t) = p { check.float("p", t)?; }
+    let dims = Dims { b: check.dim("B")?, n: check.dim("N")?, d: check.dim("D")?, c: check.dim("C")?, k: check.dim("K")? };
+    let Dims { c, k, .. } = dims;
+    require("gemm_gated_conv", params.lead < k, "lead < K", "a tap on the current token", || format!("{dims:?}, {params:?}"))?;
+    require("gemm_gated_conv", params.reversed <= c, "reversed <= C", "at most all channels reversed", || format!("{dims:?}, {params:?}"))?;
+    let device = dy.device().clone();
+    check.same_device(&device, &[("x", Some(x)), ("w", Some(w)), ("bias", bias), ("short_weight", Some(short_weight)), ("short_bias", Some(short_bias)), ("p", p)])?;
+    let element = check.element(&device, kernels::generated::gemm_gated_conv::INFO.elements)?;
+    let Dims { b, n, d, c, k, .. } = dims;
+    let mut grad_x = if want_x { Some(device.empty_of(&[b, n, d], element)?) } else { None };
+    let mut grad_w = if want_w { Some(device.empty_of(&[3*c, d], element)?) } else { None };
+    let mut grad_bias = if want_bias { Some(device.empty_of(&[3*c], element)?) } else { None };
+    let mut grad_short_weight = if want_short_weight { Some(device.empty_of(&[3, c, k], element)?) } else { None };
+    let mut grad_short_bias = if want_short_bias { Some(device.empty_of(&[3, c], element)?) } else { None };
+
+    if device.is_dry() {
+        return Ok(GemmGatedConvGrads { x: grad_x, w: grad_w, bias: grad_bias, short_weight: grad_short_weight, short_bias: grad_short_bias });
+    }
+    if device.is_gpu() {
+        macro_rules! args { () => { kernels::generated::gemm_gated_conv::GpuBackward { dims, params, dy: dy.input()?, x: x.input()?, w: w.input()?, bias: match bias { Some(t) => Some(t.input()?), None => None }, short_weight: short_weight.input()?, short_bias: short_bias.input()?, p: match p { Some(t) => Some(t.input()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.output()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.output()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.output()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.output()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.output()?), None => None }, element: std::marker::PhantomData } } }
+        let mut queue = device.queue()?;
+        match element {
+            DType::F32 => kernels::gemm_gated_conv::launch::backward::<f32, _>(&mut queue, args!())?,
+            DType::BF16 => kernels::gemm_gated_conv::launch::backward::<bf16, _>(&mut queue, args!())?,
+            other => return Err(no_element("gemm_gated_conv", other)),
+        }
+        return Ok(GemmGatedConvGrads { x: grad_x, w: grad_w, bias: grad_bias, short_weight: grad_short_weight, short_bias: grad_short_bias });
+    }
+    let args = Backward { dims, params, dy: dy.f32s()?, x: x.f32s()?, w: w.weight()?, bias: match bias { Some(t) => Some(t.f32s()?), None => None }, short_weight: short_weight.f32s()?, short_bias: short_bias.f32s()?, p: match p { Some(t) => Some(t.f32s()?), None => None }, dx: match &mut grad_x { Some(t) => Some(t.f32s_mut()?), None => None }, dw: match &mut grad_w { Some(t) => Some(t.f32s_mut()?), None => None }, dbias: match &mut grad_bias { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_weight: match &mut grad_short_weight { Some(t) => Some(t.f32s_mut()?), None => None }, dshort_bias: match &mut grad_short_bias { Some(t) => Some(t.f32s_mut()?), None => None } };
+    match device.kind() {
+        DeviceKind::Cpu => kernels::gemm_gated_conv::cpu::backward(args),
+        DeviceKind::Oracle => kernels::gemm_gated_conv::reference::backward(args),
+        other => return Err(no_path("gemm_gated_conv", other)),
+    }
+    Ok(GemmGatedConvGrads { x: grad_x, w: grad_w, bias: grad_bias, short_weight: grad_short_weight, short_bias: grad_short_bias })
+}
+
+impl Graph<'_> {
+    /// [`gemm_gated_conv`], recorded.
+    ///
+    /// # Errors
+    /// As the operator.
+    pub fn gemm_gated_conv(&self, x: &Var, w: &Var, bias: Option<&Var>, short_weight: &Var, short_bias: &Var, params: kernels::generated::gemm_gated_conv::Params) -> Result<Var> {
+        let sources = [self.source(x), self.source(w), bias.and_then(|v| self.source(v)), self.source(short_weight), self.source(short_bias)];
+        let record = sources.iter().any(Option::is_some);
+        let out = gemm_gated_conv(x.tensor(), w.tensor(), bias.map(Var::tensor), short_weight.tensor(), short_bias.tensor(), record, params)?;
+        if !record {
+            return Ok(Var::constant(out.y));
+        }
+        let saved_x = x.tensor().clone();
+        let saved_w = w.tensor().clone();
+        let saved_bias = bias.map(|v| v.tensor().clone());
+        let saved_short_weight = short_weight.tensor().clone();
+        let saved_short_bias = short_bias.tensor().clone();
+        let saved_p = out.p.clone();
+        let saved = [Some(&saved_x), Some(&saved_w), saved_bias.as_ref(), Some(&saved_short_weight), Some(&saved_short_bias), saved_p.as_ref()].into_iter().flatten().map(Tensor::bytes).sum();
+        Ok(self.record("gemm_gated_conv", out.y, saved, move |dy, grads| {
+            let found = gemm_gated_conv_backward(dy, &saved_x, &saved_w, saved_bias.as_ref(), &saved_short_weight, &saved_short_bias, saved_p.as_ref(), sources[0].is_some(), sources[1].is_some(), sources[2].is_some(), sources[3].is_some(), sources[4].is_some(), params)?;
+            grads.add(sources[0], found.x)?;
+            grads.add(sources[1], found.w)?;
+            grads.add(sources[2], found.bias)?;
+            grads.add(sources[3], found.short_weight)?;
+            grads.add(sources[4], found.short_bias)?;
+            Ok(())
+        }))
+    }
+}
+
+fn gemm_gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
+    use kernels::generated::gemm_gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
+    for case in CASES {
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        run.case(&row, &mut |io| {
+            let (dims, params) = (case.dims, case.params);
+            let Dims { b, n, d, c, k, .. } = dims;
+            let absent = |name: &str| case.absent.contains(&name);
+            let x = io.draw(case.name, "x", &[b, n, d], Fill::Normal)?;
+            let w = io.stored(io.draw(case.name, "w", &[3*c, d], Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"w"))?;
+            let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[3*c], Fill::Normal)?) };
+            let short_weight = io.draw(case.name, "short_weight", &[3, c, k], Fill::Uniform(-0.3f64, 0.3f64))?;
+            let short_bias = io.draw(case.name, "short_bias", &[3, c], Fill::Uniform(-0.3f64, 0.3f64))?;
+            let out = io.call("forward", || gemm_gated_conv(&x, &w, bias.as_ref(), &short_weight, &short_bias, !absent("p"), params))?;
+            io.result("y", &out.y)?;
+            if let Some(t) = &out.p { io.result("p", t)?; }
+            let dy = io.draw(case.name, "dy", &[b, n, c], Fill::Normal)?;
+            let grads = io.call("backward", || gemm_gated_conv_backward(&dy, &x, &w, bias.as_ref(), &short_weight, &short_bias, out.p.as_ref(), true, true, !absent("bias"), true, true, params))?;
+            if let Some(t) = &grads.x { io.result("dx", t)?; }
+            if let Some(t) = &grads.w { io.result("dw", t)?; }
+            if let Some(t) = &grads.bias { io.result("dbias", t)?; }
+            if let Some(t) = &grads.short_weight { io.result("dshort_weight", t)?; }
+            if let Some(t) = &grads.short_bias { io.result("dshort_bias", t)?; }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Outputs of [`group_norm_silu`].
 pub struct GroupNormSiluOut {
     /// `[B, H, W, C]` float: Result.
@@ -3222,13 +3437,14 @@ pub struct LinearAttentionOut {
     pub total: Tensor,
 }
 
-/// Attention with a kernel in place of the softmax, over all tokens in linear time, from the packed projection.
+/// Attention with a kernel in place of the softmax, over all tokens or those so far in linear time, from the packed projection.
 ///
 /// ```text
 /// phi(x) = elu(x) + 1 (map 0) or max(x, 0) (map 1); q, k, v = qkv[:,:,0], qkv[:,:,1], qkv[:,:,2], not scaled
-/// state[b,h,d,e] = sum_j phi(k[b,j,h,d]) * v[b,j,h,e]; total[b,h,d] = sum_j phi(k[b,j,h,d])
+/// state[b,h,d,e] = sum_j phi(k[b,j,h,d]) * v[b,j,h,e]; total[b,h,d] = sum_j phi(k[b,j,h,d]), over all tokens j
 /// norm[b,h,i] = sum_d phi(q[b,i,h,d]) * total[b,h,d] + eps
 /// y[b,i,h,e] = sum_d phi(q[b,i,h,d]) * state[b,h,d,e] / norm[b,h,i]
+/// causal: state and total of the last two lines are sums over j <= i
 /// ```
 /// - `qkv` `[B, N, 3, H, E]` float: Queries, keys and values side by side, as one projection writes them.
 /// - returns `y` `[B, N, H, E]` float: Attention output, heads side by side.

@@ -4,10 +4,11 @@
 //! One operator in three forms, which differ by the filters they have; the published ones run causally with four taps.
 
 use super::{BlockDims, Kind, Operator, Shapes, Site, SiteFlops, Spec};
-use crate::autograd::{Graph, ParamId, ParamStore, Var};
+use crate::autograd::{Graph, ParamId, ParamStore, Precision, Var};
 use crate::error::{Error, Result};
 use crate::nn::{Builder, Epilogue, Init, Linear};
-use crate::ops::{act, contracts::gated_conv, contracts::gated_conv_2d};
+use crate::ops::act;
+use crate::ops::contracts::{gated_conv, gated_conv_2d, gemm_gated_conv};
 
 const LINE_OPTIONS: &[(&str, &str)] = &[("taps", "4"), ("direction", "causal")];
 
@@ -164,6 +165,24 @@ impl Hyena {
         let weight = g.reshape(&g.param(params, weight), &shape[..rank])?;
         Ok([Some(weight), Some(g.reshape(&g.param(params, bias), channels)?)])
     }
+
+    /// Projection, convolution and gates as one operator, which keeps p out of memory where nothing is recorded: for
+    /// Hyena-X on a line, unless an adapter adds to the projection.
+    fn projected(&self, g: &Graph<'_>, params: &ParamStore, x: &Var) -> Result<Option<Var>> {
+        let (Axis::Line { direction }, Some(_), None) = (self.axis, self.short, self.inner) else { return Ok(None) };
+        if params.adapter(self.in_proj.weight).is_some() {
+            return Ok(None);
+        }
+        let d = x.dim(2);
+        let [Some(short), Some(short_bias)] = Self::filter(g, params, self.short, &[3, d], &[self.taps])? else {
+            return Ok(None);
+        };
+        let weight = g.param(params, self.in_proj.weight);
+        let bias = self.in_proj.bias.map(|id| g.param(params, id));
+        let (lead, reversed) = lead_and_reversed(direction, self.taps, d);
+        let settings = gemm_gated_conv::Params { lead, reversed, bf16: g.precision() == Precision::Bf16 };
+        g.gemm_gated_conv(x, &weight, bias.as_ref(), &short, &short_bias, settings).map(Some)
+    }
 }
 
 impl Operator for Hyena {
@@ -177,6 +196,9 @@ impl Operator for Hyena {
 
     fn forward(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, epilogue: Option<Epilogue<'_>>) -> Result<Var> {
         let (b, n, d) = (x.dim(0), x.dim(1), x.dim(2));
+        if let Some(mixed) = self.projected(g, params, x)? {
+            return self.out_proj.project(g, params, &mixed, epilogue);
+        }
         let p = self.in_proj.forward(g, params, x, act::NONE)?;
         let sides: &[usize] = if let Axis::Grid { .. } = self.axis { &[self.taps; 2] } else { &[self.taps] };
         let [short, short_bias] = Self::filter(g, params, self.short, &[3, d], sides)?;

@@ -39,7 +39,7 @@ impl Operator for LinearAttention {
     }
 
     fn forward(&self, g: &Graph<'_>, params: &ParamStore, x: &Var, epilogue: Option<Epilogue<'_>>) -> Result<Var> {
-        let settings = linear_attention::Params { map: self.map, eps: EPS };
+        let settings = linear_attention::Params { map: self.map, eps: EPS, causal: false };
         self.heads.around(g, params, x, epilogue, |qkv, _| g.linear_attention(qkv, settings))
     }
 
