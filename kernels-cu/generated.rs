@@ -6,7 +6,7 @@
 use crate::check::{self, Fill, GradCheck};
 use crate::launch::{ElementType, In, Out};
 use crate::ways::{Way, WayInfo};
-use crate::{Case, OpInfo, Tier, Weight};
+use crate::{Case, Cost, OpInfo, Tier, Weight};
 
 /// Every operator, by name.
 pub const OPS: &[OpInfo] = &[
@@ -16,6 +16,7 @@ pub const OPS: &[OpInfo] = &[
     attention_int8::INFO,
     axpy::INFO,
     branch_deltas::INFO,
+    cast::INFO,
     conv2d::INFO,
     conv_silu::INFO,
     cross_attention::INFO,
@@ -60,6 +61,9 @@ pub fn gradchecks() -> Vec<(&'static str, &'static str, GradCheck)> {
     }
     for case in branch_deltas::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(branch_deltas::gradcheck(case).into_iter().map(|row| ("branch_deltas", case.name, row)));
+    }
+    for case in cast::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
+        rows.extend(cast::gradcheck(case).into_iter().map(|row| ("cast", case.name, row)));
     }
     for case in conv_silu::CASES.iter().filter(|c| c.gradcheck && c.tier == Tier::Tiny) {
         rows.extend(conv_silu::gradcheck(case).into_iter().map(|row| ("conv_silu", case.name, row)));
@@ -215,6 +219,12 @@ pub mod adamw {
         36*l
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "first_step", tier: Tier::Tiny, shape: "L=37", dims: Dims { l: 37 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
@@ -225,9 +235,16 @@ pub mod adamw {
         Case { name: "over_a_block", tier: Tier::Tiny, shape: "L=40000", dims: Dims { l: 40000 }, params: Params { lr: 0.05, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 1.0, bias2: 1.0, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "dit_block", tier: Tier::Real, shape: "L=21255552", dims: Dims { l: 21255552 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "fashion", tier: Tier::Real, shape: "L=65536", dims: Dims { l: 65536 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_qkv", tier: Tier::Real, shape: "L=3984768", dims: Dims { l: 3984768 }, params: Params { lr: 0.001, rate1: 0.1, rate2: 0.001, eps: 1e-8, weight_decay: 0.01, bias1: 0.1, bias2: 0.001, grad_scale: 1.0, ema_rate: 0.0001 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "adamw", summary: "One AdamW step of one parameter tensor in place, with the moving average of the parameters.", backward: false, cases: &["first_step", "no_ema", "one", "large_epsilon", "clipped", "over_a_block", "dit_block", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "adamw", summary: "One AdamW step of one parameter tensor in place, with the moving average of the parameters.", backward: false, cases: &["first_step", "no_ema", "one", "large_epsilon", "clipped", "over_a_block", "dit_block", "fashion", "dit_qkv"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { l: dim("L") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
 }
 
@@ -281,6 +298,12 @@ pub mod add_noise {
         12*b*l
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=3 L=37", dims: Dims { b: 3, l: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
@@ -290,7 +313,13 @@ pub mod add_noise {
         Case { name: "fashion", tier: Tier::Real, shape: "B=128 L=784", dims: Dims { b: 128, l: 784 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "add_noise", summary: "Noisy latents of the forward diffusion process.", backward: false, cases: &["odd", "one", "wide", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "add_noise", summary: "Noisy latents of the forward diffusion process.", backward: false, cases: &["odd", "one", "wide", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), l: dim("L") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
 }
 
@@ -451,6 +480,12 @@ pub mod attention {
         4*(4*b*n*h*e + b*h*n)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(dims: Dims) -> usize {
+        let Dims { b, n, h, .. } = dims;
+        b*h*n*n
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 H=3 E=7", dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
@@ -483,12 +518,24 @@ pub mod attention {
         Case { name: "whole_narrow", tier: Tier::Tiny, shape: "B=1 N=145 H=1 E=40", dims: Dims { b: 1, n: 145, h: 1, e: 40 }, params: Params { scale: -0.3 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32", dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_256_b256", tier: Tier::Real, shape: "B=256 N=256 H=16 E=72", dims: Dims { b: 256, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_xl_512", tier: Tier::Real, shape: "B=1 N=1024 H=16 E=72", dims: Dims { b: 1, n: 1024, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_1k", tier: Tier::Real, shape: "B=1 N=4096 H=16 E=72", dims: Dims { b: 1, n: 4096, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "heads_64_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=64", dims: Dims { b: 2, n: 256, h: 16, e: 64 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "heads_64_1024", tier: Tier::Real, shape: "B=1 N=1024 H=16 E=64", dims: Dims { b: 1, n: 1024, h: 16, e: 64 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "heads_64_4096", tier: Tier::Real, shape: "B=1 N=4096 H=16 E=64", dims: Dims { b: 1, n: 4096, h: 16, e: 64 }, params: Params { scale: 0.125 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "vae_512", tier: Tier::Real, shape: "B=1 N=4096 H=1 E=512", dims: Dims { b: 1, n: 4096, h: 1, e: 512 }, params: Params { scale: 0.04419417 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256_b64", tier: Tier::Real, shape: "B=64 N=256 H=16 E=72", dims: Dims { b: 64, n: 256, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "tensor_cores_64", "tensor_cores_72", "tensor_cores_80", "tensor_cores_96", "tensor_cores_128", "whole_row", "narrow_columns", "sharp_72", "negative_scale", "equal_scores", "tiles_72", "heads_72", "tail_72", "heads_64", "heads_128", "wide_tensor_cores", "wide_two_heads", "wide_stages", "wide_one_token", "whole_80", "whole_narrow", "fashion_b128", "dit_xl_256", "pixart_2k", "vae_512", "dit_xl_256_b64"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_whole", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: keys and values of a head in shared memory, scores in two steps of 128." }, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72." }, WayInfo { name: "wgmma_128x192_cluster2", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same in clusters of two blocks, which load every tile of keys and values once for both." }, WayInfo { name: "wgmma_128x192_wide", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory." }, WayInfo { name: "wgmma_128x192_exact", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first." }, WayInfo { name: "wgmma_192x112", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with three warpgroups of sums, 192 queries by 112 keys." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "mma_wide_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, heads of 136 to 512 columns: blocks of 64 queries, keys in stages of 64, 205 KB of shared memory." }, WayInfo { name: "mma_wide_64x32", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "The same with keys in stages of 32, 136 KB of shared memory." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_whole", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: a head a block, dq, dk and dv from one kernel and every product once." }, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
+    pub const INFO: OpInfo = OpInfo { name: "attention", summary: "Softmax self-attention of every head over all tokens, from the packed q, k, v projection.", backward: true, cases: &["odd", "one_token", "fashion", "head_72", "blocks", "sharp", "wide_head", "tensor_cores_64", "tensor_cores_72", "tensor_cores_80", "tensor_cores_96", "tensor_cores_128", "whole_row", "narrow_columns", "sharp_72", "negative_scale", "equal_scores", "tiles_72", "heads_72", "tail_72", "heads_64", "heads_128", "wide_tensor_cores", "wide_two_heads", "wide_stages", "wide_one_token", "whole_80", "whole_narrow", "fashion_b128", "dit_xl_256", "dit_xl_256_b256", "pixart_2k", "dit_xl_512", "pixart_1k", "heads_64_256", "heads_64_1024", "heads_64_4096", "vae_512", "dit_xl_256_b64"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_whole", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: keys and values of a head in shared memory, scores in two steps of 128." }, WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma, two warpgroups of sums in turns, 128 queries by 192 keys, weights in registers; heads of 72." }, WayInfo { name: "wgmma_128x192_cluster2", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same in clusters of two blocks, which load every tile of keys and values once for both." }, WayInfo { name: "wgmma_128x192_wide", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with values in two boxes of 64 columns instead of five of 16: fewer rows for TMA, more shared memory." }, WayInfo { name: "wgmma_128x192_exact", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 72 columns of values summed instead of 80; to be proved on a GPU before it may come first." }, WayInfo { name: "wgmma_192x112", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with three warpgroups of sums, 192 queries by 112 keys." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 128 queries by 128 keys; heads of 64, 72 and 128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 128 queries, keys in stages of 64." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "mma_wide_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, heads of 136 to 512 columns: blocks of 64 queries, keys in stages of 64, 205 KB of shared memory." }, WayInfo { name: "mma_wide_64x32", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "The same with keys in stages of 32, 136 KB of shared memory." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_whole", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, up to 256 tokens: a head a block, dq, dk and dv from one kernel and every product once." }, WayInfo { name: "wgmma_128x64", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma: dq by blocks of 128 queries, dk and dv by blocks of 128 keys with 64 queries at a time; heads of 64 and 72." }, WayInfo { name: "wgmma_128x80", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "The same with 80 queries at a time; heads of 72." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), h: dim("H"), e: dim("E") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -583,6 +630,12 @@ pub mod attention_int8 {
         4*(4*b*n*h*e)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(dims: Dims) -> usize {
+        let Dims { b, n, h, .. } = dims;
+        b*h*n*n
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 H=1 E=8", dims: Dims { b: 1, n: 1, h: 1, e: 8 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
@@ -595,7 +648,13 @@ pub mod attention_int8 {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "attention_int8", summary: "Softmax self-attention whose scores come from queries and keys of 8 bits, for inference where that error is accepted.", backward: false, cases: &["one_token", "odd_head", "narrow_head", "head_72", "full_tiles", "head_128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 2e-2 }), elements: &[ElementType::Bf16], ways: &[WayInfo { name: "int8", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Products of 8 bits for the scores, of bf16 for the values; heads of a multiple of 8 up to 128." }, WayInfo { name: "exact", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "`attention`, for other heads." }] };
+    pub const INFO: OpInfo = OpInfo { name: "attention_int8", summary: "Softmax self-attention whose scores come from queries and keys of 8 bits, for inference where that error is accepted.", backward: false, cases: &["one_token", "odd_head", "narrow_head", "head_72", "full_tiles", "head_128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 2e-2 }), elements: &[ElementType::Bf16], ways: &[WayInfo { name: "int8", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Products of 8 bits for the scores, of bf16 for the values; heads of a multiple of 8 up to 128." }, WayInfo { name: "exact", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "`attention`, for other heads." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), h: dim("H"), e: dim("E") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
 }
 
@@ -644,6 +703,12 @@ pub mod axpy {
         12*l
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "L=37", dims: Dims { l: 37 }, params: Params { alpha: -0.5 }, absent: &[], bf16: &[], gradcheck: false },
@@ -652,7 +717,13 @@ pub mod axpy {
         Case { name: "dit_block", tier: Tier::Real, shape: "L=21255552", dims: Dims { l: 21255552 }, params: Params { alpha: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "axpy", summary: "Adds a multiple of a tensor to another in place.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "axpy", summary: "Adds a multiple of a tensor to another in place.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { l: dim("L") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
 }
 
@@ -731,6 +802,12 @@ pub mod branch_deltas {
         20*b*n*d
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 D=37", dims: Dims { b: 3, n: 5, d: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
@@ -739,7 +816,13 @@ pub mod branch_deltas {
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 D=1152", dims: Dims { b: 2, n: 256, d: 1152 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "branch_deltas", summary: "What two parallel blocks add to their common input, side by side: what the merge of a block pair reads.", backward: true, cases: &["odd", "one", "wide", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "branch_deltas", summary: "What two parallel blocks add to their common input, side by side: what the merge of a block pair reads.", backward: true, cases: &["odd", "one", "wide", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), d: dim("D") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -764,6 +847,112 @@ pub mod branch_deltas {
         { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved, &first, &second).0, &cotangent))); }
         { rows.push(check::directional("first", case.name, &first, &dfirst, |moved| check::dot(&forward(&x, moved, &second).0, &cotangent))); }
         { rows.push(check::directional("second", case.name, &second, &dsecond, |moved| check::dot(&forward(&x, &first, moved).0, &cotangent))); }
+        rows
+    }
+}
+
+/// Values of f32 in the working type of the device; the backward pass brings gradients back to f32.
+pub mod cast {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Dims {
+        pub l: usize,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    pub struct Params {
+    }
+
+    pub struct Forward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[L]` f32: Values in f32.
+        pub x: &'a [T],
+        /// `[L]` float: The same values in the working type.
+        pub y: &'a mut [T],
+    }
+
+    pub struct Backward<'a, T> {
+        pub dims: Dims,
+        pub params: Params,
+        /// `[L]` float: The same values in the working type.
+        pub dy: &'a [T],
+        /// `[L]` f32: Values in f32.
+        pub dx: Option<&'a mut [T]>,
+    }
+
+    /// [`Forward`] on a device with its own memory.
+    pub struct GpuForward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub x: In<f32>,
+        pub y: Out<T>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// [`Backward`] on a device with its own memory.
+    pub struct GpuBackward<T> {
+        pub dims: Dims,
+        pub params: Params,
+        pub dy: In<T>,
+        pub dx: Option<Out<f32>>,
+        pub element: std::marker::PhantomData<T>,
+    }
+
+    /// Floating-point operations of one forward call.
+    pub fn flops(_: Dims) -> usize {
+        
+        0
+    }
+
+    /// Bytes that one forward call must move at the least.
+    pub fn bytes(dims: Dims) -> usize {
+        let Dims { l, .. } = dims;
+        8*l
+    }
+
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
+    /// Named shapes.
+    pub const CASES: &[Case<Dims, Params>] = &[
+        Case { name: "one", tier: Tier::Tiny, shape: "L=1", dims: Dims { l: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "odd", tier: Tier::Tiny, shape: "L=1029", dims: Dims { l: 1029 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "vectors", tier: Tier::Tiny, shape: "L=4096", dims: Dims { l: 4096 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "over_a_block", tier: Tier::Tiny, shape: "L=70003", dims: Dims { l: 70003 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "dit_block", tier: Tier::Real, shape: "L=21255552", dims: Dims { l: 21255552 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_mlp", tier: Tier::Real, shape: "L=5308416", dims: Dims { l: 5308416 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+    ];
+
+    pub const INFO: OpInfo = OpInfo { name: "cast", summary: "Values of f32 in the working type of the device; the backward pass brings gradients back to f32.", backward: true, cases: &["one", "odd", "vectors", "over_a_block", "dit_block", "pixart_mlp"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }), tolerance_bf16: Some(check::Tolerance { atol: 1e-30, rtol: 3.91e-3, rms: 3.91e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { l: dim("L") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
+
+    /// Directional derivatives of the oracle in f64: analytic against central differences.
+    pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
+        let (dims, params) = (case.dims, case.params);
+        let Dims { l, .. } = dims;
+        let x = check::draw_f64(case.name, "x", l, Fill::Normal);
+        let cotangent = check::draw_f64(case.name, "dy", l, Fill::Normal);
+        let absent = |name: &str| case.absent.contains(&name);
+        let forward = |x: &[f64]| {
+            let mut y = vec![0.0f64; l];
+            super::super::cast::reference::forward(Forward { dims, params, x: x, y: &mut y[..] });
+            (y,)
+        };
+        let (y,) = forward(&x);
+        let mut dx = vec![0.0f64; l];
+        super::super::cast::reference::backward(Backward { dims, params, dy: &cotangent, dx: Some(&mut dx[..]) });
+        let mut rows = Vec::new();
+        { rows.push(check::directional("x", case.name, &x, &dx, |moved| check::dot(&forward(moved).0, &cotangent))); }
         rows
     }
 }
@@ -876,6 +1065,12 @@ pub mod conv2d {
         4*(b*h*w*c + f*kh*kw*c + b*oh*ow*f)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "one", tier: Tier::Tiny, shape: "B=1 H=1 W=1 C=1 F=1 Kh=1 Kw=1 Oh=1 Ow=1", dims: Dims { b: 1, h: 1, w: 1, c: 1, f: 1, kh: 1, kw: 1, oh: 1, ow: 1 }, params: Params { stride: 1, pad_h: 0, pad_w: 0, relu: false, bf16: false }, absent: &["bias"], bf16: &[], gradcheck: false },
@@ -905,7 +1100,13 @@ pub mod conv2d {
         Case { name: "vae_512_bf16", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512 F=512 Kh=3 Kw=3 Oh=64 Ow=64", dims: Dims { b: 1, h: 64, w: 64, c: 512, f: 512, kh: 3, kw: 3, oh: 64, ow: 64 }, params: Params { stride: 1, pad_h: 1, pad_w: 1, relu: false, bf16: false }, absent: &[], bf16: &["filters"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "halo", "halo_inside", "halo_off_centre", "windows", "windows_eight_channels", "few_filters", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "windows_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As halo_128x128 with wgmma, pixels from registers." }, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }, WayInfo { name: "halo_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters." }, WayInfo { name: "halo_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As halo_128x128 with 64 filters." }, WayInfo { name: "windows_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 128 filters." }, WayInfo { name: "windows_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As windows_128x128 with 64 pixels and 64 filters." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in f32, any shape." }] };
+    pub const INFO: OpInfo = OpInfo { name: "conv2d", summary: "Convolution of images, channels last: any kernel, stride and padding, with bias and ReLU.", backward: false, cases: &["one", "pointwise", "pointwise_strided", "stem", "same_3x3", "same_5x5", "wide_kernel", "tall_kernel", "kernel_larger_than_image", "padded_below_only", "long_k_blocks", "bf16_products", "bf16_weight", "halo", "halo_inside", "halo_off_centre", "windows", "windows_eight_channels", "few_filters", "inception_stem", "inception_3x3", "inception_1x7", "inception_1x1", "vae_512", "vae_512_bf16"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "windows_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 16 filters." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As halo_128x128 with wgmma, pixels from registers." }, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }, WayInfo { name: "halo_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, 3x3 with stride 1: 8x16 results from one tile of pixels, 128 filters." }, WayInfo { name: "halo_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As halo_128x128 with 64 filters." }, WayInfo { name: "windows_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, windows gathered tap by tap, tiles of 128 pixels and 128 filters." }, WayInfo { name: "windows_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As windows_128x128 with 64 pixels and 64 filters." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in f32, any shape." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), h: dim("H"), w: dim("W"), c: dim("C"), f: dim("F"), kh: dim("Kh"), kw: dim("Kw"), oh: dim("Oh"), ow: dim("Ow") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
 }
 
@@ -999,6 +1200,12 @@ pub mod conv_silu {
         4*(2*b*n*c + c*k + c)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(dims: Dims) -> usize {
+        let Dims { b, n, c, .. } = dims;
+        b*n*c
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=2 N=19 W=53 C=37 K=4", dims: Dims { b: 2, n: 19, w: 53, c: 37, k: 4 }, params: Params { offset: 11, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
@@ -1015,7 +1222,13 @@ pub mod conv_silu {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 W=4880 C=2432 K=4", dims: Dims { b: 2, n: 16384, w: 4880, c: 2432, k: 4 }, params: Params { offset: 2304, reverse: false }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "conv_silu", summary: "Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.", backward: true, cases: &["odd", "reversed", "whole_row", "more_taps_than_tokens", "one_token_one_tap", "blocks", "blocks_reversed", "vectors", "vectors_3", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 5e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "conv_silu", summary: "Depthwise causal convolution along the tokens and SiLU, on some columns of a packed row.", backward: true, cases: &["odd", "reversed", "whole_row", "more_taps_than_tokens", "one_token_one_tap", "blocks", "blocks_reversed", "vectors", "vectors_3", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 5e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), w: dim("W"), c: dim("C"), k: dim("K") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1182,6 +1395,12 @@ pub mod cross_attention {
         4*(2*b*n*h*e + 2*b*m*h*e + b*h*n)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(dims: Dims) -> usize {
+        let Dims { b, n, m, h, .. } = dims;
+        b*h*n*m
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 M=7 R=1 H=3 E=7", dims: Dims { b: 3, n: 5, m: 7, r: 1, h: 3, e: 7 }, params: Params { scale: 0.4 }, absent: &["counts"], bf16: &[], gradcheck: true },
@@ -1202,9 +1421,16 @@ pub mod cross_attention {
         Case { name: "compressed_dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 M=64 R=3 H=16 E=72", dims: Dims { b: 2, n: 256, m: 64, r: 3, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "pixart_512", tier: Tier::Real, shape: "B=2 N=1024 M=300 R=1 H=16 E=72", dims: Dims { b: 2, n: 1024, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k_text", tier: Tier::Real, shape: "B=1 N=16384 M=300 R=1 H=16 E=72", dims: Dims { b: 1, n: 16384, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "pixart_512_counts", tier: Tier::Real, shape: "B=2 N=1024 M=300 R=1 H=16 E=72", dims: Dims { b: 2, n: 1024, m: 300, r: 1, h: 16, e: 72 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "wide_head", "tensor_cores", "head_64", "widest_head", "too_many_keys", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_resident", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, all keys of a head in shared memory for up to 1024 queries a block." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
+    pub const INFO: OpInfo = OpInfo { name: "cross_attention", summary: "Softmax attention of every head from one sequence to another, of which each sample may count its own number of keys.", backward: true, cases: &["odd", "one_key", "one_of_each", "some_without_keys", "counted", "packed_queries", "head_72", "blocks", "blocks_counted", "sharp", "wide_head", "tensor_cores", "head_64", "widest_head", "too_many_keys", "compressed_dit_xl_256", "pixart_512", "pixart_2k_text", "pixart_512_counts"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_resident", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, all keys of a head in shared memory for up to 1024 queries a block." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), m: dim("M"), r: dim("R"), h: dim("H"), e: dim("E") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1309,6 +1535,12 @@ pub mod cross_entropy {
         4*(b*k + 2*b)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(dims: Dims) -> usize {
+        let Dims { b, k, .. } = dims;
+        b*k
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "fashion", tier: Tier::Tiny, shape: "B=128 K=10", dims: Dims { b: 128, k: 10 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
@@ -1319,7 +1551,13 @@ pub mod cross_entropy {
         Case { name: "imagenet", tier: Tier::Real, shape: "B=256 K=1000", dims: Dims { b: 256, k: 1000 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "cross_entropy", summary: "Mean cross-entropy of softmax probabilities against class labels.", backward: true, cases: &["fashion", "one", "one_sample", "over_a_lane", "over_a_block", "imagenet"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "cross_entropy", summary: "Mean cross-entropy of softmax probabilities against class labels.", backward: true, cases: &["fashion", "one", "one_sample", "over_a_lane", "over_a_block", "imagenet"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), k: dim("K") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1427,6 +1665,12 @@ pub mod embed {
         4*(4*b*d + b)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "plain", tier: Tier::Tiny, shape: "B=3 V=5 D=7", dims: Dims { b: 3, v: 5, d: 7 }, params: Params { act: 0 }, absent: &["addend"], bf16: &[], gradcheck: true },
@@ -1439,7 +1683,13 @@ pub mod embed {
         Case { name: "fashion", tier: Tier::Real, shape: "B=128 V=11 D=128", dims: Dims { b: 128, v: 11, d: 128 }, params: Params { act: 2 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "embed", summary: "Row of a table per sample, plus an addend, through an optional activation.", backward: true, cases: &["plain", "added", "silu", "silu_bare", "shared_rows", "many_samples", "dit_xl", "fashion"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 4e-3, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "embed", summary: "Row of a table per sample, plus an addend, through an optional activation.", backward: true, cases: &["plain", "added", "silu", "silu_bare", "shared_rows", "many_samples", "dit_xl", "fashion"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 4e-3, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), v: dim("V"), d: dim("D") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1552,6 +1802,12 @@ pub mod feature_gated_conv {
         4*(4*b*n*f + n*k + n)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 F=37 K=4", dims: Dims { b: 3, n: 5, f: 37, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
@@ -1566,7 +1822,13 @@ pub mod feature_gated_conv {
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 F=2304 K=4", dims: Dims { b: 2, n: 256, f: 2304, k: 4 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "feature_gated_conv", summary: "MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.", backward: true, cases: &["odd", "golden", "over_a_chunk", "more_taps_than_features", "one_of_everything", "one_token", "eight_taps", "two_samples_a_block", "fashion_b128", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "feature_gated_conv", summary: "MLP Hyena-X between its projections: each token's own causal filter along the features, then two gates.", backward: true, cases: &["odd", "golden", "over_a_chunk", "more_taps_than_features", "one_of_everything", "one_token", "eight_taps", "two_samples_a_block", "fashion_b128", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), f: dim("F"), k: dim("K") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1665,6 +1927,12 @@ pub mod filter_window {
         8*l*c
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "L=19 C=37", dims: Dims { l: 19, c: 37 }, params: Params { centre: 0, period: 37, slow: 0.01, fast: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
@@ -1673,7 +1941,13 @@ pub mod filter_window {
         Case { name: "dit_xl_256_centred", tier: Tier::Real, shape: "L=511 C=1152", dims: Dims { l: 511, c: 1152 }, params: Params { centre: 255, period: 1152, slow: 0.01, fast: 0.06 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "filter_window", summary: "Exponential window over implicit filters, which are turned from lags by channels to channels by lags.", backward: true, cases: &["odd", "centred_two_periods", "one", "dit_xl_256_centred"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "filter_window", summary: "Exponential window over implicit filters, which are turned from lags by channels to channels by lags.", backward: true, cases: &["odd", "centred_two_periods", "one", "dit_xl_256_centred"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { l: dim("L"), c: dim("C") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1777,6 +2051,12 @@ pub mod gate_residual {
         4*(3*b*n*d + b*d)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 C=6 D=37", dims: Dims { b: 3, n: 5, c: 6, d: 37 }, params: Params { gate_row: 2 }, absent: &[], bf16: &[], gradcheck: true },
@@ -1785,7 +2065,13 @@ pub mod gate_residual {
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 C=6 D=1152", dims: Dims { b: 2, n: 256, c: 6, d: 1152 }, params: Params { gate_row: 5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gate_residual", summary: "Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.", backward: true, cases: &["odd", "one", "vectors", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "gate_residual", summary: "Gated residual connection, for where the branch itself is needed and the gate cannot be an epilogue.", backward: true, cases: &["odd", "one", "vectors", "dit_xl_256"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), c: dim("C"), d: dim("D") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -1919,6 +2205,12 @@ pub mod gated_conv {
         4*(4*b*n*c + 4*c*k + 4*c)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "se_causal", tier: Tier::Tiny, shape: "B=2 N=19 C=37 K=4", dims: Dims { b: 2, n: 19, c: 37, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
@@ -1954,7 +2246,13 @@ pub mod gated_conv {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 C=1152 K=4", dims: Dims { b: 2, n: 16384, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "se_bidirectional", "x_bidirectional", "y_all_reversed", "bidirectional_blocks", "bidirectional_more_taps_than_tokens", "se_pairs_3", "se_pairs_4", "se_pairs_7", "x_pairs_3", "x_pairs_4", "x_pairs_7", "y_pairs_3", "y_pairs_4", "y_pairs_7", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "dit_xl_256_bidirectional", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv", summary: "Hyena operators with short filters (SE, X, Y): depthwise convolutions along the tokens and two gates.", backward: true, cases: &["se_causal", "se_centred", "x_causal", "x_centred", "y_causal", "y_centred", "one_token", "one_tap", "more_taps_than_tokens", "anticausal", "blocks", "many_taps", "se_bidirectional", "x_bidirectional", "y_all_reversed", "bidirectional_blocks", "bidirectional_more_taps_than_tokens", "se_pairs_3", "se_pairs_4", "se_pairs_7", "x_pairs_3", "x_pairs_4", "x_pairs_7", "y_pairs_3", "y_pairs_4", "y_pairs_7", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "dit_xl_256_bidirectional", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), c: dim("C"), k: dim("K") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2093,6 +2391,12 @@ pub mod gated_conv_2d {
         4*(4*b*gh*gw*c + 4*c*k*k + 4*c)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "se_odd", tier: Tier::Tiny, shape: "B=2 Gh=5 Gw=7 C=37 K=3", dims: Dims { b: 2, gh: 5, gw: 7, c: 37, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
@@ -2110,7 +2414,13 @@ pub mod gated_conv_2d {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 Gh=128 Gw=128 C=1152 K=3", dims: Dims { b: 2, gh: 128, gw: 128, c: 1152, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gated_conv_2d", summary: "Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.", backward: true, cases: &["se_odd", "x_wide_grid", "y_tall_grid", "five_by_five", "window_over_the_grid", "one_token", "one_tap", "one_row", "blocks", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv_2d", summary: "Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.", backward: true, cases: &["se_odd", "x_wide_grid", "y_tall_grid", "five_by_five", "window_over_the_grid", "one_token", "one_tap", "one_row", "blocks", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), gh: dim("Gh"), gw: dim("Gw"), c: dim("C"), k: dim("K") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2322,6 +2632,12 @@ pub mod gemm {
         4*(b*n*k + f*k + b*n*f)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "one", tier: Tier::Tiny, shape: "B=1 N=1 K=1 F=1 C=0", dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["bias", "pos", "gate", "residual", "pre"], bf16: &[], gradcheck: true },
@@ -2353,10 +2669,22 @@ pub mod gemm {
         Case { name: "dit_xl_256_fc1", tier: Tier::Real, shape: "B=2 N=256 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 256, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
         Case { name: "dit_xl_256_fc2", tier: Tier::Real, shape: "B=2 N=256 K=4608 F=1152 C=6", dims: Dims { b: 2, n: 256, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &["w"], gradcheck: false },
         Case { name: "dit_xl_conditioning", tier: Tier::Real, shape: "B=2 N=1 K=1152 F=6912 C=0", dims: Dims { b: 2, n: 1, k: 1152, f: 6912, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_qkv", tier: Tier::Real, shape: "B=2 N=16384 K=1152 F=3456 C=0", dims: Dims { b: 2, n: 16384, k: 1152, f: 3456, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_proj", tier: Tier::Real, shape: "B=2 N=16384 K=1152 F=1152 C=6", dims: Dims { b: 2, n: 16384, k: 1152, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 2, bf16: false }, absent: &["pos"], bf16: &["w"], gradcheck: false },
+        Case { name: "pixart_2k_fc2", tier: Tier::Real, shape: "B=2 N=16384 K=4608 F=1152 C=6", dims: Dims { b: 2, n: 16384, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &["w"], gradcheck: false },
         Case { name: "pixart_2k_fc1", tier: Tier::Real, shape: "B=2 N=16384 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 16384, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &["w"], gradcheck: false },
+        Case { name: "dit_xl_256_qkv_f32", tier: Tier::Real, shape: "B=2 N=256 K=1152 F=3456 C=0", dims: Dims { b: 2, n: 256, k: 1152, f: 3456, c: 0 }, params: Params { act: 0, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual", "pre"], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256_fc1_f32", tier: Tier::Real, shape: "B=2 N=256 K=1152 F=4608 C=0", dims: Dims { b: 2, n: 256, k: 1152, f: 4608, c: 0 }, params: Params { act: 1, gate_row: 0, bf16: false }, absent: &["pos", "gate", "residual"], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256_fc2_f32", tier: Tier::Real, shape: "B=2 N=256 K=4608 F=1152 C=6", dims: Dims { b: 2, n: 256, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5, bf16: false }, absent: &["pos"], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "steps_of_depth", "tiles_in_turn", "tiles_of_both_weights", "parts_of_depth", "parts_of_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_fc1"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×192, which the two multiplying warpgroups take in turn." }, WayInfo { name: "wgmma_256x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x192 in clusters of two blocks, which load the common columns once." }, WayInfo { name: "wgmma_128x256", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×256, which the two multiplying warpgroups share." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×128 in turn, five stages: narrow results." }, WayInfo { name: "mma_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×64: narrow or few results." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }, WayInfo { name: "wgmma_128x192", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×192 in turn." }, WayInfo { name: "wgmma_128x128", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×128 in turn." }, WayInfo { name: "mma_128x128", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×128." }, WayInfo { name: "mma_128x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×64." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }] };
+    pub const INFO: OpInfo = OpInfo { name: "gemm", summary: "Linear layer with its epilogue: bias, positions, activation, gate and residual in one pass over the result.", backward: true, cases: &["one", "odd", "plain_over_tile", "gelu", "silu_vectors", "sine", "gelu_residual_pos", "gate_residual", "gate_everything", "gate_alone", "long_k", "bf16_products", "bf16_weight", "bf16_long_k", "bf16_vectors", "bf16_one", "split_rows", "steps_of_depth", "tiles_in_turn", "tiles_of_both_weights", "parts_of_depth", "parts_of_rows", "fashion_qkv", "fashion_fc1", "fashion_fc2", "dit_xl_256_qkv", "dit_xl_256_fc1", "dit_xl_256_fc2", "dit_xl_conditioning", "pixart_2k_qkv", "pixart_2k_proj", "pixart_2k_fc2", "pixart_2k_fc1", "dit_xl_256_qkv_f32", "dit_xl_256_fc1_f32", "dit_xl_256_fc2_f32"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×192, which the two multiplying warpgroups take in turn." }, WayInfo { name: "wgmma_256x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x192 in clusters of two blocks, which load the common columns once." }, WayInfo { name: "wgmma_128x256", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×256, which the two multiplying warpgroups share." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; tiles of 128×128 in turn, five stages: narrow results." }, WayInfo { name: "mma_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×128." }, WayInfo { name: "mma_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; tiles of 128×64: narrow or few results." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }, WayInfo { name: "wgmma_128x192", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×192 in turn." }, WayInfo { name: "wgmma_128x128", pass: "backward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma for both products; tiles of 128×128 in turn." }, WayInfo { name: "mma_128x128", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×128." }, WayInfo { name: "mma_128x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async for both products; tiles of 128×64." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape and activation." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), k: dim("K"), f: dim("F"), c: dim("C") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2479,6 +2807,12 @@ pub mod gemm_fp8 {
         4*(b*n*k + f*k + b*n*f)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "one", tier: Tier::Tiny, shape: "B=1 N=1 K=1 F=1 C=0", dims: Dims { b: 1, n: 1, k: 1, f: 1, c: 0 }, params: Params { act: 0, gate_row: 0 }, absent: &["bias", "gate", "residual"], bf16: &[], gradcheck: false },
@@ -2491,7 +2825,13 @@ pub mod gemm_fp8 {
         Case { name: "pixart_2k_fc2", tier: Tier::Real, shape: "B=2 N=16384 K=4608 F=1152 C=6", dims: Dims { b: 2, n: 16384, k: 4608, f: 1152, c: 6 }, params: Params { act: 0, gate_row: 5 }, absent: &[], bf16: &["w"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gemm_fp8", summary: "Linear layer whose operands are rounded to 8-bit floats (e4m3), each row with a scale of its own.", backward: false, cases: &["one", "odd", "rows_padded", "steps_of_depth", "tiles_in_turn", "dit_xl_256_fc1", "pixart_2k_fc1", "pixart_2k_fc2"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma on e4m3; tiles of 128×192 in turn." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape." }] };
+    pub const INFO: OpInfo = OpInfo { name: "gemm_fp8", summary: "Linear layer whose operands are rounded to 8-bit floats (e4m3), each row with a scale of its own.", backward: false, cases: &["one", "odd", "rows_padded", "steps_of_depth", "tiles_in_turn", "dit_xl_256_fc1", "pixart_2k_fc1", "pixart_2k_fc2"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma on e4m3; tiles of 128×192 in turn." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "f32 in shared memory; any shape." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), k: dim("K"), f: dim("F"), c: dim("C") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
 }
 
@@ -2640,6 +2980,12 @@ pub mod gemm_gated_conv {
         4*(b*n*d + 3*c*d + b*n*c)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "one_token", tier: Tier::Tiny, shape: "B=3 N=1 D=5 C=3 K=1", dims: Dims { b: 3, n: 1, d: 5, c: 3, k: 1 }, params: Params { lead: 0, reversed: 0, bf16: false }, absent: &[], bf16: &[], gradcheck: true },
@@ -2660,7 +3006,13 @@ pub mod gemm_gated_conv {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 D=1152 C=1152 K=4", dims: Dims { b: 2, n: 16384, d: 1152, c: 1152, k: 4 }, params: Params { lead: 3, reversed: 0, bf16: false }, absent: &["p"], bf16: &["w"], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gemm_gated_conv", summary: "In-projection of Hyena-X with what follows it: the short depthwise convolution along the tokens and both gates.", backward: true, cases: &["one_token", "odd", "causal", "centred_no_bias", "recomputed", "bf16_products", "tokens_across_tiles", "images_inside_a_tile", "both_directions_of_a_tile", "directions_by_tile", "many_taps", "steps_of_depth", "tiles_in_turn", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; q, k and v of 64 channels and 128 tokens in a tile, which two warpgroups take in turn." }, WayInfo { name: "mma_128x96", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; q, k and v of 32 channels and 128 tokens in a tile, 4 warps." }, WayInfo { name: "mma_128x192", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As mma_128x96 with 64 channels and 8 warps: half the reads of x from L2." }, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The product, then the convolution and the gates; the projection goes through memory." }] };
+    pub const INFO: OpInfo = OpInfo { name: "gemm_gated_conv", summary: "In-projection of Hyena-X with what follows it: the short depthwise convolution along the tokens and both gates.", backward: true, cases: &["one_token", "odd", "causal", "centred_no_bias", "recomputed", "bf16_products", "tokens_across_tiles", "images_inside_a_tile", "both_directions_of_a_tile", "directions_by_tile", "many_taps", "steps_of_depth", "tiles_in_turn", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2.5e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "wgmma_128x192", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "TMA and wgmma; q, k and v of 64 channels and 128 tokens in a tile, which two warpgroups take in turn." }, WayInfo { name: "mma_128x96", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync and cp.async; q, k and v of 32 channels and 128 tokens in a tile, 4 warps." }, WayInfo { name: "mma_128x192", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As mma_128x96 with 64 channels and 8 warps: half the reads of x from L2." }, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The product, then the convolution and the gates; the projection goes through memory." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), d: dim("D"), c: dim("C"), k: dim("K") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2804,6 +3156,12 @@ pub mod group_norm_silu {
         4*(2*b*h*w*c + 2*c + 2*b*g)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(dims: Dims) -> usize {
+        let Dims { b, h, w, c, .. } = dims;
+        b*h*w*c
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "one", tier: Tier::Tiny, shape: "B=1 H=1 W=1 C=1 G=1", dims: Dims { b: 1, h: 1, w: 1, c: 1, g: 1 }, params: Params { eps: 0.5, silu: false }, absent: &["stats"], bf16: &[], gradcheck: true },
@@ -2819,7 +3177,13 @@ pub mod group_norm_silu {
         Case { name: "vae_strip", tier: Tier::Real, shape: "B=1 H=32 W=2048 C=256 G=32", dims: Dims { b: 1, h: 32, w: 2048, c: 256, g: 32 }, params: Params { eps: 1e-6, silu: true }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "group_norm_silu", summary: "Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.", backward: true, cases: &["one", "odd", "one_group", "channel_groups", "one_row", "blocks", "strip", "strip_plain", "vae_mid", "vae_last", "vae_strip"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "group_norm_silu", summary: "Group norm over the pixels and the channels of a group, channels last, with its affine map and SiLU where asked.", backward: true, cases: &["one", "odd", "one_group", "channel_groups", "one_row", "blocks", "strip", "strip_plain", "vae_mid", "vae_last", "vae_strip"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), h: dim("H"), w: dim("W"), c: dim("C"), g: dim("G") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -2969,6 +3333,12 @@ pub mod kv_compress {
         4*(2*b*gh*gw*d + 2*b*(gh/k)*(gw/k)*d + (k*k + 3)*d)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "golden_shape", tier: Tier::Tiny, shape: "B=2 Gh=6 Gw=8 R=3 D=40 K=2", dims: Dims { b: 2, gh: 6, gw: 8, r: 3, d: 40, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
@@ -2982,7 +3352,13 @@ pub mod kv_compress {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 Gh=128 Gw=128 R=3 D=1152 K=2", dims: Dims { b: 1, gh: 128, gw: 128, r: 3, d: 1152, k: 2 }, params: Params { first: 1, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "kv_compress", summary: "Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.", backward: true, cases: &["golden_shape", "odd_grid", "one_square", "every_token", "thirds", "quarters", "wide", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "kv_compress", summary: "Fewer keys and values: both through one depthwise K x K convolution of stride K over the grid, then one LayerNorm.", backward: true, cases: &["golden_shape", "odd_grid", "one_square", "every_token", "thirds", "quarters", "wide", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), gh: dim("Gh"), gw: dim("Gw"), r: dim("R"), d: dim("D"), k: dim("K") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3159,6 +3535,12 @@ pub mod linear_attention {
         4*(4*b*n*h*e + b*h*n + b*h*e*e + b*h*e)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 H=3 E=7", dims: Dims { b: 3, n: 5, h: 3, e: 7 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
@@ -3183,9 +3565,16 @@ pub mod linear_attention {
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32", dims: Dims { b: 128, n: 49, h: 4, e: 32 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72", dims: Dims { b: 2, n: 256, h: 16, e: 72 }, params: Params { map: 0, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72", dims: Dims { b: 1, n: 16384, h: 16, e: 72 }, params: Params { map: 1, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_1k", tier: Tier::Real, shape: "B=1 N=4096 H=16 E=72", dims: Dims { b: 1, n: 4096, h: 16, e: 72 }, params: Params { map: 1, eps: 1e-6, causal: false }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens or those so far in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "head_32_tail", "head_64_parts", "head_64_relu", "head_72_parts", "head_72_one_token", "head_72_tiles", "causal_odd", "causal_one_token", "causal_chunks", "causal_relu", "causal_72", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32; causal sums by chunks of 64 tokens." }, WayInfo { name: "mma_264", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }, WayInfo { name: "mma_528", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32; causal sums by chunks of 64 tokens." }] };
+    pub const INFO: OpInfo = OpInfo { name: "linear_attention", summary: "Attention with a kernel in place of the softmax, over all tokens or those so far in linear time, from the packed projection.", backward: true, cases: &["odd", "one_token", "relu", "fashion", "fashion_relu", "head_72", "blocks", "wide_eps", "head_32_tail", "head_64_parts", "head_64_relu", "head_72_parts", "head_72_one_token", "head_72_tiles", "causal_odd", "causal_one_token", "causal_chunks", "causal_relu", "causal_72", "fashion_b128", "dit_xl_256", "pixart_2k", "pixart_1k"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 5e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32; causal sums by chunks of 64 tokens." }, WayInfo { name: "mma_264", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 264 blocks." }, WayInfo { name: "mma_528", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 32, 64 and 72 columns, each tensor read once; parts of the tokens for some 528 blocks." }, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, tiles of 64×32; causal sums by chunks of 64 tokens." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), h: dim("H"), e: dim("E") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3305,6 +3694,12 @@ pub mod ln_modulate {
         4*(2*b*n*d + 2*b*d + 2*b*n)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 C=6 D=37", dims: Dims { b: 3, n: 5, c: 6, d: 37 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
@@ -3316,7 +3711,13 @@ pub mod ln_modulate {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 C=6 D=1152", dims: Dims { b: 2, n: 16384, c: 6, d: 1152 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "large_epsilon", "one_token", "dit_s", "dit_xl", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "large_epsilon", "one_token", "dit_s", "dit_xl", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), c: dim("C"), d: dim("D") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3500,6 +3901,12 @@ pub mod long_conv {
         4*(4*b*n*c + c*l + 3*c*k + 4*c)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "causal", tier: Tier::Tiny, shape: "B=2 N=19 C=37 K=4 L=19", dims: Dims { b: 2, n: 19, c: 37, k: 4, l: 19 }, params: Params { lead: 3, centre: 0, reversed: 0 }, absent: &[], bf16: &[], gradcheck: true },
@@ -3524,7 +3931,13 @@ pub mod long_conv {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 C=1152 K=4 L=16384", dims: Dims { b: 2, n: 16384, c: 1152, k: 4, l: 16384 }, params: Params { lead: 3, centre: 0, reversed: 576 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "long_conv", summary: "The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.", backward: true, cases: &["causal", "centred", "bidirectional", "no_short_filters", "filter_shorter_than_the_sequence", "filter_longer_than_the_sequence", "one_token", "many_samples", "by_transform_causal", "by_transform_centred", "by_transform_short_filter", "ring_of_64", "ring_of_128_centred", "ring_filter_past_the_sequence", "rings_of_all_lags", "fashion_b128", "dit_xl_256", "dit_xl_256_centred", "dit_xl_512", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 2e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "transform_16k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }, WayInfo { name: "transform_1k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }, WayInfo { name: "direct", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }, WayInfo { name: "transform_16k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }, WayInfo { name: "transform_1k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }, WayInfo { name: "direct", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }] };
+    pub const INFO: OpInfo = OpInfo { name: "long_conv", summary: "The long Hyena operator: short filters of q, k and v, two gates, and between them a filter as long as the sequence.", backward: true, cases: &["causal", "centred", "bidirectional", "no_short_filters", "filter_shorter_than_the_sequence", "filter_longer_than_the_sequence", "one_token", "many_samples", "by_transform_causal", "by_transform_centred", "by_transform_short_filter", "ring_of_64", "ring_of_128_centred", "ring_filter_past_the_sequence", "rings_of_all_lags", "fashion_b128", "dit_xl_256", "dit_xl_256_centred", "dit_xl_512", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 2e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "transform_16k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }, WayInfo { name: "transform_1k", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }, WayInfo { name: "direct", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }, WayInfo { name: "transform_16k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over all times up to 16,384, by blocks above." }, WayInfo { name: "transform_1k", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Transforms in shared memory over blocks of 1,024 times." }, WayInfo { name: "direct", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds in the time domain." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), c: dim("C"), k: dim("K"), l: dim("L") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3651,6 +4064,12 @@ pub mod loss_diffusion {
         12*b*c*s
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "learned", tier: Tier::Tiny, shape: "B=3 C=4 S=36", dims: Dims { b: 3, c: 4, s: 36 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: false },
@@ -3662,7 +4081,13 @@ pub mod loss_diffusion {
         Case { name: "fashion", tier: Tier::Real, shape: "B=128 C=1 S=784", dims: Dims { b: 128, c: 1, s: 784 }, params: Params { vlb_weight: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "loss_diffusion", summary: "Training loss of DiT: squared error of the noise plus the variational bound of the learned variance.", backward: true, cases: &["learned", "weighted", "mse_only", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "loss_diffusion", summary: "Training loss of DiT: squared error of the noise plus the variational bound of the learned variance.", backward: true, cases: &["learned", "weighted", "mse_only", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), c: dim("C"), s: dim("S") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3766,6 +4191,12 @@ pub mod loss_regression {
         8*b*n*d
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "l1", tier: Tier::Tiny, shape: "B=3 N=5 D=37", dims: Dims { b: 3, n: 5, d: 37 }, params: Params { kind: 0, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
@@ -3778,7 +4209,13 @@ pub mod loss_regression {
         Case { name: "fashion", tier: Tier::Real, shape: "B=128 N=49 D=128", dims: Dims { b: 128, n: 49, d: 128 }, params: Params { kind: 1, delta: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "loss_regression", summary: "Mean absolute, squared or Huber error over all elements.", backward: true, cases: &["l1", "l2", "huber", "huber_narrow", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "loss_regression", summary: "Mean absolute, squared or Huber error over all elements.", backward: true, cases: &["l1", "l2", "huber", "huber_narrow", "one", "over_a_block", "dit_xl_256", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), d: dim("D") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -3957,6 +4394,12 @@ pub mod mamba2 {
         4*(2*b*n*h*e + 2*b*n*k + b*n*h)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(dims: Dims) -> usize {
+        let Dims { b, n, h, .. } = dims;
+        2*b*n*h
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=2 N=37 W=11 H=3 E=5 K=7", dims: Dims { b: 2, n: 37, w: 11, h: 3, e: 5, k: 7 }, params: Params { dt_offset: 6, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
@@ -3972,7 +4415,13 @@ pub mod mamba2 {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 W=4880 H=144 E=16 K=64", dims: Dims { b: 2, n: 16384, w: 4880, h: 144, e: 16, k: 64 }, params: Params { dt_offset: 4736, reverse: false }, absent: &["residual"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "segments", "segments_reversed", "one_token_published_widths", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 264 blocks." }, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 528 blocks." }, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }, WayInfo { name: "mma", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64, eight heads of a chunk of 64 a block." }, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }] };
+    pub const INFO: OpInfo = OpInfo { name: "mamba2", summary: "The scan of Mamba-2 (state-space duality): per head a decaying sum of outer products, read out at every token.", backward: true, cases: &["odd", "reversed", "one_token", "published_widths", "wide_heads", "segments", "segments_reversed", "one_token_published_widths", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 1e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_264", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 264 blocks." }, WayInfo { name: "mma_528", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64 that stays in registers; segments of the times for some 528 blocks." }, WayInfo { name: "tiles", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }, WayInfo { name: "mma", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync on heads of 16 columns and a state of 64, eight heads of a chunk of 64 a block." }, WayInfo { name: "tiles", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "CUDA cores, chunks of 64." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), w: dim("W"), h: dim("H"), e: dim("E"), k: dim("K") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4128,6 +4577,12 @@ pub mod neighborhood_attention {
         4*(4*b*gh*gw*h*e + b*h*gh*gw)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(dims: Dims) -> usize {
+        let Dims { b, gh, gw, h, k, .. } = dims;
+        b*h*gh*gw*k*k
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=2 Gh=6 Gw=5 H=3 E=7 K=3", dims: Dims { b: 2, gh: 6, gw: 5, h: 3, e: 7, k: 3 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
@@ -4145,9 +4600,16 @@ pub mod neighborhood_attention {
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 Gh=7 Gw=7 H=4 E=32 K=5", dims: Dims { b: 128, gh: 7, gw: 7, h: 4, e: 32, k: 5 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 Gh=16 Gw=16 H=16 E=72 K=7", dims: Dims { b: 2, gh: 16, gw: 16, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 Gh=128 Gw=128 H=16 E=72 K=7", dims: Dims { b: 1, gh: 128, gw: 128, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_1k", tier: Tier::Real, shape: "B=1 Gh=64 Gw=64 H=16 E=72 K=7", dims: Dims { b: 1, gh: 64, gw: 64, h: 16, e: 72, k: 7 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "tensor_cores", "widest_head", "head_64", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
+    pub const INFO: OpInfo = OpInfo { name: "neighborhood_attention", summary: "Softmax self-attention of every head over the K x K tokens around each token of a grid.", backward: true, cases: &["odd", "one_token", "self_only", "one_row_fits", "whole_grid", "fashion", "head_72", "blocks", "sharp", "tensor_cores", "widest_head", "head_64", "fashion_b128", "dit_xl_256", "pixart_2k", "pixart_1k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), gh: dim("Gh"), gw: dim("Gw"), h: dim("H"), e: dim("E"), k: dim("K") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4275,6 +4737,12 @@ pub mod norm_silu_conv2d {
         4*(2*b*h*w*c + 2*c + f*kh*kw*c + f + b*h*w*f)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(dims: Dims) -> usize {
+        let Dims { b, h, w, c, .. } = dims;
+        b*h*w*c
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "one", tier: Tier::Tiny, shape: "B=1 H=1 W=1 C=1 G=1 F=1 Kh=1 Kw=1", dims: Dims { b: 1, h: 1, w: 1, c: 1, g: 1, f: 1, kh: 1, kw: 1 }, params: Params { eps: 0.5, bf16: false }, absent: &["bias", "residual"], bf16: &[], gradcheck: false },
@@ -4290,9 +4758,16 @@ pub mod norm_silu_conv2d {
         Case { name: "vae_64", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512 G=32 F=512 Kh=3 Kw=3", dims: Dims { b: 1, h: 64, w: 64, c: 512, g: 32, f: 512, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "vae_512", tier: Tier::Real, shape: "B=1 H=512 W=512 C=128 G=32 F=128 Kh=3 Kw=3", dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32, f: 128, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &[], bf16: &[], gradcheck: false },
         Case { name: "vae_out", tier: Tier::Real, shape: "B=1 H=512 W=512 C=128 G=32 F=3 Kh=3 Kw=3", dims: Dims { b: 1, h: 512, w: 512, c: 128, g: 32, f: 3, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: true }, absent: &["residual"], bf16: &[], gradcheck: false },
+        Case { name: "vae_64_f32", tier: Tier::Real, shape: "B=1 H=64 W=64 C=512 G=32 F=512 Kh=3 Kw=3", dims: Dims { b: 1, h: 64, w: 64, c: 512, g: 32, f: 512, kh: 3, kw: 3 }, params: Params { eps: 1e-6, bf16: false }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "norm_silu_conv2d", summary: "Group norm and SiLU of images, channels last, and the convolution of the same size behind them, with bias and residual.", backward: false, cases: &["one", "odd", "pointwise", "tiles", "wide_filters", "unaligned_filters", "colours", "one_pixel", "bf16_products", "bf16_weight", "vae_64", "vae_512", "vae_out"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "fused_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As fused_128x128 with wgmma, pixels from registers." }, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }, WayInfo { name: "fused_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 128 filters." }, WayInfo { name: "fused_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 64 filters." }, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The norm, the convolution and the sum one after the other." }] };
+    pub const INFO: OpInfo = OpInfo { name: "norm_silu_conv2d", summary: "Group norm and SiLU of images, channels last, and the convolution of the same size behind them, with bias and residual.", backward: false, cases: &["one", "odd", "pointwise", "tiles", "wide_filters", "unaligned_filters", "colours", "one_pixel", "bf16_products", "bf16_weight", "vae_64", "vae_512", "vae_out", "vae_64_f32"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 6e-2, rtol: 1.6e-2, rms: 4e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "fused_128x16", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "Tensor cores, norm and SiLU in shared memory, tiles of 8x16 pixels and 16 filters." }, WayInfo { name: "wgmma_128x128", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As fused_128x128 with wgmma, pixels from registers." }, WayInfo { name: "wgmma_128x64", pass: "forward", arch: 90, elements: &[ElementType::Bf16], doc: "As wgmma_128x128 with 64 filters." }, WayInfo { name: "fused_128x128", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 128 filters." }, WayInfo { name: "fused_128x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "As fused_128x16 with 64 filters." }, WayInfo { name: "apart", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "The norm, the convolution and the sum one after the other." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), h: dim("H"), w: dim("W"), c: dim("C"), g: dim("G"), f: dim("F"), kh: dim("Kh"), kw: dim("Kw") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
 }
 
@@ -4350,7 +4825,7 @@ pub mod patchify {
     }
 
     /// Floating-point operations of one forward call.
-    pub fn flops(dims: Dims) -> usize {
+    pub fn flops(_: Dims) -> usize {
         
         0
     }
@@ -4359,6 +4834,12 @@ pub mod patchify {
     pub fn bytes(dims: Dims) -> usize {
         let Dims { b, c, p, gh, gw, .. } = dims;
         8*b*c*p*p*gh*gw
+    }
+
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
     }
 
     /// Named shapes.
@@ -4374,7 +4855,13 @@ pub mod patchify {
         Case { name: "fashion", tier: Tier::Real, shape: "B=128 C=1 P=4 Gh=7 Gw=7", dims: Dims { b: 128, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "patchify", summary: "Cuts an image into square patches, one token each, in the order of a convolution weight.", backward: true, cases: &["ragged", "odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "patchify", summary: "Cuts an image into square patches, one token each, in the order of a convolution weight.", backward: true, cases: &["ragged", "odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), c: dim("C"), p: dim("P"), gh: dim("Gh"), gw: dim("Gw") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4403,12 +4890,13 @@ pub mod philox {
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Dims {
+        pub b: usize,
         pub l: usize,
     }
 
     #[derive(Clone, Copy, Debug, PartialEq)]
     pub struct Params {
-        /// Key of the generator.
+        /// Key of the first row; the sum with a row's number wraps.
         pub seed: u64,
         /// Independent sequence: upper half of the counter.
         pub stream: u64,
@@ -4419,7 +4907,7 @@ pub mod philox {
     pub struct Forward<'a, T> {
         pub dims: Dims,
         pub params: Params,
-        /// `[L]` float: Standard normal numbers.
+        /// `[B, L]` float: Standard normal numbers.
         pub z: &'a mut [T],
     }
 
@@ -4433,26 +4921,39 @@ pub mod philox {
 
     /// Floating-point operations of one forward call.
     pub fn flops(dims: Dims) -> usize {
-        let Dims { l, .. } = dims;
-        40*l
+        let Dims { b, l, .. } = dims;
+        40*b*l
     }
 
     /// Bytes that one forward call must move at the least.
     pub fn bytes(dims: Dims) -> usize {
-        let Dims { l, .. } = dims;
-        4*l
+        let Dims { b, l, .. } = dims;
+        4*b*l
+    }
+
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
     }
 
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
-        Case { name: "odd", tier: Tier::Tiny, shape: "L=37", dims: Dims { l: 37 }, params: Params { seed: 0, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "one", tier: Tier::Tiny, shape: "L=1", dims: Dims { l: 1 }, params: Params { seed: 1, stream: 7, offset: 3 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "unaligned", tier: Tier::Tiny, shape: "L=1023", dims: Dims { l: 1023 }, params: Params { seed: 42, stream: 4294967296, offset: 5 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "far", tier: Tier::Tiny, shape: "L=20000", dims: Dims { l: 20000 }, params: Params { seed: 81985529216486895, stream: 1, offset: 17179869182 }, absent: &[], bf16: &[], gradcheck: false },
-        Case { name: "dit_xl_256", tier: Tier::Real, shape: "L=131072", dims: Dims { l: 131072 }, params: Params { seed: 42, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "odd", tier: Tier::Tiny, shape: "B=3 L=37", dims: Dims { b: 3, l: 37 }, params: Params { seed: 0, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "one", tier: Tier::Tiny, shape: "B=1 L=1", dims: Dims { b: 1, l: 1 }, params: Params { seed: 1, stream: 7, offset: 3 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "unaligned", tier: Tier::Tiny, shape: "B=2 L=1023", dims: Dims { b: 2, l: 1023 }, params: Params { seed: 42, stream: 4294967296, offset: 5 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "far", tier: Tier::Tiny, shape: "B=1 L=20000", dims: Dims { b: 1, l: 20000 }, params: Params { seed: 81985529216486895, stream: 1, offset: 17179869182 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "carried_keys", tier: Tier::Tiny, shape: "B=5 L=64", dims: Dims { b: 5, l: 64 }, params: Params { seed: 4294967293, stream: 3, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
+        Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=1 L=131072", dims: Dims { b: 1, l: 131072 }, params: Params { seed: 42, stream: 0, offset: 0 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }), tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "philox", summary: "Standard normal numbers by counter: the same on every device, whatever the split of the work.", backward: false, cases: &["odd", "one", "unaligned", "far", "carried_keys", "dit_xl_256"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 0e0, rms: 0e0 }), tolerance_bf16: None, elements: &[ElementType::F32], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), l: dim("L") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
 }
 
@@ -4566,6 +5067,12 @@ pub mod qk_norm {
         4*(6*b*n*d + 4*b*n + 4*d)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=5 D=37", dims: Dims { b: 3, n: 5, d: 37 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
@@ -4578,7 +5085,13 @@ pub mod qk_norm {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 D=1152", dims: Dims { b: 1, n: 16384, d: 1152 }, params: Params { eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "qk_norm", summary: "LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.", backward: true, cases: &["odd", "one_token", "one_column", "blocks", "vectors", "wide", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "qk_norm", summary: "LayerNorm with an affine map of the queries and of the keys in a packed projection; values pass.", backward: true, cases: &["odd", "one_token", "one_column", "blocks", "vectors", "wide", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), d: dim("D") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4748,6 +5261,12 @@ pub mod relative_attention {
         4*(4*b*n*h*e + b*h*n + 2*n*h)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(dims: Dims) -> usize {
+        let Dims { b, n, h, .. } = dims;
+        b*h*n*n
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 H=1 E=1", dims: Dims { b: 1, n: 1, h: 1, e: 1 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
@@ -4762,9 +5281,16 @@ pub mod relative_attention {
         Case { name: "widest_head", tier: Tier::Tiny, shape: "B=3 N=35 H=1 E=128", dims: Dims { b: 3, n: 35, h: 1, e: 128 }, params: Params { scale: 0.2 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "t5_xxl_300", tier: Tier::Real, shape: "B=1 N=300 H=64 E=64", dims: Dims { b: 1, n: 300, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
         Case { name: "t5_xxl_32", tier: Tier::Real, shape: "B=1 N=32 H=64 E=64", dims: Dims { b: 1, n: 32, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &["counts"], bf16: &[], gradcheck: true },
+        Case { name: "t5_xxl_300_counts", tier: Tier::Real, shape: "B=2 N=300 H=64 E=64", dims: Dims { b: 2, n: 300, h: 64, e: 64 }, params: Params { scale: 1.0 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "samples", "wide_head", "head_64", "head_72", "widest_head", "t5_xxl_300", "t5_xxl_32"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
+    pub const INFO: OpInfo = OpInfo { name: "relative_attention", summary: "Softmax self-attention of every head whose scores have a bias for the distance of key and query, as in T5.", backward: true, cases: &["one_token", "odd", "counted", "blocks", "sharp", "samples", "wide_head", "head_64", "head_72", "widest_head", "t5_xxl_300", "t5_xxl_32", "t5_xxl_300_counts"], tolerance: Some(check::Tolerance { atol: 4e-5, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), h: dim("H"), e: dim("E") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4887,6 +5413,12 @@ pub mod rms_norm {
         4*(3*b*n*d + b*n + d)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "plain", tier: Tier::Tiny, shape: "B=3 N=5 D=37 W=0", dims: Dims { b: 3, n: 5, d: 37, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
@@ -4903,7 +5435,13 @@ pub mod rms_norm {
         Case { name: "t5_xxl_300", tier: Tier::Real, shape: "B=2 N=300 D=4096 W=0", dims: Dims { b: 2, n: 300, d: 4096, w: 0 }, params: Params { gate_offset: 0, eps: 1e-6 }, absent: &["gate"], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "large_epsilon", "gated", "gate_is_the_row", "blocks", "one_column", "vectors", "wide", "wide_plain", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "rms_norm", summary: "Root-mean-square norm with a weight, after a SiLU gate where there is one.", backward: true, cases: &["plain", "large_epsilon", "gated", "gate_is_the_row", "blocks", "one_column", "vectors", "wide", "wide_plain", "fashion_b128", "dit_xl_256", "t5_xxl_300"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), d: dim("D"), w: dim("W") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -4979,6 +5517,12 @@ pub mod sinusoid {
         4*(b + b*d)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd_half", tier: Tier::Tiny, shape: "B=3 D=10", dims: Dims { b: 3, d: 10 }, params: Params { denominator: 5.0 }, absent: &[], bf16: &[], gradcheck: false },
@@ -4988,7 +5532,13 @@ pub mod sinusoid {
         Case { name: "training", tier: Tier::Real, shape: "B=256 D=256", dims: Dims { b: 256, d: 256 }, params: Params { denominator: 128.0 }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "sinusoid", summary: "Sinusoidal features of the timestep, cosines first, every step of the phase rounded to f32 as in DiT.", backward: false, cases: &["odd_half", "one", "dit", "diffusers", "training"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "sinusoid", summary: "Sinusoidal features of the timestep, cosines first, every step of the phase rounded to f32 as in DiT.", backward: false, cases: &["odd_half", "one", "dit", "diffusers", "training"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), d: dim("D") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
 }
 
@@ -5077,6 +5627,12 @@ pub mod solver_step {
         4*(3*b*c*s + 2*b*co*s)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "ancestral_learned", tier: Tier::Tiny, shape: "B=2 C=4 Co=8 S=37", dims: Dims { b: 2, c: 4, co: 8, s: 37 }, params: Params { guidance: 4.0, guided_channels: 3, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: 0.0, cn: 1.0, learned: true, log_hi: -3.0, log_lo: -4.0 }, absent: &["x0_prev"], bf16: &[], gradcheck: false },
@@ -5089,7 +5645,13 @@ pub mod solver_step {
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 C=4 Co=8 S=65536", dims: Dims { b: 1, c: 4, co: 8, s: 65536 }, params: Params { guidance: 4.5, guided_channels: 8, inv_alpha: 1.25, sigma: 0.6, cx: 0.9, ce: -0.3, c0: 0.2, c1: -0.35, cn: 0.0, learned: false, log_hi: 0.0, log_lo: 0.0 }, absent: &["noise"], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "solver_step", summary: "One step of a diffusion sampler: guidance, clean estimate, and the update of any linear solver, fused.", backward: false, cases: &["ancestral_learned", "guided_variance", "last_step_learned", "second_order", "unguided_fixed", "deterministic", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "solver_step", summary: "One step of a diffusion sampler: guidance, clean estimate, and the update of any linear solver, fused.", backward: false, cases: &["ancestral_learned", "guided_variance", "last_step_learned", "second_order", "unguided_fixed", "deterministic", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), c: dim("C"), co: dim("Co"), s: dim("S") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
 }
 
@@ -5136,6 +5698,12 @@ pub mod sum_squares {
         4*l
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "L=37", dims: Dims { l: 37 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
@@ -5145,7 +5713,13 @@ pub mod sum_squares {
         Case { name: "fashion", tier: Tier::Real, shape: "L=65536", dims: Dims { l: 65536 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: false },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "sum_squares", summary: "Sum of squares, for the global norm of the gradients.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block", "fashion"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 3e-8, rms: 3e-8 }), tolerance_bf16: None, elements: &[ElementType::F32], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "sum_squares", summary: "Sum of squares, for the global norm of the gradients.", backward: false, cases: &["odd", "one", "over_a_block", "dit_block", "fashion"], tolerance: Some(check::Tolerance { atol: 0e0, rtol: 3e-8, rms: 3e-8 }), tolerance_bf16: None, elements: &[ElementType::F32], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { l: dim("L") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
 }
 
@@ -5203,7 +5777,7 @@ pub mod unpatchify {
     }
 
     /// Floating-point operations of one forward call.
-    pub fn flops(dims: Dims) -> usize {
+    pub fn flops(_: Dims) -> usize {
         
         0
     }
@@ -5212,6 +5786,12 @@ pub mod unpatchify {
     pub fn bytes(dims: Dims) -> usize {
         let Dims { b, c, p, gh, gw, .. } = dims;
         8*b*c*p*p*gh*gw
+    }
+
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
     }
 
     /// Named shapes.
@@ -5227,7 +5807,13 @@ pub mod unpatchify {
         Case { name: "fashion", tier: Tier::Real, shape: "B=128 C=1 P=4 Gh=7 Gw=7", dims: Dims { b: 128, c: 1, p: 4, gh: 7, gw: 7 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "unpatchify", summary: "Lays the tokens of a transformer back as an image, in the order of the output layer of DiT.", backward: true, cases: &["ragged", "odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "unpatchify", summary: "Lays the tokens of a transformer back as an image, in the order of the output layer of DiT.", backward: true, cases: &["ragged", "odd", "one_pixel", "whole_image", "dit_s", "patch_4", "dit_xl_256", "pixart_2k", "fashion"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), c: dim("C"), p: dim("P"), gh: dim("Gh"), gw: dim("Gw") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -5303,7 +5889,7 @@ pub mod upsample {
     }
 
     /// Floating-point operations of one forward call.
-    pub fn flops(dims: Dims) -> usize {
+    pub fn flops(_: Dims) -> usize {
         
         0
     }
@@ -5312,6 +5898,12 @@ pub mod upsample {
     pub fn bytes(dims: Dims) -> usize {
         let Dims { b, h, w, c, .. } = dims;
         4*5*b*h*w*c
+    }
+
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(_: Dims) -> usize {
+        
+        0
     }
 
     /// Named shapes.
@@ -5324,7 +5916,13 @@ pub mod upsample {
         Case { name: "vae_512", tier: Tier::Real, shape: "B=1 H=512 W=512 C=256", dims: Dims { b: 1, h: 512, w: 512, c: 256 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "upsample", summary: "Images twice as high and wide, channels last: every pixel becomes a square of four.", backward: true, cases: &["one_pixel", "odd", "wide", "tall", "vae_64", "vae_512"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[] };
+    pub const INFO: OpInfo = OpInfo { name: "upsample", summary: "Images twice as high and wide, channels last: every pixel becomes a square of four.", backward: true, cases: &["one_pixel", "odd", "wide", "tall", "vae_64", "vae_512"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), h: dim("H"), w: dim("W"), c: dim("C") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {
@@ -5469,6 +6067,12 @@ pub mod window_attention {
         4*(4*b*n*h*e + b*h*n)
     }
 
+    /// Exponentials of one forward call, where they are counted.
+    pub fn exps(dims: Dims) -> usize {
+        let Dims { b, n, h, w, .. } = dims;
+        b*h*n*(2*w + 1)
+    }
+
     /// Named shapes.
     pub const CASES: &[Case<Dims, Params>] = &[
         Case { name: "odd", tier: Tier::Tiny, shape: "B=3 N=11 H=3 E=7 W=2", dims: Dims { b: 3, n: 11, h: 3, e: 7, w: 2 }, params: Params { scale: 0.4 }, absent: &[], bf16: &[], gradcheck: true },
@@ -5487,9 +6091,17 @@ pub mod window_attention {
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 N=49 H=4 E=32 W=4", dims: Dims { b: 128, n: 49, h: 4, e: 32, w: 4 }, params: Params { scale: 0.17677669 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 H=16 E=72 W=4", dims: Dims { b: 2, n: 256, h: 16, e: 72, w: 4 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72 W=32", dims: Dims { b: 1, n: 16384, h: 16, e: 72, w: 32 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_2k_181", tier: Tier::Real, shape: "B=1 N=16384 H=16 E=72 W=90", dims: Dims { b: 1, n: 16384, h: 16, e: 72, w: 90 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "pixart_1k", tier: Tier::Real, shape: "B=1 N=4096 H=16 E=72 W=32", dims: Dims { b: 1, n: 4096, h: 16, e: 72, w: 32 }, params: Params { scale: 0.11785113 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "tensor_cores", "ring_wraps", "wider_than_a_ring", "widest_head", "fashion_b128", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_ring", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, at most 65 keys a query, a row of scores in one step, keys in a ring." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }] };
+    pub const INFO: OpInfo = OpInfo { name: "window_attention", summary: "Softmax self-attention of every head over the 2W + 1 tokens around each token, in the order of the tokens.", backward: true, cases: &["odd", "one_token", "self_only", "window_beyond_the_ends", "all_but_the_corners", "fashion", "head_72", "blocks", "sharp", "tensor_cores", "ring_wraps", "wider_than_a_ring", "widest_head", "fashion_b128", "dit_xl_256", "pixart_2k", "pixart_2k_181", "pixart_1k"], tolerance: None, tolerance_bf16: Some(check::Tolerance { atol: 2e-1, rtol: 1.6e-2, rms: 8e-3 }), elements: &[ElementType::F32, ElementType::Bf16], ways: &[WayInfo { name: "mma_ring", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, at most 65 keys a query, a row of scores in one step, keys in a ring." }, WayInfo { name: "mma_64x64", pass: "forward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, blocks of 64 queries, keys in stages of 64." }, WayInfo { name: "cuda_cores", pass: "forward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }, WayInfo { name: "mma_64x64", pass: "backward", arch: 80, elements: &[ElementType::Bf16], doc: "mma.sync, two deterministic kernels with blocks of 64 tokens." }, WayInfo { name: "cuda_cores", pass: "backward", arch: 80, elements: &[ElementType::F32, ElementType::Bf16], doc: "Multiply-adds of the CUDA cores, any width." }], cost };
+
+    /// Cost of one forward call whose dims `dim` knows by name.
+    pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {
+        let dims = Dims { b: dim("B"), n: dim("N"), h: dim("H"), e: dim("E"), w: dim("W") };
+        Cost { flops: flops(dims), bytes: bytes(dims), exps: exps(dims) }
+    }
 
     /// Directional derivatives of the oracle in f64: analytic against central differences.
     pub fn gradcheck(case: &Case<Dims, Params>) -> Vec<GradCheck> {

@@ -64,7 +64,7 @@ pub const EMULATOR: &[File] = &[
 ];
 
 /// Folders that have sources.
-pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "attention_int8", "axpy", "branch_deltas", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "gemm_fp8", "gemm_gated_conv", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "norm_silu_conv2d", "patchify", "philox", "probes", "qk_norm", "relative_attention", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
+pub const OPERATORS: &[&str] = &["adamw", "add_noise", "attention", "attention_int8", "axpy", "branch_deltas", "cast", "conv2d", "conv_silu", "cross_attention", "cross_entropy", "embed", "feature_gated_conv", "filter_window", "gate_residual", "gated_conv", "gated_conv_2d", "gemm", "gemm_fp8", "gemm_gated_conv", "group_norm_silu", "kv_compress", "linear_attention", "ln_modulate", "long_conv", "loss_diffusion", "loss_regression", "mamba2", "neighborhood_attention", "norm_silu_conv2d", "patchify", "philox", "probes", "qk_norm", "relative_attention", "rms_norm", "sinusoid", "solver_step", "sum_squares", "unpatchify", "upsample", "window_attention"];
 
 /// Sources and headers of an operator; empty where it has none.
 pub fn operator(op: &str) -> &'static [File] {
@@ -92,6 +92,9 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "branch_deltas" => &[
             ("branch_deltas.cu", include_str!("branch_deltas/branch_deltas.cu")),
+        ],
+        "cast" => &[
+            ("cast.cu", include_str!("cast/cast.cu")),
         ],
         "conv2d" => &[
             ("conv2d.cu", include_str!("conv2d/conv2d.cu")),

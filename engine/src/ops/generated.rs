@@ -2937,6 +2937,12 @@ impl Graph<'_> {
     /// # Errors
     /// As the operator.
     pub fn gemm_gated_conv(&self, x: &Var, w: &Var, bias: Option<&Var>, short_weight: &Var, short_bias: &Var, params: kernels::generated::gemm_gated_conv::Params) -> Result<Var> {
+        let x = &self.fitted(x, kernels::generated::gemm_gated_conv::INFO.elements)?;
+        let w = &self.fitted(w, kernels::generated::gemm_gated_conv::INFO.elements)?;
+        let bias = bias.map(|v| self.fitted(v, kernels::generated::gemm_gated_conv::INFO.elements)).transpose()?;
+        let bias = bias.as_ref();
+        let short_weight = &self.fitted(short_weight, kernels::generated::gemm_gated_conv::INFO.elements)?;
+        let short_bias = &self.fitted(short_bias, kernels::generated::gemm_gated_conv::INFO.elements)?;
         let sources = [self.source(x), self.source(w), bias.and_then(|v| self.source(v)), self.source(short_weight), self.source(short_bias)];
         let record = sources.iter().any(Option::is_some);
         let out = gemm_gated_conv(x.tensor(), w.tensor(), bias.map(Var::tensor), short_weight.tensor(), short_bias.tensor(), record, params)?;
@@ -2963,15 +2969,16 @@ impl Graph<'_> {
 }
 
 fn gemm_gated_conv_conform(run: &mut Conform<'_>) -> Result<()> {
-    use kernels::generated::gemm_gated_conv::{CASES, Dims, INFO, Params, bytes, flops};
+    use kernels::generated::gemm_gated_conv::{CASES, Dims, INFO, Params, bytes, exps, flops};
     for case in CASES {
-        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims) };
+        let row = CaseRow { info: &INFO, name: case.name, tier: case.tier, shape: case.shape, bf16: !case.bf16.is_empty(), flops: flops(case.dims), bytes: bytes(case.dims), exps: exps(case.dims) };
         run.case(&row, &mut |io| {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, d, c, k, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
+            io.params(&[("lead", params.lead as f64), ("reversed", params.reversed as f64), ("bf16", f64::from(params.bf16))]);
             let x = io.draw(case.name, "x", &[b, n, d], Fill::Normal)?;
-            let w = io.stored(io.draw(case.name, "w", &[3*c, d], Fill::Uniform(-0.25f64, 0.25f64))?, case.bf16.contains(&"w"))?;
+            let w = { let t = io.draw(case.name, "w", &[3*c, d], Fill::Uniform(-0.25f64, 0.25f64))?; io.stored(t, case.bf16.contains(&"w"))? };
             let bias = if absent("bias") { None } else { Some(io.draw(case.name, "bias", &[3*c], Fill::Normal)?) };
             let short_weight = io.draw(case.name, "short_weight", &[3, c, k], Fill::Uniform(-0.3f64, 0.3f64))?;
             let short_bias = io.draw(case.name, "short_bias", &[3, c], Fill::Uniform(-0.3f64, 0.3f64))?;
@@ -3587,7 +3594,7 @@ fn linear_attention_conform(run: &mut Conform<'_>) -> Result<()> {
             let (dims, params) = (case.dims, case.params);
             let Dims { b, n, h, e, .. } = dims;
             let absent = |name: &str| case.absent.contains(&name);
-            io.params(&[("map", params.map as f64), ("eps", f64::from(params.eps))]);
+            io.params(&[("map", params.map as f64), ("eps", f64::from(params.eps)), ("causal", f64::from(params.causal))]);
             let qkv = io.draw(case.name, "qkv", &[b, n, 3, h, e], Fill::Normal)?;
             let out = io.call("forward", || linear_attention(&qkv, params))?;
             io.result("y", &out.y)?;
