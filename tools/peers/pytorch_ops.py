@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Operators in PyTorch on the CPU: the peer of `paired op`.
 
-    pytorch_ops.py --threads N [--compile]
+    pytorch_ops.py --threads N
 
 Requests (see common.py):
 
@@ -58,8 +58,7 @@ class Case:
 
 
 class Peer:
-    def __init__(self, compiled: bool) -> None:
-        self.compiled = compiled
+    def __init__(self) -> None:
         self.case: Case | None = None
         self.folder = Path()
         self.held: tuple | None = None
@@ -79,18 +78,12 @@ class Peer:
     def ways(self, backward: bool) -> dict:
         """The ways of the case, on fresh tensors."""
         self.case.refresh(backward)
-        ways = OPERATORS[self.case.op](self.case)
-        if self.compiled:
-            for name in list(ways):
-                ways[f"{name}, compiled"] = torch.compile(ways[name], dynamic=False)
-        return ways
+        return OPERATORS[self.case.op](self.case)
 
     def work(self, which: str, way: str):
         """A call of the pass, kept from request to request."""
         if self.held is None or self.held[0] != (which, way):
             self.held = None
-            if self.compiled:
-                torch._dynamo.reset()
             self.held = ((which, way), self.fresh(which, way))
         return self.held[1]
 
@@ -141,11 +134,10 @@ class Peer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--compile", action="store_true", help="also the same ways through torch.compile")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_num_interop_threads(1)
-    peer = Peer(args.compile)
+    peer = Peer()
     about = {"name": "PyTorch", "version": torch.__version__, "mkldnn": torch.backends.mkldnn.is_available()}
     serve(about, {"knows": peer.knows, "case": peer.take, "output": peer.output, "run": peer.run})
 
