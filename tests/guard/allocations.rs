@@ -35,10 +35,10 @@ pub fn measure() -> Outcome {
     Ok(values.collect())
 }
 
-fn model() -> Dit {
+fn model(device: &Device) -> Dit {
     let mut config = DitConfig { patch: 2, input_size: 16, in_channels: 3, classes: 10, ..DitConfig::plain(3, 64, 4) };
     config.blocks[1].attn = Spec::new("hyena_x");
-    Dit::new(config, &Device::cpu(), 1).unwrap()
+    Dit::new(config, device, 1).unwrap()
 }
 
 /// Prints what `work` allocates the second time: the first fills the pools.
@@ -57,8 +57,8 @@ fn report<R>(case: &str, mut work: impl FnMut() -> R) {
 fn probe() {
     cpu::set_threads(1).unwrap();
     let device = Device::cpu();
-    report("model from a seed", model);
-    let mut model = model();
+    report("model from a seed", || model(&device));
+    let mut model = model(&device);
     let (b, side) = (2, 16);
     let x = Tensor::zeros(&device, &[b, 3, side, side]).unwrap();
     let t = Tensor::from_f32(&device, &[b], &[500.0, 20.0]).unwrap();
@@ -81,7 +81,8 @@ fn probe() {
             let out = model.forward(&g, &Var::constant(x.clone()), &t, &y, Run::default()).unwrap();
             let (out, target) = (g.reshape(&out, &flat).unwrap(), Var::constant(target.clone()));
             let params = loss_regression::Params { kind: 1, delta: 1.0 };
-            g.backward(&g.loss_regression(&out, &target, params).unwrap()).unwrap()
+            let loss = g.loss_regression(&out, &target, params).unwrap();
+            g.backward(&loss).unwrap()
         };
         optimiser.update(&mut model.params, &grads, settings.lr).unwrap();
     });
