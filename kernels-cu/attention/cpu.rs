@@ -2,6 +2,7 @@
 
 use super::dense::{self, Saved};
 use super::layout::{self, of_head, packed, sample, touch};
+use super::softmax::All;
 use crate::generated::attention::{Backward, Forward};
 
 /// Forward pass.
@@ -10,7 +11,7 @@ pub fn forward(a: Forward<'_, f32>) {
     let begin = |index| touch(sample(qkv, dims.b, index));
     layout::forward(dims, a.y, a.lse, begin, |index, head, queries, y, lse| {
         let [q, k, v] = packed(qkv, dims, index, head);
-        dense::forward([q.from(queries.start), k, v], dims.n, dense::all, scale, y, lse);
+        dense::forward([q.from(queries.start), k, v], dims.n, All, scale, y, lse);
     });
 }
 
@@ -22,7 +23,7 @@ pub fn backward(a: Backward<'_, f32>) {
     layout::backward(dims, dqkv, begin, |index, head, grads| {
         let lse = &a.lse[(index * dims.h + head) * dims.n..][..dims.n];
         let saved = Saved { y: of_head(a.y, dims, index, head), dy: of_head(a.dy, dims, index, head), lse };
-        dense::backward(packed(qkv, dims, index, head), dims.n, dense::all, scale, saved, grads);
+        dense::backward(packed(qkv, dims, index, head), dims.n, All, scale, saved, grads);
     });
 }
 

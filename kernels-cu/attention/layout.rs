@@ -34,7 +34,7 @@ pub fn with_scratch<const COUNT: usize>(lengths: [usize; COUNT], body: impl FnOn
 }
 
 /// The blocks of `0..len`, as (start, length): at most `most` long, about even, whole steps but for the last.
-pub fn blocks(len: usize, most: usize, step: usize) -> impl Iterator<Item = (usize, usize)> {
+pub fn blocks(len: usize, most: usize, step: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
     let block = len.div_ceil(len.div_ceil(most)).next_multiple_of(step);
     (0..len).step_by(block).map(move |start| (start, block.min(len - start)))
 }

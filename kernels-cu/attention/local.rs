@@ -5,8 +5,9 @@
 //! the keys that these read; within a block, a group of queries goes over one run of keys after the other, which
 //! keeps these in the first-level cache. Where queries see at least half of all tokens, the tiles win, and hide the rest.
 
-use super::dense::{self, HIDDEN, Saved, deltas, exponentials, score_gradients};
+use super::dense::{self, Saved, deltas};
 use super::layout::{self, RowsMut, TASK, blocks, of_head, packed, sample, touch, widen, with_scratch, write};
+use super::softmax::{All, HIDDEN, USUAL, exponentials, score_gradients};
 use super::tiles::{Rows, copy, padded};
 use crate::generated::attention::Dims;
 use crate::simd::arch;
@@ -75,7 +76,7 @@ pub fn attend(dims: Dims, scale: f32, keys: impl Neighbours, qkv: &[f32], y: &mu
         let (tile, start) = ([q.from(queries.start), k, v], queries.start);
         let hide = |row, first, scores: &mut [f32]| keys.keys(start + row).hide_others(first, scores);
         match (all, tiles) {
-            (true, _) => dense::forward(tile, dims.n, dense::all, scale, y, lse),
+            (true, _) => dense::forward(tile, dims.n, All, scale, y, lse),
             (_, true) => dense::forward(tile, dims.n, hide, scale, y, lse),
             _ => forward([q, k, v], queries, keys, scale, y, lse),
         }
@@ -98,7 +99,7 @@ pub fn attend_backward(
         let inputs = packed(qkv, dims, index, head);
         let hide = |query, first, scores: &mut [f32]| keys.keys(query).hide_others(first, scores);
         match (all, tiles) {
-            (true, _) => dense::backward(inputs, dims.n, dense::all, scale, saved, grads),
+            (true, _) => dense::backward(inputs, dims.n, All, scale, saved, grads),
             (_, true) => dense::backward(inputs, dims.n, hide, scale, saved, grads),
             _ => backward(inputs, keys, scale, saved, grads),
         }
@@ -107,7 +108,7 @@ pub fn attend_backward(
 
 /// Whether tiles over all tokens are the faster way: with a scale at which hidden scores stay far below the others.
 fn tiles_win(dims: Dims, scale: f32, keys: impl Neighbours) -> bool {
-    2 * keys.most() >= dims.n && (1e-6..=1e6).contains(&scale)
+    2 * keys.most() >= dims.n && USUAL.contains(&scale)
 }
 
 /// Whether every query sees every token.

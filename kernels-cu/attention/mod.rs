@@ -8,7 +8,9 @@ pub(crate) mod layout;
 pub(crate) mod local;
 pub(crate) mod mma;
 pub(crate) mod oracle;
+pub(crate) mod softmax;
 pub(crate) mod tiles;
+mod turn;
 
 /// The oracle: plain loops, f64 accumulation.
 pub mod reference {

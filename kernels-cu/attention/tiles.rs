@@ -4,6 +4,7 @@
 //! sequential whatever the stride of the projection; columns are padded with zeros to whole vectors. The left factor
 //! is read in place, by rows or transposed.
 
+use super::turn::turn;
 use crate::simd::{arch, vectorised};
 use pulp::{Simd, WithSimd};
 
@@ -95,16 +96,14 @@ pub fn pack_transposed(rows: Rows<'_>, count: usize, out: &mut [f32]) {
                 for vector in 0..vectors {
                     let row = (first + vector) * WIDTH;
                     let live = WIDTH.min(count - row);
-                    block[live..].fill([0.0; WIDTH]);
                     for k in (0..depth).step_by(WIDTH) {
+                        block[live..].fill([0.0; WIDTH]);
                         for i in 0..live {
                             copy(&rows.row(row + i)[k..depth.min(k + WIDTH)], &mut block[i]);
                         }
-                        for j in 0..WIDTH.min(depth - k) {
-                            let out = &mut panel[(k + j) * width + vector * WIDTH..][..WIDTH];
-                            for i in 0..WIDTH {
-                                out[i] = block[i][j];
-                            }
+                        turn(&mut block);
+                        for (j, turned) in block[..WIDTH.min(depth - k)].iter().enumerate() {
+                            panel[(k + j) * width + vector * WIDTH..][..WIDTH].copy_from_slice(turned);
                         }
                     }
                 }

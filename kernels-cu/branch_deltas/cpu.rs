@@ -23,29 +23,30 @@ pub fn forward(a: Forward<'_, f32>) {
     });
 }
 
-/// Backward pass.
+/// Backward pass: one pass over dy, a token at a time.
 pub fn backward(a: Backward<'_, f32>) {
     let Dims { d, .. } = a.dims;
-    let dy = a.dy;
-    let half = |out: &mut [f32], start: usize| {
-        out.par_chunks_mut(d)
-            .zip(dy.par_chunks(2 * d))
-            .with_min_len(TOKENS)
-            .for_each(|(out, dy)| out.copy_from_slice(&dy[start..start + d]));
-    };
-    if let Some(out) = a.dfirst {
-        half(out, 0);
-    }
-    if let Some(out) = a.dsecond {
-        half(out, d);
-    }
-    if let Some(out) = a.dx {
-        out.par_chunks_mut(d).zip(dy.par_chunks(2 * d)).with_min_len(TOKENS).for_each(|(out, dy)| {
-            let (left, right) = dy.split_at(d);
+    let tokens = a.dy.len() / (2 * d);
+    let [first, second, dx] = [a.dfirst, a.dsecond, a.dx].map(|out| by_token(out, tokens, d));
+    let outputs = first.into_par_iter().zip(second).zip(dx);
+    outputs.zip(a.dy.par_chunks(2 * d)).with_min_len(TOKENS).for_each(|(((first, second), dx), dy)| {
+        let (left, right) = dy.split_at(d);
+        if let Some(first) = first {
+            first.copy_from_slice(left);
+        }
+        if let Some(second) = second {
+            second.copy_from_slice(right);
+        }
+        if let Some(dx) = dx {
             vectorised(
                 #[inline(always)]
-                || out.iter_mut().zip(left).zip(right).for_each(|((o, l), r)| *o = -(l + r)),
+                || dx.iter_mut().zip(left).zip(right).for_each(|((o, l), r)| *o = -(l + r)),
             );
-        });
-    }
+        }
+    });
+}
+
+/// The rows of a gradient, where it is wanted.
+fn by_token(gradient: Option<&mut [f32]>, tokens: usize, d: usize) -> Vec<Option<&mut [f32]>> {
+    gradient.map_or_else(|| (0..tokens).map(|_| None).collect(), |x| x.chunks_exact_mut(d).map(Some).collect())
 }

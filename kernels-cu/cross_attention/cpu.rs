@@ -2,6 +2,7 @@
 
 use crate::attention::dense::{self, Saved};
 use crate::attention::layout::{self, RowsMut, for_heads, of_head, part, sample, split_parts, touch};
+use crate::attention::softmax::All;
 use crate::attention::tiles::Rows;
 use crate::generated::attention::Dims as Heads;
 use crate::generated::cross_attention::{Backward, Dims, Forward};
@@ -51,7 +52,7 @@ pub fn forward(a: Forward<'_, f32>) {
         |index| inputs.begin(index),
         |sample, head, queries, y, lse| {
             let ([q, k, v], keys) = inputs.head(sample, head);
-            dense::forward([q.from(queries.start), k, v], keys, dense::all, a.params.scale, y, lse);
+            dense::forward([q.from(queries.start), k, v], keys, All, a.params.scale, y, lse);
         },
     );
 }
@@ -71,7 +72,7 @@ pub fn backward(a: Backward<'_, f32>) {
             let [y, dy] = [saved_y, dy].map(|x| of_head(x, inputs.heads(), index, head));
             let saved = Saved { y, dy, lse: &lse[(index * h + head) * n..][..n] };
             let (parts, keys) = inputs.head(index, head);
-            dense::backward(parts, keys, dense::all, scale, saved, grads);
+            dense::backward(parts, keys, All, scale, saved, grads);
         });
     });
 }

@@ -1,7 +1,7 @@
 //! CPU path: one pass over each row with its largest logit taken out; a classifier's few classes stay in cache.
 
 use crate::generated::cross_entropy::{Backward, Forward};
-use crate::simd::{exp, sum_by, vectorised};
+use crate::simd::{LANES, exp, sum_each, vectorised};
 use rayon::prelude::*;
 
 /// Logits of one unit of parallel work.
@@ -19,7 +19,11 @@ pub fn forward(a: Forward<'_, f32>) {
     a.lse.par_chunks_mut(rows).zip(a.logits.par_chunks(rows * k)).for_each(|(lse, logits)| {
         vectorised(
             #[inline(always)]
-            || lse.iter_mut().zip(logits.chunks_exact(k)).for_each(|(lse, row)| *lse = log_sum_exp(row)),
+            || {
+                for (lse, row) in lse.iter_mut().zip(logits.chunks_exact(k)) {
+                    *lse = log_sum_exp(row);
+                }
+            },
         );
     });
     let losses = a.logits.chunks_exact(k).zip(a.labels).zip(a.lse.iter());
@@ -29,13 +33,15 @@ pub fn forward(a: Forward<'_, f32>) {
 
 #[inline(always)]
 fn log_sum_exp(row: &[f32]) -> f32 {
-    let top = row.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
-    top + sum_by(
-        row.len(),
-        #[inline(always)]
-        |i| exp(row[i] - top),
-    )
-    .ln()
+    let (vectors, rest) = row.as_chunks::<LANES>();
+    let mut tops = [f32::NEG_INFINITY; LANES];
+    for x in vectors {
+        for lane in 0..LANES {
+            tops[lane] = if x[lane] > tops[lane] { x[lane] } else { tops[lane] };
+        }
+    }
+    let top = tops.iter().chain(rest).fold(f32::NEG_INFINITY, |top, x| top.max(*x));
+    top + sum_each(row, |x| exp(x - top)).ln()
 }
 
 /// Backward pass.

@@ -47,7 +47,7 @@ pub fn backward(a: Backward<'_, f32>) {
         });
     }
     if let Some(dtable) = a.dtable {
-        dtable.fill(0.0);
+        dtable.par_chunks_mut(GRAIN).for_each(|rows| rows.fill(0.0));
         // The batch in order: two samples of one row always add in the same order.
         for sample in 0..b {
             let row = &mut dtable[a.index[sample] as usize * d..][..d];

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Taps applied in one pass over a row; filters are padded with zero taps to a multiple of it.
+/// Taps applied in one pass over a row as a rule; filters are padded with zero taps to whole passes.
 pub const GROUP: usize = 4;
 /// Most channels of a row: weights, window and result of all four filters stay in the first-level cache.
 pub const CHANNELS: usize = 128;
@@ -13,6 +13,8 @@ pub const ZEROS: [f32; CHANNELS] = [0.0; CHANNELS];
 /// A filter, transposed so that channels are contiguous: `[taps, C]`, with its bias `[C]`.
 pub struct Filter<'a> {
     taps: Vec<f32>,
+    /// Taps applied in one pass: three where that wastes none, as in windows of three columns.
+    group: usize,
     bias: &'a [f32],
     channels: usize,
 }
@@ -36,14 +38,15 @@ impl<'a> Filter<'a> {
         let channels = bias.len();
         let mut taps = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
         taps.clear();
-        taps.resize(k.next_multiple_of(GROUP) * channels, 0.0);
+        let group = if k % 3 == 0 { 3 } else { GROUP };
+        taps.resize(k.next_multiple_of(group) * channels, 0.0);
         for (channel, weight) in weight.chunks_exact(k).enumerate() {
             let backward = channel + reversed >= channels;
             for (j, w) in weight.iter().enumerate() {
                 taps[if backward { k - 1 - j } else { j } * channels + channel] = *w;
             }
         }
-        Filter { taps, bias, channels }
+        Filter { taps, group, bias, channels }
     }
 
     /// `out = bias + Σ_j w[j]·x(j)` for the channels from `first` on; `x(j)` is the row that tap `j` reads.
@@ -63,9 +66,16 @@ impl<'a> Filter<'a> {
     #[inline(always)]
     fn accumulate<'x>(&self, first: usize, x: impl Fn(usize) -> &'x [f32], out: &mut [f32]) {
         let len = out.len();
-        for (group, taps) in self.taps.chunks_exact(GROUP * self.channels).enumerate() {
+        for (index, taps) in self.taps.chunks_exact(self.group * self.channels).enumerate() {
             let w = |j: usize| &taps[j * self.channels + first..][..len];
-            let x = |j: usize| &x(group * GROUP + j)[..len];
+            let x = |j: usize| &x(index * self.group + j)[..len];
+            if self.group == 3 {
+                let ([w0, w1, w2], [x0, x1, x2]) = ([w(0), w(1), w(2)], [x(0), x(1), x(2)]);
+                for i in 0..len {
+                    out[i] = w0[i].mul_add(x0[i], w1[i].mul_add(x1[i], w2[i].mul_add(x2[i], out[i])));
+                }
+                continue;
+            }
             let ([w0, w1, w2, w3], [x0, x1, x2, x3]) = ([w(0), w(1), w(2), w(3)], [x(0), x(1), x(2), x(3)]);
             for i in 0..len {
                 let sum = w0[i].mul_add(x0[i], w1[i].mul_add(x1[i], out[i]));

@@ -61,6 +61,7 @@ impl<'a> Affine<'a> {
         Affine { mean: of(mean), scale, beta }
     }
 
+    /// One pixel.
     #[inline(always)]
     fn row(&self, x: &[f32], silu: bool, y: &mut [f32]) {
         let c = y.len();
@@ -88,7 +89,14 @@ fn statistics(x: &[f32], c: usize, eps: f32, mean: &mut [f32], rstd: &mut [f32])
         let (mut sums, mut centre) = (vec![0.0f32; c], vec![0.0f32; c]);
         vectorised(
             #[inline(always)]
-            || x.chunks_exact(c).for_each(|row| (0..c).for_each(|i| sums[i] += row[i])),
+            || {
+                let sums = &mut sums[..c];
+                for row in x.chunks_exact(c) {
+                    for i in 0..c {
+                        sums[i] += row[i];
+                    }
+                }
+            },
         );
         for (group, (mean, sums)) in means.iter_mut().zip(sums.chunks_exact(width)).enumerate() {
             *mean = sums.iter().map(|s| f64::from(*s)).sum::<f64>() / (pixels * width) as f64;
@@ -101,6 +109,7 @@ fn statistics(x: &[f32], c: usize, eps: f32, mean: &mut [f32], rstd: &mut [f32])
         vectorised(
             #[inline(always)]
             || {
+                let (centre, about, left) = (&centre[..c], &mut about[..c], &mut left[..c]);
                 for row in x.chunks_exact(c) {
                     for i in 0..c {
                         let d = row[i] - centre[i];
@@ -161,10 +170,13 @@ pub fn backward(a: Backward<'_, f32>) {
             vectorised(
                 #[inline(always)]
                 || {
+                    // Of one length, so that no index is checked.
+                    let (n, gamma, rstd) = (&mut n[..c], &a.gamma[..c], &rstd[..c]);
+                    let (mean_v, mean_vn) = (&mean_v[..c], &mean_vn[..c]);
                     for (dx, (x, dy)) in dx.chunks_exact_mut(c).zip(x.chunks_exact(c).zip(dy.chunks_exact(c))) {
-                        slope.row(x, dy, &mut n, dx);
+                        slope.row(x, dy, n, dx);
                         for i in 0..c {
-                            let v = dx[i] * a.gamma[i];
+                            let v = dx[i] * gamma[i];
                             dx[i] = rstd[i] * (v - mean_v[i] - n[i] * mean_vn[i]);
                         }
                     }
@@ -214,8 +226,10 @@ impl Slope<'_> {
             vectorised(
                 #[inline(always)]
                 || {
+                    let (n, u) = (&mut n[..c], &mut u[..c]);
+                    let (sum_u, sum_un) = (&mut sum_u[..c], &mut sum_un[..c]);
                     for (x, dy) in x.chunks_exact(c).zip(dy.chunks_exact(c)) {
-                        self.row(x, dy, &mut n, &mut u);
+                        self.row(x, dy, n, u);
                         for i in 0..c {
                             sum_u[i] += u[i];
                             sum_un[i] = u[i].mul_add(n[i], sum_un[i]);

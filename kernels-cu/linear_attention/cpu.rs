@@ -5,7 +5,7 @@ use crate::attention::layout::{self, RowsMut, blocks, by_sample, of_head, packed
 use crate::attention::tiles::{Rows, Sum, TILE, pack, pack_transposed, padded, product, product_transposed};
 use crate::generated::attention::Dims as Heads;
 use crate::generated::linear_attention::{Backward, Dims, Forward};
-use crate::simd::{exp_decay, sum_by, vectorised};
+use crate::simd::{exp_decay, sum_pairs, vectorised};
 use rayon::prelude::*;
 
 /// Tokens of a block: features, products and the state stay in the second-level cache.
@@ -129,7 +129,7 @@ fn head_forward<const MAP: usize>(
                 || {
                     for i in 0..count {
                         let (phi_q, sum) = (&phi_q[i * e..][..e], &sum[i * wide..][..e]);
-                        norm[i] = sum_by(e, |d| phi_q[d] * total[d]) + eps;
+                        norm[i] = sum_pairs(phi_q, total, |x, y| x * y) + eps;
                         let (inverse, y) = (1.0 / norm[i], &mut y[i * e..][..e]);
                         for j in 0..e {
                             y[j] = sum[j] * inverse;
@@ -197,7 +197,7 @@ fn head_backward<const MAP: usize>([q, k, v]: [Rows<'_>; 3], a: Saved<'_>, [dq, 
                         for j in 0..e {
                             g[j] = dy[j] * inverse;
                         }
-                        fall[i] = -sum_by(e, |j| g[j] * y[j]);
+                        fall[i] = -sum_pairs(g, y, |g, y| g * y);
                     }
                 },
             );

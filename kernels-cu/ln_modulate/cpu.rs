@@ -1,7 +1,7 @@
 //! CPU path: one pass for the statistics, one for the result, a row at a time in cache; rows over threads.
 
 use crate::generated::ln_modulate::{Backward, Dims, Forward};
-use crate::simd::{sum_by, vectorised};
+use crate::simd::{sum_each, sum_pairs, vectorised};
 use rayon::prelude::*;
 
 /// Forward pass.
@@ -24,8 +24,9 @@ pub fn forward(a: Forward<'_, f32>) {
 #[inline(always)]
 fn normalise(x: &[f32], shift: &[f32], scale: &[f32], eps: f32, y: &mut [f32]) -> (f32, f32) {
     let d = x.len();
-    let mean = sum_by(d, |i| x[i]) / d as f32;
-    let var = sum_by(d, |i| (x[i] - mean) * (x[i] - mean)) / d as f32;
+    let (shift, scale, y) = (&shift[..d], &scale[..d], &mut y[..d]);
+    let mean = sum_each(x, |x| x) / d as f32;
+    let var = sum_each(x, |x| (x - mean) * (x - mean)) / d as f32;
     let rstd = 1.0 / (var + eps).sqrt();
     for i in 0..d {
         y[i] = ((x[i] - mean) * rstd).mul_add(1.0 + scale[i], shift[i]);
@@ -77,16 +78,21 @@ fn row_backward(
     dx: Option<&mut [f32]>,
 ) {
     let d = x.len();
-    let h = |i: usize| (x[i] - mean) * rstd;
-    let g = |i: usize| dy[i] * (1.0 + scale[i]);
+    // Of one length, so that no index is checked.
+    let (dy, scale, dshift, dscale) = (&dy[..d], &scale[..d], &mut dshift[..d], &mut dscale[..d]);
+    let h = |x: f32| (x - mean) * rstd;
     for i in 0..d {
         dshift[i] += dy[i];
-        dscale[i] += dy[i] * h(i);
+        dscale[i] += dy[i] * h(x[i]);
     }
     let Some(dx) = dx else { return };
-    let mean_g = sum_by(d, g) / d as f32;
-    let mean_gh = sum_by(d, |i| g(i) * h(i)) / d as f32;
+    let dx = &mut dx[..d];
     for i in 0..d {
-        dx[i] = rstd * (g(i) - mean_g - h(i) * mean_gh);
+        dx[i] = dy[i] * (1.0 + scale[i]);
+    }
+    let mean_g = sum_each(dx, |g| g) / d as f32;
+    let mean_gh = sum_pairs(dx, x, |g, x| g * h(x)) / d as f32;
+    for i in 0..d {
+        dx[i] = rstd * (dx[i] - mean_g - h(x[i]) * mean_gh);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{L1, L2};
 use crate::generated::loss_regression::{Backward, Dims, Forward, Params};
-use crate::simd::{sum_by, vectorised};
+use crate::simd::{sum_pairs, vectorised};
 use rayon::prelude::*;
 
 /// Elements of a block: the same on every machine, so that the sum is.
@@ -39,8 +39,7 @@ fn block_sum(params: Params, pred: &[f32], target: &[f32]) -> f64 {
 fn sum_errors(pred: &[f32], target: &[f32], rho: impl Fn(f32) -> f32) -> f64 {
     let mut total = 0.0;
     for (p, t) in pred.chunks(RUN).zip(target.chunks(RUN)) {
-        let t = &t[..p.len()];
-        total += f64::from(sum_by(p.len(), |i| rho(p[i] - t[i])));
+        total += f64::from(sum_pairs(p, t, |p, t| rho(p - t)));
     }
     total
 }

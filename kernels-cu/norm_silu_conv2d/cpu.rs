@@ -3,6 +3,10 @@
 use super::{conv, norm_dims, norm_params};
 use crate::generated::norm_silu_conv2d::Forward;
 use crate::generated::{conv2d, group_norm_silu};
+use rayon::prelude::*;
+
+/// Values that one thread adds at a time.
+const BLOCK: usize = 1 << 14;
 
 /// Forward pass.
 pub fn forward(a: Forward<'_, f32>) {
@@ -24,6 +28,7 @@ pub fn forward(a: Forward<'_, f32>) {
     let y = &mut *a.y;
     crate::conv2d::cpu::forward(conv2d::Forward { dims, params, x: &ready, filters: a.filters, bias: a.bias, y });
     if let Some(residual) = a.residual {
-        a.y.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
+        let blocks = a.y.par_chunks_mut(BLOCK).zip(residual.par_chunks(BLOCK));
+        blocks.for_each(|(y, residual)| y.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual));
     }
 }
