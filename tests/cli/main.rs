@@ -8,6 +8,8 @@ mod help;
 mod plans;
 mod reports;
 mod sampling;
+#[path = "../scratch.rs"]
+mod scratch;
 mod support;
 mod text;
 mod text_faults;

@@ -3,7 +3,7 @@
 use graft_engine::backend::Device;
 use graft_engine::models::dit::{self, Dit, DitConfig, SaveAs};
 use graft_kernels::rng::Philox;
-use graft_tests::scratch::Scratch;
+use crate::scratch::Scratch;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -46,7 +46,7 @@ sampler = "dpm++"
 guidance = 2.0
 "#;
 
-fn begin(name: &str) -> graft_tests::scratch::Scratch {
+fn begin(name: &str) -> crate::scratch::Scratch {
     let here = folder(name);
     pipeline(&here);
     std::fs::write(here.join("prompts.txt"), PROMPTS).unwrap();

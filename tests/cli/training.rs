@@ -51,7 +51,7 @@ fn plan(here: &Path, distill: &str, finetune: &str) {
     std::fs::write(here.join("plan.toml"), text).unwrap();
 }
 
-fn tiny(name: &str, distill: &str, finetune: &str) -> graft_tests::scratch::Scratch {
+fn tiny(name: &str, distill: &str, finetune: &str) -> crate::scratch::Scratch {
     let here = folder(name);
     images(&here.join("data"), 48, 24);
     base(&here.join("base"), 7, DitConfig::plain(4, 16, 2));
