@@ -35,6 +35,13 @@ fn measured(on: &str, case: &str, what: &str, value: u64) -> Measured {
     Measured { on: on.into(), case: case.into(), what: what.into(), value }
 }
 
+/// A command without the environment of the tests: what cargo sets there has the loader look in more places.
+fn command(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+    command
+}
+
 /// Whether a tool of this machine runs.
 fn has(tool: &str) -> Result<(), String> {
     let outcome = Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
@@ -54,9 +61,9 @@ pub fn instructions() -> Outcome {
     let mut values = Vec::new();
     for (name, arguments) in RUNS {
         let arguments = arguments.iter().map(|a| a.replace("{out}", &out.display().to_string()));
-        let mut command = Command::new("valgrind");
-        command.args(["--tool=callgrind", "--callgrind-out-file=/dev/null", PROGRAM]).args(arguments);
-        let ran = command.current_dir(root()).output().map_err(|e| e.to_string())?;
+        let mut valgrind = command("valgrind");
+        valgrind.args(["--tool=callgrind", "--callgrind-out-file=/dev/null", PROGRAM]).args(arguments);
+        let ran = valgrind.current_dir(root()).output().map_err(|e| e.to_string())?;
         let said = String::from_utf8_lossy(&ran.stderr).into_owned();
         if !ran.status.success() && said.contains("valgrind:") {
             return Err(format!("valgrind cannot run it here: {}", said.lines().next().unwrap_or_default()));
@@ -99,7 +106,7 @@ fn loaded(bytes: &[u8]) -> Option<u64> {
 /// System calls of `graft --help`.
 pub fn start() -> Outcome {
     has("strace")?;
-    let ran = Command::new("strace").args(["-f", "-c", PROGRAM, "--help"]).output().map_err(|e| e.to_string())?;
+    let ran = command("strace").args(["-f", "-c", PROGRAM, "--help"]).output().map_err(|e| e.to_string())?;
     let said = String::from_utf8_lossy(&ran.stderr).into_owned();
     // The last line of the table: `100.00 0.001 12 89 3 total`; the errors may be absent.
     let total = said.lines().rfind(|line| line.trim_end().ends_with("total"));
