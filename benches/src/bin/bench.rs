@@ -20,7 +20,7 @@ struct Args {
     #[arg(default_value = "")]
     filter: String,
     /// Peers of operators.
-    #[arg(long, value_delimiter = ',', default_value = "pytorch,onnxruntime,candle", value_parser = OPERATOR_PEERS)]
+    #[arg(long, value_delimiter = ',', default_value = "pytorch,onnxruntime", value_parser = OPERATOR_PEERS)]
     peer: Vec<String>,
     /// Pairs of runs.
     #[arg(long, default_value_t = 5)]

@@ -21,7 +21,7 @@ pub struct Program {
 }
 
 /// The peers that measure operators, by the name of `--peer`.
-pub const OPERATOR_PEERS: [&str; 3] = ["pytorch", "onnxruntime", "candle"];
+pub const OPERATOR_PEERS: [&str; 2] = ["pytorch", "onnxruntime"];
 
 /// The program of a peer of operators.
 ///
@@ -39,12 +39,6 @@ pub fn operators(name: &str, root: &Path, threads: usize) -> Result<Program> {
     Ok(match name {
         "pytorch" => python("PyTorch", ".venv-torch-cpu", "pytorch_ops.py", "tools/peers/setup_torch_cpu.sh"),
         "onnxruntime" => python("ONNX Runtime", ".venv-onnx", "onnx_ops.py", "tools/peers/setup_onnx.sh"),
-        "candle" => Program {
-            name: "candle",
-            program: root.join("target/candle/release/candle-peer"),
-            arguments: threads.to_vec(),
-            setup: "tools/peers/setup_candle.sh",
-        },
         other => return Err(Error::usage("--peer", "unknown peer").is(other).must(OPERATOR_PEERS.join(", "))),
     })
 }
