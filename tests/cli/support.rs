@@ -1,9 +1,9 @@
 //! Running the program, and a small model to run it on.
 
+use crate::scratch::Scratch;
 use graft_engine::backend::Device;
 use graft_engine::models::dit::{self, Dit, DitConfig, SaveAs};
 use graft_kernels::rng::Philox;
-use crate::scratch::Scratch;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
