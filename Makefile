@@ -9,7 +9,7 @@ science-full: ; python3 tools/setup/fetch_data.py fashion-mnist && cargo run --r
 soak:    ; GRAFT_FUZZ_SECONDS=600 cargo test --release -p graft-tests --test suite fuzz && EMU_SOAK=1 cargo test --release -p graft-tests --test emulator --test conformance
 mutants: ; cargo test --release -p graft-tests --test emulator -- fault && cargo run --release -p graft-tests --bin mutants
 kernels: ; python3 tools/setup/cuda_compiler.py && cargo xtask kernels && cargo xtask cubins
-gpu:     ; cargo run --release -p graft-engine --bin graft -- gpu --peers kernels-triton-ref/check.py
+gpu:     ; cargo run --release -p graft-engine --bin graft -- gpu
 gpu-kit: ; python3 tools/setup/gpu_kit.py target/gpu-kit
 twins:   ; python3 kernels-triton-ref/check.py
 bench:   ; cargo run --release -p graft-benches --bin bench
