@@ -94,7 +94,8 @@ pub fn complaints(source: &str, arch: &str, text: &str, compiled: &Compiled, row
         found.push(format!("{place}: {}: {stack} bytes of stack, {spills} bytes of spills; none may be", row.kernel));
     }
     // Kernels whose body is for bf16 alone are empty in f32, where no way takes them.
-    let empty = text.contains("if_bf16") && rows.iter().all(|r| r.element == "f32");
+    let guarded = ["if_bf16", "if constexpr (sizeof(T) == 2)"].iter().any(|w| text.contains(w));
+    let empty = guarded && rows.iter().all(|r| r.element == "f32");
     let meant = |words: &[&str]| !empty && words.iter().any(|w| text.contains(w));
     if meant(&["wgmma_ss<", "wgmma_rs<"]) && rows.iter().all(|r| r.gmma == 0) {
         found.push(format!("{place}: calls wgmma, but no HGMMA is in the code"));
