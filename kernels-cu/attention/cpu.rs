@@ -33,10 +33,11 @@ mod tests {
     use super::*;
     use crate::Tier;
     use crate::check::{Fill, Tolerance, compare, draw_f32};
-    use crate::generated::attention::{CASES, Dims};
+    use crate::generated::attention::{CASES, Dims, INFO};
 
     #[test]
     fn agrees_with_the_oracle() {
+        let tolerance = INFO.tolerance.unwrap_or(Tolerance::F32);
         for case in CASES.iter().filter(|case| case.tier == Tier::Tiny) {
             let (dims @ Dims { b, n, h, e }, params) = (case.dims, case.params);
             let qkv = draw_f32(case.name, "qkv", b * n * 3 * h * e, Fill::Normal);
@@ -50,7 +51,7 @@ mod tests {
             };
             let (got, want) = (run(forward, backward), run(reference::forward, reference::backward));
             for ((name, got), (_, want)) in got.iter().zip(&want) {
-                let result = compare(got, want, Tolerance::F32);
+                let result = compare(got, want, tolerance);
                 assert!(result.pass, "{} {name}: {result:?}", case.name);
             }
         }
