@@ -65,56 +65,24 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
     let (bias, short_weight, short_bias, y, p) = (a.bias.or_null(), a.short_weight, a.short_bias, a.y, a.p.or_null());
     // Three or four stages of 32 of the depth, of rows of the tile and of its channels.
     let ring = |stages: usize| 2 * 32 * stages * (ROWS + 3 * channels);
-    macro_rules! by_mma {
-        ($kernel:ident, $stages:literal, $threads:literal) => {{
-            let shape = Shape::new(tiles, $threads).shared(&[ring($stages)]).dependent();
-            $kernel {
-                x: a.x,
-                w: a.w,
-                bias,
-                short_weight,
-                short_bias,
-                y,
-                p,
-                rows,
-                n,
-                d,
-                c,
-                taps,
-                lead,
-                reversed,
-                tokens,
-            }
-            .launch(queue, shape)
+    macro_rules! launch {
+        ($kernel:ident, $operands:expr, $shape:expr) => {{
+            let (x, w) = $operands;
+            let kernel =
+                $kernel { x, w, bias, short_weight, short_bias, y, p, rows, n, d, c, taps, lead, reversed, tokens };
+            kernel.launch(queue, $shape.dependent())
         }};
     }
+    let mma = |threads: usize, stages: usize| Shape::new(tiles, threads).shared(&[ring(stages)]);
     match way {
-        ForwardWay::Mma128x96 => by_mma!(GemmGatedConvMma128x96, 3, 128),
-        ForwardWay::Mma128x192 => by_mma!(GemmGatedConvMma128x192, 4, 256),
+        ForwardWay::Mma128x96 => launch!(GemmGatedConvMma128x96, (a.x, a.w), mma(128, 3)),
+        ForwardWay::Mma128x192 => launch!(GemmGatedConvMma128x192, (a.x, a.w), mma(256, 4)),
         ForwardWay::Wgmma128x192 | ForwardWay::Apart => {
             let blocks = tiles.min(queue.properties().multiprocessors).max(1);
             // Four stages of 64 of the depth, and the tile.
             let shared = 2 * 64 * 4 * (ROWS + 3 * channels) + tile_bytes(channels);
-            let shape = Shape::new(blocks, 384).shared(&[shared]).dependent();
-            let (x, w) = (map(a.x, rows, d, ROWS as u32), map(a.w, 3 * c, d, channels as u32));
-            GemmGatedConvWgmma128x192 {
-                x,
-                w,
-                bias,
-                short_weight,
-                short_bias,
-                y,
-                p,
-                rows,
-                n,
-                d,
-                c,
-                taps,
-                lead,
-                reversed,
-                tokens,
-            }
-            .launch(queue, shape)
+            let operands = (map(a.x, rows, d, ROWS as u32), map(a.w, 3 * c, d, channels as u32));
+            launch!(GemmGatedConvWgmma128x192, operands, Shape::new(blocks, 384).shared(&[shared]))
         }
     }
 }

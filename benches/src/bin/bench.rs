@@ -6,8 +6,7 @@ use graft_benches::models::CASES;
 use graft_benches::page;
 use graft_benches::paired::ops::Choice;
 use graft_benches::paired::peer::{OPERATOR_PEERS, Program, operators, set_up};
-use graft_benches::paired::{MODELS, OPS, Settings, root, rows, run_models, run_ops};
-use graft_engine::backend::cpu;
+use graft_benches::paired::{MODELS, OPS, Settings, rows, run_models, run_ops};
 use graft_engine::error::{Error, Result};
 use graft_engine::io::atomic;
 use std::path::{Path, PathBuf};
@@ -56,13 +55,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    if args.pairs == 0 || args.threads == 0 {
-        return Err(Error::usage("--pairs, --threads", "nothing to run").must("at least 1"));
-    }
-    cpu::set_threads(args.threads)?;
-    let root = root().to_path_buf();
-    let kept = args.rows.clone().unwrap_or_else(|| rows::folder(&root));
-    let settings = Settings { root, rows: kept, pairs: args.pairs, threads: args.threads, dry_run: args.dry_run };
+    let settings = Settings::new(args.rows.as_deref(), args.pairs, args.threads, args.dry_run)?;
     let folder = settings.root.join("target/bench");
     std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, "make the folder", &e))?;
     if !args.page_only {

@@ -7,8 +7,7 @@ use clap::{Parser, Subcommand};
 use graft_benches::models::{CASES, case};
 use graft_benches::paired::ops::Choice;
 use graft_benches::paired::peer::{OPERATOR_PEERS, operators};
-use graft_benches::paired::{Settings, root, rows, run_models, run_ops};
-use graft_engine::backend::cpu;
+use graft_benches::paired::{Settings, run_models, run_ops};
 use graft_engine::error::{Error, Result};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -79,13 +78,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    if args.pairs == 0 || args.threads == 0 {
-        return Err(Error::usage("--pairs, --threads", "nothing to run").must("at least 1"));
-    }
-    cpu::set_threads(args.threads)?;
-    let root = root().to_path_buf();
-    let rows = args.rows.clone().unwrap_or_else(|| rows::folder(&root));
-    let settings = Settings { root, rows, pairs: args.pairs, threads: args.threads, dry_run: args.dry_run };
+    let settings = Settings::new(args.rows.as_deref(), args.pairs, args.threads, args.dry_run)?;
     let mut say = |line| println!("{line}");
     let failed = match &args.what {
         What::Op { filter, case, pass, peer, gflop, megabytes } => {

@@ -10,6 +10,7 @@ pub mod rows;
 pub mod turns;
 
 use crate::models::ModelCase;
+use graft_engine::backend::cpu;
 use graft_engine::error::{Error, Result};
 use peer::{Program, could_not_run};
 use serde_json::{Value, json};
@@ -28,6 +29,23 @@ pub struct Settings {
     pub threads: usize,
     /// Print rows but write no file, and measure on a busy machine too.
     pub dry_run: bool,
+}
+
+impl Settings {
+    /// Settings of a program, and that many threads for ours; rows go to the folder of this processor where no other is
+    /// named.
+    ///
+    /// # Errors
+    /// No pairs or no threads.
+    pub fn new(rows: Option<&Path>, pairs: usize, threads: usize, dry_run: bool) -> Result<Settings> {
+        if pairs == 0 || threads == 0 {
+            return Err(Error::usage("--pairs, --threads", "nothing to run").must("at least 1"));
+        }
+        cpu::set_threads(threads)?;
+        let root = root().to_path_buf();
+        let rows = rows.map_or_else(|| rows::folder(&root), Path::to_path_buf);
+        Ok(Settings { root, rows, pairs, threads, dry_run })
+    }
 }
 
 /// Largest relative RMS difference of outputs, by arithmetic. Two frameworks sum in different orders; in bf16 the
