@@ -30,15 +30,37 @@ pub fn on_workers<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() { work() } else { rayon::scope(|_| work()) }
 }
 
-/// Limits the operator threads; call it before the first operator.
+/// Starts `count` operator threads, at 0 as many as there are processors; call it before the first operator.
 ///
 /// # Errors
-/// When the thread pool was already started with another count.
+/// When the thread pool was already started.
 pub fn set_threads(count: usize) -> Result<()> {
-    rayon::ThreadPoolBuilder::new().num_threads(count).build_global().map_err(|e| {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(count).start_handler(keep_to_a_processor);
+    pool.build_global().map_err(|e| {
         Error::usage("--threads", format!("cannot start the thread pool: {e}")).is(count).must("set once, at start")
     })
 }
+
+/// Gives every operator thread a processor of its own where there are as many as the process may use. Threads that wake
+/// together after a pause are otherwise put on one processor, and stay there for longer than a short operator takes.
+/// Where that fails the thread runs anywhere.
+#[cfg(target_os = "linux")]
+fn keep_to_a_processor(index: usize) {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+    let Ok(allowed) = sched_getaffinity(None) else { return };
+    if allowed.count() as usize != rayon::current_num_threads() {
+        return;
+    }
+    let own = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).nth(index);
+    if let Some(own) = own {
+        let mut set = CpuSet::new();
+        set.set(own);
+        let _ = sched_setaffinity(None, &set);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn keep_to_a_processor(_: usize) {}
 
 /// `rounds` times e^(x − 1) of every value x in 0..=1, each thread on its own part. For measurements.
 pub fn exponentials(values: &mut [f32], rounds: usize) {
