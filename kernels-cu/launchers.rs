@@ -48,6 +48,8 @@ pub const KERNELS: &[&Kernel] = &[
     &attention::ATTENTION_FORWARD_72_128X192_WIDE,
     &attention::ATTENTION_FORWARD_72_128X192_CLUSTER2,
     &attention::ATTENTION_FORWARD_72_192X112,
+    &attention::ATTENTION_FORWARD_72_192X112_EXACT,
+    &attention::ATTENTION_FORWARD_72_192X128,
     &attention::ATTENTION_FORWARD_72_128X128,
     &attention::ATTENTION_FORWARD_64_128X128,
     &attention::ATTENTION_FORWARD_128_128X128,
@@ -1670,6 +1672,82 @@ pub mod attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X112, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_192X112_EXACT: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_192x112_exact", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_192X112_EXACT`].
+    pub struct AttentionForward72192x112Exact {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72192x112Exact {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_192X112_EXACT, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112_EXACT, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112_EXACT, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X112_EXACT, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_192X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_192x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_192X128`].
+    pub struct AttentionForward72192x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72192x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_192X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_192X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_192X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X128, element: element, shape, args: &args })
         }
     }
 
