@@ -3713,11 +3713,13 @@ pub mod ln_modulate {
         Case { name: "one_token", tier: Tier::Tiny, shape: "B=1 N=1 C=2 D=8", dims: Dims { b: 1, n: 1, c: 2, d: 8 }, params: Params { shift: 1, scale: 0, eps: 1e-5 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_s", tier: Tier::Tiny, shape: "B=2 N=17 C=6 D=384", dims: Dims { b: 2, n: 17, c: 6, d: 384 }, params: Params { shift: 3, scale: 4, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl", tier: Tier::Tiny, shape: "B=2 N=19 C=6 D=1152", dims: Dims { b: 2, n: 19, c: 6, d: 1152 }, params: Params { shift: 3, scale: 4, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "wide", tier: Tier::Tiny, shape: "B=1 N=6 C=3 D=1272", dims: Dims { b: 1, n: 6, c: 3, d: 1272 }, params: Params { shift: 2, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "many_samples", tier: Tier::Tiny, shape: "B=530 N=13 C=2 D=136", dims: Dims { b: 530, n: 13, c: 2, d: 136 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 N=256 C=6 D=1152", dims: Dims { b: 2, n: 256, c: 6, d: 1152 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 N=16384 C=6 D=1152", dims: Dims { b: 2, n: 16384, c: 6, d: 1152 }, params: Params { shift: 0, scale: 1, eps: 1e-6 }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "large_epsilon", "one_token", "dit_s", "dit_xl", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+    pub const INFO: OpInfo = OpInfo { name: "ln_modulate", summary: "LayerNorm without affine parameters, then the scale and shift that the conditioning chose.", backward: true, cases: &["odd", "large_epsilon", "one_token", "dit_s", "dit_xl", "wide", "many_samples", "dit_xl_256", "pixart_2k"], tolerance: None, tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
 
     /// Cost of one forward call whose dims `dim` knows by name.
     pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {

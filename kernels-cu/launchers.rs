@@ -241,6 +241,7 @@ pub const KERNELS: &[&Kernel] = &[
     &ln_modulate::LN_MODULATE_FORWARD,
     &ln_modulate::LN_MODULATE_FORWARD_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD,
+    &ln_modulate::LN_MODULATE_BACKWARD_1280,
     &ln_modulate::LN_MODULATE_BACKWARD_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD_COLUMNS_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD_TABLE,
@@ -8478,6 +8479,44 @@ pub mod ln_modulate {
         }
     }
 
+    pub const LN_MODULATE_BACKWARD_1280: Kernel = Kernel { op: "ln_modulate", source: "ln_modulate.cu", name: "ln_modulate_backward_1280", arch: 80 };
+
+    /// Arguments of [`LN_MODULATE_BACKWARD_1280`].
+    pub struct LnModulateBackward1280<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub modulation: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub d: usize,
+        pub scale: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> LnModulateBackward1280<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.modulation.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LN_MODULATE_BACKWARD_1280, "n", self.n)?,
+                int(queue, &LN_MODULATE_BACKWARD_1280, "c", self.c)?,
+                int(queue, &LN_MODULATE_BACKWARD_1280, "d", self.d)?,
+                int(queue, &LN_MODULATE_BACKWARD_1280, "scale", self.scale)?,
+                int(queue, &LN_MODULATE_BACKWARD_1280, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &LN_MODULATE_BACKWARD_1280, element: T::TYPE, shape, args: &args })
+        }
+    }
+
     pub const LN_MODULATE_BACKWARD_ANY: Kernel = Kernel { op: "ln_modulate", source: "ln_modulate.cu", name: "ln_modulate_backward_any", arch: 80 };
 
     /// Arguments of [`LN_MODULATE_BACKWARD_ANY`].
@@ -8555,6 +8594,7 @@ pub mod ln_modulate {
         pub shift: usize,
         pub scale: usize,
         pub splits: usize,
+        pub groups: usize,
     }
 
     impl<T: Element> LnModulateBackwardTable<T> {
@@ -8567,6 +8607,7 @@ pub mod ln_modulate {
                 int(queue, &LN_MODULATE_BACKWARD_TABLE, "shift", self.shift)?,
                 int(queue, &LN_MODULATE_BACKWARD_TABLE, "scale", self.scale)?,
                 int(queue, &LN_MODULATE_BACKWARD_TABLE, "splits", self.splits)?,
+                int(queue, &LN_MODULATE_BACKWARD_TABLE, "groups", self.groups)?,
             ];
             queue.launch(&Launch { kernel: &LN_MODULATE_BACKWARD_TABLE, element: T::TYPE, shape, args: &args })
         }
