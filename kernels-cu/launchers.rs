@@ -1106,6 +1106,7 @@ pub mod attention {
         pub n: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -1118,6 +1119,7 @@ pub mod attention {
                 int(queue, &ATTENTION_FORWARD_WHOLE_E64, "n", self.n)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E64, "h", self.h)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E64, "e", self.e)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E64, element: T::TYPE, shape, args: &args })
@@ -1134,6 +1136,7 @@ pub mod attention {
         pub n: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -1146,6 +1149,7 @@ pub mod attention {
                 int(queue, &ATTENTION_FORWARD_WHOLE_E72, "n", self.n)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E72, "h", self.h)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E72, "e", self.e)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E72, element: T::TYPE, shape, args: &args })
@@ -3167,6 +3171,7 @@ pub mod cross_attention {
         pub r: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -3183,6 +3188,7 @@ pub mod cross_attention {
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "r", self.r)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "h", self.h)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "e", self.e)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E64, element: T::TYPE, shape, args: &args })
@@ -3203,6 +3209,7 @@ pub mod cross_attention {
         pub r: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -3219,6 +3226,7 @@ pub mod cross_attention {
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "r", self.r)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "h", self.h)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "e", self.e)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E72, element: T::TYPE, shape, args: &args })
@@ -3239,6 +3247,7 @@ pub mod cross_attention {
         pub r: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -3255,6 +3264,7 @@ pub mod cross_attention {
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "r", self.r)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "h", self.h)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "e", self.e)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E128, element: T::TYPE, shape, args: &args })
@@ -7533,7 +7543,6 @@ pub mod linear_attention {
         pub partials: In<f32>,
         pub state: Out<f32>,
         pub total: Out<f32>,
-        pub heads: u64,
         pub e: usize,
         pub parts: usize,
     }
@@ -7544,7 +7553,6 @@ pub mod linear_attention {
                 Arg::Address(self.partials.address()),
                 Arg::Address(self.state.address()),
                 Arg::Address(self.total.address()),
-                Arg::U64(self.heads),
                 int(queue, &LINEAR_ATTENTION_ADD, "e", self.e)?,
                 int(queue, &LINEAR_ATTENTION_ADD, "parts", self.parts)?,
             ];
@@ -12481,6 +12489,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12494,6 +12503,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E32, element: T::TYPE, shape, args: &args })
@@ -12511,6 +12521,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12524,6 +12535,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E64, element: T::TYPE, shape, args: &args })
@@ -12541,6 +12553,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12554,6 +12567,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E72, element: T::TYPE, shape, args: &args })
@@ -12571,6 +12585,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12584,6 +12599,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E32, element: T::TYPE, shape, args: &args })
@@ -12601,6 +12617,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12614,6 +12631,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E64, element: T::TYPE, shape, args: &args })
@@ -12631,6 +12649,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12644,6 +12663,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E72, element: T::TYPE, shape, args: &args })
