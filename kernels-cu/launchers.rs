@@ -48,6 +48,8 @@ pub const KERNELS: &[&Kernel] = &[
     &attention::ATTENTION_FORWARD_72_128X192_WIDE,
     &attention::ATTENTION_FORWARD_72_128X192_CLUSTER2,
     &attention::ATTENTION_FORWARD_72_192X112,
+    &attention::ATTENTION_FORWARD_72_192X112_EXACT,
+    &attention::ATTENTION_FORWARD_72_192X128,
     &attention::ATTENTION_FORWARD_72_128X128,
     &attention::ATTENTION_FORWARD_64_128X128,
     &attention::ATTENTION_FORWARD_128_128X128,
@@ -175,7 +177,8 @@ pub const KERNELS: &[&Kernel] = &[
     &gemm::GEMM_MMA_128X64_X,
     &gemm::GEMM_MMA_128X128_W,
     &gemm::GEMM_MMA_128X64_W,
-    &gemm::GEMM_BACKWARD_U8,
+    &gemm::GEMM_BACKWARD_SLOPES,
+    &gemm::GEMM_BACKWARD_BIAS,
     &gemm::GEMM_WGMMA_128X256,
     &gemm::GEMM_WGMMA_128X192,
     &gemm::GEMM_WGMMA_256X192,
@@ -1673,6 +1676,82 @@ pub mod attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X112, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_192X112_EXACT: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_192x112_exact", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_192X112_EXACT`].
+    pub struct AttentionForward72192x112Exact {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72192x112Exact {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_192X112_EXACT, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112_EXACT, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112_EXACT, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X112_EXACT, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_192X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_192x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_192X128`].
+    pub struct AttentionForward72192x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72192x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_192X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_192X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_192X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X128, element: element, shape, args: &args })
         }
     }
 
@@ -6143,37 +6222,63 @@ pub mod gemm {
         }
     }
 
-    pub const GEMM_BACKWARD_U8: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_backward_u8", arch: 80 };
+    pub const GEMM_BACKWARD_SLOPES: Kernel = Kernel { op: "gemm", source: "gemm_slopes.cu", name: "gemm_backward_slopes", arch: 80 };
 
-    /// Arguments of [`GEMM_BACKWARD_U8`].
-    pub struct GemmBackwardU8<T> {
+    /// Arguments of [`GEMM_BACKWARD_SLOPES`].
+    pub struct GemmBackwardSlopes<T> {
         pub dy: In<T>,
         pub pre: In<T>,
         pub gate: In<T>,
         pub du: Out<T>,
-        pub rows: usize,
-        pub n: usize,
+        pub bias_sums: Out<f32>,
+        pub gate_sums: Out<f32>,
+        pub length: usize,
+        pub parts: usize,
         pub f: usize,
         pub c: usize,
         pub gate_row: usize,
         pub act: usize,
     }
 
-    impl<T: Element> GemmBackwardU8<T> {
+    impl<T: Element> GemmBackwardSlopes<T> {
         pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
             let args = [
                 Arg::Address(self.dy.address()),
                 Arg::Address(self.pre.address()),
                 Arg::Address(self.gate.address()),
                 Arg::Address(self.du.address()),
-                int(queue, &GEMM_BACKWARD_U8, "rows", self.rows)?,
-                int(queue, &GEMM_BACKWARD_U8, "n", self.n)?,
-                int(queue, &GEMM_BACKWARD_U8, "f", self.f)?,
-                int(queue, &GEMM_BACKWARD_U8, "c", self.c)?,
-                int(queue, &GEMM_BACKWARD_U8, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_BACKWARD_U8, "act", self.act)?,
+                Arg::Address(self.bias_sums.address()),
+                Arg::Address(self.gate_sums.address()),
+                int(queue, &GEMM_BACKWARD_SLOPES, "length", self.length)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "parts", self.parts)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "f", self.f)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "c", self.c)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "act", self.act)?,
             ];
-            queue.launch(&Launch { kernel: &GEMM_BACKWARD_U8, element: T::TYPE, shape, args: &args })
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_SLOPES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_BIAS: Kernel = Kernel { op: "gemm", source: "gemm_slopes.cu", name: "gemm_backward_bias", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_BIAS`].
+    pub struct GemmBackwardBias<T> {
+        pub sums: In<f32>,
+        pub to: Out<T>,
+        pub pieces: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> GemmBackwardBias<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.sums.address()),
+                Arg::Address(self.to.address()),
+                int(queue, &GEMM_BACKWARD_BIAS, "pieces", self.pieces)?,
+                int(queue, &GEMM_BACKWARD_BIAS, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_BIAS, element: T::TYPE, shape, args: &args })
         }
     }
 

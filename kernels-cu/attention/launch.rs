@@ -14,7 +14,7 @@ use crate::launchers::attention::{
     AttentionForward128x64E80, AttentionForward128x64E96, AttentionForward128x64E128, AttentionForwardWholeE64,
     AttentionForwardWholeE72, AttentionForwardWide64x32, AttentionForwardWide64x64,
 };
-use crate::ways::choose;
+use crate::ways::{choose, choose_suited};
 
 /// Tokens that a block owns.
 const ROWS: usize = 64;
@@ -77,7 +77,7 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
     let (Dims { b, n, h, e }, scale) = (a.dims, a.params.scale);
     let (qkv, y, lse) = (a.qkv, a.y, a.lse);
     let most = queue.properties().shared_per_block;
-    let way = choose(queue, T::TYPE, &a.dims, |way: ForwardWay| match way {
+    let takes = |way: ForwardWay| match way {
         ForwardWay::MmaWhole => fits(e) && e > 32 && e <= 72 && n > 128 && n <= WHOLE,
         // A block of 128 queries wants as many.
         ForwardWay::Mma128x64 => fits(e) && e > 32 && n > 64,
@@ -88,7 +88,8 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
         }
         ForwardWay::CudaCores => true,
         way => hopper::takes_forward(way, &a.dims, scale),
-    });
+    };
+    let way = choose_suited(queue, T::TYPE, &a.dims, takes, |way| hopper::suits_forward(way, &a.dims));
     match way {
         ForwardWay::MmaWhole => {
             // Few heads are shared by several blocks, which all load its keys: the time of two steps of 64 queries. No
