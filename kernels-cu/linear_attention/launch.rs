@@ -32,7 +32,7 @@ fn add<T: Element, Q: Queue>(
     parts: usize,
     [state, total]: [Out<f32>; 2],
 ) -> Result<(), Q::Error> {
-    let shape = Shape::new(b * h * (e * (e + 1)).div_ceil(128), 128);
+    let shape = Shape::new(b * h * (e * (e + 1)).div_ceil(256), 256);
     LinearAttentionAdd { partials: partials.read(), state, total, e, parts }.launch(queue, shape, T::TYPE)
 }
 

@@ -80,11 +80,11 @@ KERNEL_EXPORT(linear_attention_state);
 
 // The parts of each head in order: state [heads, E, E] and total [heads, E]. Threads of a block have neighbours of one
 // head; a thread has 8 parts in flight.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(256)
     linear_attention_add(const float* partials, float* state, float* total, int e, int parts) {
     constexpr int kBatch = 8;
-    const int blocks = int((size_t(e) * (e + 1) + 127) / 128), head = int(blockIdx.x) / blocks;
-    const size_t each = size_t(e) * (e + 1), at = size_t(int(blockIdx.x) % blocks) * 128 + threadIdx.x;
+    const int blocks = int((size_t(e) * (e + 1) + 255) / 256), head = int(blockIdx.x) / blocks;
+    const size_t each = size_t(e) * (e + 1), at = size_t(int(blockIdx.x) % blocks) * 256 + threadIdx.x;
     if (at >= each) return;
     const float* from = partials + size_t(head) * parts * each + at;
     float sum = 0.0f;
