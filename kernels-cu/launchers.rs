@@ -1110,6 +1110,7 @@ pub mod attention {
         pub n: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -1122,6 +1123,7 @@ pub mod attention {
                 int(queue, &ATTENTION_FORWARD_WHOLE_E64, "n", self.n)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E64, "h", self.h)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E64, "e", self.e)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E64, element: T::TYPE, shape, args: &args })
@@ -1138,6 +1140,7 @@ pub mod attention {
         pub n: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -1150,6 +1153,7 @@ pub mod attention {
                 int(queue, &ATTENTION_FORWARD_WHOLE_E72, "n", self.n)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E72, "h", self.h)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E72, "e", self.e)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E72, element: T::TYPE, shape, args: &args })
@@ -3247,6 +3251,7 @@ pub mod cross_attention {
         pub r: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -3263,6 +3268,7 @@ pub mod cross_attention {
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "r", self.r)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "h", self.h)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "e", self.e)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E64, element: T::TYPE, shape, args: &args })
@@ -3283,6 +3289,7 @@ pub mod cross_attention {
         pub r: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -3299,6 +3306,7 @@ pub mod cross_attention {
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "r", self.r)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "h", self.h)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "e", self.e)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E72, element: T::TYPE, shape, args: &args })
@@ -3319,6 +3327,7 @@ pub mod cross_attention {
         pub r: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -3335,6 +3344,7 @@ pub mod cross_attention {
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "r", self.r)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "h", self.h)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "e", self.e)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E128, element: T::TYPE, shape, args: &args })
@@ -7639,7 +7649,6 @@ pub mod linear_attention {
         pub partials: In<f32>,
         pub state: Out<f32>,
         pub total: Out<f32>,
-        pub heads: u64,
         pub e: usize,
         pub parts: usize,
     }
@@ -7650,7 +7659,6 @@ pub mod linear_attention {
                 Arg::Address(self.partials.address()),
                 Arg::Address(self.state.address()),
                 Arg::Address(self.total.address()),
-                Arg::U64(self.heads),
                 int(queue, &LINEAR_ATTENTION_ADD, "e", self.e)?,
                 int(queue, &LINEAR_ATTENTION_ADD, "parts", self.parts)?,
             ];
@@ -12627,6 +12635,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12640,6 +12649,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E32, element: T::TYPE, shape, args: &args })
@@ -12657,6 +12667,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12670,6 +12681,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E64, element: T::TYPE, shape, args: &args })
@@ -12687,6 +12699,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12700,6 +12713,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E72, element: T::TYPE, shape, args: &args })
@@ -12717,6 +12731,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12730,6 +12745,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E32, element: T::TYPE, shape, args: &args })
@@ -12747,6 +12763,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12760,6 +12777,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E64, element: T::TYPE, shape, args: &args })
@@ -12777,6 +12795,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12790,6 +12809,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E72, element: T::TYPE, shape, args: &args })

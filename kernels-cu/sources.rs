@@ -225,6 +225,7 @@ pub fn operator(op: &str) -> &'static [File] {
             ("upsample.cu", include_str!("upsample/upsample.cu")),
         ],
         "window_attention" => &[
+            ("ring.cuh", include_str!("window_attention/ring.cuh")),
             ("window_attention.cu", include_str!("window_attention/window_attention.cu")),
         ],
         _ => &[],

@@ -1,7 +1,7 @@
 //! Which kernel takes which shape; and the shapes of the attention family.
 
 use super::hopper;
-use super::mma::{by_tiles, by_width, fits, own_rows, stage_bytes};
+use super::mma::{by_tiles, by_width, fits, own_rows, stage_bytes, steps_of_block};
 use crate::generated::attention::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
 use crate::launch::{Element, Queue, Shape};
 use crate::launchers::attention::{
@@ -92,12 +92,16 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
     let way = choose_suited(queue, T::TYPE, &a.dims, takes, |way| hopper::suits_forward(way, &a.dims));
     match way {
         ForwardWay::MmaWhole => {
+            // Few heads are shared by several blocks, which all load its keys: the time of two steps of 64 queries. No
+            // sum crosses queries, so the device may say how many.
+            let places = 2 * queue.properties().multiprocessors;
+            let segment = ROWS * steps_of_block(n.div_ceil(ROWS), b * h, places, 2, 1);
             let shape = |width| {
                 let keys = stage_bytes(WHOLE, width);
-                Shape::new(b * h, 128).shared(&[keys, keys, own_rows(4, width)]).dependent()
+                Shape::new(n.div_ceil(segment) * b * h, 128).shared(&[keys, keys, own_rows(4, width)]).dependent()
             };
             by_width!(e, queue, [64 => AttentionForwardWholeE64; 72 => AttentionForwardWholeE72],
-                { qkv, y, lse, n, h, e, scale }, shape)
+                { qkv, y, lse, n, h, e, segment, scale }, shape)
         }
         ForwardWay::Mma128x64 => {
             let shape = |width| by_tiles(n, b * h, 128, if width <= 72 { 128 } else { 256 }, width).dependent();
