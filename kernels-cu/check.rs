@@ -60,17 +60,31 @@ pub fn draw_f64(case: &str, name: &str, len: usize, fill: Fill) -> Vec<f64> {
         Fill::Positive => rng.normal().abs() + 0.01,
         Fill::Index(end) => (rng.next_u64() % end.max(1) as u64) as f64,
     };
-    (0..len).map(|_| f64::from(one() as f32)).collect()
+    repeated((0..len.min(DRAWN)).map(|_| f64::from(one() as f32)).collect(), len)
 }
 
 /// As [`draw_f64`], in f32.
 pub fn draw_f32(case: &str, name: &str, len: usize, fill: Fill) -> Vec<f32> {
-    draw_f64(case, name, len, fill).into_iter().map(|v| v as f32).collect()
+    repeated(draw_f64(case, name, len.min(DRAWN), fill).into_iter().map(|v| v as f32).collect(), len)
 }
 
 /// As [`draw_f64`], in i32.
 pub fn draw_i32(case: &str, name: &str, len: usize, fill: Fill) -> Vec<i32> {
-    draw_f64(case, name, len, fill).into_iter().map(|v| v as i32).collect()
+    repeated(draw_f64(case, name, len.min(DRAWN), fill).into_iter().map(|v| v as i32).collect(), len)
+}
+
+/// Numbers that are drawn before they repeat: the shapes of large models would take longer to draw than to measure. A
+/// prime, so that no two rows of a tensor are the same.
+const DRAWN: usize = 4_194_301;
+
+/// `values` over and over, `len` in all.
+fn repeated<T: Copy>(mut values: Vec<T>, len: usize) -> Vec<T> {
+    let drawn = values.len();
+    values.reserve_exact(len.saturating_sub(drawn));
+    while drawn > 0 && values.len() < len {
+        values.extend_from_within(..drawn.min(len - values.len()));
+    }
+    values
 }
 
 /// Bounds of a comparison; every one must hold.
@@ -243,5 +257,13 @@ mod tests {
         let wrong: Vec<f64> = at.iter().map(|x| 2.0 * x * x).collect();
         assert!(directional("x", "case", &at, &right, loss).error < 1e-9);
         assert!(directional("x", "case", &at, &wrong, loss).error > 1e-2);
+    }
+
+    #[test]
+    fn long_tensors_repeat_their_beginning() {
+        let all = draw_f32("case", "x", DRAWN + 5, Fill::Normal);
+        assert_eq!(all.len(), DRAWN + 5);
+        assert_eq!(all[DRAWN..], all[..5]);
+        assert_eq!(draw_f64("case", "x", 5, Fill::Normal).iter().map(|v| *v as f32).collect::<Vec<_>>(), all[..5]);
     }
 }

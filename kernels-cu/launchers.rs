@@ -48,6 +48,8 @@ pub const KERNELS: &[&Kernel] = &[
     &attention::ATTENTION_FORWARD_72_128X192_WIDE,
     &attention::ATTENTION_FORWARD_72_128X192_CLUSTER2,
     &attention::ATTENTION_FORWARD_72_192X112,
+    &attention::ATTENTION_FORWARD_72_192X112_EXACT,
+    &attention::ATTENTION_FORWARD_72_192X128,
     &attention::ATTENTION_FORWARD_72_128X128,
     &attention::ATTENTION_FORWARD_64_128X128,
     &attention::ATTENTION_FORWARD_128_128X128,
@@ -175,7 +177,8 @@ pub const KERNELS: &[&Kernel] = &[
     &gemm::GEMM_MMA_128X64_X,
     &gemm::GEMM_MMA_128X128_W,
     &gemm::GEMM_MMA_128X64_W,
-    &gemm::GEMM_BACKWARD_U8,
+    &gemm::GEMM_BACKWARD_SLOPES,
+    &gemm::GEMM_BACKWARD_BIAS,
     &gemm::GEMM_WGMMA_128X256,
     &gemm::GEMM_WGMMA_128X192,
     &gemm::GEMM_WGMMA_256X192,
@@ -238,6 +241,7 @@ pub const KERNELS: &[&Kernel] = &[
     &ln_modulate::LN_MODULATE_FORWARD,
     &ln_modulate::LN_MODULATE_FORWARD_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD,
+    &ln_modulate::LN_MODULATE_BACKWARD_1280,
     &ln_modulate::LN_MODULATE_BACKWARD_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD_COLUMNS_ANY,
     &ln_modulate::LN_MODULATE_BACKWARD_TABLE,
@@ -1106,6 +1110,7 @@ pub mod attention {
         pub n: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -1118,6 +1123,7 @@ pub mod attention {
                 int(queue, &ATTENTION_FORWARD_WHOLE_E64, "n", self.n)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E64, "h", self.h)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E64, "e", self.e)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E64, element: T::TYPE, shape, args: &args })
@@ -1134,6 +1140,7 @@ pub mod attention {
         pub n: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -1146,6 +1153,7 @@ pub mod attention {
                 int(queue, &ATTENTION_FORWARD_WHOLE_E72, "n", self.n)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E72, "h", self.h)?,
                 int(queue, &ATTENTION_FORWARD_WHOLE_E72, "e", self.e)?,
+                int(queue, &ATTENTION_FORWARD_WHOLE_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_FORWARD_WHOLE_E72, element: T::TYPE, shape, args: &args })
@@ -1669,6 +1677,82 @@ pub mod attention {
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X112, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_192X112_EXACT: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_192x112_exact", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_192X112_EXACT`].
+    pub struct AttentionForward72192x112Exact {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72192x112Exact {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_192X112_EXACT, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112_EXACT, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_192X112_EXACT, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X112_EXACT, element: element, shape, args: &args })
+        }
+    }
+
+    pub const ATTENTION_FORWARD_72_192X128: Kernel = Kernel { op: "attention", source: "attention_sm90.cu", name: "attention_forward_72_192x128", arch: 90 };
+
+    /// Arguments of [`ATTENTION_FORWARD_72_192X128`].
+    pub struct AttentionForward72192x128 {
+        pub q_wide: TensorMap,
+        pub q_rest: TensorMap,
+        pub k_wide: TensorMap,
+        pub k_rest: TensorMap,
+        pub v: TensorMap,
+        pub y_wide: TensorMap,
+        pub y_rest: TensorMap,
+        pub lse: Out<f32>,
+        pub n: usize,
+        pub h: usize,
+        pub samples: usize,
+        pub scale: f32,
+    }
+
+    impl AttentionForward72192x128 {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape, element: ElementType) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Map(self.q_wide),
+                Arg::Map(self.q_rest),
+                Arg::Map(self.k_wide),
+                Arg::Map(self.k_rest),
+                Arg::Map(self.v),
+                Arg::Map(self.y_wide),
+                Arg::Map(self.y_rest),
+                Arg::Address(self.lse.address()),
+                int(queue, &ATTENTION_FORWARD_72_192X128, "n", self.n)?,
+                int(queue, &ATTENTION_FORWARD_72_192X128, "h", self.h)?,
+                int(queue, &ATTENTION_FORWARD_72_192X128, "samples", self.samples)?,
+                Arg::F32(self.scale),
+            ];
+            queue.launch(&Launch { kernel: &ATTENTION_FORWARD_72_192X128, element: element, shape, args: &args })
         }
     }
 
@@ -3167,6 +3251,7 @@ pub mod cross_attention {
         pub r: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -3183,6 +3268,7 @@ pub mod cross_attention {
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "r", self.r)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "h", self.h)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "e", self.e)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E64, element: T::TYPE, shape, args: &args })
@@ -3203,6 +3289,7 @@ pub mod cross_attention {
         pub r: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -3219,6 +3306,7 @@ pub mod cross_attention {
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "r", self.r)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "h", self.h)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "e", self.e)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E72, element: T::TYPE, shape, args: &args })
@@ -3239,6 +3327,7 @@ pub mod cross_attention {
         pub r: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -3255,6 +3344,7 @@ pub mod cross_attention {
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "r", self.r)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "h", self.h)?,
                 int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "e", self.e)?,
+                int(queue, &CROSS_ATTENTION_FORWARD_RESIDENT_E128, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &CROSS_ATTENTION_FORWARD_RESIDENT_E128, element: T::TYPE, shape, args: &args })
@@ -6133,37 +6223,63 @@ pub mod gemm {
         }
     }
 
-    pub const GEMM_BACKWARD_U8: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_backward_u8", arch: 80 };
+    pub const GEMM_BACKWARD_SLOPES: Kernel = Kernel { op: "gemm", source: "gemm_slopes.cu", name: "gemm_backward_slopes", arch: 80 };
 
-    /// Arguments of [`GEMM_BACKWARD_U8`].
-    pub struct GemmBackwardU8<T> {
+    /// Arguments of [`GEMM_BACKWARD_SLOPES`].
+    pub struct GemmBackwardSlopes<T> {
         pub dy: In<T>,
         pub pre: In<T>,
         pub gate: In<T>,
         pub du: Out<T>,
-        pub rows: usize,
-        pub n: usize,
+        pub bias_sums: Out<f32>,
+        pub gate_sums: Out<f32>,
+        pub length: usize,
+        pub parts: usize,
         pub f: usize,
         pub c: usize,
         pub gate_row: usize,
         pub act: usize,
     }
 
-    impl<T: Element> GemmBackwardU8<T> {
+    impl<T: Element> GemmBackwardSlopes<T> {
         pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
             let args = [
                 Arg::Address(self.dy.address()),
                 Arg::Address(self.pre.address()),
                 Arg::Address(self.gate.address()),
                 Arg::Address(self.du.address()),
-                int(queue, &GEMM_BACKWARD_U8, "rows", self.rows)?,
-                int(queue, &GEMM_BACKWARD_U8, "n", self.n)?,
-                int(queue, &GEMM_BACKWARD_U8, "f", self.f)?,
-                int(queue, &GEMM_BACKWARD_U8, "c", self.c)?,
-                int(queue, &GEMM_BACKWARD_U8, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_BACKWARD_U8, "act", self.act)?,
+                Arg::Address(self.bias_sums.address()),
+                Arg::Address(self.gate_sums.address()),
+                int(queue, &GEMM_BACKWARD_SLOPES, "length", self.length)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "parts", self.parts)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "f", self.f)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "c", self.c)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "act", self.act)?,
             ];
-            queue.launch(&Launch { kernel: &GEMM_BACKWARD_U8, element: T::TYPE, shape, args: &args })
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_SLOPES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_BIAS: Kernel = Kernel { op: "gemm", source: "gemm_slopes.cu", name: "gemm_backward_bias", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_BIAS`].
+    pub struct GemmBackwardBias<T> {
+        pub sums: In<f32>,
+        pub to: Out<T>,
+        pub pieces: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> GemmBackwardBias<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.sums.address()),
+                Arg::Address(self.to.address()),
+                int(queue, &GEMM_BACKWARD_BIAS, "pieces", self.pieces)?,
+                int(queue, &GEMM_BACKWARD_BIAS, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_BIAS, element: T::TYPE, shape, args: &args })
         }
     }
 
@@ -7533,7 +7649,6 @@ pub mod linear_attention {
         pub partials: In<f32>,
         pub state: Out<f32>,
         pub total: Out<f32>,
-        pub heads: u64,
         pub e: usize,
         pub parts: usize,
     }
@@ -7544,7 +7659,6 @@ pub mod linear_attention {
                 Arg::Address(self.partials.address()),
                 Arg::Address(self.state.address()),
                 Arg::Address(self.total.address()),
-                Arg::U64(self.heads),
                 int(queue, &LINEAR_ATTENTION_ADD, "e", self.e)?,
                 int(queue, &LINEAR_ATTENTION_ADD, "parts", self.parts)?,
             ];
@@ -8373,6 +8487,44 @@ pub mod ln_modulate {
         }
     }
 
+    pub const LN_MODULATE_BACKWARD_1280: Kernel = Kernel { op: "ln_modulate", source: "ln_modulate.cu", name: "ln_modulate_backward_1280", arch: 80 };
+
+    /// Arguments of [`LN_MODULATE_BACKWARD_1280`].
+    pub struct LnModulateBackward1280<T> {
+        pub dy: In<T>,
+        pub x: In<T>,
+        pub modulation: In<T>,
+        pub mean: In<f32>,
+        pub rstd: In<f32>,
+        pub dx: Out<T>,
+        pub partials: Out<f32>,
+        pub n: usize,
+        pub c: usize,
+        pub d: usize,
+        pub scale: usize,
+        pub splits: usize,
+    }
+
+    impl<T: Element> LnModulateBackward1280<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.dy.address()),
+                Arg::Address(self.x.address()),
+                Arg::Address(self.modulation.address()),
+                Arg::Address(self.mean.address()),
+                Arg::Address(self.rstd.address()),
+                Arg::Address(self.dx.address()),
+                Arg::Address(self.partials.address()),
+                int(queue, &LN_MODULATE_BACKWARD_1280, "n", self.n)?,
+                int(queue, &LN_MODULATE_BACKWARD_1280, "c", self.c)?,
+                int(queue, &LN_MODULATE_BACKWARD_1280, "d", self.d)?,
+                int(queue, &LN_MODULATE_BACKWARD_1280, "scale", self.scale)?,
+                int(queue, &LN_MODULATE_BACKWARD_1280, "splits", self.splits)?,
+            ];
+            queue.launch(&Launch { kernel: &LN_MODULATE_BACKWARD_1280, element: T::TYPE, shape, args: &args })
+        }
+    }
+
     pub const LN_MODULATE_BACKWARD_ANY: Kernel = Kernel { op: "ln_modulate", source: "ln_modulate.cu", name: "ln_modulate_backward_any", arch: 80 };
 
     /// Arguments of [`LN_MODULATE_BACKWARD_ANY`].
@@ -8450,6 +8602,7 @@ pub mod ln_modulate {
         pub shift: usize,
         pub scale: usize,
         pub splits: usize,
+        pub groups: usize,
     }
 
     impl<T: Element> LnModulateBackwardTable<T> {
@@ -8462,6 +8615,7 @@ pub mod ln_modulate {
                 int(queue, &LN_MODULATE_BACKWARD_TABLE, "shift", self.shift)?,
                 int(queue, &LN_MODULATE_BACKWARD_TABLE, "scale", self.scale)?,
                 int(queue, &LN_MODULATE_BACKWARD_TABLE, "splits", self.splits)?,
+                int(queue, &LN_MODULATE_BACKWARD_TABLE, "groups", self.groups)?,
             ];
             queue.launch(&Launch { kernel: &LN_MODULATE_BACKWARD_TABLE, element: T::TYPE, shape, args: &args })
         }
@@ -12481,6 +12635,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12494,6 +12649,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E32, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E32, element: T::TYPE, shape, args: &args })
@@ -12511,6 +12667,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12524,6 +12681,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E64, element: T::TYPE, shape, args: &args })
@@ -12541,6 +12699,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12554,6 +12713,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING32_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING32_E72, element: T::TYPE, shape, args: &args })
@@ -12571,6 +12731,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12584,6 +12745,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E32, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E32, element: T::TYPE, shape, args: &args })
@@ -12601,6 +12763,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12614,6 +12777,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E64, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E64, element: T::TYPE, shape, args: &args })
@@ -12631,6 +12795,7 @@ pub mod window_attention {
         pub w: usize,
         pub h: usize,
         pub e: usize,
+        pub segment: usize,
         pub scale: f32,
     }
 
@@ -12644,6 +12809,7 @@ pub mod window_attention {
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "w", self.w)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "h", self.h)?,
                 int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "e", self.e)?,
+                int(queue, &WINDOW_ATTENTION_FORWARD_RING80_E72, "segment", self.segment)?,
                 Arg::F32(self.scale),
             ];
             queue.launch(&Launch { kernel: &WINDOW_ATTENTION_FORWARD_RING80_E72, element: T::TYPE, shape, args: &args })

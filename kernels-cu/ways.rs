@@ -95,6 +95,18 @@ pub fn force<R>(name: &'static str, work: impl FnOnce() -> R) -> (R, bool) {
 /// the first that fits: the device has its instructions, it computes in `element`, and `takes` says yes. The last way
 /// is taken where nothing else fits.
 pub fn choose<W: Way, Q: Queue>(queue: &Q, element: ElementType, dims: &impl Display, takes: impl Fn(W) -> bool) -> W {
+    choose_suited(queue, element, dims, takes, |_| true)
+}
+
+/// As [`choose`]; a way that takes the shape and does not suit it (its blocks would not fill a card) is passed over
+/// unless it is forced, was measured, or nothing else fits.
+pub fn choose_suited<W: Way, Q: Queue>(
+    queue: &Q,
+    element: ElementType,
+    dims: &impl Display,
+    takes: impl Fn(W) -> bool,
+    suits: impl Fn(W) -> bool,
+) -> W {
     let device = queue.properties();
     let fits =
         |(way, info): &&(W, WayInfo)| info.arch <= device.arch && info.elements.contains(&element) && takes(*way);
@@ -116,7 +128,8 @@ pub fn choose<W: Way, Q: Queue>(queue: &Q, element: ElementType, dims: &impl Dis
             return way;
         }
     }
-    W::ALL.iter().find(fits).unwrap_or(&W::ALL[W::ALL.len() - 1]).0
+    let suited = W::ALL.iter().filter(|(way, _)| suits(*way)).find(fits);
+    suited.or_else(|| W::ALL.iter().find(fits)).unwrap_or(&W::ALL[W::ALL.len() - 1]).0
 }
 
 #[cfg(test)]

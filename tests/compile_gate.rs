@@ -53,9 +53,11 @@ fn check(nvcc: &Nvcc, root: &Path) -> Result<Vec<String>, String> {
 
 /// A kernel whose main loop has a score: its source and name, scores of a thread in a turn of the loop, and how many of
 /// their exponentials must stand before the last wait for products, so that they run beside these.
-const SCORES: [(&str, &str, usize, usize); 3] = [
+const SCORES: [(&str, &str, usize, usize); 5] = [
     ("kernels-cu/attention/attention_sm90.cu", "attention_forward_72_128x192", 96, 96),
     ("kernels-cu/attention/attention_sm90.cu", "attention_forward_72_192x112", 56, 56),
+    ("kernels-cu/attention/attention_sm90.cu", "attention_forward_72_192x112_exact", 56, 56),
+    ("kernels-cu/attention/attention_sm90.cu", "attention_forward_72_192x128", 64, 64),
     ("kernels-cu/attention/attention_sm90.cu", "attention_forward_72_128x128", 64, 64),
 ];
 

@@ -82,24 +82,25 @@ extern "C" __global__ void __launch_bounds__(128, 2)
 KERNEL_EXPORT(attention_forward_64x64_e128);
 
 // Up to 256 tokens: all keys and values of a head in shared memory, scores in two steps of 128 (all 256 of a row, and the
-// sums, are some registers more than there are).
-template <int kE> PTX_FN void whole(const T* qkv, T* y, float* lse, int n, int h, int e, float scale) {
-    const Place at = {int(blockIdx.x) / h, int(blockIdx.x) % h, 0};
-    mma_forward_resident<false, 256, Whole<kE>>(AllKeys{n, n}, head_part(qkv, at, 0, 3, n, h, e),
-                                          head_part(qkv, at, 1, 3, n, h, e), head_part(qkv, at, 2, 3, n, h, e),
-                                          head_part(y, at, 0, 1, n, h, e), lse + size_t(blockIdx.x) * n, n, n, 0, n, e,
-                                          scale);
+// sums, are some registers more than there are). A block takes `segment` queries, a multiple of its rows.
+template <int kE> PTX_FN void whole(const T* qkv, T* y, float* lse, int n, int h, int e, int segment, float scale) {
+    const int segments = (n + segment - 1) / segment, block = int(blockIdx.x) / h;
+    const Place at = {block / segments, int(blockIdx.x) % h, block % segments * segment};
+    mma_forward_resident<256, Whole<kE>>(AllKeys{n, n}, head_part(qkv, at, 0, 3, n, h, e),
+                                         head_part(qkv, at, 1, 3, n, h, e), head_part(qkv, at, 2, 3, n, h, e),
+                                         head_part(y, at, 0, 1, n, h, e), lse + (size_t(at.sample) * h + at.head) * n, n,
+                                         n, at.row0, at.row0 + segment, e, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
-    attention_forward_whole_e64(const T* qkv, T* y, float* lse, int n, int h, int e, float scale) {
-    whole<64>(qkv, y, lse, n, h, e, scale);
+    attention_forward_whole_e64(const T* qkv, T* y, float* lse, int n, int h, int e, int segment, float scale) {
+    whole<64>(qkv, y, lse, n, h, e, segment, scale);
 }
 KERNEL_EXPORT(attention_forward_whole_e64);
 
 extern "C" __global__ void __launch_bounds__(128, 2)
-    attention_forward_whole_e72(const T* qkv, T* y, float* lse, int n, int h, int e, float scale) {
-    whole<72>(qkv, y, lse, n, h, e, scale);
+    attention_forward_whole_e72(const T* qkv, T* y, float* lse, int n, int h, int e, int segment, float scale) {
+    whole<72>(qkv, y, lse, n, h, e, segment, scale);
 }
 KERNEL_EXPORT(attention_forward_whole_e72);
 

@@ -346,6 +346,26 @@ extern "C" __global__ void __launch_bounds__(512, 1) attention_forward_72_192x11
 }
 KERNEL_EXPORT(attention_forward_72_192x112);
 
+extern "C" __global__ void __launch_bounds__(512, 1) attention_forward_72_192x112_exact(
+    const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
+    const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
+    const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
+    const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
+    const Maps maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest};
+    attend<Plan<72, 3, 112, 3, 32, 72, 1>>(maps, lse, n, h, samples, scale);
+}
+KERNEL_EXPORT(attention_forward_72_192x112_exact);
+
+extern "C" __global__ void __launch_bounds__(512, 1) attention_forward_72_192x128(
+    const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
+    const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,
+    const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap y_wide,
+    const __grid_constant__ TensorMap y_rest, float* lse, int n, int h, int samples, float scale) {
+    const Maps maps{&q_wide, &q_rest, &k_wide, &k_rest, &v, &y_wide, &y_rest};
+    attend<Plan<72, 3, 128, 2, 32, 72, 1>>(maps, lse, n, h, samples, scale);
+}
+KERNEL_EXPORT(attention_forward_72_192x128);
+
 extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_72_128x128(
     const __grid_constant__ TensorMap q_wide, const __grid_constant__ TensorMap q_rest,
     const __grid_constant__ TensorMap k_wide, const __grid_constant__ TensorMap k_rest,

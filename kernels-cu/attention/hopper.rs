@@ -7,11 +7,14 @@ use crate::launchers::attention::{
     AttentionBackwardDelta, AttentionBackwardKv64, AttentionBackwardKv72, AttentionBackwardKv72Wide,
     AttentionBackwardQ64, AttentionBackwardQ72, AttentionForward64128x128, AttentionForward72128x128,
     AttentionForward72128x192, AttentionForward72128x192Cluster2, AttentionForward72128x192Exact,
-    AttentionForward72128x192Wide, AttentionForward72192x112, AttentionForward128128x128,
+    AttentionForward72128x192Wide, AttentionForward72192x112, AttentionForward72192x112Exact,
+    AttentionForward72192x128, AttentionForward128128x128,
 };
 
 /// Rows of a tile that a warpgroup owns.
 const GROUP: usize = 64;
+/// Multiprocessors of the card that a way is chosen for.
+const MULTIPROCESSORS: usize = 132;
 /// Bytes of a row of a box of 16 columns, and of one of 64.
 const NARROW: usize = 32;
 const WIDE: usize = 128;
@@ -37,6 +40,8 @@ fn tile(way: ForwardWay, e: usize) -> Option<Tile> {
         (ForwardWay::Wgmma128x192Wide, 72) => Some(Tile { value_box: WIDE, ..of_72 }),
         (ForwardWay::Wgmma128x192Cluster2, 72) => Some(Tile { cluster: 2, ..of_72 }),
         (ForwardWay::Wgmma192x112, 72) => Some(Tile { groups: 3, keys: 112, stages: 3, ..of_72 }),
+        (ForwardWay::Wgmma192x112Exact, 72) => Some(Tile { groups: 3, keys: 112, stages: 3, values: 72, ..of_72 }),
+        (ForwardWay::Wgmma192x128, 72) => Some(Tile { groups: 3, keys: 128, values: 72, ..of_72 }),
         (ForwardWay::Wgmma128x128, 72) => Some(Tile { keys: 128, stages: 3, ..of_72 }),
         (ForwardWay::Wgmma128x128, 64) => Some(Tile { keys: 128, stages: 3, value_box: WIDE, values: 64, ..of_72 }),
         (ForwardWay::Wgmma128x128, 128) => Some(Tile { keys: 128, value_box: WIDE, values: 128, ..of_72 }),
@@ -48,6 +53,13 @@ fn tile(way: ForwardWay, e: usize) -> Option<Tile> {
 /// be positive.
 pub(super) fn takes_forward(way: ForwardWay, dims: &Dims, scale: f32) -> bool {
     tile(way, dims.e).is_some() && scale > 0.0
+}
+
+/// Whether the blocks of a forward way fill a card: those of 192 queries only where there are many, for the last of them
+/// leave more of it idle than smaller ones. The card is the same whatever the device.
+pub(super) fn suits_forward(way: ForwardWay, d: &Dims) -> bool {
+    let units = |rows: usize| d.n.div_ceil(rows) * d.h * d.b;
+    tile(way, d.e).is_none_or(|t| t.groups < 3 || units(GROUP * t.groups) >= 2 * MULTIPROCESSORS)
 }
 
 /// Whether a backward way of Hopper takes the shape.
@@ -133,6 +145,8 @@ pub(super) fn forward<T: Element, Q: Queue>(queue: &mut Q, a: &GpuForward<T>, wa
         (ForwardWay::Wgmma128x192Wide, _) => start!(AttentionForward72128x192Wide),
         (ForwardWay::Wgmma128x192Cluster2, _) => start!(AttentionForward72128x192Cluster2),
         (ForwardWay::Wgmma192x112, _) => start!(AttentionForward72192x112),
+        (ForwardWay::Wgmma192x112Exact, _) => start!(AttentionForward72192x112Exact),
+        (ForwardWay::Wgmma192x128, _) => start!(AttentionForward72192x128),
         (_, 64) => start!(AttentionForward64128x128),
         (_, 72) => start!(AttentionForward72128x128),
         _ => start!(AttentionForward128128x128),

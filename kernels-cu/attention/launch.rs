@@ -1,7 +1,7 @@
 //! Which kernel takes which shape; and the shapes of the attention family.
 
 use super::hopper;
-use super::mma::{by_tiles, by_width, fits, own_rows, stage_bytes};
+use super::mma::{by_tiles, by_width, fits, own_rows, stage_bytes, steps_of_block};
 use crate::generated::attention::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
 use crate::launch::{Element, Queue, Shape};
 use crate::launchers::attention::{
@@ -14,7 +14,7 @@ use crate::launchers::attention::{
     AttentionForward128x64E80, AttentionForward128x64E96, AttentionForward128x64E128, AttentionForwardWholeE64,
     AttentionForwardWholeE72, AttentionForwardWide64x32, AttentionForwardWide64x64,
 };
-use crate::ways::choose;
+use crate::ways::{choose, choose_suited};
 
 /// Tokens that a block owns.
 const ROWS: usize = 64;
@@ -77,7 +77,7 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
     let (Dims { b, n, h, e }, scale) = (a.dims, a.params.scale);
     let (qkv, y, lse) = (a.qkv, a.y, a.lse);
     let most = queue.properties().shared_per_block;
-    let way = choose(queue, T::TYPE, &a.dims, |way: ForwardWay| match way {
+    let takes = |way: ForwardWay| match way {
         ForwardWay::MmaWhole => fits(e) && e > 32 && e <= 72 && n > 128 && n <= WHOLE,
         // A block of 128 queries wants as many.
         ForwardWay::Mma128x64 => fits(e) && e > 32 && n > 64,
@@ -88,15 +88,20 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
         }
         ForwardWay::CudaCores => true,
         way => hopper::takes_forward(way, &a.dims, scale),
-    });
+    };
+    let way = choose_suited(queue, T::TYPE, &a.dims, takes, |way| hopper::suits_forward(way, &a.dims));
     match way {
         ForwardWay::MmaWhole => {
+            // Few heads are shared by several blocks, which all load its keys: the time of two steps of 64 queries. No
+            // sum crosses queries, so the device may say how many.
+            let places = 2 * queue.properties().multiprocessors;
+            let segment = ROWS * steps_of_block(n.div_ceil(ROWS), b * h, places, 2, 1);
             let shape = |width| {
                 let keys = stage_bytes(WHOLE, width);
-                Shape::new(b * h, 128).shared(&[keys, keys, own_rows(4, width)]).dependent()
+                Shape::new(n.div_ceil(segment) * b * h, 128).shared(&[keys, keys, own_rows(4, width)]).dependent()
             };
             by_width!(e, queue, [64 => AttentionForwardWholeE64; 72 => AttentionForwardWholeE72],
-                { qkv, y, lse, n, h, e, scale }, shape)
+                { qkv, y, lse, n, h, e, segment, scale }, shape)
         }
         ForwardWay::Mma128x64 => {
             let shape = |width| by_tiles(n, b * h, 128, if width <= 72 { 128 } else { 256 }, width).dependent();

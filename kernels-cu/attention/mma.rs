@@ -28,6 +28,19 @@ pub(crate) fn by_tiles(tokens: usize, heads: usize, rows: usize, threads: usize,
     Shape::new(tokens.div_ceil(rows) * heads, threads).shared(&[stage_bytes(STAGE, width); 4])
 }
 
+/// Multiprocessors of an H100 or H200, for splits that decide the order of a sum and so must not follow from the device.
+pub(crate) const MULTIPROCESSORS: usize = 132;
+
+/// How many of the `steps` of a head a block takes, `least` or more, so that all blocks of `heads` heads end soonest where
+/// `places` of them run at one time and each takes `start` steps' time to begin.
+pub(crate) fn steps_of_block(steps: usize, heads: usize, places: usize, start: usize, least: usize) -> usize {
+    // More than this saves no time to begin that would be seen.
+    const MOST: usize = 64;
+    let time = |each: usize| (steps.div_ceil(each) * heads).div_ceil(places.max(1)) * (each + start);
+    let most = steps.clamp(1, MOST);
+    (least.min(most)..=most).rev().min_by_key(|&each| time(each)).unwrap_or(1)
+}
+
 /// Launches the kernel of the narrowest head that is wide enough: `by_width!(e, queue, [64 => A, 128 => B], { fields },
 /// |width| shape)`. The last one takes the rest.
 macro_rules! by_width {
@@ -46,6 +59,16 @@ pub(crate) use by_width;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Blocks fill the places once where they can, and small work is spread out.
+    #[test]
+    fn blocks_fill_the_places() {
+        assert_eq!(steps_of_block(256, 16, 3 * MULTIPROCESSORS, 1, 1), 11);
+        assert_eq!(steps_of_block(4, 32, 2 * MULTIPROCESSORS, 2, 1), 1);
+        assert_eq!(steps_of_block(4, 512, 2 * MULTIPROCESSORS, 2, 1), 4);
+        assert_eq!(steps_of_block(11, 1, 396, 2, 6), 6);
+        assert_eq!((steps_of_block(0, 1, 4, 1, 2), steps_of_block(1, 1, 0, 1, 6)), (1, 1));
+    }
 
     /// The eight rows of a fragment lie in different groups of four banks.
     #[test]

@@ -68,29 +68,41 @@ PTX_FN Split split(float x, float y) {
     return {high, pack<bf16>(x - unpack_lo<bf16>(high), y - unpack_hi<bf16>(high))};
 }
 
-// Starts the copy of kColumns elements from each of the rows first .. first + kRows of `from`, `stride` elements apart, by
-// kThreads threads; rows from `end` on are zeros. Rows in memory are aligned to 16 bytes.
-template <int kRows, int kColumns, int kThreads>
-PTX_FN void copy_rows(uint32_t to, const bf16* from, int64_t stride, int first, int end PTX_AT) {
-    constexpr int kUnits = kColumns / 8;
-    for (int i = threadIdx.x; i < kRows * kUnits; i += kThreads) {
-        const int row = i / kUnits, unit = i % kUnits;
-        const bool live = first + row < end;
-        cp_async<16>(to + row * odd_pitch(kColumns) + unit * 16, from + (live ? (first + row) * stride + unit * 8 : 0),
-                     live ? 16 : 0 PTX_FROM);
+// f(row, unit, offset) for each 16-byte unit of kRows rows of kColumns elements, `stride` elements apart in memory, by
+// kThreads threads of which this is `thread`: from unit to unit by additions of 32 bits. Rows are so short that their
+// offsets have 32 bits. kAtOnce: units whose addresses are made together, for kernels that have the registers.
+template <int kRows, int kColumns, int kThreads, int kAtOnce, class F>
+PTX_FN void for_units(uint32_t stride, int thread, F f) {
+    constexpr int kUnits = kColumns / 8, kAll = kRows * kUnits;
+    int row = thread / kUnits, unit = thread % kUnits;
+    uint32_t at = row * stride + unit * 8;
+#pragma unroll kAtOnce
+    for (int i = 0; i < kAll; i += kThreads) {
+        if (i + kThreads <= kAll || thread < kAll - i) f(row, unit, at);
+        row += kThreads / kUnits, unit += kThreads % kUnits, at += kThreads / kUnits * stride + kThreads % kUnits * 8;
+        if (kThreads % kUnits != 0 && unit >= kUnits) unit -= kUnits, row++, at += stride - kUnits * 8;
     }
 }
 
+// Starts the copy of kColumns elements from each of the rows first .. first + kRows of `from`, `stride` elements apart, by
+// kThreads threads; rows from `end` on are zeros. Rows in memory are aligned to 16 bytes.
+template <int kRows, int kColumns, int kThreads, int kAtOnce = 16>
+PTX_FN void copy_rows(uint32_t to, const bf16* from, int64_t stride, int first, int end PTX_AT) {
+    const bf16* rows = from + first * stride;
+    for_units<kRows, kColumns, kThreads, kAtOnce>(uint32_t(stride), threadIdx.x, [&](int row, int unit, uint32_t offset) {
+        // A copy of no bytes reads nothing.
+        cp_async<16>(to + row * odd_pitch(kColumns) + unit * 16, rows + offset, first + row < end ? 16 : 0 PTX_FROM);
+    });
+}
+
 // Rows that lie in shared memory at `from`, those before `end`, to memory by kThreads threads, of which this is `thread`.
-template <int kRows, int kColumns, int kThreads>
+template <int kRows, int kColumns, int kThreads, int kAtOnce = 16>
 PTX_FN void store_rows(bf16* to, int64_t stride, uint32_t from, int first, int end, int thread PTX_AT) {
-    constexpr int kUnits = kColumns / 8;
-    for (int i = thread; i < kRows * kUnits; i += kThreads) {
-        const int row = i / kUnits, unit = i % kUnits;
+    bf16* rows = to + first * stride;
+    for_units<kRows, kColumns, kThreads, kAtOnce>(uint32_t(stride), thread, [&](int row, int unit, uint32_t offset) {
         if (first + row < end)
-            st_global_v4(to + (first + row) * stride + unit * 8,
-                         ld_shared_v4(from + row * odd_pitch(kColumns) + unit * 16 PTX_FROM) PTX_FROM);
-    }
+            st_global_v4(rows + offset, ld_shared_v4(from + row * odd_pitch(kColumns) + unit * 16 PTX_FROM) PTX_FROM);
+    });
 }
 
 // Regions of the block's dynamic shared memory, one after the other, as `Shape::shared` counts them.

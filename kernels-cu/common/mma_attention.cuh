@@ -73,6 +73,15 @@ PTX_FN void load_fragment(RowFragment<kE>& to, Vectors<const E> from, int row0, 
     }
 }
 
+// The same from 16 rows of shared memory, an odd number of 16-byte chunks apart.
+template <int kE> PTX_FN void load_rows(RowFragment<kE>& to, uint32_t rows) {
+    constexpr int kPitch = kE / 8 % 2 ? kE : kE + 8;
+    const uint32_t own = rows + (threadIdx.x % 16 * kPitch + threadIdx.x % 32 / 16 * 8) * 2;
+#pragma unroll
+    for (int s = 0; s < kE / 16; s++) ldmatrix_x4(to.step[s], own + 32 * s);
+    if constexpr (kE % 16 != 0) ldmatrix_x2(to.rest, own + kE / 16 * 32);
+}
+
 // Changes the sign of every element.
 template <int kE> PTX_FN void negate(RowFragment<kE>& f) {
 #pragma unroll
@@ -112,25 +121,6 @@ template <class Tile> struct Stage {
         return at + (lane % 16 * Tile::kPitch + lane / 16 * 8) * 2 + (row * Tile::kPitch + column) * 2;
     }
     PTX_FN uint32_t rest(int row, int column) const { return columns(row, column); }
-};
-
-// The same in a ring of kSize rows, of which row 0 is at `start`.
-template <class Tile, int kSize> struct Ring {
-    uint32_t at;
-    int start;
-    PTX_FN uint32_t row(int r) const {
-        r += start;
-        return at + (r >= kSize ? r - kSize : r) * (Tile::kPitch * 2);
-    }
-    PTX_FN uint32_t rows(int first, int column) const {
-        const int lane = threadIdx.x % 32;
-        return row(first + lane / 16 * 8 + lane % 8) + (lane / 8 % 2 * 8 + column) * 2;
-    }
-    PTX_FN uint32_t columns(int first, int column) const {
-        const int lane = threadIdx.x % 32;
-        return row(first + lane % 16) + (lane / 16 * 8 + column) * 2;
-    }
-    PTX_FN uint32_t rest(int first, int column) const { return columns(first, column); }
 };
 
 // d[m][b] += left_m · rows row + 8b .. of the stage, two blocks of eight.
@@ -240,12 +230,11 @@ template <class Tile> struct Softmax {
     float c;
 };
 
-template <class Tile, class E>
-PTX_FN void begin(Softmax<Tile>& w, Vectors<const E> q, int row0, int row_end, int e, float scale) {
+// Before the first key, with the queries in their fragments.
+template <class Tile> PTX_FN void start(Softmax<Tile>& w, float scale) {
     w.c = fmaxf(fabsf(scale) * kLog2E, 1.17549435e-38f);
 #pragma unroll
     for (int m = 0; m < Tile::kM; m++) {
-        load_fragment(w.q[m], q, row0 + 16 * m, row_end, e);
         if (scale < 0.0f) negate(w.q[m]);
 #pragma unroll
         for (int r = 0; r < 2; r++) w.top[m][r] = -INFINITY, w.sum[m][r] = 0.0f;
@@ -253,9 +242,16 @@ PTX_FN void begin(Softmax<Tile>& w, Vectors<const E> q, int row0, int row_end, i
     clear_blocks(w.acc);
 }
 
+template <class Tile, class E>
+PTX_FN void begin(Softmax<Tile>& w, Vectors<const E> q, int row0, int row_end, int e, float scale) {
+#pragma unroll
+    for (int m = 0; m < Tile::kM; m++) load_fragment(w.q[m], q, row0 + 16 * m, row_end, e);
+    start(w, scale);
+}
+
 // Scores of keys from `key` on against the warp's queries from row0 on, their weights, and the weighted values. kMasked:
-// some pairs do not count; keys from key_end on do not. kOnly: there are no other keys.
-template <bool kMasked, bool kOnly, class Tile, class E, class Keys, class Source>
+// some pairs do not count; keys from key_end on do not.
+template <bool kMasked, class Tile, class E, class Keys, class Source>
 PTX_FN void forward_step(Softmax<Tile>& w, const Keys& keys, const Source& k, const Source& v, int row0, int row_end,
                          int key, int key_end) {
     constexpr int kGroups = Tile::kKeys / 16;
@@ -326,17 +322,11 @@ PTX_FN void forward_step(Softmax<Tile>& w, const Keys& keys, const Source& k, co
                     sum += score;
                 }
             }
-            if constexpr (kOnly) {
-                w.sum[m][r] = sum;
-                continue;
-            }
             w.sum[m][r] = fmaf(w.sum[m][r], fall, sum);
 #pragma unroll
             for (int j = 0; j < Tile::kColumns; j++) w.acc[m][j][2 * r] *= fall, w.acc[m][j][2 * r + 1] *= fall;
         }
     }
-    // Here and not before, so that a whole row of scores has the registers.
-    if constexpr (kOnly) clear_blocks(w.acc);
 #pragma unroll
     for (int i = 0; i < kGroups; i++) {
         if (kSkip && !(live >> i & 1)) continue;
@@ -345,16 +335,16 @@ PTX_FN void forward_step(Softmax<Tile>& w, const Keys& keys, const Source& k, co
 }
 
 // The step of a warp, by what its queries see of the keys.
-template <bool kOnly, class Tile, class E, class Keys, class Source>
+template <class Tile, class E, class Keys, class Source>
 PTX_FN void forward_tile(Softmax<Tile>& w, const Keys& keys, const Source& k, const Source& v, int row0, int row_end,
                          int key, int key_end) {
     const int end = min(key + Tile::kKeys, key_end);
     const Cover cover = cover_of(keys, row0, row_end, key, end);
     if (cover == Cover::None) return;
     if (cover == Cover::All && end == key + Tile::kKeys)
-        forward_step<false, kOnly, Tile, E>(w, keys, k, v, row0, row_end, key, end);
+        forward_step<false, Tile, E>(w, keys, k, v, row0, row_end, key, end);
     else
-        forward_step<true, kOnly, Tile, E>(w, keys, k, v, row0, row_end, key, end);
+        forward_step<true, Tile, E>(w, keys, k, v, row0, row_end, key, end);
 }
 
 // y and lse of the warp's queries. No key: y = 0, lse = -inf.
@@ -419,7 +409,7 @@ PTX_FN void mma_forward(const Keys& keys, Vectors<const E> q, Vectors<const E> k
             }
             cp_async_commit();
             const Stage<Tile> ks{stage_of<Tile>(stage)}, vs{stage_of<Tile>(stage + 1)};
-            forward_tile<false, Tile, E>(w, keys, ks, vs, my_row, my_end, key, span.end);
+            forward_tile<Tile, E>(w, keys, ks, vs, my_row, my_end, key, span.end);
         }
         start_next();
         cp_async_wait<0>();
@@ -429,9 +419,9 @@ PTX_FN void mma_forward(const Keys& keys, Vectors<const E> q, Vectors<const E> k
 }
 
 // The same with all keys in shared memory, for queries `first` .. `last`: a warp takes kWarpRows of them at a time and
-// meets no other until the end. kOnly: one step takes all keys. Shared memory: regions of kStage keys and values in turns
+// meets no other until the end. Shared memory: regions of kStage keys and values in turns
 // for all m keys, and one of eight rows a warp.
-template <bool kOnly, int kStage, class Tile, class E, class Keys>
+template <int kStage, class Tile, class E, class Keys>
 PTX_FN void mma_forward_resident(const Keys& keys, Vectors<const E> q, Vectors<const E> k, Vectors<const E> v,
                                  Vectors<E> y, float* lse, int n, int m, int first, int last, int e, float scale) {
     if constexpr (sizeof(E) == 2) {
@@ -450,6 +440,8 @@ PTX_FN void mma_forward_resident(const Keys& keys, Vectors<const E> q, Vectors<c
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
+        // Half of the registers of a stride, which is a token's heads.
+        q.stride = uint32_t(q.stride), y.stride = uint32_t(y.stride);
         last = min(n, last);
 #pragma unroll 1
         for (int row = first + int(threadIdx.x) / 32 * Tile::kWarpRows; row < last; row += Tile::kRows) {
@@ -460,67 +452,11 @@ PTX_FN void mma_forward_resident(const Keys& keys, Vectors<const E> q, Vectors<c
             for (int key = 0; key < keys.limit; key += Tile::kKeys) {
                 const uint32_t at = stage_of<Region>(key / kStage * 2) + key % kStage * (Tile::kPitch * 2);
                 const Stage<Tile> ks{at}, vs{at + region_stride(Region::kBytes)};
-                forward_tile<kOnly, Tile, E>(w, keys, ks, vs, row, row_end, key, keys.limit);
+                forward_tile<Tile, E>(w, keys, ks, vs, row, row_end, key, keys.limit);
             }
             finish<Tile>(w, smem_u32(smem) + own + threadIdx.x / 32 * kOwn, y, lse, row, row_end, e);
         }
         start_next();
-    }
-}
-
-// Starts the copy of vectors first .. end_row to their places in a ring of kSize rows, a vector j in row j % kSize; zeros
-// from `end` on.
-template <class Tile, int kSize, class E>
-PTX_FN void fetch_ring(uint32_t to, Vectors<const E> from, int first, int end_row, int end, int e) {
-    constexpr int kChunks = Tile::kColumns;
-#pragma unroll 1
-    for (int at = threadIdx.x; at < (end_row - first) * kChunks; at += Tile::kThreads) {
-        const int row = first + at / kChunks, column = at % kChunks * 8;
-        const bool there = row < end && column < e;
-        cp_async(to + (row % kSize * Tile::kPitch + column) * 2, from.at + (there ? row * from.stride + column : 0),
-                 there ? 16 : 0);
-    }
-}
-
-// Windows of `w` keys to each side that are narrow enough for a warp: its 16 queries meet at most kKeys keys, in one step
-// with one softmax. The block walks over queries first .. last, kRows at a time; a ring of kSize keys holds what they
-// meet and the next kRows. Shared memory: keys, values, eight rows a warp.
-template <class Tile, int kSize, class E, class Keys>
-PTX_FN void mma_forward_ring(const Keys& keys, Vectors<const E> q, Vectors<const E> k, Vectors<const E> v, Vectors<E> y,
-                             float* lse, int first, int last, int w, int e, float scale) {
-    if constexpr (sizeof(E) == 2) {
-        constexpr int kBytes = kSize * Tile::kPitch * 2, kStride = region_stride(kBytes);
-        static_assert(Tile::kM == 1 && kSize >= Tile::kRows - 16 + Tile::kKeys + Tile::kRows, "keys of two steps");
-        SMEM_DYNAMIC(smem, 128);
-        smem_guard(smem, kBytes), smem_guard(smem, kStride + kBytes);
-        smem_guard(smem, 2 * kStride + Tile::kWarps * 8 * Tile::kPitch * 2);
-        const uint32_t ks = smem_u32(smem), vs = ks + kStride;
-        const uint32_t own = vs + kStride + threadIdx.x / 32 * (8 * Tile::kPitch * 2);
-        const int warp_row = threadIdx.x / 32 * 16;
-        // Keys of a step, in runs of 16 from the first that its first query sees.
-        const int need = (16 + 2 * w + 15) / 16 * 16;
-        int there = first + Tile::kRows - 16 - w + need;
-        const auto fetch = [&](int from, int to) {
-            fetch_ring<Tile, kSize>(ks, k, from, to, keys.limit, e);
-            fetch_ring<Tile, kSize>(vs, v, from, to, keys.limit, e);
-            cp_async_commit();
-        };
-        fetch(max(0, first - w), there);
-        for (int row0 = first; row0 < last; row0 += Tile::kRows) {
-            const int row = row0 + warp_row, row_end = min(last, row + 16);
-            Softmax<Tile> state;
-            begin<Tile>(state, q, row, row_end, e, scale);
-            cp_async_wait<0>();
-            __syncthreads();
-            if (row0 + Tile::kRows < last) fetch(there, there + Tile::kRows);
-            there += Tile::kRows;
-            if (row >= row_end) continue;
-            const Span span = keys.keys(row, row_end);
-            const Ring<Tile, kSize> kr{ks, span.first % kSize}, vr{vs, span.first % kSize};
-            forward_step<true, true, Tile, E>(state, keys, kr, vr, row, row_end, span.first, span.end);
-            finish<Tile>(state, own, y, lse, row, row_end, e);
-        }
-        cp_async_wait<0>();
     }
 }
 

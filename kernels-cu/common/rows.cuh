@@ -35,22 +35,26 @@ template <class E> PTX_FN void zero_outside(E* row, int width, int from, int to,
     for (int i = thread; i < width - (to - from); i += threads) row[i < from ? i : i + (to - from)] = from_float<E>(0.0f);
 }
 
-// The sum of `count` partial results that lie `stride` floats apart, always in the same order: one column a lane, by a
-// block of kSumThreads threads whose warps share the partial results; every thread of a column gets it. `shared` are
-// kSumThreads floats.
+// The sum of `count` partial results that lie `stride` floats apart, always in the same order, by a block of kSumThreads
+// threads: `groups` of them share the partial results of a column, which the others of its place modulo kSumThreads /
+// groups own, and every one of them gets the sum. `shared` are kSumThreads floats.
 constexpr int kSumGroups = 16, kSumThreads = 32 * kSumGroups;
-PTX_FN float sum_partials(const float* first, int count, size_t stride, bool inside, float* shared PTX_AT) {
+PTX_FN float sum_partials(const float* first, int count, size_t stride, bool inside, float* shared, int groups PTX_AT) {
+    const int columns = kSumThreads / groups;
     float sum = 0.0f;
     if (inside) {
-#pragma unroll 4
-        for (int i = threadIdx.x / 32; i < count; i += kSumGroups) sum += first[i * stride];
+#pragma unroll 8
+        for (int i = threadIdx.x / columns; i < count; i += groups) sum += first[i * stride];
     }
     shared[threadIdx.x] = sum;
     PTX_DO(__syncthreads(), __syncthreads(at));
     sum = 0.0f;
-#pragma unroll
-    for (int g = 0; g < kSumGroups; g++) sum += shared[32 * g + threadIdx.x % 32];
+    for (int g = 0; g < groups; g++) sum += shared[columns * g + threadIdx.x % columns];
     return sum;
+}
+// The same by all warps of the block, one column a lane.
+PTX_FN float sum_partials(const float* first, int count, size_t stride, bool inside, float* shared PTX_AT) {
+    return sum_partials(first, count, stride, inside, shared, kSumGroups PTX_FROM);
 }
 
 }  // namespace ptx

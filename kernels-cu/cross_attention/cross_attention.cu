@@ -111,20 +111,21 @@ PTX_FN void tiled_forward(const T* q, const T* kv, const int* counts, T* y, floa
                               head_part(kv, at, 1, 2, m, h, e), to, sums, n, at.row0, e, scale);
 }
 
-// All keys of a head in shared memory for kSegment queries: 32 a warp up to 72 columns, 16 for wider heads.
-constexpr int kSegment = 1024;
+// All keys of a head in shared memory for `segment` queries, a multiple of the block's rows; a warp has 16 at a time.
+// Heads of up to 72 columns leave registers for two blocks of six warps on a multiprocessor.
+template <int kE> using Resident = MmaTile<kE, kE <= 72 ? 6 : 8, 1, 32>;
 template <int kE>
 PTX_FN void resident_forward(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m, int r, int h,
-                             int e, float scale) {
-    const int segments = (n + kSegment - 1) / kSegment, block = int(blockIdx.x) / h;
-    const Place at = {block / segments, int(blockIdx.x) % h, block % segments * kSegment};
-    const int count = keys_of(counts, at.sample, m), end = min(n, at.row0 + kSegment);
+                             int e, int segment, float scale) {
+    const int segments = (n + segment - 1) / segment, block = int(blockIdx.x) / h;
+    const Place at = {block / segments, int(blockIdx.x) % h, block % segments * segment};
+    const int count = keys_of(counts, at.sample, m), end = min(n, at.row0 + segment);
     const Vectors<T> to = head_part(y, at, 0, 1, n, h, e);
     float* sums = lse + (size_t(at.sample) * h + at.head) * n;
     if (count < 0) return refuse_rows(to, at.row0, end, e), refuse_sums(sums, at.row0, end);
-    mma_forward_resident<false, 64, MmaTile<kE, 8, kE <= 72 ? 2 : 1, 32>>(
-        AllKeys{count, n}, head_part(q, at, 0, r, n, h, e), head_part(kv, at, 0, 2, m, h, e),
-        head_part(kv, at, 1, 2, m, h, e), to, sums, n, m, at.row0, end, e, scale);
+    mma_forward_resident<64, Resident<kE>>(AllKeys{count, n}, head_part(q, at, 0, r, n, h, e),
+                                           head_part(kv, at, 0, 2, m, h, e), head_part(kv, at, 1, 2, m, h, e), to, sums,
+                                           n, m, at.row0, end, e, scale);
 }
 
 template <int kE>
@@ -153,24 +154,24 @@ PTX_FN void tiled_dkdv(const T* dy, const T* q, const T* kv, const int* counts, 
                            delta + row, m, at.row0, e, scale);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(192, 2)
     cross_attention_forward_resident_e64(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m,
-                                         int r, int h, int e, float scale) {
-    resident_forward<64>(q, kv, counts, y, lse, n, m, r, h, e, scale);
+                                         int r, int h, int e, int segment, float scale) {
+    resident_forward<64>(q, kv, counts, y, lse, n, m, r, h, e, segment, scale);
 }
 KERNEL_EXPORT(cross_attention_forward_resident_e64);
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(192, 2)
     cross_attention_forward_resident_e72(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m,
-                                         int r, int h, int e, float scale) {
-    resident_forward<72>(q, kv, counts, y, lse, n, m, r, h, e, scale);
+                                         int r, int h, int e, int segment, float scale) {
+    resident_forward<72>(q, kv, counts, y, lse, n, m, r, h, e, segment, scale);
 }
 KERNEL_EXPORT(cross_attention_forward_resident_e72);
 
 extern "C" __global__ void __launch_bounds__(256, 1)
     cross_attention_forward_resident_e128(const T* q, const T* kv, const int* counts, T* y, float* lse, int n, int m,
-                                         int r, int h, int e, float scale) {
-    resident_forward<128>(q, kv, counts, y, lse, n, m, r, h, e, scale);
+                                         int r, int h, int e, int segment, float scale) {
+    resident_forward<128>(q, kv, counts, y, lse, n, m, r, h, e, segment, scale);
 }
 KERNEL_EXPORT(cross_attention_forward_resident_e128);
 

@@ -17,7 +17,7 @@ const ANY_THREADS: usize = 128;
 /// Blocks of the fused kernels that an H100 or H200 holds at a time, forward and backward: all start together and end
 /// together. Constants, so that the order of the backward sums is the same on every device.
 const FORWARD_BLOCKS: usize = 132 * 20;
-const BACKWARD_BLOCKS: usize = 132 * 11;
+const BACKWARD_BLOCKS: usize = 132 * 12;
 /// Blocks that share a sum where the filters are walked by loops.
 const ANY_BLOCKS: usize = 528;
 
@@ -182,8 +182,13 @@ fn fused_backward<T: Element, Q: Queue>(
         regions.push((2 * k + 8) * THREADS * 8);
     }
     // Taps, as kTapsInShared of the source says.
-    if k > 4 || (both && k == 4) {
-        regions.push(4 * k * THREADS * 8);
+    let in_shared = match k {
+        3 => 0,
+        4 => usize::from(both),
+        _ => 4,
+    };
+    if in_shared > 0 {
+        regions.push(in_shared * k * THREADS * 8);
     }
     let shape = Shape::new(blocks, THREADS).shared(&regions);
     macro_rules! se {

@@ -39,7 +39,7 @@ __device__ __forceinline__ void walk_backward(const T* dy, const T* p, const T* 
     };
     const uint32_t ring = region(kSlots * K * 4 * kRow) + threadIdx.x * kPair;
     const uint32_t kept = (kBoth ? region((2 * K + 8) * kThreads * 8) : 0) + threadIdx.x * 8;
-    const uint32_t taps = (kShared < 4 ? region(4 * K * kThreads * 8) : 0) + threadIdx.x * 8;
+    const uint32_t taps = (kShared < 4 ? region((4 - kShared) * K * kThreads * 8) : 0) + threadIdx.x * 8;
     const Segment of(n, c, reversed, length, segments);
     if (of.channel >= c) return;
     const int after = K - 1 - lead;
@@ -89,14 +89,14 @@ __device__ __forceinline__ void walk_backward(const T* dy, const T* p, const T* 
         for (int j = 0; j < K; j++) {
             sum_w[f][j][0] = sum_w[f][j][1] = 0.0f;
             if (f >= kShared)
-                store_floats(taps + (f * K + j) * kThreads * 8, loaded[j]);
+                store_floats(taps + ((f - kShared) * K + j) * kThreads * 8, loaded[j]);
             else
                 w[f][j][0] = loaded[j][0], w[f][j][1] = loaded[j][1];
         }
     }
     auto tap = [&](int f, int j) {
         if (f >= kShared) {
-            const uint2 t = ld_shared_v2(taps + (f * K + j) * kThreads * 8);
+            const uint2 t = ld_shared_v2(taps + ((f - kShared) * K + j) * kThreads * 8);
             return make_float2(__uint_as_float(t.x), __uint_as_float(t.y));
         } else {
             return make_float2(w[f][j][0], w[f][j][1]);

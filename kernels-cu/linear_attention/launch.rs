@@ -1,6 +1,7 @@
 //! Which kernel takes which shape.
 
 use crate::attention::launch::by_rows;
+use crate::attention::mma::{MULTIPROCESSORS, steps_of_block};
 use crate::generated::linear_attention::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
 use crate::launch::{Element, Out, Queue, Shape};
 use crate::launchers::linear_attention::*;
@@ -8,7 +9,7 @@ use crate::ways::choose;
 
 /// Blocks that a split of the tokens aims at: two for each multiprocessor of an H100, whatever the device, because the
 /// order of the sums follows from it.
-const BLOCKS: usize = 264;
+const BLOCKS: usize = 2 * MULTIPROCESSORS;
 /// Tokens that a part has at least.
 const PART: usize = 128;
 
@@ -31,12 +32,8 @@ fn add<T: Element, Q: Queue>(
     parts: usize,
     [state, total]: [Out<f32>; 2],
 ) -> Result<(), Q::Error> {
-    let shape = Shape::new((b * h * e * (e + 1)).div_ceil(256).clamp(1, 1 << 14), 256);
-    LinearAttentionAdd { partials: partials.read(), state, total, heads: (b * h) as u64, e, parts }.launch(
-        queue,
-        shape,
-        T::TYPE,
-    )
+    let shape = Shape::new(b * h * (e * (e + 1)).div_ceil(256), 256);
+    LinearAttentionAdd { partials: partials.read(), state, total, e, parts }.launch(queue, shape, T::TYPE)
 }
 
 /// Puts in the kernel of the head's width, one of those that [`on_tensor_cores`] names.
@@ -50,20 +47,28 @@ macro_rules! by_width {
     };
 }
 
-/// Whether the tensor cores have kernels for heads of this width.
-fn on_tensor_cores(Dims { e, .. }: Dims) -> bool {
-    [32, 64, 72].contains(&e)
+/// Whether the tensor cores have kernels for heads of this width; offsets of a tile's rows have 32 bits.
+fn on_tensor_cores(Dims { h, e, .. }: Dims) -> bool {
+    [32, 64, 72].contains(&e) && h * e <= 1 << 22
 }
 
-/// Parts that blocks of the tensor-core kernels divide a head's tokens into, of three tiles or more.
-fn parts_of(Dims { b, n, h, .. }: Dims, blocks: usize) -> usize {
-    (blocks / (b * h).max(1)).clamp(1, n.div_ceil(3 * ROWS).max(1))
-}
-
-/// Tokens of the tiles that parts are made of, and bytes of a row of a tile.
+/// Tokens of the tiles that parts are made of where sums go over them, and where they do not; bytes of a row of a tile.
+const SUMMED: usize = 64;
 const ROWS: usize = 128;
 fn pitch(e: usize) -> usize {
     ((e / 8) | 1) * 16
+}
+
+/// Parts that a head's tokens are divided into for sums: `blocks` run at one time, a part has 6 tiles or more.
+fn parts_of_sums(Dims { b, n, h, .. }: Dims, blocks: usize) -> usize {
+    let tiles = n.div_ceil(SUMMED).max(1);
+    tiles.div_ceil(steps_of_block(tiles, b * h, blocks, 2, 6))
+}
+
+/// Parts for results by token, `blocks` a multiprocessor of the device: no sum crosses tokens.
+fn parts_of_rows<Q: Queue>(queue: &Q, Dims { b, n, h, .. }: Dims, blocks: usize) -> usize {
+    let tiles = n.div_ceil(ROWS).max(1);
+    tiles.div_ceil(steps_of_block(tiles, b * h, blocks * queue.properties().multiprocessors, 1, 2))
 }
 
 /// Regions of the kernels that hold a head's matrix and two stages of `tensors` tiles.
@@ -74,16 +79,16 @@ fn with_matrix(e: usize, scales: Option<usize>, tensors: usize, rows: usize) -> 
 
 fn forward_mma<T: Element, Q: Queue>(queue: &mut Q, a: &GpuForward<T>, blocks: usize) -> Result<(), Q::Error> {
     let (Dims { b, n, h, e }, map, qkv, eps) = (a.dims, a.params.map, a.qkv, a.params.eps);
-    let parts = parts_of(a.dims, blocks);
+    let parts = parts_of_sums(a.dims, blocks);
     let partials = queue.scratch::<f32>(b * h * parts * e * (e + 1))?;
-    let shape = Shape::new(b * h * parts, 128);
-    let sums = shape.shared(&[3 * 2 * 64 * pitch(e)]);
+    let sums = Shape::new(b * h * parts, 128).shared(&[3 * 2 * SUMMED * pitch(e)]);
     by_width!(e, queue, sums, [LinearAttentionMmaState32, LinearAttentionMmaState64, LinearAttentionMmaState72], {
         qkv, partials, n, h, map, parts
     })?;
     add::<T, Q>(queue, a.dims, partials, parts, [a.state, a.total])?;
     let (state, total, y, norm) = (a.state.read(), a.total.read(), a.y, a.norm);
-    let shape = shape.shared(&with_matrix(e, None, 1, ROWS));
+    let parts = parts_of_rows(queue, a.dims, 3);
+    let shape = Shape::new(b * h * parts, 128).shared(&with_matrix(e, None, 1, ROWS));
     by_width!(e, queue, shape, [LinearAttentionMmaForward32, LinearAttentionMmaForward64, LinearAttentionMmaForward72], {
         qkv, state, total, y, norm, n, h, map, eps, parts
     })
@@ -97,11 +102,10 @@ fn backward_mma<T: Element, Q: Queue>(
 ) -> Result<(), Q::Error> {
     let (Dims { b, n, h, e }, map) = (a.dims, a.params.map);
     let GpuBackward { dy, qkv, y, norm, state, total, .. } = *a;
-    let parts = parts_of(a.dims, blocks);
+    let parts = parts_of_sums(a.dims, blocks);
     let partials = queue.scratch::<f32>(b * h * parts * e * (e + 1))?;
     let (dstate, dtotal) = (queue.scratch::<f32>(b * h * e * e)?, queue.scratch::<f32>(b * h * e)?);
-    let shape = Shape::new(b * h * parts, 128);
-    let sums = shape.shared(&with_matrix(e, Some(2 * 64 * 4), 3, 64));
+    let sums = Shape::new(b * h * parts, 128).shared(&with_matrix(e, Some(2 * SUMMED * 4), 3, SUMMED));
     by_width!(
         e, queue, sums,
         [LinearAttentionMmaBackwardQ32, LinearAttentionMmaBackwardQ64, LinearAttentionMmaBackwardQ72],
@@ -109,7 +113,8 @@ fn backward_mma<T: Element, Q: Queue>(
     )?;
     add::<T, Q>(queue, a.dims, partials, parts, [dstate, dtotal])?;
     let (dstate, dtotal) = (dstate.read(), dtotal.read());
-    let shape = shape.shared(&with_matrix(e, None, 2, ROWS));
+    let parts = parts_of_rows(queue, a.dims, 2);
+    let shape = Shape::new(b * h * parts, 128).shared(&with_matrix(e, None, 2, ROWS));
     by_width!(
         e, queue, shape,
         [LinearAttentionMmaBackwardKv32, LinearAttentionMmaBackwardKv64, LinearAttentionMmaBackwardKv72],
@@ -177,8 +182,8 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
     match choose(queue, T::TYPE, &a.dims, |way: ForwardWay| {
         way == ForwardWay::Tiles || !a.params.causal && on_tensor_cores(a.dims)
     }) {
-        ForwardWay::Mma264 => return forward_mma(queue, &a, BLOCKS),
-        ForwardWay::Mma528 => return forward_mma(queue, &a, 2 * BLOCKS),
+        ForwardWay::Mma396 => return forward_mma(queue, &a, 3 * MULTIPROCESSORS),
+        ForwardWay::Mma792 => return forward_mma(queue, &a, 6 * MULTIPROCESSORS),
         ForwardWay::Tiles if a.params.causal => return forward_causal(queue, &a),
         ForwardWay::Tiles => {}
     }

@@ -78,20 +78,29 @@ extern "C" __global__ void __launch_bounds__(128, 4)
 }
 KERNEL_EXPORT(linear_attention_state);
 
-// The parts of each head in order: state [heads, E, E] and total [heads, E].
+// The parts of each head in order: state [heads, E, E] and total [heads, E]. Threads of a block have neighbours of one
+// head; a thread has 8 parts in flight.
 extern "C" __global__ void __launch_bounds__(256)
-    linear_attention_add(const float* partials, float* state, float* total, uint64_t heads, int e, int parts) {
-    const size_t each = size_t(e) * (e + 1);
-    for (size_t i = grid_thread(); i < heads * each; i += grid_threads()) {
-        const size_t head = i / each, at = i % each, row = head * e + at / (e + 1);
-        const int column = int(at % (e + 1));
-        float sum = 0.0f;
-        for (int p = 0; p < parts; p++) sum += partials[(head * parts + p) * each + at];
-        if (column < e)
-            state[row * e + column] = sum;
-        else
-            total[row] = sum;
+    linear_attention_add(const float* partials, float* state, float* total, int e, int parts) {
+    constexpr int kBatch = 8;
+    const int blocks = int((size_t(e) * (e + 1) + 255) / 256), head = int(blockIdx.x) / blocks;
+    const size_t each = size_t(e) * (e + 1), at = size_t(int(blockIdx.x) % blocks) * 256 + threadIdx.x;
+    if (at >= each) return;
+    const float* from = partials + size_t(head) * parts * each + at;
+    float sum = 0.0f;
+    for (int first = 0; first < parts; first += kBatch, from += kBatch * each) {
+        REG(float, part, [kBatch]);
+#pragma unroll
+        for (int p = 0; p < kBatch; p++) part[p] = first + p < parts ? from[p * each] : 0.0f;
+#pragma unroll
+        for (int p = 0; p < kBatch; p++) sum += part[p];
     }
+    const int column = int(uint32_t(at) % uint32_t(e + 1));
+    const size_t row = size_t(head) * e + uint32_t(at) / uint32_t(e + 1);
+    if (column < e)
+        state[row * e + column] = sum;
+    else
+        total[row] = sum;
 }
 KERNEL_EXPORT(linear_attention_add);
 

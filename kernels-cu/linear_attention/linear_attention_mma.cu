@@ -28,7 +28,7 @@ __device__ __forceinline__ void sum_states(const bf16* qkv, float* partials, int
     SMEM_DYNAMIC(smem, 16);
     Regions regions = {smem, {}};
     unsigned char* ring = regions.take(kStages * 2 * kTile);
-    const Part p = place_of_part(n, h, parts);
+    const Part p = place_of_part<W::kSumTokens>(n, h, parts);
     const size_t stride = size_t(3) * h * E;
     const bf16* k = qkv + size_t(p.sample) * n * stride + (size_t(h) + p.head) * E;
     const uint32_t stages = smem_u32(ring);
@@ -78,7 +78,7 @@ __device__ __forceinline__ void read_states(const bf16* qkv, const float* state,
     const uint32_t matrix = smem_u32(regions.take(2 * E * W::kPitch));
     float* totals = reinterpret_cast<float*>(regions.take(E * 4));
     const uint32_t stages = smem_u32(regions.take(kStages * kTile));
-    const Part p = place_of_part(n, h, parts);
+    const Part p = place_of_part<W::kRowTokens>(n, h, parts);
     const size_t stride = size_t(3) * h * E, rows = size_t(p.sample) * n;
     const bf16* q = qkv + rows * stride + size_t(p.head) * E;
     const int tiles = (p.end - p.first + W::kRowTokens - 1) / W::kRowTokens;
@@ -139,7 +139,7 @@ __device__ __forceinline__ void back_to_queries(const bf16* dy, const bf16* qkv,
     float* scales = reinterpret_cast<float*>(regions.take(2 * W::kSumTokens * 4));
     unsigned char* ring = regions.take(kStages * 3 * kTile);
     const uint32_t stages = smem_u32(ring);
-    const Part p = place_of_part(n, h, parts);
+    const Part p = place_of_part<W::kSumTokens>(n, h, parts);
     const size_t stride = size_t(3) * h * E, rows = size_t(p.sample) * n, plain = size_t(h) * E;
     const bf16* q = qkv + rows * stride + size_t(p.head) * E;
     const int tiles = (p.end - p.first + W::kSumTokens - 1) / W::kSumTokens;
@@ -147,9 +147,9 @@ __device__ __forceinline__ void back_to_queries(const bf16* dy, const bf16* qkv,
         if (tile < tiles) {
             const uint32_t to = stages + tile % kStages * 3 * kTile;
             const int first = p.first + tile * W::kSumTokens;
-            copy_rows<W::kSumTokens, E, 128>(to, q, stride, first, p.end);
-            copy_rows<W::kSumTokens, E, 128>(to + kTile, dy + rows * plain + size_t(p.head) * E, plain, first, p.end);
-            copy_rows<W::kSumTokens, E, 128>(to + 2 * kTile, y + rows * plain + size_t(p.head) * E, plain, first, p.end);
+            copy_rows<W::kSumTokens, E, 128, 1>(to, q, stride, first, p.end);
+            copy_rows<W::kSumTokens, E, 128, 1>(to + kTile, dy + rows * plain + size_t(p.head) * E, plain, first, p.end);
+            copy_rows<W::kSumTokens, E, 128, 1>(to + 2 * kTile, y + rows * plain + size_t(p.head) * E, plain, first, p.end);
         }
         cp_async_commit();
     };
@@ -215,7 +215,7 @@ __device__ __forceinline__ void back_to_queries(const bf16* dy, const bf16* qkv,
             });
         }
         __syncthreads();
-        store_rows<W::kSumTokens, E, 128>(dqkv + rows * stride + size_t(p.head) * E, stride, ys, first, p.end, threadIdx.x);
+        store_rows<W::kSumTokens, E, 128, 1>(dqkv + rows * stride + size_t(p.head) * E, stride, ys, first, p.end, threadIdx.x);
     }
     cp_async_wait<0>();
     sums.store(reinterpret_cast<float*>(ring),
@@ -232,7 +232,7 @@ __device__ __forceinline__ void back_to_keys(const bf16* qkv, const float* dstat
     const uint32_t matrix = smem_u32(regions.take(2 * E * W::kPitch));
     float* totals = reinterpret_cast<float*>(regions.take(E * 4));
     const uint32_t stages = smem_u32(regions.take(kStages * 2 * kTile));
-    const Part p = place_of_part(n, h, parts);
+    const Part p = place_of_part<W::kRowTokens>(n, h, parts);
     const size_t stride = size_t(3) * h * E, of_head = size_t(p.sample) * n * stride + (size_t(h) + p.head) * E;
     const size_t to_v = size_t(h) * E;
     const int tiles = (p.end - p.first + W::kRowTokens - 1) / W::kRowTokens;
@@ -289,19 +289,19 @@ __device__ __forceinline__ void back_to_keys(const bf16* qkv, const float* dstat
     cp_async_wait<0>();
 }
 
-extern "C" __global__ void __launch_bounds__(128, 2)
+extern "C" __global__ void __launch_bounds__(128, 3)
     linear_attention_mma_state_32(const T* qkv, float* partials, int n, int h, int map, int parts) {
     if_bf16<T>([&](auto b) { sum_states<32>(cast(b, qkv), partials, n, h, map, parts); });
 }
 KERNEL_EXPORT(linear_attention_mma_state_32);
 
-extern "C" __global__ void __launch_bounds__(128, 2)
+extern "C" __global__ void __launch_bounds__(128, 3)
     linear_attention_mma_state_64(const T* qkv, float* partials, int n, int h, int map, int parts) {
     if_bf16<T>([&](auto b) { sum_states<64>(cast(b, qkv), partials, n, h, map, parts); });
 }
 KERNEL_EXPORT(linear_attention_mma_state_64);
 
-extern "C" __global__ void __launch_bounds__(128, 2)
+extern "C" __global__ void __launch_bounds__(128, 3)
     linear_attention_mma_state_72(const T* qkv, float* partials, int n, int h, int map, int parts) {
     if_bf16<T>([&](auto b) { sum_states<72>(cast(b, qkv), partials, n, h, map, parts); });
 }

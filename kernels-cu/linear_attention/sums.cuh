@@ -2,16 +2,17 @@
 #pragma once
 #include "features.cuh"
 
-// Parts of a head's tokens, in whole tiles of 128.
+// Parts of a head's tokens, in whole tiles of kTokens.
 struct Part {
     int sample, head, first, end;
     size_t index;
     __device__ __forceinline__ size_t partial(int parts, int part) const { return index * parts + part; }
 };
 __device__ __forceinline__ int part_of_block(int h, int parts) { return int(blockIdx.x) / h % parts; }
-__device__ __forceinline__ Part place_of_part(int n, int h, int parts) {
+template <int kTokens> __device__ __forceinline__ Part place_of_part(int n, int h, int parts) {
     const int head = int(blockIdx.x) % h, part = part_of_block(h, parts), sample = int(blockIdx.x) / h / parts;
-    const int tiles = (n + 127) / 128, each = (tiles + parts - 1) / parts * 128, first = min(n, part * each);
+    const int tiles = (n + kTokens - 1) / kTokens, each = (tiles + parts - 1) / parts * kTokens;
+    const int first = min(n, part * each);
     return {sample, head, first, min(n, first + each), size_t(sample) * h + head};
 }
 

@@ -3,15 +3,20 @@
 use crate::generated::ln_modulate::{Dims, GpuBackward, GpuForward};
 use crate::launch::{Element, OrNull, Queue, Shape};
 use crate::launchers::ln_modulate::{
-    LnModulateBackward, LnModulateBackwardAny, LnModulateBackwardColumnsAny, LnModulateBackwardTable,
-    LnModulateForward, LnModulateForwardAny,
+    LnModulateBackward, LnModulateBackward1280, LnModulateBackwardAny, LnModulateBackwardColumnsAny,
+    LnModulateBackwardTable, LnModulateForward, LnModulateForwardAny,
 };
 
 /// Rows of a block, one for each of its warps.
 const WARPS: usize = 4;
-/// Blocks that share the sums of the backward pass: three on each multiprocessor of an H100 or H200. A constant, so that
+/// Blocks that share the sums of the backward pass: four on each multiprocessor of an H100 or H200. A constant, so that
 /// the order of the sums is the same on every device.
-const BLOCKS: usize = 396;
+const BLOCKS: usize = 528;
+/// Rows of x and of dy that a warp of the backward pass has in shared memory.
+const SLOTS: usize = 2;
+/// Threads that add partial sums, and those of a column, at the most.
+const SUM_THREADS: usize = 512;
+const SUM_GROUPS: usize = 16;
 
 /// Whether a warp can hold a row in registers, in aligned chunks.
 fn in_registers(d: usize) -> bool {
@@ -42,12 +47,20 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
     let Dims { b, n, c, d } = a.dims;
     let (dy, x, modulation, mean, rstd) = (a.dy, a.x, a.modulation, a.mean, a.rstd);
     let (shift, scale) = (a.params.shift, a.params.scale);
-    let splits = (BLOCKS / b).clamp(1, n.div_ceil(2 * WARPS));
+    let splits = (BLOCKS / b).clamp(1, n.div_ceil(WARPS));
     let partials = a.dmodulation.map(|_| queue.scratch::<f32>(b * splits * 2 * d)).transpose()?;
     if in_registers(d) {
         let (dx, partials) = (a.dx.or_null(), partials.or_null());
-        LnModulateBackward { dy, x, modulation, mean, rstd, dx, partials, n, c, d, scale, splits }
-            .launch(queue, Shape::new(b * splits, 32 * WARPS))?;
+        let width = d.next_multiple_of(128);
+        let rows = WARPS * SLOTS * 2 * width * size_of::<T>();
+        let shape = Shape::new(b * splits, 32 * WARPS).shared(&[4 * width, rows]);
+        if d <= 1152 {
+            LnModulateBackward { dy, x, modulation, mean, rstd, dx, partials, n, c, d, scale, splits }
+                .launch(queue, shape)?;
+        } else {
+            LnModulateBackward1280 { dy, x, modulation, mean, rstd, dx, partials, n, c, d, scale, splits }
+                .launch(queue, shape)?;
+        }
     } else {
         if let Some(dx) = a.dx {
             let rows = b * n;
@@ -60,6 +73,8 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
         }
     }
     let (Some(dmodulation), Some(partials)) = (a.dmodulation, partials) else { return Ok(()) };
-    LnModulateBackwardTable { partials: partials.read(), dmodulation, c, d, shift, scale, splits }
-        .launch(queue, Shape::new(b * c * d.div_ceil(32), 512))
+    // Eight partial sums a thread, unless there are too many.
+    let groups = (splits / 8).next_power_of_two().clamp(1, SUM_GROUPS);
+    LnModulateBackwardTable { partials: partials.read(), dmodulation, c, d, shift, scale, splits, groups }
+        .launch(queue, Shape::new(b * 2 * d.div_ceil(SUM_THREADS / groups), SUM_THREADS).dependent())
 }

@@ -1,7 +1,7 @@
 //! Which kernel takes which shape.
 
 use crate::attention::launch::{by_keys, by_queries, by_rows};
-use crate::attention::mma::{by_tiles, by_width, fits, own_rows, stage_bytes};
+use crate::attention::mma::{by_tiles, by_width, fits, stage_bytes, steps_of_block};
 use crate::generated::window_attention::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
 use crate::launch::{Element, Queue, Shape};
 use crate::launchers::window_attention::{
@@ -16,8 +16,11 @@ use crate::launchers::window_attention::{
 };
 use crate::ways::choose;
 
-/// Queries that a block of the ring walks over.
-const SEGMENT: usize = 1024;
+/// Queries of a step of the ring, and blocks of it that a multiprocessor holds.
+const STEP: usize = 64;
+const RINGS: usize = 3;
+/// Elements of a token's heads at the most: offsets in a ring have 32 bits.
+const WIDEST_TOKEN: usize = 1 << 22;
 
 /// Launches the forward pass.
 ///
@@ -29,23 +32,26 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
     // Farther than N is as far as N.
     let w = w.min(n);
     let way = choose(queue, T::TYPE, &a.dims, |way: ForwardWay| match way {
-        ForwardWay::MmaRing => fits(e) && e <= 72 && w <= 32,
+        ForwardWay::MmaRing => fits(e) && e <= 72 && w <= 32 && h * e <= WIDEST_TOKEN,
         ForwardWay::Mma64x64 => fits(e),
         ForwardWay::CudaCores => true,
     });
-    // Keys of a ring, and eight rows for each warp's results.
+    // No sum crosses queries, so the device may say how many a block walks over.
+    let places = RINGS * queue.properties().multiprocessors;
+    let segment = STEP * steps_of_block(n.div_ceil(STEP), b * h, places, 1, 1);
+    // Keys and values of a ring, queries of a step and its results.
     let ring = |rows, width| {
-        let keys = stage_bytes(rows, width);
-        Shape::new(n.div_ceil(SEGMENT) * b * h, 128).shared(&[keys, keys, own_rows(4, width)])
+        let (keys, own) = (stage_bytes(rows, width), stage_bytes(STEP, width));
+        Shape::new(n.div_ceil(segment) * b * h, 128).shared(&[keys, keys, own, own])
     };
     match way {
         ForwardWay::MmaRing if w <= 8 => {
             by_width!(e, queue, [32 => WindowAttentionForwardRing32E32, 64 => WindowAttentionForwardRing32E64; 72 => WindowAttentionForwardRing32E72],
-                { qkv, y, lse, n, w, h, e, scale }, |width| ring(144, width))
+                { qkv, y, lse, n, w, h, e, segment, scale }, |width| ring(144, width))
         }
         ForwardWay::MmaRing => {
             by_width!(e, queue, [32 => WindowAttentionForwardRing80E32, 64 => WindowAttentionForwardRing80E64; 72 => WindowAttentionForwardRing80E72],
-                { qkv, y, lse, n, w, h, e, scale }, |width| ring(192, width))
+                { qkv, y, lse, n, w, h, e, segment, scale }, |width| ring(192, width))
         }
         ForwardWay::Mma64x64 => {
             by_width!(e, queue, [32 => WindowAttentionForward64x64E32, 64 => WindowAttentionForward64x64E64, 72 => WindowAttentionForward64x64E72; 128 => WindowAttentionForward64x64E128],

@@ -15,6 +15,7 @@
 // meets it. Does not handle: windows that wrap, strides.
 #include "../common/ptx.cuh"
 #include "../common/mma_attention_backward.cuh"
+#include "ring.cuh"
 
 using namespace ptx;
 
@@ -25,7 +26,7 @@ struct Window {
     __device__ __forceinline__ Span queries(int first, int end) const { return keys(first, end); }
     __device__ __forceinline__ int query(int i) const { return i; }
     __device__ __forceinline__ int key(int j) const { return j; }
-    __device__ __forceinline__ bool sees(int i, int j) const { return i - j <= w && j - i <= w; }
+    __device__ __forceinline__ bool sees(int i, int j) const { return unsigned(j - i + w) <= 2 * unsigned(w); }
     __device__ __forceinline__ Cover cover(int i, int i_end, int j, int j_end) const {
         if (i - (j_end - 1) > w || j - (i_end - 1) > w) return Cover::None;
         return i_end - 1 - j <= w && j_end - 1 - i <= w ? Cover::All : Cover::Some;
@@ -143,50 +144,55 @@ extern "C" __global__ void __launch_bounds__(128, 2)
 KERNEL_EXPORT(window_attention_backward_kv_64x64_e128);
 
 // Windows of up to 8 or 32 tokens to each side: a warp's 16 queries meet at most 32 or 80 keys. A block walks over
-// kSegment queries of a head.
-constexpr int kSegment = 1024;
+// `segment` queries of a head, a multiple of 64.
 template <int kE, int kKeys, int kSize>
-PTX_FN void ring(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
-    const int segments = (n + kSegment - 1) / kSegment, block = int(blockIdx.x) / h;
-    const Place at = {block / segments, int(blockIdx.x) % h, block % segments * kSegment};
+PTX_FN void ring(const T* qkv, T* y, float* lse, int n, int w, int h, int e, int segment, float scale) {
+    const int segments = (n + segment - 1) / segment, block = int(blockIdx.x) / h;
+    const Place at = {block / segments, int(blockIdx.x) % h, block % segments * segment};
     mma_forward_ring<MmaTile<kE, 4, 1, kKeys>, kSize>(
         Window{n, w}, head_part(qkv, at, 0, 3, n, h, e), head_part(qkv, at, 1, 3, n, h, e),
         head_part(qkv, at, 2, 3, n, h, e), head_part(y, at, 0, 1, n, h, e),
-        lse + (size_t(at.sample) * h + at.head) * n, at.row0, min(n, at.row0 + kSegment), w, e, scale);
+        lse + (size_t(at.sample) * h + at.head) * n, at.row0, min(n, at.row0 + segment), w, e, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4)
-    window_attention_forward_ring32_e32(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
-    ring<32, 32, 144>(qkv, y, lse, n, w, h, e, scale);
+    window_attention_forward_ring32_e32(const T* qkv, T* y, float* lse, int n, int w, int h, int e, int segment,
+                                         float scale) {
+    ring<32, 32, 144>(qkv, y, lse, n, w, h, e, segment, scale);
 }
 KERNEL_EXPORT(window_attention_forward_ring32_e32);
 
 extern "C" __global__ void __launch_bounds__(128, 4)
-    window_attention_forward_ring32_e64(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
-    ring<64, 32, 144>(qkv, y, lse, n, w, h, e, scale);
+    window_attention_forward_ring32_e64(const T* qkv, T* y, float* lse, int n, int w, int h, int e, int segment,
+                                         float scale) {
+    ring<64, 32, 144>(qkv, y, lse, n, w, h, e, segment, scale);
 }
 KERNEL_EXPORT(window_attention_forward_ring32_e64);
 
 extern "C" __global__ void __launch_bounds__(128, 4)
-    window_attention_forward_ring32_e72(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
-    ring<72, 32, 144>(qkv, y, lse, n, w, h, e, scale);
+    window_attention_forward_ring32_e72(const T* qkv, T* y, float* lse, int n, int w, int h, int e, int segment,
+                                         float scale) {
+    ring<72, 32, 144>(qkv, y, lse, n, w, h, e, segment, scale);
 }
 KERNEL_EXPORT(window_attention_forward_ring32_e72);
 
 extern "C" __global__ void __launch_bounds__(128, 3)
-    window_attention_forward_ring80_e32(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
-    ring<32, 80, 192>(qkv, y, lse, n, w, h, e, scale);
+    window_attention_forward_ring80_e32(const T* qkv, T* y, float* lse, int n, int w, int h, int e, int segment,
+                                         float scale) {
+    ring<32, 80, 192>(qkv, y, lse, n, w, h, e, segment, scale);
 }
 KERNEL_EXPORT(window_attention_forward_ring80_e32);
 
 extern "C" __global__ void __launch_bounds__(128, 3)
-    window_attention_forward_ring80_e64(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
-    ring<64, 80, 192>(qkv, y, lse, n, w, h, e, scale);
+    window_attention_forward_ring80_e64(const T* qkv, T* y, float* lse, int n, int w, int h, int e, int segment,
+                                         float scale) {
+    ring<64, 80, 192>(qkv, y, lse, n, w, h, e, segment, scale);
 }
 KERNEL_EXPORT(window_attention_forward_ring80_e64);
 
 extern "C" __global__ void __launch_bounds__(128, 3)
-    window_attention_forward_ring80_e72(const T* qkv, T* y, float* lse, int n, int w, int h, int e, float scale) {
-    ring<72, 80, 192>(qkv, y, lse, n, w, h, e, scale);
+    window_attention_forward_ring80_e72(const T* qkv, T* y, float* lse, int n, int w, int h, int e, int segment,
+                                         float scale) {
+    ring<72, 80, 192>(qkv, y, lse, n, w, h, e, segment, scale);
 }
 KERNEL_EXPORT(window_attention_forward_ring80_e72);

@@ -224,7 +224,7 @@ def rows(model: Model, timer) -> Iterator[dict]:
                     compare = {"exact": exact, "ours": ours}
                 except Exception as error:  # Memory, or a wrong output: nothing of this size counts.
                     compare = {"failed": error}
-            for peer in ("eager", "compile"):
+            for peer in args.peer:
                 row = same | {"peer": f"PyTorch {peer}"}
                 try:
                     if "failed" in compare:
@@ -282,6 +282,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pixels", type=numbers, help="sides of images; 256 where not given, 64 of the small model")
     parser.add_argument("--batch", type=numbers, default=[2])
     parser.add_argument("--element", choices=["bf16", "f32"], default="bf16")
+    parser.add_argument("--peer", nargs="*", choices=["eager", "compile"], default=["eager", "compile"])
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--tiny", action="store_true", help="a model of two blocks, to check the program")
@@ -289,6 +290,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, help="folder for the weights; a temporary one where not given")
     parser.add_argument("--out", type=Path, help="rows are added to this file, too")
     args = parser.parse_args()
+    # By its whole path: a program's name alone would be looked for in PATH.
+    args.graft = args.graft and args.graft.resolve()
     args.pixels = args.pixels or [64 if args.tiny else 256]
     if args.work == "training" and args.kind != "dit":
         parser.error("training is measured of dit")
