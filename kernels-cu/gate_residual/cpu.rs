@@ -14,10 +14,8 @@ pub fn forward(a: Forward<'_, f32>) {
         vectorised(
             #[inline(always)]
             || {
-                // Of one length, so that no index is checked.
-                let (y, residual, branch) = (&mut y[..d], &residual[..d], &branch[..d]);
-                for i in 0..d {
-                    y[i] = gate[i].mul_add(branch[i], residual[i]);
+                for (((y, r), b), g) in y.iter_mut().zip(residual).zip(branch).zip(gate) {
+                    *y = g.mul_add(*b, *r);
                 }
             },
         );
