@@ -175,7 +175,8 @@ pub const KERNELS: &[&Kernel] = &[
     &gemm::GEMM_MMA_128X64_X,
     &gemm::GEMM_MMA_128X128_W,
     &gemm::GEMM_MMA_128X64_W,
-    &gemm::GEMM_BACKWARD_U8,
+    &gemm::GEMM_BACKWARD_SLOPES,
+    &gemm::GEMM_BACKWARD_BIAS,
     &gemm::GEMM_WGMMA_128X256,
     &gemm::GEMM_WGMMA_128X192,
     &gemm::GEMM_WGMMA_256X192,
@@ -6133,37 +6134,63 @@ pub mod gemm {
         }
     }
 
-    pub const GEMM_BACKWARD_U8: Kernel = Kernel { op: "gemm", source: "gemm_mma.cu", name: "gemm_backward_u8", arch: 80 };
+    pub const GEMM_BACKWARD_SLOPES: Kernel = Kernel { op: "gemm", source: "gemm_slopes.cu", name: "gemm_backward_slopes", arch: 80 };
 
-    /// Arguments of [`GEMM_BACKWARD_U8`].
-    pub struct GemmBackwardU8<T> {
+    /// Arguments of [`GEMM_BACKWARD_SLOPES`].
+    pub struct GemmBackwardSlopes<T> {
         pub dy: In<T>,
         pub pre: In<T>,
         pub gate: In<T>,
         pub du: Out<T>,
-        pub rows: usize,
-        pub n: usize,
+        pub bias_sums: Out<f32>,
+        pub gate_sums: Out<f32>,
+        pub length: usize,
+        pub parts: usize,
         pub f: usize,
         pub c: usize,
         pub gate_row: usize,
         pub act: usize,
     }
 
-    impl<T: Element> GemmBackwardU8<T> {
+    impl<T: Element> GemmBackwardSlopes<T> {
         pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
             let args = [
                 Arg::Address(self.dy.address()),
                 Arg::Address(self.pre.address()),
                 Arg::Address(self.gate.address()),
                 Arg::Address(self.du.address()),
-                int(queue, &GEMM_BACKWARD_U8, "rows", self.rows)?,
-                int(queue, &GEMM_BACKWARD_U8, "n", self.n)?,
-                int(queue, &GEMM_BACKWARD_U8, "f", self.f)?,
-                int(queue, &GEMM_BACKWARD_U8, "c", self.c)?,
-                int(queue, &GEMM_BACKWARD_U8, "gate_row", self.gate_row)?,
-                int(queue, &GEMM_BACKWARD_U8, "act", self.act)?,
+                Arg::Address(self.bias_sums.address()),
+                Arg::Address(self.gate_sums.address()),
+                int(queue, &GEMM_BACKWARD_SLOPES, "length", self.length)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "parts", self.parts)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "f", self.f)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "c", self.c)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "gate_row", self.gate_row)?,
+                int(queue, &GEMM_BACKWARD_SLOPES, "act", self.act)?,
             ];
-            queue.launch(&Launch { kernel: &GEMM_BACKWARD_U8, element: T::TYPE, shape, args: &args })
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_SLOPES, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GEMM_BACKWARD_BIAS: Kernel = Kernel { op: "gemm", source: "gemm_slopes.cu", name: "gemm_backward_bias", arch: 80 };
+
+    /// Arguments of [`GEMM_BACKWARD_BIAS`].
+    pub struct GemmBackwardBias<T> {
+        pub sums: In<f32>,
+        pub to: Out<T>,
+        pub pieces: usize,
+        pub f: usize,
+    }
+
+    impl<T: Element> GemmBackwardBias<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.sums.address()),
+                Arg::Address(self.to.address()),
+                int(queue, &GEMM_BACKWARD_BIAS, "pieces", self.pieces)?,
+                int(queue, &GEMM_BACKWARD_BIAS, "f", self.f)?,
+            ];
+            queue.launch(&Launch { kernel: &GEMM_BACKWARD_BIAS, element: T::TYPE, shape, args: &args })
         }
     }
 

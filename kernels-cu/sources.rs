@@ -133,6 +133,7 @@ pub fn operator(op: &str) -> &'static [File] {
         "gemm" => &[
             ("gemm.cu", include_str!("gemm/gemm.cu")),
             ("gemm_mma.cu", include_str!("gemm/gemm_mma.cu")),
+            ("gemm_slopes.cu", include_str!("gemm/gemm_slopes.cu")),
             ("gemm_sm90.cu", include_str!("gemm/gemm_sm90.cu")),
         ],
         "gemm_fp8" => &[

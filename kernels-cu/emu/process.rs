@@ -2,6 +2,7 @@
 
 use std::io::{self, Read};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ pub struct Finished {
 /// When it cannot be started or waited for.
 pub fn run(command: &mut Command, limit: Duration) -> io::Result<Finished> {
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
+    let (stdout, stderr) = (child.stdout.take().map(Reader::start), child.stderr.take().map(Reader::start));
     let start = Instant::now();
     let mut pause = Duration::from_millis(1);
     let status = loop {
@@ -37,18 +38,42 @@ pub fn run(command: &mut Command, limit: Duration) -> io::Result<Finished> {
         sleep(pause);
         pause = (2 * pause).min(Duration::from_millis(20));
     };
-    let text = |reader: Option<JoinHandle<String>>| reader.and_then(|r| r.join().ok()).unwrap_or_default();
+    // Programs that it started may outlive it and hold its streams open: nobody waits for those.
+    let until = Instant::now() + if status.is_some() { LINGER } else { Duration::from_millis(100) };
+    let text = |reader: Option<Reader>| reader.map(|r| r.text(until)).unwrap_or_default();
     Ok(Finished { status, stdout: text(stdout), stderr: text(stderr) })
 }
 
+/// Longest wait for the rest of what a program wrote, after its end.
+const LINGER: Duration = Duration::from_secs(5);
+
 /// Reads in a thread of its own, so that a full pipe stops nobody.
-fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<String> {
-    spawn(move || {
-        let mut bytes = Vec::new();
-        // What was read before an error is still worth showing.
-        let _ = from.read_to_end(&mut bytes);
-        String::from_utf8_lossy(&bytes).into_owned()
-    })
+struct Reader {
+    read: Arc<Mutex<Vec<u8>>>,
+    thread: JoinHandle<()>,
+}
+
+impl Reader {
+    fn start(mut from: impl Read + Send + 'static) -> Reader {
+        let read = Arc::new(Mutex::new(Vec::new()));
+        let kept = read.clone();
+        let thread = spawn(move || {
+            let mut piece = [0; 1 << 14];
+            // What was read before an error is still worth showing.
+            while let Ok(n @ 1..) = from.read(&mut piece) {
+                kept.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&piece[..n]);
+            }
+        });
+        Reader { read, thread }
+    }
+
+    /// Everything up to the end of the stream, or what has come by then.
+    fn text(self, until: Instant) -> String {
+        while !self.thread.is_finished() && Instant::now() < until {
+            sleep(Duration::from_millis(1));
+        }
+        String::from_utf8_lossy(&self.read.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
 }
 
 #[cfg(test)]
@@ -69,5 +94,13 @@ mod tests {
     fn a_program_that_takes_too_long_is_ended() {
         let done = shell("echo begun; exec sleep 60", Duration::from_millis(300));
         assert!(done.status.is_none() && done.stdout == "begun\n", "{done:?}");
+    }
+
+    #[test]
+    fn what_it_left_running_holds_nobody() {
+        let begun = Instant::now();
+        let done = shell("echo begun; sleep 60 & sleep 60", Duration::from_millis(300));
+        assert!(done.status.is_none() && done.stdout == "begun\n", "{done:?}");
+        assert!(begun.elapsed() < Duration::from_secs(20));
     }
 }

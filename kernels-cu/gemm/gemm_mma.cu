@@ -92,28 +92,3 @@ extern "C" __global__ void __launch_bounds__(128, 3)
     multiply<Mma<128, 64, true, true>>({du, size_t(f), f}, {x, size_t(k), k}, rows, part, Plain{dw, partials, f, k});
 }
 KERNEL_EXPORT(gemm_mma_128x64_w);
-
-// The gradient of u, 8 neighbours a thread: du = dy·gate·act'(pre).
-extern "C" __global__ void __launch_bounds__(256)
-    gemm_backward_u8(const T* dy, const T* pre, const T* gate, T* du, int rows, int n, int f, int c, int gate_row,
-                     int act) {
-    const int chunks = f / 8;
-    for (size_t i = grid_thread(); i < size_t(rows) * chunks; i += grid_threads()) {
-        const int row = int(i / chunks), column = int(i % chunks) * 8;
-        const size_t at = size_t(row) * f + column;
-        float v[8], more[8];
-        load8(v, dy + at);
-        if (act) {
-            load8(more, pre + at);
-#pragma unroll
-            for (int e = 0; e < 8; e++) v[e] *= act == 1 ? gelu(more[e]).slope : silu(more[e]).slope;
-        }
-        if (gate) {
-            load8_kept(more, gate + (size_t(row / n) * c + gate_row) * f + column);
-#pragma unroll
-            for (int e = 0; e < 8; e++) v[e] *= more[e];
-        }
-        store8(du + at, v);
-    }
-}
-KERNEL_EXPORT(gemm_backward_u8);

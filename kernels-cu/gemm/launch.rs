@@ -1,14 +1,12 @@
 //! Which kernel takes which shape.
 
+mod slopes;
 mod split;
 mod tensor;
 
 use crate::generated::gemm::{BackwardWay, Dims, ForwardWay, GpuBackward, GpuForward};
 use crate::launch::{Element, In, OrNull, Out, Queue, Shape};
-use crate::launchers::gemm::{
-    GemmBackwardAdd, GemmBackwardColumns, GemmBackwardGate, GemmBackwardPos, GemmBackwardU, GemmBackwardU8,
-    GemmBackwardW, GemmBackwardX, GemmForward,
-};
+use crate::launchers::gemm::{GemmBackwardAdd, GemmBackwardPos, GemmBackwardW, GemmBackwardX, GemmForward};
 use crate::ways;
 
 /// Rows and columns of a block's results.
@@ -70,19 +68,7 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
     let (rows, gate_row, act, round) = (b * n, a.params.gate_row, a.params.act, usize::from(a.params.bf16));
     let takes = |way| way == BackwardWay::CudaCores || tensor::fits(&a.dims, &a.params);
     let way = ways::choose(queue, T::TYPE, &a.dims, takes);
-    let (dy, pre, gate) = (a.dy, a.pre.or_null(), a.gate.or_null());
-    let du = if (act != 0 || a.gate.is_some()) && (a.dx.is_some() || a.dw.is_some()) {
-        let du = queue.scratch::<T>(rows * f)?;
-        if way == BackwardWay::CudaCores {
-            GemmBackwardU { dy, pre, gate, du, rows, n, f, c, gate_row, act }.launch(queue, elementwise(rows * f))?;
-        } else {
-            GemmBackwardU8 { dy, pre, gate, du, rows, n, f, c, gate_row, act }
-                .launch(queue, elementwise(rows * f / 8))?;
-        }
-        du.read()
-    } else {
-        dy
-    };
+    let du = slopes::slopes(queue, &a)?;
     if let Some(dx) = a.dx {
         if way == BackwardWay::CudaCores {
             GemmBackwardX { du, w: a.w, dx, rows, k, f, round }.launch(queue, Shape::new(tiles(rows, k), 128))?;
@@ -97,24 +83,9 @@ pub fn backward<T: Element, Q: Queue>(queue: &mut Q, a: GpuBackward<T>) -> Resul
             tensor::backward_w(queue, [du, a.x], dw, [rows, k, f], way)?;
         }
     }
-    if let Some(dbias) = a.dbias {
-        let parts = parts(f.div_ceil(32), rows);
-        let partials = queue.scratch::<f32>(parts * f)?;
-        GemmBackwardColumns { dy, pre, gate, partials, length: rows, parts, n, f, c, gate_row, act, of_u: 0 }
-            .launch(queue, Shape::new(f.div_ceil(32) * parts, 128))?;
-        GemmBackwardAdd { partials: partials.read(), to: dbias, count: f as u64, parts }
-            .launch(queue, elementwise(f))?;
-    }
     if let Some(dpos) = a.dpos {
+        let (dy, pre, gate) = (a.dy, a.pre.or_null(), a.gate.or_null());
         GemmBackwardPos { dy, pre, gate, dpos, b, n, f, c, gate_row, act }.launch(queue, elementwise(n * f))?;
-    }
-    if let Some(dgate) = a.dgate {
-        let parts = parts(b * f.div_ceil(32), n);
-        let partials = queue.scratch::<f32>(b * parts * f)?;
-        GemmBackwardColumns { dy, pre, gate, partials, length: n, parts, n, f, c, gate_row, act, of_u: 1 }
-            .launch(queue, Shape::new(f.div_ceil(32) * b * parts, 128))?;
-        GemmBackwardGate { partials: partials.read(), dgate, b, c, f, gate_row, parts }
-            .launch(queue, elementwise(b * c * f))?;
     }
     Ok(())
 }

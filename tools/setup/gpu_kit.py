@@ -6,7 +6,7 @@
 
 The program is stripped; `graft.cubins` lies beside it, where it looks for it.  The rest has its place in the repository:
 recorded probes, contracts, targets, peers and Triton twins for a python3 (or GRAFT_PYTHON) with PyTorch and Triton.
-`--without-building` takes program and archive as they are.
+`--target sm_90a` leaves out the kernels of other devices; `--without-building` takes program and archive as they are.
 """
 
 import argparse
@@ -51,21 +51,23 @@ def carry(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the kit goes")
+    parser.add_argument("--target", help="kernels of one kind of device alone, as sm_90a")
     parser.add_argument("--without-building", action="store_true")
     args = parser.parse_args()
     folder = args.folder
     if not args.without_building:
         run("cargo", "build", "--release", "-p", "graft-engine", "--bin", "graft")
         run(sys.executable, "tools/setup/cuda_compiler.py")
-        run("cargo", "xtask", "cubins")
-    built = ROOT / "target/release"
-    if missing := [name for name in ("graft", "graft.cubins") if not (built / name).is_file()]:
-        sys.exit(f"gpu_kit.py: no {' and no '.join(missing)} in {built}; leave out --without-building")
+        run("cargo", "xtask", "cubins", *(["--target", args.target] if args.target else []))
+    archive = f"target/{args.target}.cubins" if args.target else "target/release/graft.cubins"
+    made = {"graft": ROOT / "target/release/graft", "graft.cubins": ROOT / archive}
+    if missing := [str(path) for path in made.values() if not path.is_file()]:
+        sys.exit(f"gpu_kit.py: no {' and no '.join(missing)}; leave out --without-building")
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    for name in ("graft", "graft.cubins"):
-        shutil.copy2(built / name, folder / name)
+    for name, path in made.items():
+        shutil.copy2(path, folder / name)
     if shutil.which("strip"):
         run("strip", str((folder / "graft").resolve()))
     carry(folder)

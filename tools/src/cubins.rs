@@ -15,22 +15,39 @@ pub mod archive;
 /// Where the archive goes: beside the program that `cargo build --release` makes.
 pub const PLACE: &str = "target/release/graft.cubins";
 
+/// What an archive holds; everything where nothing is said.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Choice<'a> {
+    /// One operator.
+    pub op: Option<&'a str>,
+    /// One target, as `sm_90a`: such an archive goes to [`Choice::place`], not beside the program.
+    pub target: Option<&'a str>,
+}
+
+impl Choice<'_> {
+    /// Path of the archive below the root.
+    pub fn place(&self) -> String {
+        self.target.map_or(PLACE.to_string(), |t| format!("target/{t}.cubins"))
+    }
+}
+
 /// One compilation.
 struct Job {
     key: Key,
     text: String,
 }
 
-/// Compiles the sources of every operator (or of one) for every element and target, and writes the archive. Gives its
-/// path and what is in it.
+/// Compiles the sources of every operator for every element and target, as far as they are chosen, and writes the
+/// archive. Gives its path and what is in it.
 ///
 /// # Errors
 /// When there is no compiler, a source does not compile, or the file cannot be written.
-pub fn write(root: &Path, only: Option<&str>) -> Result<(PathBuf, String), String> {
+pub fn write(root: &Path, choice: Choice<'_>) -> Result<(PathBuf, String), String> {
     let nvcc = Nvcc::find(root)?;
-    let jobs = jobs(root, only)?;
+    let mut jobs = jobs(root, choice.op)?;
+    jobs.retain(|job| choice.target.is_none_or(|t| job.key.target == t));
     if jobs.is_empty() {
-        return Err("no such operator has CUDA sources".to_string());
+        return Err(format!("no such operator has CUDA sources for such a target: {choice:?}"));
     }
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Vec::new());
@@ -55,7 +72,7 @@ pub fn write(root: &Path, only: Option<&str>) -> Result<(PathBuf, String), Strin
         entries.push((job.key, archive::digest(job.text.as_bytes()), code?));
     }
     let bytes = archive::write(nvcc.toolkit()?, &entries);
-    let path = root.join(PLACE);
+    let path = root.join(choice.place());
     let unfinished = path.with_extension("tmp");
     let failed = |e: std::io::Error| format!("{}: {e}", path.display());
     std::fs::create_dir_all(path.parent().unwrap_or(root)).map_err(failed)?;

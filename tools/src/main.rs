@@ -1,5 +1,6 @@
 //! `cargo xtask`: developer commands.
 
+use graft_tools::cubins::Choice;
 use graft_tools::{codegen, cubins, new_op, nvcc, results, tidy};
 use std::path::Path;
 use std::process::ExitCode;
@@ -7,6 +8,7 @@ use std::process::ExitCode;
 const USAGE: &str = "usage: cargo xtask COMMAND
   codegen   write the files that follow from kernels-cu/*/op.toml
   cubins    compile every CUDA source ahead of time into target/release/graft.cubins (--only OP: those of one operator)
+            (--target sm_90a: for one kind of device alone, into target/sm_90a.cubins)
   kernels   compile every CUDA source and write the table of its resources
   new-op OP a new operator that works, to be turned into the one that is wanted
   results   write the tables of measurements of README.md and docs/results.md from benches/results
@@ -18,8 +20,9 @@ fn main() -> ExitCode {
     let root = codegen::workspace_root();
     let outcome = match words.as_slice() {
         ["codegen"] => write_generated(&root),
-        ["cubins"] => write_cubins(&root, None),
-        ["cubins", "--only", op] => write_cubins(&root, Some(op)),
+        ["cubins"] => write_cubins(&root, Choice::default()),
+        ["cubins", "--only", op] => write_cubins(&root, Choice { op: Some(op), target: None }),
+        ["cubins", "--target", target] => write_cubins(&root, Choice { op: None, target: Some(target) }),
         ["kernels"] => write_resources(&root),
         ["new-op", name] => write_operator(&root, name),
         ["results"] => write_results(&root),
@@ -63,8 +66,8 @@ fn write_resources(root: &Path) -> Result<(), String> {
     Ok(())
 }
 
-fn write_cubins(root: &Path, only: Option<&str>) -> Result<(), String> {
-    let (path, content) = cubins::write(root, only)?;
+fn write_cubins(root: &Path, choice: Choice<'_>) -> Result<(), String> {
+    let (path, content) = cubins::write(root, choice)?;
     println!("wrote {}: {content}", path.display());
     Ok(())
 }

@@ -5,6 +5,8 @@ mod builder;
 mod linear;
 pub mod lora;
 pub mod operators;
+mod rows;
 
 pub use builder::{Builder, Init, Scheme};
 pub use linear::{Epilogue, Linear};
+pub use rows::{Rows, Rule};

@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-# The folder is a package, whichever way it is started.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The folder is a package, whichever way it is started; its own files would hide libraries and twins of their names.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
 
 from gpu import attention, convolutions, pointwise, products, scans  # noqa: E402, F401
 from gpu.base import REGISTRY, Context, torch  # noqa: E402

@@ -109,6 +109,7 @@ class Bench:
         """A function that does the work, after what it gives was compared; and the largest error."""
         ours = dict(tensors)
         forward, back = ERRORS[self.element]
+        self.wait()
         if work == "forward":
             with torch.no_grad():
                 call = peer.make(ours, case, self.context)
@@ -128,6 +129,7 @@ class Bench:
                 y = peer.make(ours, case, self.context)()
                 call = lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
                 got, bound = {f"d{n}": g for n, g in zip(graded, call(), strict=True)}, max(peer.error or 0.0, back)
+        self.wait()
         worst = 0.0
         for name, value in got.items():
             error = relative(value, want[name])
@@ -136,6 +138,11 @@ class Bench:
                 raise CannotRun(f"wrong: {name} is off by {error:.1e}, at most {bound:.0e} is allowed")
             worst = max(worst, error)
         return call, worst
+
+    def wait(self) -> None:
+        """Until all streams are done: one reads what another made."""
+        if self.context.device != "cpu":
+            torch.cuda.synchronize()
 
     def measured(self, case, work: str, call, cold: bool) -> dict:
         """The times of a call, and what it moves."""

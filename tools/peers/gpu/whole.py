@@ -289,6 +289,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, help="folder for the weights; a temporary one where not given")
     parser.add_argument("--out", type=Path, help="rows are added to this file, too")
     args = parser.parse_args()
+    # By its whole path: a program's name alone would be looked for in PATH.
+    args.graft = args.graft and args.graft.resolve()
     args.pixels = args.pixels or [64 if args.tiny else 256]
     if args.work == "training" and args.kind != "dit":
         parser.error("training is measured of dit")

@@ -59,6 +59,8 @@ pub struct Step {
     pub limit: Duration,
     /// A step that must have passed: a time counts only where the check did.
     pub after: Option<String>,
+    /// It may run beside its neighbours: nothing in it is timed.
+    pub beside: bool,
     /// File for the lines of JSON that it prints. A peer adds its rows to its own file as they come.
     pub rows: Option<&'static str>,
     /// Why it cannot run on this machine.
@@ -75,6 +77,7 @@ impl Step {
             // Long enough for a slow start, short enough that one step that hangs does not take all.
             limit: Duration::from_secs((4 * expected).max(30)),
             after: None,
+            beside: false,
             rows: None,
             missing: None,
         }
@@ -82,6 +85,11 @@ impl Step {
 
     fn after(mut self, name: String) -> Step {
         self.after = Some(name);
+        self
+    }
+
+    fn beside(mut self) -> Step {
+        self.beside = true;
         self
     }
 
@@ -118,6 +126,9 @@ const FIRST: [&str; 9] = [
     "gemm_fp8",
     "adamw",
 ];
+
+/// Operators with so many or such large cases that their measurements take longest.
+const WITH_LARGE_CASES: [&str; 5] = ["attention", "gemm", "gated_conv", "cross_attention", "conv2d"];
 
 /// Operators that `tools/peers/gpu` has peers of.
 const WITH_PEERS: [&str; 27] = [
@@ -164,7 +175,7 @@ const OURS: [(&str, u64, &str); 6] = [
 const THEIRS: [(&str, u64, &str); 4] = [
     ("dit_forward", 60, "dit --work forward --pixels 256,512 --batch 2,64"),
     ("dit_training", 60, "dit --work training --pixels 256 --batch 256"),
-    ("pixart_forward", 90, "pixart --work forward --pixels 2048 --batch 2 --grafted 0,50,100"),
+    ("pixart_forward", 90, "pixart --work forward --pixels 2048 --batch 2"),
     ("pixart_sizes", 90, "pixart --work forward --pixels 512,1024,4096 --batch 2"),
 ];
 
@@ -182,7 +193,7 @@ pub fn steps(probes: &Path, peers: &Path) -> Result<Vec<Step>> {
     steps.push(replay.missing(none.then(|| format!("no recorded probes in {folder}"))));
     for op in &ops {
         let command = ["graft", "op", "run", op, "--backend", "cuda", "--element", working(op)];
-        steps.push(Step::new(Stage::Conformance, op, 3, &command));
+        steps.push(Step::new(Stage::Conformance, op, 3, &command).beside());
     }
     let check = |op: &str| format!("{}/{op}", Stage::Conformance.name());
     for op in &ops {
@@ -190,7 +201,8 @@ pub fn steps(probes: &Path, peers: &Path) -> Result<Vec<Step>> {
             &["graft", "--json", "bench", "op", op, "--backend", "cuda"][..],
             &["--element", working(op), "--cold", "--gflop", "1e6"],
         ];
-        steps.push(Step::new(Stage::Operators, op, 4, &command.concat()).after(check(op)).rows(OPERATORS));
+        let seconds = if WITH_LARGE_CASES.contains(op) { 45 } else { 6 };
+        steps.push(Step::new(Stage::Operators, op, seconds, &command.concat()).after(check(op)).rows(OPERATORS));
     }
     let (python, program) = (python(), peers.display().to_string());
     let absent = match (peers.join("__main__.py").is_file(), on_path(&python)) {
@@ -232,9 +244,9 @@ pub fn steps(probes: &Path, peers: &Path) -> Result<Vec<Step>> {
         steps.push(Step::new(Stage::Tune, op, 10, &tune).after(check(op)).rows(TUNED));
     }
     let sanitizer = on_path("compute-sanitizer");
-    for op in ops.iter().filter(|op| working(op) == "bf16") {
+    for op in ops.iter().filter(|op| working(op) == "bf16" && computes_in(op, "f32")) {
         let command = ["graft", "op", "run", op, "--backend", "cuda", "--element", "f32"];
-        steps.push(Step::new(Stage::Rest, &format!("f32 {op}"), 3, &command));
+        steps.push(Step::new(Stage::Rest, &format!("f32 {op}"), 3, &command).beside());
     }
     for op in ops.iter().take(FIRST.len()) {
         let command = ["compute-sanitizer", "--error-exitcode", "1", "graft", "op", "run", op, "--backend", "cuda"];
@@ -246,8 +258,12 @@ pub fn steps(probes: &Path, peers: &Path) -> Result<Vec<Step>> {
 
 /// The type that an operator's kernels are for: bf16 where they have it.
 fn working(op: &str) -> &'static str {
-    let bf16 = contracts::OPS.iter().any(|o| o.name == op && o.elements.iter().any(|e| e.name() == "bf16"));
-    if bf16 { "bf16" } else { "f32" }
+    if computes_in(op, "bf16") { "bf16" } else { "f32" }
+}
+
+/// Whether an operator has kernels of a type.
+fn computes_in(op: &str, element: &str) -> bool {
+    contracts::OPS.iter().any(|o| o.name == op && o.elements.iter().any(|e| e.name() == element))
 }
 
 /// The Python of the peers: that of `GRAFT_PYTHON`, else the machine's own.

@@ -11,10 +11,18 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+/// Most checks at a time.
+const BESIDE: usize = 12;
 
 /// What was done, a line a step.
 const LOG: &str = "raw/battery.jsonl";
+
+/// What steps that failed wrote, a file each.
+const FAILED: &str = "raw/failed";
 
 /// Messages of compute-sanitizer that say it cannot work with the device: no finding about a kernel.
 const UNSUPPORTED: [&str; 2] = ["Device not supported", "not supported on this device"];
@@ -22,38 +30,50 @@ const UNSUPPORTED: [&str; 2] = ["Device not supported", "not supported on this d
 /// Runs what is not done yet.
 pub fn battery(steps: &[Step], folder: &Path, time: Duration) -> Result<()> {
     atomic::ensure_writable_dir(&folder.join(RAW))?;
+    atomic::ensure_writable_dir(&folder.join(FAILED))?;
     let watch = Watch::start();
     let log = folder.join(LOG);
     let mut done = finished(&log)?;
     let mut log = JsonLog::resume(&log, u64::MAX)?;
     let begun = Instant::now();
     let (mut failed, mut skipped) = (0, 0);
-    for step in steps {
-        if done.get(&step.name).is_some_and(|v| v == "ok") {
-            out::line(format!("{:<32} ok (before)", step.name))?;
-            continue;
-        }
-        let left = time.saturating_sub(begun.elapsed());
-        let outcome = match reason(step, &done, left) {
-            Some(why) => Outcome { verdict: "skip", note: why, seconds: 0.0, rows: Vec::new() },
-            None => start(step, folder, step.limit.min(left))?,
-        };
-        let state = watch.as_ref().map_or(Value::Null, Watch::since);
-        failed += usize::from(outcome.verdict == "fail");
-        skipped += usize::from(outcome.verdict == "skip");
-        out::line(format!("{:<32} {} {:.1} s {}", step.name, outcome.verdict, outcome.seconds, outcome.note))?;
-        // A row of a step that failed is no result.
-        if let (Some(file), "ok") = (step.rows, outcome.verdict) {
-            let mut rows = JsonLog::resume(&folder.join(file), u64::MAX)?;
-            for mut row in outcome.rows {
-                row["gpu"] = state.clone();
-                rows.append(&row)?;
+    // Checks run side by side: they have no times. Everything else has the GPU to itself.
+    for group in steps.chunk_by(|a, b| a.beside && b.beside) {
+        let mut chosen = Vec::new();
+        for step in group {
+            match done.get(&step.name) {
+                Some(verdict) if verdict == "ok" => out::line(format!("{:<32} ok (before)", step.name))?,
+                _ => chosen.push(step),
             }
         }
-        let Outcome { verdict, note, seconds, .. } = outcome;
-        let record = json!({ "step": step.name, "verdict": verdict, "seconds": seconds, "note": note, "gpu": state });
-        log.append(&record)?;
-        done.insert(step.name.clone(), verdict.to_string());
+        let left = time.saturating_sub(begun.elapsed());
+        let outcomes = side_by_side(&chosen, |step| match reason(step, &done, left) {
+            Some(why) => Ok(Outcome::without("skip", why, 0.0)),
+            None => start(step, folder, step.limit.min(left)),
+        });
+        let state = watch.as_ref().map_or(Value::Null, Watch::since);
+        for (step, outcome) in chosen.into_iter().zip(outcomes) {
+            let Outcome { verdict, note, said, seconds, rows } = outcome?;
+            failed += usize::from(verdict == "fail");
+            skipped += usize::from(verdict == "skip");
+            out::line(format!("{:<32} {verdict} {seconds:.1} s {note}", step.name))?;
+            if verdict == "fail" && !said.is_empty() {
+                let file = folder.join(FAILED).join(format!("{}.txt", step.name.replace(['/', ' '], "-")));
+                atomic::write_bytes(&file, said.as_bytes())?;
+            }
+            // A row of a step that failed is no result.
+            if let (Some(file), "ok") = (step.rows, verdict) {
+                let mut kept = JsonLog::resume(&folder.join(file), u64::MAX)?;
+                for mut row in rows {
+                    row["gpu"] = state.clone();
+                    kept.append(&row)?;
+                }
+            }
+            let record =
+                json!({ "step": step.name, "verdict": verdict, "seconds": seconds, "note": note, "gpu": state });
+            log.append(&record)?;
+            done.insert(step.name.clone(), verdict.to_string());
+        }
     }
     out::line(format!("{} steps, {failed} failed, {skipped} skipped; in {}", steps.len(), folder.display()))?;
     if failed == 0 { Ok(()) } else { Err(Error::failure("gpu", format!("{failed} steps failed"))) }
@@ -62,8 +82,36 @@ pub fn battery(steps: &[Step], folder: &Path, time: Duration) -> Result<()> {
 struct Outcome {
     verdict: &'static str,
     note: String,
+    /// All that it wrote.
+    said: String,
     seconds: f64,
     rows: Vec<Value>,
+}
+
+impl Outcome {
+    /// One that wrote nothing.
+    fn without(verdict: &'static str, note: String, seconds: f64) -> Outcome {
+        Outcome { verdict, note, said: String::new(), seconds, rows: Vec::new() }
+    }
+}
+
+/// Does `work` for every step, at most [`BESIDE`] at a time and one a core; what came of each, in their order.
+fn side_by_side<T: Send>(steps: &[&Step], work: impl Fn(&Step) -> T + Sync) -> Vec<T> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..BESIDE.min(cores).min(steps.len()) {
+            scope.spawn(|| loop {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some(step) = steps.get(at) else { break };
+                let outcome = work(step);
+                found.lock().unwrap_or_else(PoisonError::into_inner).push((at, outcome));
+            });
+        }
+    });
+    let mut found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    found.sort_by_key(|(at, _)| *at);
+    found.into_iter().map(|(_, outcome)| outcome).collect()
 }
 
 /// Last verdict of every step of the runs before.
@@ -97,23 +145,18 @@ fn start(step: &Step, folder: &Path, limit: Duration) -> Result<Outcome> {
     let begun = Instant::now();
     let Finished { status, stdout, stderr } = process::run(&mut command, limit).map_err(failed)?;
     let seconds = begun.elapsed().as_secs_f64();
-    let said = || [&stdout, &stderr].into_iter().flat_map(|t| t.lines()).rfind(|l| !l.trim().is_empty());
-    let note = said().unwrap_or_default().trim().to_string();
+    let said = format!("{stdout}{stderr}");
+    let note = said.lines().rfind(|l| !l.trim().is_empty()).unwrap_or_default().trim().to_string();
     let verdict = match status {
         None => {
-            return Ok(Outcome {
-                verdict: "fail",
-                note: format!("took longer than {limit:.0?}"),
-                seconds,
-                rows: Vec::new(),
-            });
+            return Ok(Outcome { said, ..Outcome::without("fail", format!("took longer than {limit:.0?}"), seconds) });
         }
         Some(status) if status.success() => "ok",
         Some(_) if UNSUPPORTED.iter().any(|u| stdout.contains(u) || stderr.contains(u)) => "skip",
         Some(_) => "fail",
     };
     let rows = stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).filter(Value::is_object).collect();
-    Ok(Outcome { verdict, note, seconds, rows })
+    Ok(Outcome { verdict, note, said, seconds, rows })
 }
 
 #[cfg(test)]
@@ -131,6 +174,7 @@ mod tests {
             limit: Duration::from_millis(400),
             after: None,
             rows: Some("rows.jsonl"),
+            beside: name == "good" || name == "bad",
             missing: None,
         }
     }

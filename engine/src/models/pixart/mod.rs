@@ -31,7 +31,7 @@ use crate::error::{Error, Result};
 use crate::models::dit::FREQUENCIES;
 use crate::models::sites::Observer;
 use crate::nn::operators::{Operator, Site};
-use crate::nn::{Builder, Init, Linear, Scheme};
+use crate::nn::{Builder, Init, Linear, Rows, Rule, Scheme};
 use crate::ops::{act, contracts, sinusoid};
 use crate::tensor::{Device, Tensor};
 use block::{Block, Shared};
@@ -111,6 +111,7 @@ pub struct PixArt {
     /// Grid that the operators are built for, and positions of the grid that was used last.
     grid: [usize; 2],
     positions: Mutex<Option<([usize; 2], Tensor)>>,
+    rows: Rows,
 }
 
 impl PixArt {
@@ -228,6 +229,7 @@ impl PixArt {
             final_table,
             grid,
             positions,
+            rows: Rows::default(),
         };
         for layer in model.micro.iter().flat_map(|micro| micro.size.iter().chain(&micro.aspect)) {
             for id in [Some(layer.weight), layer.bias].into_iter().flatten() {
@@ -334,7 +336,7 @@ impl PixArt {
         watch: Option<&mut Watch<'_>>,
     ) -> Result<Var> {
         let look = watch.map_or(Look::Nobody, Look::Blocks);
-        self.run(g, x, &moments.at(g, index, x.dim(0))?, keys, run, look)
+        self.run(g, x, &moments.at(g, &self.rows, index, x.dim(0))?, keys, run, look)
     }
 
     /// The timesteps `t [B]` of a batch.
@@ -377,10 +379,8 @@ impl PixArt {
         let mut h = self.embed(g, &tokens, &Var::constant(self.positions(&device, grid)?))?;
 
         let (t, modulation) = (&moments.time, &moments.modulation);
-        let rows = |of: &dyn Fn(usize) -> usize, len: usize| -> Result<Tensor> {
-            Tensor::from_i32(&device, &[len], &(0..len).map(|i| of(i) as i32).collect::<Vec<_>>())
-        };
-        let (zeros, samples) = (rows(&|_| 0, b)?, rows(&|i| i / n, b * n)?);
+        let rows = |rule, len| self.rows.of(&device, rule, len);
+        let (zeros, samples) = (rows(Rule::Same(0), b)?, rows(Rule::Groups(n), b * n)?);
         let eps = if run.semantics == Semantics::Diffusers { c.norm_eps } else { EPS };
 
         let other_grid;
@@ -417,9 +417,9 @@ impl PixArt {
             }
         }
         // Shift and scale of the last norm: the timestep itself on both rows of a table.
-        let twice = g.embed(t, &rows(&|i| i / 2, 2 * b)?, None, none)?;
+        let twice = g.embed(t, &rows(Rule::Groups(2), 2 * b)?, None, none)?;
         let table = g.param(&self.params, self.final_table);
-        let last = g.embed(&table, &rows(&|i| i % 2, 2 * b)?, Some(&twice), none)?;
+        let last = g.embed(&table, &rows(Rule::Turns(2), 2 * b)?, Some(&twice), none)?;
         let last = g.reshape(&last, &[b, 2, c.width])?;
         let h = g.ln_modulate(&h, &last, contracts::ln_modulate::Params { shift: 0, scale: 1, eps })?;
         let out = match &moments.last {

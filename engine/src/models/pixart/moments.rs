@@ -4,6 +4,7 @@
 use super::{MicroConditions, PixArt};
 use crate::autograd::{Graph, Var};
 use crate::error::{Error, Result};
+use crate::nn::{Rows, Rule};
 use crate::ops::{act, contracts};
 use crate::tensor::Tensor;
 
@@ -47,14 +48,13 @@ impl Moments {
     }
 
     /// One timestep for all of `count` samples.
-    pub(super) fn at(&self, g: &Graph<'_>, index: usize, count: usize) -> Result<Moments> {
+    pub(super) fn at(&self, g: &Graph<'_>, rows: &Rows, index: usize, count: usize) -> Result<Moments> {
         if index >= self.len() {
             return Err(Error::failure("pixart: step", "beyond the timesteps that were made")
                 .is(index)
                 .must(format!("below {}", self.len())));
         }
-        let rows = vec![i32::try_from(index).unwrap_or(i32::MAX); count];
-        let rows = Tensor::from_i32(self.time.tensor().device(), &[count], &rows)?;
+        let rows = rows.of(self.time.tensor().device(), Rule::Same(index), count)?;
         let pick = |table: &Var| g.embed(table, &rows, None, contracts::embed::Params { act: act::NONE });
         Ok(Moments { time: pick(&self.time)?, modulation: pick(&self.modulation)?, ..self.clone() })
     }
@@ -75,7 +75,7 @@ impl PixArt {
     ) -> Result<Moments> {
         let (c, count, device) = (&self.config, t.dim(0), t.device());
         let time = self.time(g, t, micro)?;
-        let rows = Tensor::from_i32(device, &[count], &(0..count).map(|i| i as i32).collect::<Vec<_>>())?;
+        let rows = self.rows.of(device, Rule::Each, count)?;
         let activated = g.embed(&time, &rows, None, contracts::embed::Params { act: act::SILU })?;
         let activated = g.reshape(&activated, &[count, 1, c.width])?;
         let modulation = self.t_block.forward(g, &self.params, &activated, act::NONE)?;
