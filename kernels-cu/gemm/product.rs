@@ -14,6 +14,8 @@ mod micro;
 mod pack;
 #[cfg(target_arch = "x86_64")]
 mod packed;
+#[cfg(target_arch = "x86_64")]
+pub mod windows;
 
 use gemm::Parallelism;
 use half::bf16;

@@ -149,6 +149,21 @@ impl Panel<'_> {
     }
 }
 
+/// Rounds two numbers a word to pairs of bf16.
+///
+/// # Safety
+/// The processor has AVX-512 F and BW; `out` has half the length of `from`.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub unsafe fn rounded(from: &[f32], out: &mut [f32]) {
+    for (from, out) in from.chunks(2 * LANES).zip(out.chunks_mut(LANES)) {
+        // SAFETY: the masks keep to the chunks.
+        unsafe {
+            let words = Rounded::along(from.as_ptr(), from.len());
+            _mm512_mask_storeu_epi32(out.as_mut_ptr().cast(), mask16(out.len()), words);
+        }
+    }
+}
+
 /// How elements in memory become words.
 pub trait Words {
     /// Element in memory.

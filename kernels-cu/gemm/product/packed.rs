@@ -34,7 +34,7 @@ thread_local! {
 pub fn run(kernel: Kernel, product: &Product<'_>, out: Output<'_>, parallel: bool, finish: Finish<'_>) {
     let [m, k, n] = product.size;
     let words = if kernel == Kernel::F32 { k } else { k.div_ceil(2) };
-    let stretch = words.div_ceil(words.div_ceil(K_WORDS)).next_multiple_of(LANES);
+    let stretch = stretch_of(words);
     let plan = Plan { kernel, product, words, stretch, narrow: words <= stretch && stretch * n <= NARROW };
     let threads = if parallel { rayon::current_num_threads() } else { 1 };
     let (rows, columns) = plan.grid((m * n * k / TASK).clamp(1, if threads == 1 { 1 } else { 4 * threads }));
@@ -51,6 +51,11 @@ pub fn run(kernel: Kernel, product: &Product<'_>, out: Output<'_>, parallel: boo
     } else {
         (0..blocks).into_par_iter().with_max_len(1).for_each(block);
     }
+}
+
+/// Words along k that are summed at a time, of `words` in all.
+pub fn stretch_of(words: usize) -> usize {
+    words.div_ceil(words.div_ceil(K_WORDS)).next_multiple_of(LANES)
 }
 
 /// `0..len` in ranges of one size; the last may be shorter. Held as two numbers: a call must not allocate.
