@@ -1,8 +1,10 @@
 //! Hyena-SE, -X and -Y between their projections: see `op.toml` for the formula and the shapes.
 
 pub mod cpu;
+mod grid;
 pub mod launch;
 pub(crate) mod oracle;
+mod square;
 pub(crate) mod strips;
 pub(crate) mod taps;
 pub(crate) mod window;

@@ -4,6 +4,8 @@
 //! A block recomputes the few tokens around it that its convolutions reach, so blocks share nothing but the sums of the
 //! filter gradients, which are added in the order of the blocks.
 
+use super::grid::{backward_square, forward_square};
+use super::square::{self, Rows};
 use super::taps::{CHANNELS, Filter, GROUP, ZEROS, filter_gradients};
 use super::window::Window;
 use crate::simd::vectorised;
@@ -44,21 +46,29 @@ pub(crate) struct Gradients<'g> {
 }
 
 /// Rows of some channels of consecutive tokens.
-struct Strip<'a> {
-    data: &'a mut [f32],
-    tokens: Range<usize>,
-    len: usize,
+pub(super) struct Strip<'a> {
+    pub data: &'a mut [f32],
+    pub tokens: Range<usize>,
+    pub len: usize,
 }
 
 impl Strip<'_> {
     #[inline(always)]
-    fn row(&self, token: usize) -> &[f32] {
+    pub fn row(&self, token: usize) -> &[f32] {
         &self.data[(token - self.tokens.start) * self.len..][..self.len]
     }
 
     #[inline(always)]
-    fn row_mut(&mut self, token: usize) -> &mut [f32] {
+    pub fn row_mut(&mut self, token: usize) -> &mut [f32] {
         &mut self.data[(token - self.tokens.start) * self.len..][..self.len]
+    }
+
+    pub fn rows(&self) -> Rows<&[f32]> {
+        Rows { data: self.data, origin: self.tokens.start, step: self.len, offset: 0 }
+    }
+
+    pub fn rows_mut(&mut self) -> Rows<&mut [f32]> {
+        Rows { data: self.data, origin: self.tokens.start, step: self.len, offset: 0 }
     }
 }
 
@@ -88,9 +98,9 @@ fn strips(channels: usize, reversed: usize, tokens: usize) -> impl Iterator<Item
 
 /// The filters of one call.
 pub(crate) struct Filters<'w> {
-    channels: usize,
-    short: Option<[Filter<'w>; 3]>,
-    inner: Option<Filter<'w>>,
+    pub(super) channels: usize,
+    pub(super) short: Option<[Filter<'w>; 3]>,
+    pub(super) inner: Option<Filter<'w>>,
 }
 
 impl<'w> Filters<'w> {
@@ -171,7 +181,7 @@ fn transposed<'d>(
 }
 
 #[inline(always)]
-fn multiply(x: &mut [f32], by: &[f32]) {
+pub(super) fn multiply(x: &mut [f32], by: &[f32]) {
     let by = &by[..x.len()];
     for i in 0..x.len() {
         x[i] *= by[i];
@@ -179,7 +189,7 @@ fn multiply(x: &mut [f32], by: &[f32]) {
 }
 
 #[inline(always)]
-fn product(x: &[f32], y: &[f32], out: &mut [f32]) {
+pub(super) fn product(x: &[f32], y: &[f32], out: &mut [f32]) {
     let (x, y) = (&x[..out.len()], &y[..out.len()]);
     for i in 0..out.len() {
         out[i] = x[i] * y[i];
@@ -197,6 +207,11 @@ impl Call<'_> {
         if first + self.reversed >= self.channels { self.window.turned() } else { self.window }
     }
 
+    /// Whether the walks of `square` take the window.
+    fn square(&self) -> bool {
+        self.reversed == 0 && square::takes(&self.window)
+    }
+
     /// Forward pass over samples `p [B, N, 3, C]` to `y [B, N, C]`.
     pub fn forward(&self, p: &[f32], y: &mut [f32]) {
         let (n, c, block) = (self.window.tokens(), self.channels, self.block());
@@ -208,6 +223,12 @@ impl Call<'_> {
                 for (first, len) in strips(c, self.reversed, block + self.window.margin()) {
                     let window = self.window_of(first);
                     let gated = if filters.inner.is_some() { window.sources(&tokens) } else { tokens.clone() };
+                    if self.square() {
+                        with_strips([&gated], len, |[gated]| {
+                            forward_square(&filters, &window, p, &tokens, first, gated, y);
+                        });
+                        continue;
+                    }
                     with_strips([&gated, &(0..1)], len, |strips| {
                         vectorised(
                             #[inline(always)]
@@ -246,6 +267,19 @@ impl Call<'_> {
                     None => (outer.clone(), outer.clone()),
                 };
                 with_strips([&sources, &sources, &sources, &gates, &outer, &outer, &outer], len, |strips| {
+                    if self.square() {
+                        return backward_square(
+                            &filters,
+                            &window,
+                            p,
+                            dy,
+                            &tokens,
+                            first,
+                            strips,
+                            dp.as_deref_mut(),
+                            dw,
+                        );
+                    }
                     vectorised(
                         #[inline(always)]
                         || backward_strip(&filters, &window, p, dy, &tokens, first, strips, dp.as_deref_mut(), dw),

@@ -49,6 +49,16 @@ impl<'a> Filter<'a> {
         Filter { taps, group, bias, channels }
     }
 
+    /// `len` channels from `first` on of tap `j`.
+    pub fn tap(&self, j: usize, first: usize, len: usize) -> &[f32] {
+        &self.taps[j * self.channels + first..][..len]
+    }
+
+    /// `len` channels from `first` on of the bias.
+    pub fn bias(&self, first: usize, len: usize) -> &[f32] {
+        &self.bias[first..][..len]
+    }
+
     /// `out = bias + Σ_j w[j]·x(j)` for the channels from `first` on; `x(j)` is the row that tap `j` reads.
     #[inline(always)]
     pub fn apply<'x>(&self, first: usize, x: impl Fn(usize) -> &'x [f32], out: &mut [f32]) {
