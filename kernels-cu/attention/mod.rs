@@ -10,7 +10,7 @@ pub(crate) mod mma;
 pub(crate) mod oracle;
 pub(crate) mod softmax;
 pub(crate) mod tiles;
-mod turn;
+pub(crate) mod turn;
 
 /// The oracle: plain loops, f64 accumulation.
 pub mod reference {

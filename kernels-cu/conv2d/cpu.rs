@@ -25,10 +25,11 @@ pub fn forward(a: Forward<'_, f32>) {
     let (filters, bf16) = weight(a.filters, k, a.params.bf16);
     let finish = Finish { bias: a.bias, relu: a.params.relu };
     #[cfg(target_arch = "x86_64")]
-    if ow >= FEWEST && !a.y.is_empty() {
-        if let Some(filters) = Filters::pack(filters, f, kh * kw, c, bf16) {
-            return in_place(a.dims, a.params, a.x, &filters, a.y, finish);
-        }
+    if ow >= FEWEST
+        && !a.y.is_empty()
+        && let Some(filters) = Filters::pack(filters, f, kh * kw, c, bf16)
+    {
+        return in_place(a.dims, a.params, a.x, &filters, a.y, finish);
     }
     let windows = Windows { x: a.x, dims: a.dims, params: a.params };
     let plain = (kh, kw, a.params.stride) == (1, 1, 1) && (oh, ow) == (h, w);

@@ -91,21 +91,17 @@ pub fn run(work: impl WithSimd<Output = ()>) {
 /// A vector from the start of a slice that holds one, or what it holds and zeros.
 #[inline(always)]
 fn load<S: Simd, const WHOLE: bool>(simd: S, from: &[f32]) -> S::f32s {
-    if WHOLE {
-        if let [vector, ..] = S::as_simd_f32s(from).0 {
-            return *vector;
-        }
+    if WHOLE && let [vector, ..] = S::as_simd_f32s(from).0 {
+        return *vector;
     }
     simd.partial_load_f32s(from)
 }
 
 #[inline(always)]
 fn store<S: Simd, const WHOLE: bool>(simd: S, to: &mut [f32], value: S::f32s) {
-    if WHOLE {
-        if let [vector, ..] = S::as_mut_simd_f32s(to).0 {
-            *vector = value;
-            return;
-        }
+    if WHOLE && let [vector, ..] = S::as_mut_simd_f32s(to).0 {
+        *vector = value;
+        return;
     }
     simd.partial_store_f32s(to, value);
 }

@@ -38,7 +38,7 @@ impl<'a> Filter<'a> {
         let channels = bias.len();
         let mut taps = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
         taps.clear();
-        let group = if k % 3 == 0 { 3 } else { GROUP };
+        let group = if k.is_multiple_of(3) { 3 } else { GROUP };
         taps.resize(k.next_multiple_of(group) * channels, 0.0);
         for (channel, weight) in weight.chunks_exact(k).enumerate() {
             let backward = channel + reversed >= channels;

@@ -3,7 +3,7 @@
 
 use crate::attention::layout::with_scratch;
 use crate::generated::kv_compress::{Backward, Dims, Forward};
-use crate::simd::{sum_by, vectorised};
+use crate::simd::{sum_each, sum_pairs, vectorised};
 use rayon::prelude::*;
 use std::cell::Cell;
 
@@ -100,8 +100,8 @@ pub fn forward(a: Forward<'_, f32>) {
 fn normalise(y: &mut [f32], gamma: &[f32], beta: &[f32], eps: f32) -> (f32, f32) {
     let d = y.len();
     let (gamma, beta) = (&gamma[..d], &beta[..d]);
-    let mean = sum_by(d, |i| y[i]) / d as f32;
-    let var = sum_by(d, |i| (y[i] - mean) * (y[i] - mean)) / d as f32;
+    let mean = sum_each(y, |y| y) / d as f32;
+    let var = sum_each(y, |y| (y - mean) * (y - mean)) / d as f32;
     let rstd = 1.0 / (var + eps).sqrt();
     for i in 0..d {
         y[i] = ((y[i] - mean) * rstd).mul_add(gamma[i], beta[i]);
@@ -194,8 +194,8 @@ fn row_backward(
             d_gamma[j] = dy[j].mul_add(n[j], d_gamma[j]);
             d_beta[j] += dy[j];
         }
-        let mean_g = sum_by(d, |j| g[j]) / d as f32;
-        let mean_gn = sum_by(d, |j| g[j] * n[j]) / d as f32;
+        let mean_g = sum_each(g, |g| g) / d as f32;
+        let mean_gn = sum_pairs(g, n, |g, n| g * n) / d as f32;
         for j in 0..d {
             g[j] = rstd * (g[j] - mean_g - n[j] * mean_gn);
             d_bias[j] += g[j];

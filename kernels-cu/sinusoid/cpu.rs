@@ -2,6 +2,7 @@
 
 use super::frequency;
 use crate::generated::sinusoid::{Dims, Forward};
+use crate::simd::{sin_cos_exact, vectorised};
 use rayon::prelude::*;
 use std::cell::Cell;
 
@@ -19,11 +20,15 @@ pub fn forward(a: Forward<'_, f32>) {
     frequencies.extend((0..half).map(|i| frequency(i, a.params.denominator)));
     a.y.par_chunks_mut(d.max(1)).zip(a.t).with_min_len(8).for_each(|(y, t)| {
         let (cos, sin) = y.split_at_mut(half);
-        for ((cos, sin), f) in cos.iter_mut().zip(sin).zip(&frequencies) {
-            // The phase reaches thousands: reducing it in f64 keeps the f32 result right to the last bits.
-            let (s, c) = f64::from(t * f).sin_cos();
-            (*cos, *sin) = (c as f32, s as f32);
-        }
+        let (sin, frequencies) = (&mut sin[..half], &frequencies[..half]);
+        vectorised(
+            #[inline(always)]
+            || {
+                for i in 0..half {
+                    (sin[i], cos[i]) = sin_cos_exact(t * frequencies[i]);
+                }
+            },
+        );
     });
     FREQUENCIES.set(frequencies);
 }

@@ -30,37 +30,26 @@ pub fn on_workers<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() { work() } else { rayon::scope(|_| work()) }
 }
 
-/// Starts `count` operator threads, at 0 as many as there are processors; call it before the first operator.
+/// Starts `count` operator threads; call it before the first operator, in the thread that will call operators.
+///
+/// The caller becomes one of them, so that an operator begins in it at once: handing the work to another thread and
+/// being woken when it is done takes some 15 µs a call. One thread alone is not the caller: where that waits for others,
+/// nobody would run the operators that they call.
 ///
 /// # Errors
 /// When the thread pool was already started.
 pub fn set_threads(count: usize) -> Result<()> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(count).start_handler(keep_to_a_processor);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(count);
+    let pool = if count > 1 { pool.use_current_thread() } else { pool };
     pool.build_global().map_err(|e| {
         Error::usage("--threads", format!("cannot start the thread pool: {e}")).is(count).must("set once, at start")
     })
 }
 
-/// Gives every operator thread a processor of its own where there are as many as the process may use. Threads that wake
-/// together after a pause are otherwise put on one processor, and stay there for longer than a short operator takes.
-/// Where that fails the thread runs anywhere.
-#[cfg(target_os = "linux")]
-fn keep_to_a_processor(index: usize) {
-    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-    let Ok(allowed) = sched_getaffinity(None) else { return };
-    if allowed.count() as usize != rayon::current_num_threads() {
-        return;
-    }
-    let own = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).nth(index);
-    if let Some(own) = own {
-        let mut set = CpuSet::new();
-        set.set(own);
-        let _ = sched_setaffinity(None, &set);
-    }
+/// As many threads as this process may use processors.
+pub fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
-
-#[cfg(not(target_os = "linux"))]
-fn keep_to_a_processor(_: usize) {}
 
 /// `rounds` times e^(x − 1) of every value x in 0..=1, each thread on its own part. For measurements.
 pub fn exponentials(values: &mut [f32], rounds: usize) {

@@ -151,10 +151,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn execute(cli: Cli) -> Result<()> {
-    if cli.threads == Some(0) {
+    let threads = cli.threads.unwrap_or_else(crate::backend::cpu::processors);
+    if threads == 0 {
         return Err(Error::usage("--threads", "no threads").is(0).must("at least 1"));
     }
-    crate::backend::cpu::set_threads(cli.threads.unwrap_or(0))?;
+    crate::backend::cpu::set_threads(threads)?;
     match cli.command {
         Command::Pretrain(args) => pretrain::run(&args),
         Command::Plan(args) => plan::run(&args, cli.json),

@@ -56,7 +56,7 @@ impl Filters {
     pub fn pack(filters: Matrix<'_>, count: usize, taps: usize, channels: usize, bf16: bool) -> Option<Filters> {
         let (kernel, per_word) = if bf16 { (Kernel::Bf16, 2) } else { (Kernel::F32, 1) };
         let (depth, made) = (taps * channels, matches!(filters.values, Values::Rows(_)));
-        if channels < LANES * per_word || channels % per_word != 0 || made || !kernel.available() {
+        if channels < LANES * per_word || !channels.is_multiple_of(per_word) || made || !kernel.available() {
             return None;
         }
         assert!(filters.holds([count, depth]), "filters reach past their slice");
@@ -220,7 +220,7 @@ macro_rules! window_kernel {
                     for (i, place) in shared.iter_mut().enumerate() {
                         *place = start.wrapping_add(i * SHARED * step);
                         // Registers of their own: as multiples of one pointer they would be computed for every word.
-                        asm!("/* {0} */", inout(reg) *place, options(pure, nomem, nostack, preserves_flags));
+                        asm!("/* {0} */", inout(reg) *place, options(nostack, preserves_flags));
                     }
                     for _ in 0..count {
                         let mut columns = [_mm512_setzero_ps(); V];
