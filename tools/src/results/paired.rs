@@ -72,10 +72,10 @@ pub fn models(rows: &[Row]) -> Result<String, String> {
     for row in chosen.iter().filter(|r| r.could_not_run().is_none()) {
         lines.push(vec![
             row.device().to_string(),
-            format!("{} {}", row.text("model")?, row.text("work")?),
-            row.value["shape"]["batch"].to_string(),
+            format!("{}{} {}", row.text("model")?, tokens(row), row.text("work")?),
+            count(&row.value["shape"]["batch"]),
             row.element().to_string(),
-            row.value["threads"].to_string(),
+            count(&row.value["threads"]),
             format!("{:.1}", row.number("ours_ms")?),
             row.peer(),
             format!("{:.1}", row.number("peer_ms")?),
@@ -125,13 +125,23 @@ fn operator_line(row: &Row) -> Result<Vec<String>, String> {
         row.subject(),
         row.work().to_string(),
         row.element().to_string(),
-        row.value["threads"].to_string(),
+        count(&row.value["threads"]),
         digits(row.number("ours_ms")?),
         row.peer(),
         digits(row.number("peer_ms")?),
         format!("{ratio:.2}"),
         verdict,
     ])
+}
+
+/// The tokens of a model that runs at several sizes.
+fn tokens(row: &Row) -> String {
+    row.value["shape"]["tokens"].as_f64().map_or(String::new(), |n| format!(" of {n:.0} tokens"))
+}
+
+/// A whole number, however it is written; a dash where there is none, as threads of a GPU.
+fn count(value: &serde_json::Value) -> String {
+    value.as_f64().map_or("-".to_string(), |n| format!("{n:.0}"))
 }
 
 /// The peers that could not run, with their reasons and how many rows each is missing from.

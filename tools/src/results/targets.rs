@@ -193,12 +193,16 @@ impl Target {
     }
 }
 
-/// Bytes or operations per millisecond of the best copy or product of the row's device.
+/// Bytes or operations per millisecond of the best copy or product of the row's device, ours or a peer's. A product of a
+/// model that is faster than the ceiling's own says more of the device.
 fn rate(row: &Row, rows: &[Row], ceiling: &str, amount: &str) -> Option<f64> {
-    let fitting = rows.iter().filter(|r| {
-        r.maybe("bench") == Some("ceiling") && r.maybe("case") == Some(ceiling) && r.device() == row.device()
-    });
-    fitting.filter_map(|r| Some(r.maybe_number(amount)? / r.ms()?)).max_by(f64::total_cmp)
+    let counts = |r: &&Row| match r.maybe("bench") {
+        Some("ceiling") => r.maybe("case") == Some(ceiling),
+        _ => ceiling == "product" && r.subject().starts_with("gemm/"),
+    };
+    let fitting = rows.iter().filter(|r| r.device() == row.device()).filter(counts);
+    let fastest = |r: &Row| [r.ms(), r.maybe_number("peer_ms")].into_iter().flatten().min_by(f64::total_cmp);
+    fitting.filter_map(|r| Some(r.maybe_number(amount)? / fastest(r)?)).max_by(f64::total_cmp)
 }
 
 /// Milliseconds of the same work on the same device with no layer grafted.

@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::ops::contracts::gemm;
 use crate::report::bench::{CACHED, CALL, CEILING, COPY, EXPS, PRODUCT, Row};
 use crate::tensor::{DType, Tensor};
+use graft_kernels::check::{Fill, draw_f32};
 use std::time::Duration;
 
 /// Time after which a ceiling takes no further sample.
@@ -18,8 +19,8 @@ const FLOATS: usize = 64 << 20;
 const CACHED_FLOATS: usize = 128 << 10;
 /// Copies of a sample that stays in the caches: one alone is too short for a clock.
 const COPIES: usize = 64;
-/// A side at which products reach their rate.
-const SIDE: usize = 2048;
+/// A side at which products reach their rate: on the host, and on a GPU.
+const SIDES: [usize; 2] = [2048, 8192];
 /// Calls with next to no work that are timed.
 const CALLS: usize = 1000;
 /// Exponentials of a sample.
@@ -66,16 +67,18 @@ fn copy_in_cache(device: &Device) -> Result<Row> {
 fn product_of(device: &Device, precision: Precision) -> Result<Row> {
     let on_host = device.is_host();
     let element = if on_host && precision == Precision::Bf16 { DType::BF16 } else { device.element() };
-    let values = vec![0.5; SIDE * SIDE];
-    let x = Var::constant(Tensor::from_f32_as(device, &[1, SIDE, SIDE], &values, device.element())?);
-    let w = Tensor::from_f32_as(device, &[SIDE, SIDE], &values, device.element())?;
+    let side = SIDES[usize::from(!on_host)];
+    // Random numbers: a GPU multiplies equal ones with less power, and so faster.
+    let values = |name| draw_f32(PRODUCT, name, side * side, Fill::Normal);
+    let x = Var::constant(Tensor::from_f32_as(device, &[1, side, side], &values("x"), device.element())?);
+    let w = Tensor::from_f32_as(device, &[side, side], &values("w"), device.element())?;
     let w = Var::constant(if on_host && element == DType::BF16 { w.to_bf16()? } else { w });
     let g = Graph::inference(precision);
     let params = gemm::Params { act: 0, gate_row: 0, bf16: precision == Precision::Bf16 };
     let mut work = || g.gemm(&x, &w, None, None, None, None, params).map(drop);
     let times = device.time(SAMPLES, PATIENCE, &mut work)?;
-    let mut row = ceiling(PRODUCT, format!("{SIDE} cubed")).row(device, element, times);
-    row.flops = Some(2.0 * (SIDE as f64).powi(3));
+    let mut row = ceiling(PRODUCT, format!("{side} cubed")).row(device, element, times);
+    row.flops = Some(2.0 * (side as f64).powi(3));
     Ok(row)
 }
 

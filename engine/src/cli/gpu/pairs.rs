@@ -111,6 +111,11 @@ fn pair(ours: &Value, peer: &Value) -> Value {
             pair["shape"] = json!({ "batch": ours["axes"]["batch"], "tokens": ours["axes"]["tokens"] });
         }
     }
+    for key in ["flops", "bytes"] {
+        if ours[key].is_number() {
+            pair[key] = ours[key].clone();
+        }
+    }
     for key in ["less", "could_not_run"] {
         if let Some(words) = peer[key].as_str() {
             pair[key] = words.into();

@@ -101,11 +101,13 @@ fn side_by_side<T: Send>(steps: &[&Step], work: impl Fn(&Step) -> T + Sync) -> V
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..BESIDE.min(cores).min(steps.len()) {
-            scope.spawn(|| loop {
-                let at = next.fetch_add(1, Ordering::Relaxed);
-                let Some(step) = steps.get(at) else { break };
-                let outcome = work(step);
-                found.lock().unwrap_or_else(PoisonError::into_inner).push((at, outcome));
+            scope.spawn(|| {
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(step) = steps.get(at) else { break };
+                    let outcome = work(step);
+                    found.lock().unwrap_or_else(PoisonError::into_inner).push((at, outcome));
+                }
             });
         }
     });
