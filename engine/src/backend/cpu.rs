@@ -37,13 +37,17 @@ pub fn on_workers<R: Send>(work: impl FnOnce() -> R + Send) -> R {
 /// nobody would run the operators that they call.
 ///
 /// # Errors
-/// When the thread pool was already started.
+/// When the thread pool was already started with another count.
 pub fn set_threads(count: usize) -> Result<()> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(count);
     let pool = if count > 1 { pool.use_current_thread() } else { pool };
-    pool.build_global().map_err(|e| {
-        Error::usage("--threads", format!("cannot start the thread pool: {e}")).is(count).must("set once, at start")
-    })
+    match pool.build_global() {
+        Err(_) if threads() == count => Ok(()),
+        Err(e) => Err(Error::usage("--threads", format!("cannot start the thread pool: {e}"))
+            .is(count)
+            .must(format!("{}, as set before", threads()))),
+        Ok(()) => Ok(()),
+    }
 }
 
 /// As many threads as this process may use processors.

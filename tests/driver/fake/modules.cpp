@@ -125,8 +125,9 @@ int cuLaunchKernelEx(const Config* config, void* function, void** arguments, voi
     EmuShape shape{};
     for (int i = 0; i < 3; i++) shape.grid[i] = config->grid[i], shape.block[i] = config->block[i], shape.cluster[i] = 1;
     for (uint32_t i = 0; i < config->count; i++) {
-        CHECK(config->attributes[i].id == 4, kInvalidValue);
-        memcpy(shape.cluster, config->attributes[i].value, sizeof shape.cluster);
+        // Clusters, and launches that may begin before the one before has ended: here every launch waits for its turn.
+        CHECK(config->attributes[i].id == 4 || config->attributes[i].id == 6, kInvalidValue);
+        if (config->attributes[i].id == 4) memcpy(shape.cluster, config->attributes[i].value, sizeof shape.cluster);
     }
     // The emulator's regions are longer by their red zones.
     shape.smem = config->shared ? std::min(227u << 10, config->shared + 16 * 128) : 0;

@@ -1,6 +1,7 @@
 //! Rows of ours alone: GPUs, pictures from text, loading, growth, the cost model.
 
 use super::rows::{self, Row, digits, newest, table};
+use super::targets::rate;
 use serde_json::Value;
 use std::path::Path;
 
@@ -11,6 +12,26 @@ fn mebibytes(value: &Value) -> String {
     value.as_f64().map_or("-".to_string(), |bytes| format!("{:.0}", bytes / f64::from(1 << 20)))
 }
 
+/// What a row was measured at: `batch 2, percent grafted 50, tokens 16384`.
+fn at(row: &Row) -> String {
+    let axes = row.value["axes"].as_object().into_iter().flatten();
+    let words = axes.filter_map(|(name, value)| match name.as_str() {
+        "cold L2" => Some(name.clone()),
+        _ => Some(format!("{name} {}", value.as_f64()?)),
+    });
+    words.collect::<Vec<_>>().join(", ")
+}
+
+/// The larger of a row's shares of the device's rate of copies and of products; the ceilings themselves have none.
+fn of_ceiling(row: &Row, rows: &[Row]) -> String {
+    if row.maybe("bench") == Some("ceiling") {
+        return "-".to_string();
+    }
+    let share = |ceiling, amount| Some(row.maybe_number(amount)? / row.ms()? / rate(row, rows, ceiling, amount)?);
+    let both = [share("copy", "bytes"), share("product", "flops")];
+    both.into_iter().flatten().max_by(f64::total_cmp).map_or("-".into(), |share| format!("{:.0} %", 100.0 * share))
+}
+
 /// Every row that a GPU gave.
 ///
 /// # Errors
@@ -19,7 +40,7 @@ pub fn gpu(rows: &[Row]) -> Result<String, String> {
     let chosen = rows.iter().filter(|r| r.maybe("backend") == Some("cuda") && !r.is_paired());
     let chosen = newest(chosen, |r| {
         let way = r.maybe("way").unwrap_or_default().to_string();
-        [r.device().to_string(), r.subject(), r.work().to_string(), r.element().to_string(), way]
+        [r.device().to_string(), r.subject(), r.work().to_string(), r.element().to_string(), way, at(r)]
     });
     let mut lines = Vec::new();
     for row in chosen {
@@ -31,12 +52,14 @@ pub fn gpu(rows: &[Row]) -> Result<String, String> {
             row.subject(),
             row.work().to_string(),
             row.element().to_string(),
+            at(row),
             row.ms().map_or("-".into(), digits),
             rate("bytes", 1e-6),
             rate("flops", 1e-9),
+            of_ceiling(row, rows),
         ]);
     }
-    let heads = ["GPU", "case", "work", "dtype", "ms", "GB/s", "TFLOP/s"];
+    let heads = ["GPU", "case", "work", "dtype", "at", "ms", "GB/s", "TFLOP/s", "of the ceiling"];
     Ok(table(&heads, &lines, "Not measured: no row of a GPU is committed."))
 }
 

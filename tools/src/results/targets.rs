@@ -195,7 +195,7 @@ impl Target {
 
 /// Bytes or operations per millisecond of the best copy or product of the row's device, ours or a peer's. A product of a
 /// model that is faster than the ceiling's own says more of the device.
-fn rate(row: &Row, rows: &[Row], ceiling: &str, amount: &str) -> Option<f64> {
+pub(super) fn rate(row: &Row, rows: &[Row], ceiling: &str, amount: &str) -> Option<f64> {
     let counts = |r: &&Row| match r.maybe("bench") {
         Some("ceiling") => r.maybe("case") == Some(ceiling),
         _ => ceiling == "product" && r.subject().starts_with("gemm/"),
