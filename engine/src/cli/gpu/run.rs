@@ -46,10 +46,12 @@ pub fn battery(steps: &[Step], folder: &Path, time: Duration) -> Result<()> {
                 _ => chosen.push(step),
             }
         }
-        let left = time.saturating_sub(begun.elapsed());
-        let outcomes = side_by_side(&chosen, |step| match reason(step, &done, left) {
-            Some(why) => Ok(Outcome::without("skip", why, 0.0)),
-            None => start(step, folder, step.limit.min(left)),
+        let outcomes = side_by_side(&chosen, |step| {
+            let left = time.saturating_sub(begun.elapsed());
+            match reason(step, &done, left) {
+                Some(why) => Ok(Outcome::without("skip", why, 0.0)),
+                None => start(step, folder, step.limit.min(left)),
+            }
         });
         let state = watch.as_ref().map_or(Value::Null, Watch::since);
         for (step, outcome) in chosen.into_iter().zip(outcomes) {
