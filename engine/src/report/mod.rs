@@ -2,8 +2,8 @@
 //!
 //! [`html`] guarantees balanced, escaped markup; [`chart`] draws into it as SVG, [`stack`] bars of parts; [`graft_run`] is the report of a
 //! grafting run, [`science`] that of a study, [`mod@bench`] that of measurements; [`heat`] draws a
-//! table of numbers as a picture. Everything is a function of
-//! the data given, so the same run gives the same bytes.
+//! table of numbers as a picture. [`results`] are the tables of committed measurements, in Markdown. Everything is a
+//! function of the data given, so the same run gives the same bytes.
 
 pub mod bench;
 pub mod chart;
@@ -12,5 +12,6 @@ pub mod graft_run;
 pub mod heat;
 pub mod html;
 mod parts;
+pub mod results;
 pub mod science;
 pub mod stack;

@@ -1,4 +1,4 @@
-//! `graft bench op|site|model|train|e2e|load|start|compare|report|plots`: measurements as rows, one JSON object each.
+//! `graft bench op|site|model|train|e2e|load|start|compare|report|plots|results`: measurements as rows, one JSON object each.
 //!
 //! Every run begins with the ceilings of its device ([`ceilings`]), so that rows can be read as shares of what the
 //! device can do, and so that the cost model can be held against them. Times are those of calls after a warm-up; on a GPU by the device's own clock and
@@ -22,6 +22,7 @@ use crate::io::{atomic, system};
 use crate::ops::contracts;
 use crate::report::bench::{self, CEILING, Ceilings, Misfit, Row, compare};
 use crate::report::format::significant;
+use crate::report::results;
 use crate::tensor::DType;
 use graft_kernels::ways;
 use serde::Serialize;
@@ -70,6 +71,15 @@ enum BenchCommand {
         /// The folder.
         #[arg(short, long, default_value = "docs/results")]
         out: PathBuf,
+    },
+    /// Write the tables of README.md and docs/results.md from the rows in benches/results.
+    Results {
+        /// The repository.
+        #[arg(default_value = ".")]
+        root: PathBuf,
+        /// Write nothing; fail where a table and its rows differ.
+        #[arg(long)]
+        check: bool,
     },
     /// A page of rows: a roofline, the layers of a model, the cost model beside what was measured, how cost grows.
     Report {
@@ -146,6 +156,7 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             }
             Ok(())
         }
+        BenchCommand::Results { root, check } => tables(root, *check),
         BenchCommand::Report { files, out: path } => {
             let rows = read(files)?;
             atomic::write_bytes(path, bench::page("Measurements", &rows).as_bytes())?;
@@ -155,6 +166,19 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             out::line(format!("{} rows in {}", rows.len(), path.display()))
         }
     }
+}
+
+/// Brings the tables of committed rows up to date, or fails where they are not.
+fn tables(root: &Path, check: bool) -> Result<()> {
+    for (path, text) in results::stale(root)? {
+        if check {
+            let stale = Error::failure(path.display().to_string(), "a table differs from its rows");
+            return Err(stale.fix("graft bench results, and commit it"));
+        }
+        atomic::write_bytes(&path, text.as_bytes())?;
+        out::line(format!("wrote {}", path.display()))?;
+    }
+    out::line("every table follows from its rows")
 }
 
 fn read(files: &[PathBuf]) -> Result<Vec<Row>> {

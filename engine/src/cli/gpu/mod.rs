@@ -17,12 +17,14 @@
 mod pairs;
 mod plan;
 mod run;
-mod targets;
 mod watch;
 
 use crate::backend::{self, cuda};
 use crate::cli::{out, table::Table};
 use crate::error::{Error, Result};
+use crate::io::files::slug;
+use crate::report::results::rows::{self, Row};
+use crate::report::results::targets::{self, Target};
 use crate::tensor::DType;
 use plan::{Stage, Step};
 use std::collections::BTreeSet;
@@ -54,7 +56,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = "tools/peers/gpu")]
     peers: PathBuf,
     /// What is aimed at.
-    #[arg(long, value_name = "FILE", default_value = "benches/targets.toml")]
+    #[arg(long, value_name = "FILE", default_value = targets::FILE)]
     targets: PathBuf,
 }
 
@@ -86,28 +88,49 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
     ran
 }
 
-/// A GPU's name as that of a folder: `nvidia-h200`.
-fn slug(name: &str) -> String {
-    let words: Vec<String> = name.split(|c: char| !c.is_ascii_alphanumeric()).map(str::to_lowercase).collect();
-    words.into_iter().filter(|w| !w.is_empty()).collect::<Vec<_>>().join("-")
-}
-
-/// The pairs of a folder, written, and its table of targets.
-fn report(folder: &Path, targets: &Path) -> Result<()> {
-    let rows = pairs::Rows::read(folder)?;
-    let pairs = rows.pairs();
+/// The pairs of a folder, written, and what its rows say of the targets.
+fn report(folder: &Path, list: &Path) -> Result<()> {
+    let pairs = pairs::of(folder)?;
     if !pairs.is_empty() {
         pairs::write(folder, &pairs)?;
     }
+    if !list.is_file() {
+        return out::line(format!("no table: {} is not there", list.display()));
+    }
+    let rows = rows::of_machine(folder)?;
+    let mut targets = targets::read(list)?;
+    targets.retain(|t| !t.device.is_empty());
+    // The bounds are those of one GPU; rows of another stand beside them all the same.
+    let mut others = BTreeSet::new();
+    if let Some(device) = rows.first().map(Row::device) {
+        let strange = targets.iter_mut().filter(|t| !device.contains(&t.device));
+        others.extend(strange.map(|t| std::mem::replace(&mut t.device, device.to_string())));
+    }
+    out::line(table(&targets, &rows).to_string().trim_end())?;
+    others.iter().try_for_each(|device| out::line(format!("gate and target are those of the {device}")))?;
     let absent: BTreeSet<String> = pairs
         .iter()
         .filter_map(|p| Some(format!("{}: {}", p["peer"]["name"].as_str()?, p["could_not_run"].as_str()?)))
         .collect();
-    if !targets.is_file() {
-        return out::line(format!("no table: {} is not there", targets.display()));
-    }
-    out::line(targets::table(&targets::read(targets)?, &rows).to_string().trim_end())?;
     absent.iter().try_for_each(|why| out::line(format!("could not run: {why}")))
+}
+
+/// Every target with its measurement, the best peer of the worst case and how many times its speed ours is.
+fn table(targets: &[Target], rows: &[Row]) -> Table {
+    let mut table = Table::new(&["target", "gate", "aim", "unit", "ours", "", "best peer", "its time over ours"]);
+    for answer in targets.iter().flat_map(|t| t.answers(rows)) {
+        let target = answer.target;
+        let worst = answer.cases.first().map(|(_, row)| *row);
+        let beside = worst.and_then(|row| {
+            let (name, ms) = target.best_peer(row, rows)?;
+            Some([format!("{name}, {ms:.4} ms"), format!("{:.2}", ms / row.ms()?)])
+        });
+        let [gate, aim] = target.bounds();
+        let [name, unit] = [&target.name, &target.measure].map(String::clone);
+        let words = [name, gate, aim, unit, answer.measured(), answer.verdict().to_string()];
+        table.row(words.into_iter().chain(beside.unwrap_or_else(|| ["-", "-"].map(String::from))));
+    }
+    table
 }
 
 /// The plan with the reasons why steps would be skipped.

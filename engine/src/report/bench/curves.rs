@@ -1,6 +1,7 @@
 //! How cost grows along what was varied: curves for a page, and plots that are files.
 
 use super::{CEILING, LAYER, Row};
+use crate::io::files::slug;
 use crate::report::chart::{LineChart, Series};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -60,12 +61,6 @@ pub fn plots(rows: &[Row]) -> BTreeMap<String, String> {
         }
     }
     files
-}
-
-/// Lower case letters and digits, words joined by single dashes.
-fn slug(name: &str) -> String {
-    let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty());
-    words.map(str::to_ascii_lowercase).collect::<Vec<_>>().join("-")
 }
 
 fn with_threads(row: &Row) -> Row {
