@@ -7,7 +7,7 @@ use crate::cli::{out, table::Table};
 use crate::error::{Error, Result};
 use crate::ops::check::{CaseRow, time_cases};
 use crate::ops::contracts;
-use crate::report::bench::{Ceilings, Needs, Row};
+use crate::report::bench::{COLD, Ceilings, Needs, Row};
 use crate::tensor::DType;
 use graft_kernels::Tier;
 use serde_json::json;
@@ -29,8 +29,6 @@ pub struct Choice<'a> {
     pub cold: bool,
 }
 
-/// The axis of a row of a cold measurement.
-const COLD: &str = "cold L2";
 /// Larger cases leave nothing in a cache from one call to the next: several times the L2 cache of any GPU.
 const CACHED: u64 = 400 << 20;
 

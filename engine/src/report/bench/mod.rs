@@ -32,6 +32,8 @@ pub const EXPS: &str = "exponentials";
 pub const CALL: &str = "call";
 /// Kind of the rows that are parts of a forward pass: an operator within a layer.
 pub const LAYER: &str = "layer";
+/// The axis of a call on a GPU whose cache holds nothing.
+pub const COLD: &str = "cold L2";
 
 /// One measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

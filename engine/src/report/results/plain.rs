@@ -4,6 +4,7 @@ use super::rows::{self, Row, digits, newest, table};
 use super::targets::rate;
 use crate::error::Result;
 use crate::io::files;
+use crate::report::bench::COLD;
 use serde_json::Value;
 use std::path::Path;
 
@@ -18,7 +19,7 @@ fn mebibytes(value: &Value) -> String {
 fn at(row: &Row) -> String {
     let axes = row.value["axes"].as_object().into_iter().flatten();
     let words = axes.filter_map(|(name, value)| match name.as_str() {
-        "cold L2" => Some(name.clone()),
+        COLD => Some(name.clone()),
         _ => Some(format!("{name} {}", value.as_f64()?)),
     });
     words.collect::<Vec<_>>().join(", ")

@@ -24,6 +24,7 @@ const MEASURES: [&str; 11] = [
     "seconds of the stage",
     "GB at the peak of the stage",
 ];
+/// Read off pairs; everything else is off rows of ours.
 const PEERS_SPEED: &str = "times the peer's speed";
 
 #[derive(Deserialize)]
@@ -112,6 +113,7 @@ impl Target {
         device
             && case
             && axes
+            && row.is_paired() == (self.measure == PEERS_SPEED)
             && self.takes(row)
             && row.could_not_run().is_none()
             && self.work.as_ref().is_none_or(|w| row.work() == w)
@@ -310,6 +312,14 @@ at_least = 0.9
         assert_eq!(of(0.08), ["0.0800", "reached"]);
         assert_eq!(of(0.09), ["0.0900", "gate reached, target missed"]);
         assert_eq!(of(0.2), ["0.200", "missed"]);
+        // A pair is no second measurement of ours, one with a cold cache is: the worst decides.
+        let pair = row(json!({ "op": "gated_conv", "case": "pixart_2k", "backend": "cuda", "device": "NVIDIA H200",
+            "pass": "forward", "ours_ms": 9.0, "peer_ms": 8.0, "ratio": 8.0 / 9.0, "peer": { "name": "P" } }));
+        let mut cold = gpu(9.0);
+        cold.value["axes"] = json!({ "cold L2": 1.0 });
+        assert_eq!(targets[0].answers(&[gpu(0.08), pair.clone()])[0].measured(), "0.0800");
+        let both = targets[0].answers(&[gpu(0.08), pair, cold])[0].measured();
+        assert_eq!(both, "1 of 2; worst 9.00 (gated_conv/pixart_2k forward )");
         let pair = |case: &str, ratio: f64| {
             row(
                 json!({ "op": "gemm", "case": case, "pass": "forward", "dtype": "f32", "processor": "X", "ratio": ratio, "peer": { "name": "P" } }),
@@ -325,8 +335,10 @@ at_least = 0.9
         let text = TEXT.replace("device = \"\"", "device = \"H200\"");
         let every = &parse(&text).unwrap()[1];
         let pair = |peer: &str, ms: f64, less: Option<&str>| {
-            row(json!({ "op": "gemm", "case": "a", "pass": "forward", "dtype": "bf16", "backend": "cuda", "device": "NVIDIA H200",
-                "ours_ms": 1.0, "peer_ms": ms, "ratio": ms, "peer": { "name": peer }, "less": less }))
+            row(
+                json!({ "op": "gemm", "case": "a", "pass": "forward", "dtype": "bf16", "backend": "cuda", "device": "NVIDIA H200",
+                "ours_ms": 1.0, "peer_ms": ms, "ratio": ms, "peer": { "name": peer }, "less": less }),
+            )
         };
         let rows = [pair("eager", 1.5, None), pair("fused", 1.25, None), pair("alone", 0.5, Some("no epilogue"))];
         assert_eq!(every.answers(&rows)[0].measured(), "2 of 2; worst 1.25 (gemm/a forward bf16)");
