@@ -24,7 +24,6 @@ use crate::report::bench::{self, CEILING, Ceilings, Misfit, Row, compare};
 use crate::report::format::significant;
 use crate::report::results;
 use crate::tensor::DType;
-use graft_kernels::ways;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -121,7 +120,7 @@ pub struct OpArgs {
     /// forward or backward; both where it is not given.
     #[arg(long, default_value = "")]
     pass: String,
-    /// Only this way of running it on a GPU.
+    /// Only this way of running it on a GPU, where it takes the case. Its rows name it and answer no target.
     #[arg(long)]
     way: Option<String>,
     /// Measurements of each.
@@ -192,21 +191,16 @@ fn read(files: &[PathBuf]) -> Result<Vec<Row>> {
 /// `graft bench op` and `graft op bench`.
 pub fn run_op(args: &OpArgs, json: bool) -> Result<()> {
     let OpArgs { filter, backend, element, case, pass, way, samples, gflop, cold, keep } = args;
-    let choice = op::Choice { filter, case, pass, gflop: *gflop, samples: *samples, cold: *cold };
+    let way = way.as_deref().map(known_way).transpose()?;
+    let choice = op::Choice { filter, case, pass, gflop: *gflop, samples: *samples, cold: *cold, way };
     let element = backend::element(element)?;
-    let measure = || {
-        if backend == "emu" {
-            return op::count(element, &choice, json);
-        }
-        let device = backend::open_as(backend, element)?;
-        let mut rows = ceilings::measure(&device, Precision::F32, json)?;
-        rows.extend(op::measure(&device, &choice, &rows, json)?);
-        finish(rows, keep, json)
-    };
-    match way {
-        Some(name) => ways::force(known_way(name)?, measure).0,
-        None => measure(),
+    if backend == "emu" {
+        return op::count(element, &choice, json);
     }
+    let device = backend::open_as(backend, element)?;
+    let mut rows = ceilings::measure(&device, Precision::F32, json)?;
+    rows.extend(op::measure(&device, &choice, &rows, json)?);
+    finish(rows, keep, json)
 }
 
 /// The way of some operator that a `--way` flag names.
@@ -243,6 +237,7 @@ impl Subject {
             case: self.case,
             work: self.work,
             axes: BTreeMap::new(),
+            way: None,
             backend: device.kind().to_string(),
             element: element.to_string(),
             device: if device.is_host() { system::processor() } else { device.describe() },

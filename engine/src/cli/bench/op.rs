@@ -9,7 +9,7 @@ use crate::ops::check::{CaseRow, time_cases};
 use crate::ops::contracts;
 use crate::report::bench::{COLD, Ceilings, Needs, Row};
 use crate::tensor::DType;
-use graft_kernels::Tier;
+use graft_kernels::{Tier, ways};
 use serde_json::json;
 use std::time::Duration;
 
@@ -27,6 +27,8 @@ pub struct Choice<'a> {
     pub samples: usize,
     /// On a GPU once more with caches that hold nothing, where a case is small enough for it to matter.
     pub cold: bool,
+    /// Only in this way, where it takes the case.
+    pub way: Option<&'static str>,
 }
 
 /// Larger cases leave nothing in a cache from one call to the next: several times the L2 cache of any GPU.
@@ -43,8 +45,21 @@ impl Choice<'_> {
 
     fn nothing_fits(&self) -> Error {
         Error::usage("op bench", "no case fits")
-            .is(format!("operator {:?}, case {:?}, at most {} GFLOP", self.filter, self.case, self.gflop))
+            .is(format!(
+                "operator {:?}, case {:?}, at most {} GFLOP{}",
+                self.filter,
+                self.case,
+                self.gflop,
+                self.way.map_or(String::new(), |way| format!(", way {way:?}"))
+            ))
             .fix("graft op list names the operators; --gflop sets the largest case")
+    }
+
+    /// Runs `work` in the way that was asked for; nothing where the call does not take it.
+    fn in_way<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<Option<R>> {
+        let Some(name) = self.way else { return work().map(Some) };
+        let (result, met) = ways::force(name, work);
+        result.map(|result| met.then_some(result))
     }
 }
 
@@ -64,10 +79,15 @@ pub fn measure(device: &Device, choice: &Choice<'_>, ceilings: &[Row], json: boo
     let mut rows = Vec::new();
     let chosen = |row: &CaseRow| choice.takes(device, row);
     time_cases(device, Tier::Real, &chosen, &mut |row, pass, call| {
-        if choice.pass.is_empty() || choice.pass == pass {
-            let times = device.time(choice.samples, PATIENCE, call)?;
+        // A call that does not take the way is not timed at all.
+        let takes = choice.way.is_none() || choice.in_way(&mut *call)?.is_some();
+        if takes
+            && (choice.pass.is_empty() || choice.pass == pass)
+            && let Some(times) = choice.in_way(|| device.time(choice.samples, PATIENCE, &mut *call))?
+        {
             let subject = Subject { bench: "op", case: format!("{}/{}", row.info.name, row.name), work: pass.into() };
             let mut found = subject.row(device, device.element(), times);
+            found.way = choice.way.map(String::from);
             if pass == "forward" {
                 // The contract counts a forward call, with every tensor in f32.
                 found.flops = Some(row.flops as f64);
@@ -80,11 +100,12 @@ pub fn measure(device: &Device, choice: &Choice<'_>, ceilings: &[Row], json: boo
             rows.push(found.clone());
             if choice.cold
                 && (row.bytes as u64) < CACHED
-                && let Some(times) = device.time_cold(choice.samples, call)?
+                && let Some(times) = choice.in_way(|| device.time_cold(choice.samples, &mut *call))?.flatten()
             {
-                let Row { flops, bytes, exps, predicted_ms, .. } = found;
+                let Row { way, flops, bytes, exps, predicted_ms, .. } = found;
                 let subject = Subject { bench: "op", case: found.case, work: pass.into() };
-                let mut cold = Row { flops, bytes, exps, predicted_ms, ..subject.row(device, device.element(), times) };
+                let timed = subject.row(device, device.element(), times);
+                let mut cold = Row { way, flops, bytes, exps, predicted_ms, ..timed };
                 cold.axes.insert(COLD.to_string(), 1.0);
                 show(&cold, json)?;
                 rows.push(cold);
@@ -105,7 +126,9 @@ pub fn count(element: DType, choice: &Choice<'_>, json: bool) -> Result<()> {
             return call();
         }
         emu.counters()?;
-        call()?;
+        if choice.in_way(&mut *call)?.is_none() {
+            return Ok(());
+        }
         let counted = emu.counters()?;
         let sum = |name: &str| -> u64 {
             counted.split_whitespace().filter_map(|w| w.strip_prefix(name)?.parse::<u64>().ok()).sum()
@@ -114,6 +137,7 @@ pub fn count(element: DType, choice: &Choice<'_>, json: bool) -> Result<()> {
             "op": row.info.name,
             "case": row.name,
             "pass": pass,
+            "way": choice.way,
             "backend": "emu",
             "element": element.to_string(),
             "blocks": sum("blocks="),
@@ -149,6 +173,24 @@ pub fn count(element: DType, choice: &Choice<'_>, json: bool) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::emu::Recorder;
+
+    #[test]
+    fn only_what_takes_a_way_is_run_in_it() {
+        let choice = |way| Choice { filter: "gemm", case: "", pass: "", gflop: 1.0, samples: 1, cold: false, way };
+        let taken = |way| {
+            let (choice, mut taken) = (choice(way), Vec::new());
+            let (_, device) = Recorder::open(DType::BF16, false);
+            time_cases(&device, Tier::Tiny, &|row| choice.takes(&device, row), &mut |row, pass, call| {
+                taken.extend(choice.in_way(call)?.map(|()| (row.name, pass)));
+                Ok(())
+            })
+            .unwrap();
+            taken.len()
+        };
+        let (all, some) = (taken(None), taken(Some("wgmma_128x128")));
+        assert!(0 < some && some < all, "{some} of {all}");
+    }
 
     #[test]
     fn a_whole_name_is_one_operator_and_a_part_is_several() {

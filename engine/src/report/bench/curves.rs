@@ -15,7 +15,8 @@ const DOUBLING: [&str; 3] = ["tokens", "batch", THREADS];
 /// The charts of a set of rows of one device and working type: milliseconds along each thing that was varied, a curve
 /// for each setting of the rest, and the gain from grafting.
 pub fn charts(rows: &[Row]) -> Vec<(String, LineChart)> {
-    let rows: Vec<Row> = rows.iter().filter(|r| r.bench != CEILING && r.bench != LAYER).map(with_threads).collect();
+    let counts = |r: &&Row| r.bench != CEILING && r.bench != LAYER && r.way.is_none();
+    let rows: Vec<Row> = rows.iter().filter(counts).map(with_threads).collect();
     let kinds: BTreeSet<&String> = rows.iter().map(|r| &r.bench).collect();
     let mut charts = Vec::new();
     for kind in kinds {
@@ -144,5 +145,7 @@ mod tests {
             well_formed(&text);
         }
         assert!(plots(&[row(CEILING, "copy", 1.0)]).is_empty());
+        rows.iter_mut().for_each(|r| r.way = Some("forced".into()));
+        assert!(charts(&rows).is_empty());
     }
 }

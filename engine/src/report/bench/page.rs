@@ -21,10 +21,12 @@ pub fn page(title: &str, rows: &[Row]) -> String {
         growth(h, rows);
         for (device, list) in by_device(rows) {
             h.leaf("h2", &[], &device);
-            ceilings(h, &list);
-            roofline(h, &list);
-            layers(h, &list);
-            predictions(h, &list);
+            // What was run in a way that was asked for stands in the table alone.
+            let chosen: Vec<Row> = list.iter().filter(|row| row.way.is_none()).cloned().collect();
+            ceilings(h, &chosen);
+            roofline(h, &chosen);
+            layers(h, &chosen);
+            predictions(h, &chosen);
             table(h, &list);
         }
     })

@@ -41,10 +41,8 @@ fn of_ceiling(row: &Row, rows: &[Row]) -> String {
 /// A row that lacks a field.
 pub fn gpu(rows: &[Row]) -> Result<String> {
     let chosen = rows.iter().filter(|r| r.maybe("backend") == Some("cuda") && !r.is_paired());
-    let chosen = newest(chosen, |r| {
-        let way = r.maybe("way").unwrap_or_default().to_string();
-        [r.device().to_string(), r.subject(), r.work().to_string(), r.element().to_string(), way, at(r)]
-    });
+    let chosen =
+        newest(chosen, |r| [r.device().to_string(), r.subject(), r.work().to_string(), r.element().to_string(), at(r)]);
     let mut lines = Vec::new();
     for row in chosen {
         let rate = |key: &str, scale: f64| {

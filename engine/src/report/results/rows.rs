@@ -45,14 +45,15 @@ pub fn of_machine(folder: &Path) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// The rows of a file in the folder of a machine.
+/// The rows of a file in the folder of a machine. Those of a way that was asked for (`graft bench op --way`) are left
+/// out: they say what was tried, and answer for nothing.
 ///
 /// # Errors
 /// As [`read`].
 pub fn of_file(file: &Path) -> Result<Vec<Row>> {
     let machine = file.parent().map(files::file_name).unwrap_or_default();
     let row = |(i, value)| Row { place: format!("{} line {}", file.display(), i + 1), machine: machine.clone(), value };
-    Ok(jsonl::read(file)?.into_iter().enumerate().map(row).collect())
+    Ok(jsonl::read(file)?.into_iter().enumerate().map(row).filter(|row| !row.is_forced()).collect())
 }
 
 /// What a folder holds, sorted; nothing of what is no folder.
@@ -104,6 +105,11 @@ impl Row {
     /// Ours against a peer's, measured in turns, or why the peer could not run.
     pub fn is_paired(&self) -> bool {
         self.value["peer"].is_object() || self.value["peer"].is_string()
+    }
+
+    /// Ours in a way that was asked for. In a pair the way is the peer's.
+    fn is_forced(&self) -> bool {
+        self.maybe("way").is_some() && !self.is_paired()
     }
 
     /// Name of the peer, with its version where the row has one.
@@ -207,6 +213,20 @@ pub(crate) mod tests {
         assert_eq!((row.subject().as_str(), row.work(), row.peer().as_str()), ("gemm/fc1", "forward", "P 2"));
         assert_eq!((row.could_not_run().as_deref(), row.machine()), (Some("no wheel"), "x"));
         assert!(row.number("ours_ms").unwrap_err().to_string().contains("x/rows.jsonl line 1"));
+    }
+
+    #[test]
+    fn a_way_that_was_asked_for_answers_for_nothing() {
+        let file = files::test_dir("rows-of-ways").join("rows.jsonl");
+        let mut log = jsonl::JsonLog::create(&file).unwrap();
+        let rows = [
+            serde_json::json!({ "case": "gemm/a", "ms": 2.0 }),
+            serde_json::json!({ "case": "gemm/a", "ms": 1.0, "way": "wgmma_128x256" }),
+            serde_json::json!({ "case": "gemm/a", "ours_ms": 3.0, "way": "eager", "peer": { "name": "PyTorch" } }),
+        ];
+        rows.iter().for_each(|row| log.append(row).unwrap());
+        let kept: Vec<_> = of_file(&file).unwrap().iter().map(|row| row.ms().unwrap()).collect();
+        assert_eq!(kept, [2.0, 3.0]);
     }
 
     #[test]
