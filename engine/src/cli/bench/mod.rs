@@ -24,7 +24,6 @@ use crate::report::bench::{self, CEILING, Ceilings, Misfit, Row, compare};
 use crate::report::format::significant;
 use crate::report::results;
 use crate::tensor::DType;
-use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -94,12 +93,51 @@ enum BenchCommand {
 /// Where rows go besides the terminal.
 #[derive(clap::Args)]
 pub struct Keep {
-    /// Add the rows to this file.
+    /// Add each row to this file when it is measured.
     #[arg(long, value_name = "FILE")]
     rows: Option<PathBuf>,
     /// Print what became faster or slower since these rows; fails where something became slower.
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
+}
+
+impl Keep {
+    /// The place for the rows of a run.
+    fn open(&self, json: bool) -> Result<Rows> {
+        let log = self.rows.as_ref().map(|path| JsonLog::resume(path, u64::MAX)).transpose()?;
+        Ok(Rows { json, log, before: self.compare.clone(), rows: Vec::new() })
+    }
+}
+
+/// The rows of a run. Each is kept and, where JSON was asked for, printed when it is measured: a run that is ended before
+/// its time loses none.
+struct Rows {
+    json: bool,
+    log: Option<JsonLog>,
+    before: Option<PathBuf>,
+    rows: Vec<Row>,
+}
+
+impl Rows {
+    fn put(&mut self, row: Row) -> Result<()> {
+        if let Some(log) = &mut self.log {
+            log.append(&row)?;
+        }
+        if self.json {
+            out::line(serde_json::to_string(&row).unwrap_or_default())?;
+        }
+        self.rows.push(row);
+        Ok(())
+    }
+
+    /// The table of the rows and what the cost model makes of them, and the comparison that was asked for.
+    fn finish(self) -> Result<()> {
+        if !self.json {
+            out::line(table(&self.rows).to_string().trim_end())?;
+            Misfit::of(&self.rows).map_or(Ok(()), |misfit| out::line(misfit.to_string()))?;
+        }
+        self.before.map_or(Ok(()), |before| changes(&bench::read(&before)?, &self.rows))
+    }
 }
 
 /// Arguments of `op`.
@@ -198,9 +236,10 @@ pub fn run_op(args: &OpArgs, json: bool) -> Result<()> {
         return op::count(element, &choice, json);
     }
     let device = backend::open_as(backend, element)?;
-    let mut rows = ceilings::measure(&device, Precision::F32, json)?;
-    rows.extend(op::measure(&device, &choice, &rows, json)?);
-    finish(rows, keep, json)
+    let mut rows = keep.open(json)?;
+    ceilings::measure(&device, Precision::F32, &mut rows)?;
+    op::measure(&device, &choice, &mut rows)?;
+    rows.finish()
 }
 
 /// The way of some operator that a `--way` flag names.
@@ -256,41 +295,6 @@ impl Subject {
             version: env!("CARGO_PKG_VERSION").into(),
         }
     }
-}
-
-/// A row as it is measured; a table follows at the end where nobody asked for JSON.
-fn show(row: &Row, json: bool) -> Result<()> {
-    if json { out::line(serde_json::to_string(row).unwrap_or_default()) } else { Ok(()) }
-}
-
-/// The table of rows and what the cost model makes of them, the file of rows and the comparison that were asked for.
-fn finish(rows: Vec<Row>, keep: &Keep, json: bool) -> Result<()> {
-    let misfit = Misfit::of(&rows);
-    finish_with(rows, keep, json)?;
-    match misfit {
-        Some(misfit) if !json => out::line(misfit.to_string()),
-        _ => Ok(()),
-    }
-}
-
-fn finish_with(rows: Vec<Row>, keep: &Keep, json: bool) -> Result<()> {
-    if !json {
-        out::line(table(&rows).to_string().trim_end())?;
-    }
-    if let Some(path) = &keep.rows {
-        store(path, &rows)?;
-    }
-    keep.compare.as_ref().map_or(Ok(()), |before| changes(&bench::read(before)?, &rows))
-}
-
-fn store(path: &Path, rows: &[Row]) -> Result<()> {
-    let mut log = JsonLog::resume(path, u64::MAX)?;
-    rows.iter().try_for_each(|row| log.append(row))
-}
-
-/// Adds one row of any kind to a file.
-fn store_value(path: &Path, row: &impl Serialize) -> Result<()> {
-    JsonLog::resume(path, u64::MAX)?.append(row)
 }
 
 fn table(rows: &[Row]) -> Table {

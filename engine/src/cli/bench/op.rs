@@ -1,7 +1,7 @@
 //! `graft bench op`, which is `graft op bench`: the passes of an operator at the shapes of real models, by the device's own clock; on the emulator
 //! what they move.
 
-use super::{Subject, show};
+use super::{Rows, Subject};
 use crate::backend::{Device, emu};
 use crate::cli::{out, table::Table};
 use crate::error::{Error, Result};
@@ -71,12 +71,13 @@ pub fn named(op: &str, filter: &str) -> bool {
 /// Time after which a case on the host takes no further sample.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Measures on `device`: a row of every pass, that of a forward pass with its prediction from the `ceilings` of the run.
+/// Measures on `device`: a row of every pass into `rows`, which hold the ceilings of the run; that of a forward pass with
+/// its prediction from them.
 ///
 /// # Errors
 /// No case that fits, and those of the device.
-pub fn measure(device: &Device, choice: &Choice<'_>, ceilings: &[Row], json: bool) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
+pub(super) fn measure(device: &Device, choice: &Choice<'_>, rows: &mut Rows) -> Result<()> {
+    let before = rows.rows.len();
     let chosen = |row: &CaseRow| choice.takes(device, row);
     time_cases(device, Tier::Real, &chosen, &mut |row, pass, call| {
         // A call that does not take the way is not timed at all.
@@ -94,10 +95,9 @@ pub fn measure(device: &Device, choice: &Choice<'_>, ceilings: &[Row], json: boo
                 found.bytes = Some((row.bytes * device.element().size() / 4) as f64);
                 found.exps = Some(row.exps as f64).filter(|n| *n > 0.0);
                 let needs = Needs { flops: row.flops as f64, bytes: found.bytes.unwrap_or(0.0), exps: row.exps as f64 };
-                found.predicted_ms = Ceilings::of(ceilings, &found).predict(needs);
+                found.predicted_ms = Ceilings::of(&rows.rows, &found).predict(needs);
             }
-            show(&found, json)?;
-            rows.push(found.clone());
+            rows.put(found.clone())?;
             if choice.cold
                 && (row.bytes as u64) < CACHED
                 && let Some(times) = choice.in_way(|| device.time_cold(choice.samples, &mut *call))?.flatten()
@@ -107,13 +107,12 @@ pub fn measure(device: &Device, choice: &Choice<'_>, ceilings: &[Row], json: boo
                 let timed = subject.row(device, device.element(), times);
                 let mut cold = Row { way, flops, bytes, exps, predicted_ms, ..timed };
                 cold.axes.insert(COLD.to_string(), 1.0);
-                show(&cold, json)?;
-                rows.push(cold);
+                rows.put(cold)?;
             }
         }
         Ok(())
     })?;
-    if rows.is_empty() { Err(choice.nothing_fits()) } else { Ok(rows) }
+    if rows.rows.len() == before { Err(choice.nothing_fits()) } else { Ok(()) }
 }
 
 /// What the emulator counts of the tiny cases: it has no speed, but it sees every access through the wrappers of
