@@ -22,7 +22,7 @@ use crate::io::{atomic, system};
 use crate::ops::contracts;
 use crate::report::bench::{self, CEILING, Ceilings, Misfit, Row, compare};
 use crate::report::format::significant;
-use crate::report::results;
+use crate::report::results::{self, ladders};
 use crate::tensor::DType;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -79,7 +79,8 @@ enum BenchCommand {
         #[arg(long)]
         check: bool,
     },
-    /// A page of rows: a roofline, the layers of a model, the cost model beside what was measured, how cost grows.
+    /// A page of rows: a roofline, the layers of a model, the cost model beside what was measured, how cost grows, what was
+    /// tried at each operator.
     Report {
         /// Files of rows.
         #[arg(required = true)]
@@ -87,6 +88,9 @@ enum BenchCommand {
         /// The page.
         #[arg(short, long, default_value = "bench.html")]
         out: PathBuf,
+        /// Folder with the folders of the operators, kernels-cu of the sources: the ladder of each from its README.
+        #[arg(long, value_name = "DIR")]
+        ladders: Option<PathBuf>,
     },
 }
 
@@ -194,9 +198,10 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             Ok(())
         }
         BenchCommand::Results { root, check } => tables(root, *check),
-        BenchCommand::Report { files, out: path } => {
+        BenchCommand::Report { files, out: path, ladders: folder } => {
             let rows = read(files)?;
-            atomic::write_bytes(path, bench::page("Measurements", &rows).as_bytes())?;
+            let ladders = folder.as_ref().map_or(Ok(Vec::new()), |folder| ladders::read(folder))?;
+            atomic::write_bytes(path, bench::page("Measurements", &rows, &ladders).as_bytes())?;
             if let Some(misfit) = Misfit::of(&rows) {
                 out::line(misfit.to_string())?;
             }
