@@ -31,6 +31,9 @@ struct Args {
     /// Folder of the rows; that of this processor below benches/results where it is not given.
     #[arg(long)]
     rows: Option<PathBuf>,
+    /// Models also against torch.compile, which compiles for a minute or more each.
+    #[arg(long)]
+    compile: bool,
     /// Write no rows, and measure on a busy machine too.
     #[arg(long)]
     dry_run: bool,
@@ -92,8 +95,9 @@ fn measure(args: &Args, settings: &Settings, folder: &Path) -> Result<()> {
     let mut failed = run_ops(settings, &choice, &peers, &mut say)?;
     if args.filter.is_empty() {
         let [dtypes, ways] = [["f32", "bf16"], WAYS].map(|words| words.map(str::to_string));
+        let ways = if args.compile { &ways[..] } else { &ways[..1] };
         let python = settings.root.join(".venv-torch-cpu/bin/python");
-        failed += run_models(settings, &CASES, &dtypes, &ways, &python, &mut say)?;
+        failed += run_models(settings, &CASES, &dtypes, ways, &python, &mut say)?;
         alone(folder)?;
     }
     if failed > 0 {
