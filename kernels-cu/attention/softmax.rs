@@ -1,7 +1,10 @@
 //! From scores to the weights of a softmax and back, a row of one query at a time.
+//!
+//! The queries are multiplied by the factor of the scores beforehand, so that a weight is one subtraction and an
+//! exponential.
 
 use super::tiles::WIDTH;
-use crate::simd::{exp_decay, reduce};
+use crate::simd::{exp_weight, ln, reduce};
 use std::ops::RangeInclusive;
 
 /// A score that does not count. Finite, so that a block of nothing else makes no NaN: what it adds is lost in rounding
@@ -13,11 +16,11 @@ pub const USUAL: RangeInclusive<f32> = 1e-6..=1e6;
 
 /// What an operator does to the scores of a query, shown to it as (query, first key, scores of the keys from there on).
 pub trait Scores {
-    /// Before the factor and the softmax: adds a bias, or sets to [`HIDDEN`] what must not count.
+    /// Before the softmax: adds a bias, or sets to [`HIDDEN`] what must not count.
     #[inline(always)]
     fn alter(&mut self, _query: usize, _first: usize, _scores: &mut [f32]) {}
 
-    /// Is told of the gradients of the scores, times the factor.
+    /// Is told of the gradients of the scores with their factor and bias.
     #[inline(always)]
     fn gradients(&mut self, _query: usize, _first: usize, _gradients: &[f32]) {}
 }
@@ -35,26 +38,32 @@ impl<F: FnMut(usize, usize, &mut [f32])> Scores for F {
     }
 }
 
-/// Turns scores into exp(scale·score − max), max over `before` and the row; returns the maximum and the sum.
+/// Turns scores into exp(score − max), max over `before` and the row; returns the maximum and the sum. The weight of the
+/// largest score is exactly 1.
 #[inline(always)]
-pub fn exponentials(row: &mut [f32], scale: f32, before: f32) -> (f32, f32) {
+pub fn exponentials(row: &mut [f32], before: f32) -> (f32, f32) {
+    let (row, _) = row.as_chunks_mut::<WIDTH>();
     let mut max = [before; WIDTH];
-    for x in row.chunks_exact_mut(WIDTH) {
+    for x in row.iter() {
         for lane in 0..WIDTH {
-            // What is hidden stays so whatever the scale; a NaN stays one.
-            x[lane] = if x[lane] <= HIDDEN { x[lane] } else { x[lane] * scale };
             max[lane] = if x[lane] > max[lane] { x[lane] } else { max[lane] };
         }
     }
     let max = maximum(max);
     let mut sum = [0.0f32; WIDTH];
-    for x in row.chunks_exact_mut(WIDTH) {
+    for x in row.iter_mut() {
         for lane in 0..WIDTH {
-            x[lane] = exp_decay(x[lane] - max);
+            x[lane] = exp_weight(x[lane] - max);
             sum[lane] += x[lane];
         }
     }
     (max, reduce(sum))
+}
+
+/// Log of a sum of exponentials from what [`exponentials`] returns.
+#[inline(always)]
+pub fn log_sum(max: f32, total: f32) -> f32 {
+    max + ln(total)
 }
 
 /// Largest lane, pairwise.
@@ -70,12 +79,14 @@ fn maximum(mut lanes: [f32; WIDTH]) -> f32 {
     lanes[0]
 }
 
-/// From scores in `p` and dy·v in `ds`: p = exp(scale·s − lse), ds = scale·p·(ds − delta).
+/// From scores in `p` and dy·v in `ds`: p = exp(s − lse), ds = p·(ds − delta).
 #[inline(always)]
-pub fn score_gradients(p: &mut [f32], ds: &mut [f32], scale: f32, lse: f32, delta: f32) {
-    let ds = &mut ds[..p.len()];
-    for i in 0..p.len() {
-        p[i] = exp_decay(if p[i] <= HIDDEN { HIDDEN } else { p[i].mul_add(scale, -lse) });
-        ds[i] = scale * p[i] * (ds[i] - delta);
+pub fn score_gradients(p: &mut [f32], ds: &mut [f32], lse: f32, delta: f32) {
+    let ((p, _), (ds, _)) = (p.as_chunks_mut::<WIDTH>(), ds.as_chunks_mut::<WIDTH>());
+    for (p, ds) in p.iter_mut().zip(ds) {
+        for lane in 0..WIDTH {
+            p[lane] = exp_weight(p[lane] - lse);
+            ds[lane] = p[lane] * (ds[lane] - delta);
+        }
     }
 }
