@@ -3,8 +3,14 @@
 //! Functions are plain Rust over slices, written in lanes of [`LANES`] so that the compiler vectorises them without
 //! reordering sums, and instantiated for the processor's best instruction set by [`vectorised`].
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::__m128;
+
 /// Independent accumulators of a reduction: one AVX-512 register of f32, two AVX2 ones.
 pub const LANES: usize = 16;
+
+/// Half of them.
+const HALF: usize = LANES / 2;
 
 /// Runs `body` compiled for the best instruction set of this processor (AVX-512, AVX2+FMA, or the baseline).
 ///
@@ -60,6 +66,13 @@ pub fn sum_pairs(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
             acc[lane] += f(x[lane], y[lane]);
         }
     }
+    // Half a vector of what is left goes to the front lanes.
+    let ((x_half, x_rest), (y_half, y_rest)) = (x_rest.as_chunks::<HALF>(), y_rest.as_chunks::<HALF>());
+    if let (Some(x), Some(y)) = (x_half.first(), y_half.first()) {
+        for lane in 0..HALF {
+            acc[lane] += f(x[lane], y[lane]);
+        }
+    }
     let mut total = 0.0;
     for (x, y) in x_rest.iter().zip(y_rest) {
         total += f(*x, *y);
@@ -76,6 +89,10 @@ pub fn sum_each(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 /// Pairwise sum of the lanes: the same order on every machine.
 #[inline(always)]
 pub fn reduce(mut acc: [f32; LANES]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if let pulp::x86::Arch::V4(simd) = arch() {
+        return fold(simd, acc, |low, high| simd.sse._mm_add_ps(low, high));
+    }
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
@@ -84,6 +101,33 @@ pub fn reduce(mut acc: [f32; LANES]) -> f32 {
         half /= 2;
     }
     acc[0]
+}
+
+/// Largest lane, or one of the others where some are NaN.
+#[inline(always)]
+pub fn largest(mut lanes: [f32; LANES]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if let pulp::x86::Arch::V4(simd) = arch() {
+        return fold(simd, lanes, |low, high| simd.sse._mm_max_ps(high, low));
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// Folds the lanes pairwise, in the order of the loops of [`reduce`]: compilers make single lanes of those.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn fold(simd: pulp::x86::V4, lanes: [f32; LANES], op: impl Fn(__m128, __m128) -> __m128) -> f32 {
+    let [a, b, c, d]: [__m128; 4] = bytemuck::cast(lanes);
+    let four = op(op(a, c), op(b, d));
+    let two = op(four, simd.sse._mm_movehl_ps(four, four));
+    simd.sse._mm_cvtss_f32(op(two, simd.sse3._mm_movehdup_ps(two)))
 }
 
 /// e^x to about 1 ulp·2 over the range where the result is a normal f32; 0 below, +∞ above; NaN stays NaN.
@@ -397,6 +441,11 @@ mod tests {
             let x: Vec<f32> = (0..len).map(|i| i as f32).collect();
             assert_eq!(vectorised(|| sum_each(&x, |x| x)), sum);
             assert_eq!(vectorised(|| sum_pairs(&x, &x, |x, y| x + y)), 2.0 * sum);
+        }
+        for place in 0..LANES {
+            let lanes: [f32; LANES] = std::array::from_fn(|lane| if lane == place { 3.0 } else { -(lane as f32) });
+            assert_eq!(vectorised(|| largest(lanes)), 3.0);
+            assert_eq!(vectorised(|| reduce(lanes)), 3.0 + place as f32 - 120.0);
         }
     }
 }

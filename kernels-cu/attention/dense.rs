@@ -3,7 +3,7 @@
 //! A few blocks of keys are packed at a time; queries go past all of them before the next ones are packed. Every query
 //! is summed in the same order whatever the split over threads, so results do not depend on it.
 
-use super::layout::{Out, RowsMut, blocks, with_scratch, write, write_times};
+use super::layout::{Out, RowsMut, blocks, with_scratch, write_times};
 use super::panels::{copy_times, gather};
 use super::softmax::{HIDDEN, Scores, exponentials, log_sum, score_gradients};
 use super::tiles::{Rows, Sum, TILE, WIDTH, pack, pack_transposed, padded, product, product_transposed};
@@ -63,7 +63,7 @@ pub fn forward(
                 let (max, total) = (&mut max[place..][..rows], &mut total[place..][..rows]);
                 let near = &mut near[place * e..][..rows * e];
                 if index == 0 {
-                    gather(q.from(at), rows, scale, near);
+                    gather(q.from(at), rows, near);
                     max.fill(f32::NEG_INFINITY);
                 }
                 let near = Rows { data: near, stride: e, width: e };
@@ -77,8 +77,7 @@ pub fn forward(
                             for r in 0..rows {
                                 let row = &mut weights[r * stride..][..wide];
                                 scores.alter(at + r, first, &mut row[..count]);
-                                row[count..].fill(f32::NEG_INFINITY);
-                                let (new, sum) = exponentials(row, max[r]);
+                                let (new, sum) = exponentials(row, count, scale, max[r]);
                                 if first > 0 {
                                     let keep = exp_weight(max[r] - new);
                                     total[r] = total[r].mul_add(keep, sum);
@@ -184,8 +183,8 @@ pub fn backward(
                     pack(k.from(first), count, &mut packed_k[part * block..]);
                 }
                 for (at, rows) in blocks(n, QUERIES, TILE) {
-                    let near_q = gather(q.from(at), rows, scale, near_q);
-                    let near_dy = gather(saved.dy.from(at), rows, 1.0, near_dy);
+                    let near_q = gather(q.from(at), rows, near_q);
+                    let near_dy = gather(saved.dy.from(at), rows, near_dy);
                     pack(near_q, rows, queries);
                     pack(near_dy, rows, dys);
                     let sum_q = &mut sum_q[if waits { at * wide_e } else { 0 }..][..rows * wide_e];
@@ -202,7 +201,7 @@ pub fn backward(
                                     scores.alter(at + r, first, &mut p[..count]);
                                     p[count..].fill(HIDDEN);
                                     ds[count..].fill(0.0);
-                                    score_gradients(p, ds, saved.lse[at + r], delta[at + r]);
+                                    score_gradients(p, ds, scale, saved.lse[at + r], delta[at + r]);
                                     scores.gradients(at + r, first, &ds[..count]);
                                 }
                             },
@@ -225,8 +224,9 @@ pub fn backward(
                     }
                 }
                 for (part, (first, count)) in round.enumerate() {
-                    for (sum, rows) in [(&*sum_k, &mut *dk), (&*sum_v, &mut *dv)] {
-                        write(&sum[part * block..], wide_e, rows.get_mut(first..first + count).unwrap_or_default());
+                    for (sum, factor, rows) in [(&*sum_k, scale, &mut *dk), (&*sum_v, 1.0, &mut *dv)] {
+                        let rows = rows.get_mut(first..first + count).unwrap_or_default();
+                        write_times(&sum[part * block..], wide_e, factor, rows);
                     }
                 }
             }

@@ -216,12 +216,12 @@ pub fn backward(
     });
 }
 
-/// Copies rows times `factor` to whole vectors, zeros behind them: `count · padded(width)` values.
+/// Copies rows to whole vectors, zeros behind them: `count · padded(width)` values.
 #[inline(always)]
-pub fn widen(rows: Rows<'_>, count: usize, factor: f32, out: &mut [f32]) {
+pub fn widen(rows: Rows<'_>, count: usize, out: &mut [f32]) {
     let wide = rows.width.next_multiple_of(WIDTH);
     for (i, out) in out[..count * wide].chunks_exact_mut(wide).enumerate() {
-        copy_times(rows.row(i), factor, out);
+        copy(rows.row(i), out);
     }
 }
 

@@ -192,9 +192,9 @@ impl<K: Neighbours> WithSimd for Forward<'_, K> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Forward { task, block, keys, qs, ks, vs, scores, sums, mut y, lse } = self;
         let (e, wide) = (task.q.width, padded(task.q.width));
-        widen(task.q, block.len(), task.scale, qs);
-        widen(task.k, task.tokens, 1.0, ks);
-        widen(task.v, task.tokens, 1.0, vs);
+        widen(task.q, block.len(), qs);
+        widen(task.k, task.tokens, ks);
+        widen(task.v, task.tokens, vs);
         let stride = scores.len() / block.len();
         for first in (0..block.len()).step_by(GROUP) {
             let (list, len) = group(block.start + first..block.end, keys);
@@ -207,8 +207,7 @@ impl<K: Neighbours> WithSimd for Forward<'_, K> {
                 }
             }
             for (i, scores) in rows.chunks_exact_mut(stride).enumerate() {
-                scores[list[i].count()..].fill(f32::NEG_INFINITY);
-                let (max, total) = exponentials(scores, f32::NEG_INFINITY);
+                let (max, total) = exponentials(scores, list[i].count(), task.scale, f32::NEG_INFINITY);
                 lse[first + i] = log_sum(max, total);
                 let inverse = 1.0 / total;
                 for j in 0..stride {
@@ -273,7 +272,7 @@ fn backward(
             });
             write_times(sum_q, wide, scale, dq);
         }
-        write(sum_k, wide, dk);
+        write_times(sum_k, wide, scale, dk);
         write(sum_v, wide, dv);
     });
 }
@@ -303,10 +302,10 @@ impl<K: Neighbours> WithSimd for Backward<'_, K> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Backward { task, block, keys, dy, lse, delta, qs, dys, ks, vs, p, ds, sum_q, sum_k, sum_v } = self;
         let wide = padded(task.q.width);
-        widen(task.q, block.len(), task.scale, qs);
-        widen(dy, block.len(), 1.0, dys);
-        widen(task.k, task.tokens, 1.0, ks);
-        widen(task.v, task.tokens, 1.0, vs);
+        widen(task.q, block.len(), qs);
+        widen(dy, block.len(), dys);
+        widen(task.k, task.tokens, ks);
+        widen(task.v, task.tokens, vs);
         let stride = p.len() / block.len();
         sum_q.fill(0.0);
         for first in (0..block.len()).step_by(GROUP) {
@@ -324,7 +323,7 @@ impl<K: Neighbours> WithSimd for Backward<'_, K> {
                 // Any finite number: the padding is never read again.
                 p[list[i].count()..].fill(0.0);
                 ds[list[i].count()..].fill(0.0);
-                score_gradients(p, ds, lse[first + i], delta[first + i]);
+                score_gradients(p, ds, task.scale, lse[first + i], delta[first + i]);
             }
             for run in 0..list[0].runs {
                 for (i, (p, ds)) in p.chunks_exact(stride).zip(ds.chunks_exact(stride)).enumerate() {

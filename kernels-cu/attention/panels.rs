@@ -86,15 +86,24 @@ pub fn pack_transposed(rows: Rows<'_>, count: usize, out: &mut [f32]) {
                 for at in (0..width).step_by(WIDTH) {
                     let row = column + at;
                     let (live, lanes) = (WIDTH.min(count - row), WIDTH.min(width - at));
-                    for k in (0..depth).step_by(WIDTH) {
-                        block[live..].fill([0.0; WIDTH]);
+                    let (whole, rest) = (depth / WIDTH, depth % WIDTH);
+                    for k in 0..whole {
+                        if live < WIDTH {
+                            block[live..].fill([0.0; WIDTH]);
+                        }
                         for i in 0..live {
-                            copy(&rows.row(row + i)[k..depth.min(k + WIDTH)], &mut block[i]);
+                            block[i] = rows.row(row + i).as_chunks().0[k];
                         }
                         turn(&mut block);
-                        for (j, turned) in block[..WIDTH.min(depth - k)].iter().enumerate() {
-                            copy(&turned[..lanes], &mut panel[(k + j) * width + at..][..lanes]);
+                        write_square(&block, lanes, width, &mut panel[k * WIDTH * width + at..]);
+                    }
+                    if rest > 0 {
+                        block = [[0.0; WIDTH]; WIDTH];
+                        for i in 0..live {
+                            copy(&rows.row(row + i)[whole * WIDTH..], &mut block[i][..rest]);
                         }
+                        turn(&mut block);
+                        write_square(&block[..rest], lanes, width, &mut panel[whole * WIDTH * width + at..]);
                     }
                 }
             }
@@ -102,13 +111,25 @@ pub fn pack_transposed(rows: Rows<'_>, count: usize, out: &mut [f32]) {
     );
 }
 
-/// Draws rows together, one after the other, times `factor`.
-pub fn gather<'a>(rows: Rows<'_>, count: usize, factor: f32, out: &'a mut [f32]) -> Rows<'a> {
+/// Writes the first `lanes` values, [`WIDTH`] or [`HALF`], of the rows of a square `width` apart.
+#[inline(always)]
+fn write_square(square: &[[f32; WIDTH]], lanes: usize, width: usize, out: &mut [f32]) {
+    for (j, row) in square.iter().enumerate() {
+        let out = &mut out[j * width..];
+        match out.first_chunk_mut::<WIDTH>() {
+            Some(out) if lanes == WIDTH => *out = *row,
+            _ => out[..lanes].copy_from_slice(&row[..lanes]),
+        }
+    }
+}
+
+/// Draws rows together, one after the other.
+pub fn gather<'a>(rows: Rows<'_>, count: usize, out: &'a mut [f32]) -> Rows<'a> {
     vectorised(
         #[inline(always)]
         || {
             for (i, out) in out.chunks_exact_mut(rows.width).take(count).enumerate() {
-                copy_times(rows.row(i), factor, out);
+                copy(rows.row(i), out);
             }
         },
     );
@@ -131,20 +152,26 @@ pub fn copy_times(from: &[f32], factor: f32, to: &mut [f32]) {
 #[inline(always)]
 pub fn map(from: &[f32], to: &mut [f32], f: impl Fn(f32) -> f32) {
     let (front, zeros) = to.split_at_mut(from.len());
-    let ((from, from_rest), (to, to_rest)) = (from.as_chunks::<WIDTH>(), front.as_chunks_mut::<WIDTH>());
-    for (to, from) in to.iter_mut().zip(from) {
+    let ((vectors, from), (to_vectors, to)) = (from.as_chunks::<WIDTH>(), front.as_chunks_mut::<WIDTH>());
+    // Changed in place: compilers that cannot tell whether `from` and `to` overlap would go value by value.
+    for (to, from) in to_vectors.iter_mut().zip(vectors) {
+        *to = *from;
         for lane in 0..WIDTH {
-            to[lane] = f(from[lane]);
+            to[lane] = f(to[lane]);
         }
     }
-    let ((from, from_rest), (to, to_rest)) = (from_rest.as_chunks::<HALF>(), to_rest.as_chunks_mut::<HALF>());
-    for (to, from) in to.iter_mut().zip(from) {
+    let ((halves, from), (to_halves, to)) = (from.as_chunks::<HALF>(), to.as_chunks_mut::<HALF>());
+    // One at most, which a loop would not say.
+    if let (Some(from), Some(to)) = (halves.first(), to_halves.first_mut()) {
+        *to = *from;
         for lane in 0..HALF {
-            to[lane] = f(from[lane]);
+            to[lane] = f(to[lane]);
         }
     }
-    for i in 0..to_rest.len() {
-        to_rest[i] = f(from_rest[i]);
+    for i in 0..to.len() {
+        to[i] = f(from[i]);
     }
-    zeros.fill(0.0);
+    if !zeros.is_empty() {
+        zeros.fill(0.0);
+    }
 }

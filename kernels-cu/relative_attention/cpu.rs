@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 /// The biases of one head by distance, 2N − 1 of them, and the sums of their gradients where these are wanted.
 struct Bias<'a> {
+    scale: f32,
     /// First query that is asked about.
     start: usize,
     values: &'a [f32],
@@ -28,7 +29,7 @@ impl Scores for Bias<'_> {
     fn alter(&mut self, query: usize, first: usize, scores: &mut [f32]) {
         let bias = &self.values[self.at(query, first)..][..scores.len()];
         for j in 0..bias.len() {
-            scores[j] += bias[j];
+            scores[j] = scores[j].mul_add(self.scale, bias[j]);
         }
     }
 
@@ -64,8 +65,8 @@ pub fn forward(a: Forward<'_, f32>) {
     let begin = |index| touch(sample(qkv, dims.b, index));
     layout::forward(dims, a.y, a.lse, begin, |index, head, queries, y, lse| {
         let [q, k, v] = packed(qkv, dims, index, head);
-        let bias = Bias { start: queries.start, values: &bias[head * span..][..span], sums: &mut [] };
-        dense::forward([q.from(queries.start), k, v], keys(dims.n, a.counts, index), bias, scale, y, lse);
+        let bias = Bias { scale, start: queries.start, values: &bias[head * span..][..span], sums: &mut [] };
+        dense::forward([q.from(queries.start), k, v], keys(dims.n, a.counts, index), bias, 1.0, y, lse);
     });
 }
 
@@ -88,9 +89,13 @@ pub fn backward(a: Backward<'_, f32>) {
             for_heads(b, &mut tasks, |head, (grads, sums)| {
                 let lse = &a.lse[(index * h + head) * n..][..n];
                 let saved = Saved { y: of_head(a.y, dims, index, head), dy: of_head(a.dy, dims, index, head), lse };
-                let bias = Bias { start: 0, values: &bias[head * span..][..span], sums };
+                let bias = Bias { scale, start: 0, values: &bias[head * span..][..span], sums };
                 let inputs = packed(a.qkv, dims, index, head);
-                dense::backward(inputs, keys(n, a.counts, index), bias, scale, saved, grads);
+                dense::backward(inputs, keys(n, a.counts, index), bias, 1.0, saved, grads);
+                if scale != 1.0 {
+                    let [dq, dk, _] = grads;
+                    dq.iter_mut().chain(dk).flat_map(|row| row.iter_mut()).for_each(|x| *x *= scale);
+                }
             });
         },
     );
