@@ -191,6 +191,26 @@ mod tests {
             for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                 assert_eq!(out[i * stride + j], 2.0 * want(i, j), "{m}x{k}x{n} at {i},{j}");
             }
+            // The narrower registers of other processors.
+            let mut narrow = |run: fn(Product<'_>)| {
+                out.fill(7.0);
+                let sum = Sum { data: &mut out, stride, add: false };
+                run(Product { left: &a, steps: (k, 1), rows: m, depth: k, right: &packed, columns: n, out: sum });
+                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                    assert_eq!(out[i * stride + j], want(i, j), "{m}x{k}x{n} at {i},{j}");
+                }
+            };
+            narrow(|product| Simd::vectorize(pulp::Scalar::new(), product));
+            #[cfg(target_arch = "x86_64")]
+            if pulp::x86::V3::try_new().is_some() {
+                let run = |product: Product<'_>| {
+                    pulp::x86::V3::try_new()
+                        .into_iter()
+                        .zip([product])
+                        .for_each(|(simd, op)| Simd::vectorize(simd, op));
+                };
+                narrow(run);
+            }
         }
     }
 }
