@@ -3,8 +3,14 @@
 //! Functions are plain Rust over slices, written in lanes of [`LANES`] so that the compiler vectorises them without
 //! reordering sums, and instantiated for the processor's best instruction set by [`vectorised`].
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::__m128;
+
 /// Independent accumulators of a reduction: one AVX-512 register of f32, two AVX2 ones.
 pub const LANES: usize = 16;
+
+/// Half of them.
+const HALF: usize = LANES / 2;
 
 /// Runs `body` compiled for the best instruction set of this processor (AVX-512, AVX2+FMA, or the baseline).
 ///
@@ -60,6 +66,13 @@ pub fn sum_pairs(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
             acc[lane] += f(x[lane], y[lane]);
         }
     }
+    // Half a vector of what is left goes to the front lanes.
+    let ((x_half, x_rest), (y_half, y_rest)) = (x_rest.as_chunks::<HALF>(), y_rest.as_chunks::<HALF>());
+    if let (Some(x), Some(y)) = (x_half.first(), y_half.first()) {
+        for lane in 0..HALF {
+            acc[lane] += f(x[lane], y[lane]);
+        }
+    }
     let mut total = 0.0;
     for (x, y) in x_rest.iter().zip(y_rest) {
         total += f(*x, *y);
@@ -76,6 +89,10 @@ pub fn sum_each(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 /// Pairwise sum of the lanes: the same order on every machine.
 #[inline(always)]
 pub fn reduce(mut acc: [f32; LANES]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if let pulp::x86::Arch::V4(simd) = arch() {
+        return fold(simd, acc, |low, high| simd.sse._mm_add_ps(low, high));
+    }
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
@@ -84,6 +101,33 @@ pub fn reduce(mut acc: [f32; LANES]) -> f32 {
         half /= 2;
     }
     acc[0]
+}
+
+/// Largest lane, or one of the others where some are NaN.
+#[inline(always)]
+pub fn largest(mut lanes: [f32; LANES]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if let pulp::x86::Arch::V4(simd) = arch() {
+        return fold(simd, lanes, |low, high| simd.sse._mm_max_ps(high, low));
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// Folds the lanes pairwise, in the order of the loops of [`reduce`]: compilers make single lanes of those.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn fold(simd: pulp::x86::V4, lanes: [f32; LANES], op: impl Fn(__m128, __m128) -> __m128) -> f32 {
+    let [a, b, c, d]: [__m128; 4] = bytemuck::cast(lanes);
+    let four = op(op(a, c), op(b, d));
+    let two = op(four, simd.sse._mm_movehl_ps(four, four));
+    simd.sse._mm_cvtss_f32(op(two, simd.sse3._mm_movehdup_ps(two)))
 }
 
 /// e^x to about 1 ulp·2 over the range where the result is a normal f32; 0 below, +∞ above; NaN stays NaN.
@@ -135,6 +179,46 @@ pub fn exp_decay(x: f32) -> f32 {
     p = p.mul_add(r, 1.0);
     // k sits in the low mantissa bits, and −126 ≤ k: with the bias added and shifted up it is the power of two.
     p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
+}
+
+/// e^x for x ≤ 0, 1 at 0, as the weight of a score that lies x above the largest: relative error below 2e-7 near 0 and
+/// 2e-8·|x| beyond, which is nothing beside the weight 1 of the largest. Cheaper than [`exp_decay`]; otherwise alike.
+#[inline(always)]
+pub fn exp_weight(x: f32) -> f32 {
+    // Rounds to an integer in the low mantissa bits, with the bias of an exponent on top.
+    const ROUND: f32 = 12_582_912.0 + 127.0;
+    let x = if x < -87.336_54 { -87.336_54 } else { x };
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let r = x.mul_add(std::f32::consts::LOG2_E, ROUND - shifted);
+    // 2^r, 1 at 0: the sixth to ninth terms of the series economised over |r| ≤ 1/2, which leaves 1e-7.
+    let mut p = 1.340_028_9e-3f32;
+    p = p.mul_add(r, 9.671_87e-3);
+    p = p.mul_add(r, 5.550_327_5e-2);
+    p = p.mul_add(r, 2.402_223_5e-1);
+    p = p.mul_add(r, 6.931_472e-1);
+    p = p.mul_add(r, 1.0);
+    p * f32::from_bits(shifted.to_bits() << 23)
+}
+
+/// ln x of a normal x, NaN and +∞ as they are; relative error below 3e-7, 0 at 1.
+///
+/// x = 2^k·m with m about 1, and ln m = 2·artanh(s), s = (m − 1)/(m + 1), |s| < 0.172: five terms of the series leave
+/// 1e-9.
+#[inline(always)]
+pub fn ln(x: f32) -> f32 {
+    // The bits of √½: what is added to the exponent by the rest of the mantissa makes m lie between √½ and √2.
+    const LEAST: u32 = 0x3f35_04f3;
+    let above = x.to_bits().wrapping_sub(LEAST);
+    let k = (above as i32 >> 23) as f32;
+    let m = f32::from_bits((above & 0x007f_ffff) + LEAST);
+    let s = (m - 1.0) / (m + 1.0);
+    let z = s * s;
+    let mut p = 2.0 / 9.0f32;
+    for c in [2.0 / 7.0f32, 2.0 / 5.0, 2.0 / 3.0, 2.0] {
+        p = p.mul_add(z, c);
+    }
+    let ln = k.mul_add(std::f32::consts::LN_2, p * s);
+    if x < f32::INFINITY { ln } else { x }
 }
 
 /// tanh x = 1 − 2/(e^{2x} + 1); absolute error below 2e-7.
@@ -286,6 +370,33 @@ mod tests {
     }
 
     #[test]
+    fn exp_weight_is_accurate_below_zero() {
+        for i in -873_000..1000 {
+            let x = i as f32 * 1e-4;
+            let want = f64::from(x).exp();
+            let bound = 2.5e-7 + 2e-8 * f64::from(x.abs());
+            assert!((f64::from(exp_weight(x)) - want).abs() < bound * want, "{x}");
+        }
+        assert!(exp_weight(f32::NEG_INFINITY) < 1.2e-38);
+        assert!(exp_weight(f32::NAN).is_nan() && exp_weight(f32::from_bits(0x7fc0_1234)).is_nan());
+        assert_eq!(exp_weight(0.0), 1.0);
+    }
+
+    #[test]
+    fn ln_is_accurate() {
+        let mut worst = 0.0f64;
+        for i in 1..1_000_000 {
+            for x in [i as f32 * 1e-5, 1.0 + i as f32 * 1e-3, 1.0 + i as f32 * 1.2e-7] {
+                let want = f64::from(x).ln();
+                worst = worst.max((f64::from(ln(x)) - want).abs() / want.abs().max(1e-30));
+            }
+        }
+        assert!(worst < 3e-7, "relative error {worst:e}");
+        assert_eq!((ln(1.0), ln(f32::INFINITY)), (0.0, f32::INFINITY));
+        assert!(ln(f32::NAN).is_nan());
+    }
+
+    #[test]
     fn sin_cos_is_accurate() {
         for x in (-400_000..400_000).map(|i| i as f32 * 1e-3).chain([1e5, -3.7e6, 9.9e7]) {
             let ((sin, cos), (want_sin, want_cos)) = (sin_cos(x), f64::from(x).sin_cos());
@@ -330,6 +441,11 @@ mod tests {
             let x: Vec<f32> = (0..len).map(|i| i as f32).collect();
             assert_eq!(vectorised(|| sum_each(&x, |x| x)), sum);
             assert_eq!(vectorised(|| sum_pairs(&x, &x, |x, y| x + y)), 2.0 * sum);
+        }
+        for place in 0..LANES {
+            let lanes: [f32; LANES] = std::array::from_fn(|lane| if lane == place { 3.0 } else { -(lane as f32) });
+            assert_eq!(vectorised(|| largest(lanes)), 3.0);
+            assert_eq!(vectorised(|| reduce(lanes)), 3.0 + place as f32 - 120.0);
         }
     }
 }

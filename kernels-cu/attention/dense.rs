@@ -3,10 +3,11 @@
 //! A few blocks of keys are packed at a time; queries go past all of them before the next ones are packed. Every query
 //! is summed in the same order whatever the split over threads, so results do not depend on it.
 
-use super::layout::{RowsMut, blocks, with_scratch, write};
-use super::softmax::{HIDDEN, Scores, exponentials, score_gradients};
-use super::tiles::{Rows, Sum, TILE, WIDTH, copy, pack, pack_transposed, padded, product, product_transposed};
-use crate::simd::{exp_decay, sum_pairs, vectorised};
+use super::layout::{Out, RowsMut, blocks, with_scratch, write_times};
+use super::panels::{copy_times, gather};
+use super::softmax::{HIDDEN, Scores, exponentials, log_sum, score_gradients};
+use super::tiles::{Rows, Sum, TILE, WIDTH, pack, pack_transposed, padded, product, product_transposed};
+use crate::simd::{exp_weight, sum_pairs, vectorised};
 
 /// Most keys of a block.
 const KEYS: usize = 256;
@@ -27,19 +28,18 @@ fn block_of_keys(e: usize) -> usize {
     }
 }
 
-/// Queries `q` (as many as `lse`) over the first `keys` keys of one head; `y` has their rows one after the other.
-/// Without a key, `y` is zero and `lse` −∞.
+/// Queries `q` (as many as `lse`) over the first `keys` keys of one head. Without a key, `y` is zero and `lse` −∞.
 pub fn forward(
     [q, k, v]: [Rows<'_>; 3],
     keys: usize,
     mut scores: impl Scores,
     scale: f32,
-    y: &mut [f32],
+    mut y: Out<'_>,
     lse: &mut [f32],
 ) {
     let (queries, e) = (lse.len(), q.width);
     if keys == 0 {
-        y.fill(0.0);
+        y.fill(queries, 0.0);
         lse.fill(f32::NEG_INFINITY);
         return;
     }
@@ -47,79 +47,72 @@ pub fn forward(
     let (wide_e, wide_keys) = (padded(e), padded(keys.min(most)));
     let (of_k, of_v) = (e * wide_keys, wide_keys * wide_e);
     let parts = keys.div_ceil(most).min(ROUND);
-    // The queries are read once for every block of keys. Where they lie apart, maybe each on a page of its own and all
-    // at the same place of the first-level cache, they are drawn together first.
-    let gathered = if q.stride > e { queries * e } else { 0 };
-    let lengths =
-        [parts * of_k, parts * of_v, QUERIES * (wide_keys + GAP), queries * wide_e, queries, queries, gathered];
+    // Queries and their sums are kept for the next round where there is one, else for a block.
+    let waits = keys > ROUND * most;
+    let kept = if waits { queries } else { queries.min(QUERIES) };
+    let lengths = [parts * of_k, parts * of_v, QUERIES * (wide_keys + GAP), kept * wide_e, kept, kept, kept * e];
     with_scratch(lengths, |[packed_k, packed_v, weights, sums, max, total, near]| {
-        max.fill(f32::NEG_INFINITY);
-        total.fill(0.0);
-        let q = if gathered > 0 { gather(q, queries, near) } else { q };
-        for round in rounds(keys, most) {
+        for (index, round) in rounds(keys, most).enumerate() {
             for (part, (first, count)) in round.clone().enumerate() {
                 pack_transposed(k.from(first), count, &mut packed_k[part * of_k..]);
                 pack(v.from(first), count, &mut packed_v[part * of_v..]);
             }
             for (at, rows) in blocks(queries, QUERIES, TILE) {
-                let sums = &mut sums[at * wide_e..][..rows * wide_e];
+                let place = if waits { at } else { 0 };
+                let sums = &mut sums[place * wide_e..][..rows * wide_e];
+                let (max, total) = (&mut max[place..][..rows], &mut total[place..][..rows]);
+                let near = &mut near[place * e..][..rows * e];
+                if index == 0 {
+                    gather(q.from(at), rows, near);
+                    max.fill(f32::NEG_INFINITY);
+                }
+                let near = Rows { data: near, stride: e, width: e };
                 for (part, (first, count)) in round.clone().enumerate() {
                     let (wide, stride) = (padded(count), padded(count) + GAP);
                     let (packed_k, packed_v) = (&packed_k[part * of_k..], &packed_v[part * of_v..]);
-                    product(q.from(at), rows, packed_k, count, Sum { data: weights, stride, add: false });
+                    product(near, rows, packed_k, count, Sum { data: weights, stride, add: false });
                     vectorised(
                         #[inline(always)]
                         || {
                             for r in 0..rows {
                                 let row = &mut weights[r * stride..][..wide];
                                 scores.alter(at + r, first, &mut row[..count]);
-                                row[count..].fill(f32::NEG_INFINITY);
-                                let old = max[at + r];
-                                let (new, sum) = exponentials(row, scale, old);
+                                let (new, sum) = exponentials(row, count, scale, max[r]);
                                 if first > 0 {
-                                    let keep = exp_decay(old - new);
-                                    total[at + r] = total[at + r].mul_add(keep, sum);
-                                    sums[r * wide_e..][..e].iter_mut().for_each(|s| *s *= keep);
+                                    let keep = exp_weight(max[r] - new);
+                                    total[r] = total[r].mul_add(keep, sum);
+                                    sums[r * wide_e..][..wide_e].iter_mut().for_each(|s| *s *= keep);
                                 } else {
-                                    total[at + r] = sum;
+                                    total[r] = sum;
                                 }
-                                max[at + r] = new;
+                                max[r] = new;
                             }
                         },
                     );
                     let weights = Rows { data: weights, stride, width: count };
                     product(weights, rows, packed_v, e, Sum { data: sums, stride: wide_e, add: first > 0 });
                 }
-            }
-        }
-        vectorised(
-            #[inline(always)]
-            || {
-                for (i, row) in y.chunks_exact_mut(e).enumerate() {
-                    let (sum, inverse) = (&sums[i * wide_e..][..e], 1.0 / total[i]);
-                    for j in 0..e {
-                        row[j] = sum[j] * inverse;
-                    }
+                if is_last(index, keys, most) {
+                    vectorised(
+                        #[inline(always)]
+                        || {
+                            for r in 0..rows {
+                                copy_times(&sums[r * wide_e..][..e], 1.0 / total[r], y.row(at + r));
+                            }
+                            for (lse, (max, total)) in lse[at..].iter_mut().zip(max.iter().zip(&*total)) {
+                                *lse = log_sum(*max, *total);
+                            }
+                        },
+                    );
                 }
-            },
-        );
-        for i in 0..lse.len() {
-            lse[i] = max[i] + total[i].ln();
+            }
         }
     });
 }
 
-/// Copies rows one after the other.
-fn gather<'a>(rows: Rows<'_>, count: usize, out: &'a mut [f32]) -> Rows<'a> {
-    vectorised(
-        #[inline(always)]
-        || {
-            for (i, out) in out.chunks_exact_mut(rows.width).take(count).enumerate() {
-                copy(rows.row(i), out);
-            }
-        },
-    );
-    Rows { data: out, stride: rows.width, width: rows.width }
+/// Whether no key comes after a round.
+fn is_last(round: usize, keys: usize, most: usize) -> bool {
+    (round + 1) * ROUND * most >= keys
 }
 
 /// The blocks of keys by rounds.
@@ -190,10 +183,10 @@ pub fn backward(
                     pack(k.from(first), count, &mut packed_k[part * block..]);
                 }
                 for (at, rows) in blocks(n, QUERIES, TILE) {
-                    pack(q.from(at), rows, queries);
-                    pack(saved.dy.from(at), rows, dys);
                     let near_q = gather(q.from(at), rows, near_q);
                     let near_dy = gather(saved.dy.from(at), rows, near_dy);
+                    pack(near_q, rows, queries);
+                    pack(near_dy, rows, dys);
                     let sum_q = &mut sum_q[if waits { at * wide_e } else { 0 }..][..rows * wide_e];
                     for (part, (first, count)) in round.clone().enumerate() {
                         let (wide, stride) = (padded(count), padded(count) + GAP);
@@ -226,13 +219,14 @@ pub fn backward(
                             product(ds, rows, &packed_k[part * block..], e, sum(&mut *sum_q, first > 0));
                         }
                     }
-                    if (index + 1) * ROUND * most >= keys {
-                        write(sum_q, wide_e, dq.get_mut(at..at + rows).unwrap_or_default());
+                    if is_last(index, keys, most) {
+                        write_times(sum_q, wide_e, scale, dq.get_mut(at..at + rows).unwrap_or_default());
                     }
                 }
                 for (part, (first, count)) in round.enumerate() {
-                    for (sum, rows) in [(&*sum_k, &mut *dk), (&*sum_v, &mut *dv)] {
-                        write(&sum[part * block..], wide_e, rows.get_mut(first..first + count).unwrap_or_default());
+                    for (sum, factor, rows) in [(&*sum_k, scale, &mut *dk), (&*sum_v, 1.0, &mut *dv)] {
+                        let rows = rows.get_mut(first..first + count).unwrap_or_default();
+                        write_times(&sum[part * block..], wide_e, factor, rows);
                     }
                 }
             }

@@ -3,7 +3,7 @@
 //! Every operator of the attention family writes its results through [`forward`] and its gradients through
 //! [`split_parts`]; what happens inside a head is its own.
 
-use super::tiles::{Rows, WIDTH, copy};
+use super::panels::{Rows, WIDTH, copy, copy_times};
 use crate::generated::attention::Dims;
 use crate::simd::vectorised;
 use rayon::prelude::*;
@@ -15,21 +15,31 @@ pub const TASK: usize = 192;
 /// Most values of the queries of one task, 2 MiB: they and their sums are walked through once for every block of keys.
 const TASK_VALUES: usize = 1 << 19;
 
+/// Fewest values of the results that one task lays out, 256 KiB.
+const COPIED: usize = 1 << 16;
+/// Most values of the results of a sample with little to do.
+const SMALL: usize = 1 << 19;
+
 thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     /// Results by head, kept from call to call.
     static BY_HEAD: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
-/// Cuts this thread's scratch into pieces of the given lengths; contents are arbitrary.
+/// Cuts this thread's scratch into pieces of the given lengths; contents are arbitrary. Every piece begins with a cache
+/// line, so that no vector of it lies in two.
 pub fn with_scratch<const COUNT: usize>(lengths: [usize; COUNT], body: impl FnOnce([&mut [f32]; COUNT])) {
     SCRATCH.with_borrow_mut(|scratch| {
-        let total = lengths.iter().sum();
+        let total = lengths.iter().map(|length| length.next_multiple_of(WIDTH)).sum::<usize>() + WIDTH;
         if scratch.len() < total {
             scratch.resize(total, 0.0);
         }
-        let mut rest = &mut scratch[..];
-        body(lengths.map(|length| rest.split_off_mut(..length).unwrap_or_default()));
+        let skipped = scratch.as_ptr().align_offset(WIDTH * size_of::<f32>()).min(WIDTH);
+        let mut rest = &mut scratch[skipped..];
+        body(lengths.map(|length| {
+            let piece = rest.split_off_mut(..length.next_multiple_of(WIDTH)).unwrap_or_default();
+            &mut piece[..length]
+        }));
     });
 }
 
@@ -74,28 +84,54 @@ pub fn by_sample(b: usize) -> bool {
     b >= 2 * rayon::current_num_threads()
 }
 
+/// Whether the forward pass goes by whole samples: also where there is one for each thread and so little to do in it
+/// that laying out the results afterwards would show.
+fn forward_by_sample(Dims { b, n, h, e }: Dims) -> bool {
+    by_sample(b) || b == rayon::current_num_threads() && n * h * e <= SMALL
+}
+
+/// Where the rows of results go: row 0 is at the front.
+pub struct Out<'a> {
+    data: &'a mut [f32],
+    stride: usize,
+    width: usize,
+}
+
+impl Out<'_> {
+    /// Row `i`.
+    #[inline(always)]
+    pub fn row(&mut self, i: usize) -> &mut [f32] {
+        &mut self.data[i * self.stride..][..self.width]
+    }
+
+    /// The rows from `first` on.
+    pub fn from(&mut self, first: usize) -> Out<'_> {
+        Out { data: &mut self.data[first * self.stride..], ..*self }
+    }
+
+    /// Fills the first `count` rows.
+    pub fn fill(&mut self, count: usize, value: f32) {
+        (0..count).for_each(|i| self.row(i).fill(value));
+    }
+}
+
 /// Computes `y [B, N, H, E]` and one number per query, `rows [B, H, N]`, head by head.
 ///
 /// `begin` is told of a sample whose heads follow on the same thread. `task` is told sample, head and queries, and
-/// writes the rows of these queries one after the other. A query never depends on the split.
+/// writes the rows of these queries. A query never depends on the split.
 pub fn forward(
-    Dims { b, n, h, e }: Dims,
+    dims @ Dims { n, h, e, b }: Dims,
     y: &mut [f32],
     rows: &mut [f32],
     begin: impl Fn(usize) + Sync,
-    task: impl Fn(usize, usize, Range<usize>, &mut [f32], &mut [f32]) + Sync,
+    task: impl Fn(usize, usize, Range<usize>, Out<'_>, &mut [f32]) + Sync,
 ) {
-    if by_sample(b) {
+    if forward_by_sample(dims) {
         y.par_chunks_mut(n * h * e).zip(rows.par_chunks_mut(h * n)).enumerate().for_each(|(sample, (y, rows))| {
             begin(sample);
-            with_results(n * e, |of_head| {
-                for (head, rows) in rows.chunks_exact_mut(n).enumerate() {
-                    task(sample, head, 0..n, of_head, rows);
-                    for (token, row) in of_head.chunks_exact(e).enumerate() {
-                        y[(token * h + head) * e..][..e].copy_from_slice(row);
-                    }
-                }
-            });
+            for (head, rows) in rows.chunks_exact_mut(n).enumerate() {
+                task(sample, head, 0..n, Out { data: &mut y[head * e..], stride: h * e, width: e }, rows);
+            }
         });
         return;
     }
@@ -105,17 +141,24 @@ pub fn forward(
         results.par_chunks_mut(n * e).zip(rows.par_chunks_mut(n)).enumerate().for_each(|(index, (y, rows))| {
             y.par_chunks_mut(queries * e).zip(rows.par_chunks_mut(queries)).enumerate().for_each(|(i, (y, rows))| {
                 let range = i * queries..i * queries + rows.len();
-                task(index / h, index % h, range, y, rows);
+                task(index / h, index % h, range, Out { data: y, stride: e, width: e }, rows);
             });
         });
         let results = &*results;
-        y.par_chunks_mut(h * e).with_min_len(TASK).enumerate().for_each(|(row, y)| {
+        y.par_chunks_mut(h * e).with_min_len(COPIED / (h * e)).enumerate().for_each(|(row, y)| {
             let (sample, token) = (row / n, row % n);
-            for (head, y) in y.chunks_exact_mut(e).enumerate() {
-                y.copy_from_slice(&results[((sample * h + head) * n + token) * e..][..e]);
-            }
+            let heads = results[(sample * h * n + token) * e..].chunks(n * e).map(|rows| &rows[..e]);
+            copy_rows(heads, y.chunks_exact_mut(e));
         });
     });
+}
+
+/// Copies rows in registers.
+fn copy_rows<'a>(from: impl Iterator<Item = &'a [f32]>, to: impl Iterator<Item = &'a mut [f32]>) {
+    vectorised(
+        #[inline(always)]
+        || from.zip(to).for_each(|(from, to)| copy(from, to)),
+    );
 }
 
 /// Queries of one task of `heads` heads of `n` queries of width `e`: all of a head's where heads are enough for the
@@ -184,12 +227,17 @@ pub fn widen(rows: Rows<'_>, count: usize, out: &mut [f32]) {
 
 /// Copies padded rows to where they belong.
 pub fn write(from: &[f32], stride: usize, to: &mut [&mut [f32]]) {
+    write_times(from, stride, 1.0, to);
+}
+
+/// [`write`] times a factor.
+pub fn write_times(from: &[f32], stride: usize, factor: f32, to: &mut [&mut [f32]]) {
     vectorised(
         #[inline(always)]
         || {
             for i in 0..to.len() {
                 let to = &mut *to[i];
-                copy(&from[i * stride..][..to.len()], to);
+                copy_times(&from[i * stride..][..to.len()], factor, to);
             }
         },
     );

@@ -6,8 +6,10 @@
 //! keeps these in the first-level cache. Where queries see at least half of all tokens, the tiles win, and hide the rest.
 
 use super::dense::{self, Saved, deltas};
-use super::layout::{self, RowsMut, TASK, blocks, of_head, packed, sample, touch, widen, with_scratch, write};
-use super::softmax::{All, HIDDEN, USUAL, exponentials, score_gradients};
+use super::layout::{
+    self, Out, RowsMut, TASK, blocks, of_head, packed, sample, touch, widen, with_scratch, write, write_times,
+};
+use super::softmax::{All, HIDDEN, USUAL, exponentials, log_sum, score_gradients};
 use super::tiles::{Rows, copy, padded};
 use crate::generated::attention::Dims;
 use crate::simd::arch;
@@ -128,23 +130,23 @@ fn most(queries: Range<usize>, keys: impl Neighbours) -> [usize; 2] {
     sizes.fold([0, 0], |[rows, tokens], [r, t]| [rows.max(r), tokens.max(t)])
 }
 
-/// The `queries` of one head; `y` has their rows one after the other, `lse` one number for each.
+/// The `queries` of one head; `lse` has one number for each.
 fn forward(
     [q, k, v]: [Rows<'_>; 3],
     queries: Range<usize>,
     keys: impl Neighbours,
     scale: f32,
-    y: &mut [f32],
+    mut y: Out<'_>,
     lse: &mut [f32],
 ) {
-    let (start, e) = (queries.start, q.width);
-    let (wide, most, [rows, tokens]) = (padded(e), padded(keys.most()), most(queries.clone(), keys));
+    let start = queries.start;
+    let (wide, most, [rows, tokens]) = (padded(q.width), padded(keys.most()), most(queries.clone(), keys));
     let (own, read) = (rows * wide, tokens * wide);
     with_scratch([own, read, read, rows * most, GROUP * wide], |[qs, ks, vs, scores, sums]| {
         for block in query_blocks(queries, keys) {
             let span = keys.span(block.clone());
             let task = Queries::new([q, k, v], &block, &span, scale);
-            let (y, lse) = (&mut y[(block.start - start) * e..], &mut lse[block.start - start..][..block.len()]);
+            let (y, lse) = (y.from(block.start - start), &mut lse[block.start - start..][..block.len()]);
             let scores = &mut scores[..block.len() * most];
             arch().dispatch(Forward { task, block, keys, qs, ks, vs, scores, sums, y, lse });
         }
@@ -179,7 +181,7 @@ struct Forward<'a, K> {
     vs: &'a mut [f32],
     scores: &'a mut [f32],
     sums: &'a mut [f32],
-    y: &'a mut [f32],
+    y: Out<'a>,
     lse: &'a mut [f32],
 }
 
@@ -188,7 +190,7 @@ impl<K: Neighbours> WithSimd for Forward<'_, K> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Forward { task, block, keys, qs, ks, vs, scores, sums, y, lse } = self;
+        let Forward { task, block, keys, qs, ks, vs, scores, sums, mut y, lse } = self;
         let (e, wide) = (task.q.width, padded(task.q.width));
         widen(task.q, block.len(), qs);
         widen(task.k, task.tokens, ks);
@@ -205,9 +207,8 @@ impl<K: Neighbours> WithSimd for Forward<'_, K> {
                 }
             }
             for (i, scores) in rows.chunks_exact_mut(stride).enumerate() {
-                scores[list[i].count()..].fill(f32::NEG_INFINITY);
-                let (max, total) = exponentials(scores, task.scale, f32::NEG_INFINITY);
-                lse[first + i] = max + total.ln();
+                let (max, total) = exponentials(scores, list[i].count(), task.scale, f32::NEG_INFINITY);
+                lse[first + i] = log_sum(max, total);
                 let inverse = 1.0 / total;
                 for j in 0..stride {
                     scores[j] *= inverse;
@@ -221,8 +222,8 @@ impl<K: Neighbours> WithSimd for Forward<'_, K> {
                     combine(simd, &scores[place..][..list[i].run], &vs[token * wide..], sum);
                 }
             }
-            for (i, y) in y[first * e..].chunks_exact_mut(e).take(len).enumerate() {
-                copy(&sums[i * wide..][..e], y);
+            for i in 0..len {
+                copy(&sums[i * wide..][..e], y.row(first + i));
             }
         }
     }
@@ -269,9 +270,9 @@ fn backward(
                 sum_k,
                 sum_v,
             });
-            write(sum_q, wide, dq);
+            write_times(sum_q, wide, scale, dq);
         }
-        write(sum_k, wide, dk);
+        write_times(sum_k, wide, scale, dk);
         write(sum_v, wide, dv);
     });
 }

@@ -2,12 +2,15 @@
 
 pub mod cpu;
 pub(crate) mod dense;
+#[cfg(target_arch = "x86_64")]
+mod half;
 mod hopper;
 pub mod launch;
 pub(crate) mod layout;
 pub(crate) mod local;
 pub(crate) mod mma;
 pub(crate) mod oracle;
+pub(crate) mod panels;
 pub(crate) mod softmax;
 pub(crate) mod tiles;
 pub(crate) mod turn;

@@ -1,7 +1,7 @@
 //! From scores to the weights of a softmax and back, a row of one query at a time.
 
 use super::tiles::WIDTH;
-use crate::simd::{exp_decay, reduce};
+use crate::simd::{exp_weight, largest, ln, reduce};
 use std::ops::RangeInclusive;
 
 /// A score that does not count. Finite, so that a block of nothing else makes no NaN: what it adds is lost in rounding
@@ -17,7 +17,7 @@ pub trait Scores {
     #[inline(always)]
     fn alter(&mut self, _query: usize, _first: usize, _scores: &mut [f32]) {}
 
-    /// Is told of the gradients of the scores, times the factor.
+    /// Is told of the gradients of the scores with their factor.
     #[inline(always)]
     fn gradients(&mut self, _query: usize, _first: usize, _gradients: &[f32]) {}
 }
@@ -35,47 +35,51 @@ impl<F: FnMut(usize, usize, &mut [f32])> Scores for F {
     }
 }
 
-/// Turns scores into exp(scale·score − max), max over `before` and the row; returns the maximum and the sum.
+/// Turns the first `count` scores of a row of whole vectors into exp(scale·score − max), max over `before` and the
+/// scores; returns the maximum and the sum. The weight of the largest score is exactly 1, what lies behind the scores
+/// gets weights that are lost in rounding.
 #[inline(always)]
-pub fn exponentials(row: &mut [f32], scale: f32, before: f32) -> (f32, f32) {
+pub fn exponentials(row: &mut [f32], count: usize, scale: f32, before: f32) -> (f32, f32) {
+    let (row, _) = row.as_chunks_mut::<WIDTH>();
+    let (whole, rest) = row.split_at_mut(count / WIDTH);
     let mut max = [before; WIDTH];
-    for x in row.chunks_exact_mut(WIDTH) {
+    for x in whole {
         for lane in 0..WIDTH {
-            // What is hidden stays so whatever the scale; a NaN stays one.
-            x[lane] = if x[lane] <= HIDDEN { x[lane] } else { x[lane] * scale };
+            x[lane] *= scale;
             max[lane] = if x[lane] > max[lane] { x[lane] } else { max[lane] };
         }
     }
-    let max = maximum(max);
-    let mut sum = [0.0f32; WIDTH];
-    for x in row.chunks_exact_mut(WIDTH) {
+    for x in rest {
         for lane in 0..WIDTH {
-            x[lane] = exp_decay(x[lane] - max);
+            x[lane] = if lane < count % WIDTH { x[lane] * scale } else { f32::NEG_INFINITY };
+            max[lane] = if x[lane] > max[lane] { x[lane] } else { max[lane] };
+        }
+    }
+    let max = largest(max);
+    let mut sum = [0.0f32; WIDTH];
+    for x in row.iter_mut() {
+        for lane in 0..WIDTH {
+            x[lane] = exp_weight(x[lane] - max);
             sum[lane] += x[lane];
         }
     }
     (max, reduce(sum))
 }
 
-/// Largest lane, pairwise.
+/// Log of a sum of exponentials from what [`exponentials`] returns.
 #[inline(always)]
-fn maximum(mut lanes: [f32; WIDTH]) -> f32 {
-    let mut half = WIDTH / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
-        }
-        half /= 2;
-    }
-    lanes[0]
+pub fn log_sum(max: f32, total: f32) -> f32 {
+    max + ln(total)
 }
 
-/// From scores in `p` and dy·v in `ds`: p = exp(scale·s − lse), ds = scale·p·(ds − delta).
+/// From scores in `p` and dy·v in `ds`, rows of whole vectors: p = exp(scale·s − lse), ds = p·(ds − delta).
 #[inline(always)]
 pub fn score_gradients(p: &mut [f32], ds: &mut [f32], scale: f32, lse: f32, delta: f32) {
-    let ds = &mut ds[..p.len()];
-    for i in 0..p.len() {
-        p[i] = exp_decay(if p[i] <= HIDDEN { HIDDEN } else { p[i].mul_add(scale, -lse) });
-        ds[i] = scale * p[i] * (ds[i] - delta);
+    let ((p, _), (ds, _)) = (p.as_chunks_mut::<WIDTH>(), ds.as_chunks_mut::<WIDTH>());
+    for (p, ds) in p.iter_mut().zip(ds) {
+        for lane in 0..WIDTH {
+            p[lane] = exp_weight(p[lane].mul_add(scale, -lse));
+            ds[lane] = p[lane] * (ds[lane] - delta);
+        }
     }
 }

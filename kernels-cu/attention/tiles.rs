@@ -1,118 +1,19 @@
 //! Register-tiled products of the small matrices inside one head.
 //!
-//! The right factor is packed into panels of up to four vectors of columns, so that every read of the inner loop is
-//! sequential whatever the stride of the projection; columns are padded with zeros to whole vectors. The left factor
-//! is read in place, by rows or transposed.
+//! The right factor comes in the panels of `panels.rs`. The left factor is read in place, by rows or transposed.
 
-use super::turn::turn;
-use crate::simd::{arch, vectorised};
+pub use super::panels::{Rows, WIDTH, copy, pack, pack_transposed, padded};
+
+use super::panels::panels;
+use crate::simd::arch;
 use pulp::{Simd, WithSimd};
-
-/// Columns are padded to a multiple of this: one AVX-512 register, two AVX2 ones, four of NEON.
-pub const WIDTH: usize = 16;
+use std::ops::Range;
 
 /// Rows of a register tile.
 pub const TILE: usize = 6;
 
-/// Most widths of a panel.
-const PANEL: usize = 4;
-
-/// `columns` rounded up to whole vectors.
-pub fn padded(columns: usize) -> usize {
-    columns.next_multiple_of(WIDTH)
-}
-
-/// Equally long rows at a constant distance.
-#[derive(Clone, Copy)]
-pub struct Rows<'a> {
-    /// Begins with row 0.
-    pub data: &'a [f32],
-    /// Distance of two rows.
-    pub stride: usize,
-    /// Values in a row.
-    pub width: usize,
-}
-
-impl<'a> Rows<'a> {
-    /// Row `i`.
-    #[inline(always)]
-    pub fn row(&self, i: usize) -> &'a [f32] {
-        &self.data[i * self.stride..][..self.width]
-    }
-
-    /// The rows from `first` on.
-    pub fn from(&self, first: usize) -> Self {
-        Rows { data: &self.data[first * self.stride..], ..*self }
-    }
-}
-
-/// The panels of a matrix of `vectors` vectors of columns, as (first vector, vectors): as even as they can be.
-fn panels(vectors: usize) -> impl Iterator<Item = (usize, usize)> {
-    let count = vectors.div_ceil(PANEL);
-    (0..count).map(move |i| (i * vectors / count, (i + 1) * vectors / count - i * vectors / count))
-}
-
-/// Packs `count` rows as the rows of a right factor: `count · padded(width)` values.
-pub fn pack(rows: Rows<'_>, count: usize, out: &mut [f32]) {
-    vectorised(
-        #[inline(always)]
-        || {
-            for (first, vectors) in panels(rows.width.div_ceil(WIDTH)) {
-                let (column, width) = (first * WIDTH, vectors * WIDTH);
-                let panel = &mut out[column * count..][..width * count];
-                let live = width.min(rows.width - column);
-                for (i, out) in panel.chunks_exact_mut(width).enumerate() {
-                    copy(&rows.row(i)[column..][..live], out);
-                }
-            }
-        },
-    );
-}
-
-/// Copies `from` to the front of `to`, in registers, and zeros behind it.
-#[inline(always)]
-pub fn copy(from: &[f32], to: &mut [f32]) {
-    let (vectors, rest) = from.as_chunks::<WIDTH>();
-    let (front, tail) = to.split_at_mut(vectors.len() * WIDTH);
-    let (front, _) = front.as_chunks_mut::<WIDTH>();
-    for (to, from) in front.iter_mut().zip(vectors) {
-        *to = *from;
-    }
-    for i in 0..tail.len() {
-        tail[i] = if i < rest.len() { rest[i] } else { 0.0 };
-    }
-}
-
-/// Packs `count` rows as the columns of a right factor: `width · padded(count)` values.
-pub fn pack_transposed(rows: Rows<'_>, count: usize, out: &mut [f32]) {
-    let depth = rows.width;
-    vectorised(
-        #[inline(always)]
-        || {
-            let mut block = [[0.0f32; WIDTH]; WIDTH];
-            for (first, vectors) in panels(count.div_ceil(WIDTH)) {
-                let width = vectors * WIDTH;
-                let panel = &mut out[first * WIDTH * depth..][..width * depth];
-                for vector in 0..vectors {
-                    let row = (first + vector) * WIDTH;
-                    let live = WIDTH.min(count - row);
-                    for k in (0..depth).step_by(WIDTH) {
-                        block[live..].fill([0.0; WIDTH]);
-                        for i in 0..live {
-                            copy(&rows.row(row + i)[k..depth.min(k + WIDTH)], &mut block[i]);
-                        }
-                        turn(&mut block);
-                        for (j, turned) in block[..WIDTH.min(depth - k)].iter().enumerate() {
-                            panel[(k + j) * width + vector * WIDTH..][..WIDTH].copy_from_slice(turned);
-                        }
-                    }
-                }
-            }
-        },
-    );
-}
-
-/// The result of a product: rows of `stride` values, overwritten or added to.
+/// The result of a product: rows of `stride` values, overwritten or added to. What lies behind the columns of the
+/// right factor, rounded up to half vectors, is left alone.
 pub struct Sum<'a> {
     /// Begins with row 0.
     pub data: &'a mut [f32],
@@ -125,24 +26,31 @@ pub struct Sum<'a> {
 /// `out = left · right` with `rows` rows of `left`; `right` holds `columns` packed columns (padded).
 pub fn product(left: Rows<'_>, rows: usize, right: &[f32], columns: usize, out: Sum<'_>) {
     let depth = left.width;
-    arch().dispatch(Product { left: left.data, steps: (left.stride, 1), rows, depth, right, columns, out });
+    multiply(Product { left: left.data, steps: (left.stride, 1), rows, depth, right, columns, out });
 }
 
 /// `out = leftᵀ · right`: `left` has as many rows as `right`, and its columns are the rows of the result.
 pub fn product_transposed(left: Rows<'_>, depth: usize, right: &[f32], columns: usize, out: Sum<'_>) {
     let rows = left.width;
-    arch().dispatch(Product { left: left.data, steps: (1, left.stride), rows, depth, right, columns, out });
+    multiply(Product { left: left.data, steps: (1, left.stride), rows, depth, right, columns, out });
 }
 
-struct Product<'a> {
-    left: &'a [f32],
+/// Compiled once for both products.
+#[inline(never)]
+fn multiply(product: Product<'_>) {
+    arch().dispatch(product);
+}
+
+/// A product and where its factors lie.
+pub(super) struct Product<'a> {
+    pub(super) left: &'a [f32],
     /// Distances in `left` of two rows of the result and of two terms of a sum.
-    steps: (usize, usize),
-    rows: usize,
-    depth: usize,
+    pub(super) steps: (usize, usize),
+    pub(super) rows: usize,
+    pub(super) depth: usize,
     right: &'a [f32],
     columns: usize,
-    out: Sum<'a>,
+    pub(super) out: Sum<'a>,
 }
 
 impl WithSimd for Product<'_> {
@@ -150,36 +58,55 @@ impl WithSimd for Product<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let vectors = self.columns.div_ceil(WIDTH);
-        let count = vectors.div_ceil(PANEL);
-        for i in 0..count {
-            let (first, end) = (i * vectors / count, (i + 1) * vectors / count);
-            let (column, width) = (first * WIDTH, (end - first) * WIDTH);
+        for (column, width) in panels(self.columns) {
             let panel = &self.right[column * self.depth..][..width * self.depth];
+            #[cfg(target_arch = "x86_64")]
+            if S::F32_LANES == WIDTH
+                && width % WIDTH > 0
+                && let pulp::x86::Arch::V4(simd) = arch()
+            {
+                self.by_half_tiles(simd, panel, column, width);
+                continue;
+            }
             // Six rows by four registers of 32, or by two of the sixteen that AVX2 has.
-            match (S::F32_LANES, end - first) {
-                (16, 4) => self.by_tiles::<S, 4>(simd, panel, column, width),
-                (16, 3) => self.by_tiles::<S, 3>(simd, panel, column, width),
-                (16, 2) => self.by_tiles::<S, 2>(simd, panel, column, width),
-                (16, _) => self.by_tiles::<S, 1>(simd, panel, column, width),
-                (8, _) => self.by_tiles::<S, 2>(simd, panel, column, width),
-                _ => self.by_tiles::<S, 4>(simd, panel, column, width),
+            let (whole, rest) = (0..width / WIDTH * WIDTH, width / WIDTH * WIDTH..width);
+            match (S::F32_LANES, width / WIDTH) {
+                (16, 4) => self.by_tiles::<S, 4>(simd, panel, column, width, whole),
+                (16, 3) => self.by_tiles::<S, 3>(simd, panel, column, width, whole),
+                (16, 2) => self.by_tiles::<S, 2>(simd, panel, column, width, whole),
+                (16, _) => self.by_tiles::<S, 1>(simd, panel, column, width, whole),
+                (8, _) => {
+                    self.by_tiles::<S, 2>(simd, panel, column, width, whole);
+                    self.by_tiles::<S, 1>(simd, panel, column, width, rest);
+                }
+                _ => {
+                    self.by_tiles::<S, 4>(simd, panel, column, width, whole);
+                    self.by_tiles::<S, 2>(simd, panel, column, width, rest);
+                }
             }
         }
     }
 }
 
 impl Product<'_> {
+    /// The columns `range` of a panel that begins at `column` and has `width` of them, `V` registers at a time.
     #[inline(always)]
-    fn by_tiles<S: Simd, const V: usize>(&mut self, simd: S, panel: &[f32], column: usize, width: usize) {
-        for from in (0..width).step_by(V * S::F32_LANES) {
-            let mut at = 0;
+    fn by_tiles<S: Simd, const V: usize>(
+        &mut self,
+        simd: S,
+        panel: &[f32],
+        column: usize,
+        width: usize,
+        range: Range<usize>,
+    ) {
+        for from in range.step_by(V * S::F32_LANES) {
+            let (panel, column, mut at) = (&panel[from..], column + from, 0);
             while at < self.rows {
                 at += match self.rows - at {
-                    TILE.. => self.tile::<S, TILE, V>(simd, at, &panel[from..], column + from, width),
-                    4.. => self.tile::<S, 4, V>(simd, at, &panel[from..], column + from, width),
-                    2.. => self.tile::<S, 2, V>(simd, at, &panel[from..], column + from, width),
-                    _ => self.tile::<S, 1, V>(simd, at, &panel[from..], column + from, width),
+                    TILE.. => self.tile::<S, TILE, V>(simd, at, panel, column, width),
+                    4.. => self.tile::<S, 4, V>(simd, at, panel, column, width),
+                    2.. => self.tile::<S, 2, V>(simd, at, panel, column, width),
+                    _ => self.tile::<S, 1, V>(simd, at, panel, column, width),
                 };
             }
         }
@@ -233,7 +160,17 @@ mod tests {
     /// Every tile height, panel width and padding against plain loops; small integers make the sums exact.
     #[test]
     fn products_are_exact_on_integers() {
-        for (m, k, n) in [(1, 1, 1), (6, 3, 8), (7, 5, 9), (13, 8, 31), (11, 17, 40), (49, 32, 49), (10, 4, 72)] {
+        for (m, k, n) in [
+            (1, 1, 1),
+            (6, 3, 8),
+            (7, 5, 9),
+            (13, 8, 31),
+            (11, 17, 40),
+            (49, 32, 49),
+            (10, 4, 72),
+            (60, 54, 72),
+            (9, 80, 136),
+        ] {
             let integers = |name: &str, len| {
                 draw_f32("tiles", name, len, Fill::Index(9)).into_iter().map(|v| v - 4.0).collect::<Vec<f32>>()
             };
@@ -253,6 +190,26 @@ mod tests {
             product_transposed(left, k, &packed, n, Sum { data: &mut out, stride, add: true });
             for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                 assert_eq!(out[i * stride + j], 2.0 * want(i, j), "{m}x{k}x{n} at {i},{j}");
+            }
+            // The narrower registers of other processors.
+            let mut narrow = |run: fn(Product<'_>)| {
+                out.fill(7.0);
+                let sum = Sum { data: &mut out, stride, add: false };
+                run(Product { left: &a, steps: (k, 1), rows: m, depth: k, right: &packed, columns: n, out: sum });
+                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                    assert_eq!(out[i * stride + j], want(i, j), "{m}x{k}x{n} at {i},{j}");
+                }
+            };
+            narrow(|product| Simd::vectorize(pulp::Scalar::new(), product));
+            #[cfg(target_arch = "x86_64")]
+            if pulp::x86::V3::try_new().is_some() {
+                let run = |product: Product<'_>| {
+                    pulp::x86::V3::try_new()
+                        .into_iter()
+                        .zip([product])
+                        .for_each(|(simd, op)| Simd::vectorize(simd, op));
+                };
+                narrow(run);
             }
         }
     }

@@ -26,7 +26,10 @@ fn in_registers(simd: pulp::x86::V4, square: &mut Square) {
     use bytemuck::cast;
     use std::arch::x86_64::{__m512, __m512d};
     let f = simd.avx512f;
-    let mut r: [__m512; WIDTH] = square.map(cast);
+    let mut r = [cast::<_, __m512>([0.0f32; WIDTH]); WIDTH];
+    for i in 0..WIDTH {
+        r[i] = cast(square[i]);
+    }
     let mut s: [__m512d; WIDTH] = [cast([0.0f32; WIDTH]); WIDTH];
     for i in (0..WIDTH).step_by(2) {
         s[i] = cast(f._mm512_unpacklo_ps(r[i], r[i + 1]));
@@ -53,7 +56,9 @@ fn in_registers(simd: pulp::x86::V4, square: &mut Square) {
         r[j + 4] = f._mm512_shuffle_f32x4::<0b10_00_10_00>(t[j + 4], t[j + 12]);
         r[j + 12] = f._mm512_shuffle_f32x4::<0b11_01_11_01>(t[j + 4], t[j + 12]);
     }
-    *square = r.map(cast);
+    for i in 0..WIDTH {
+        square[i] = cast(r[i]);
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,10 @@
 //! CPU path: the state of every head first, then its queries; products over tiles, tokens by blocks.
 
 use super::RELU;
-use crate::attention::layout::{self, RowsMut, blocks, by_sample, of_head, packed, sample, touch, with_scratch, write};
+use crate::attention::layout::{
+    self, Out, RowsMut, blocks, by_sample, of_head, packed, sample, touch, with_scratch, write,
+};
+use crate::attention::panels::{copy_times, map};
 use crate::attention::tiles::{Rows, Sum, TILE, pack, pack_transposed, padded, product, product_transposed};
 use crate::generated::attention::Dims as Heads;
 use crate::generated::linear_attention::{Backward, Dims, Forward};
@@ -29,10 +32,7 @@ fn features<const MAP: usize>(rows: Rows<'_>, count: usize, out: &mut [f32]) {
         #[inline(always)]
         || {
             for (i, out) in out.chunks_exact_mut(rows.width).take(count).enumerate() {
-                let row = rows.row(i);
-                for j in 0..out.len() {
-                    out[j] = phi::<MAP>(row[j]);
-                }
+                map(rows.row(i), out, phi::<MAP>);
             }
         },
     );
@@ -113,7 +113,7 @@ fn head_forward<const MAP: usize>(
     state: &[f32],
     total: &[f32],
     eps: f32,
-    y: &mut [f32],
+    mut y: Out<'_>,
     norm: &mut [f32],
 ) {
     let (e, wide) = (q.width, padded(q.width));
@@ -123,17 +123,14 @@ fn head_forward<const MAP: usize>(
         for (at, count) in blocks(norm.len(), TOKENS, TILE) {
             features::<MAP>(q.from(at), count, phi_q);
             product(dense(phi_q, e), count, packed_state, e, Sum { data: sum, stride: wide, add: false });
-            let (y, norm) = (&mut y[at * e..][..count * e], &mut norm[at..][..count]);
+            let norm = &mut norm[at..][..count];
             vectorised(
                 #[inline(always)]
                 || {
                     for i in 0..count {
                         let (phi_q, sum) = (&phi_q[i * e..][..e], &sum[i * wide..][..e]);
                         norm[i] = sum_pairs(phi_q, total, |x, y| x * y) + eps;
-                        let (inverse, y) = (1.0 / norm[i], &mut y[i * e..][..e]);
-                        for j in 0..e {
-                            y[j] = sum[j] * inverse;
-                        }
+                        copy_times(sum, 1.0 / norm[i], y.row(at + i));
                     }
                 },
             );
