@@ -8,6 +8,9 @@ use crate::generated::filter_window::{Backward, Dims, Forward, Params};
 use crate::simd::{exp_decay, vectorised};
 use rayon::prelude::*;
 
+/// Squares along the lags that one thread takes at a time backward, so that it reads a few cache lines of a channel.
+const SQUARES: usize = 4;
+
 /// The exponent of a lag: how far it is from the centre, negative.
 #[inline(always)]
 fn away(params: Params, lag: usize) -> f32 {
@@ -67,32 +70,34 @@ pub fn backward(a: Backward<'_, f32>) {
             || decays.iter_mut().zip(&rates).for_each(|(decay, rate)| *decay = exp_decay(away * rate)),
         );
     });
-    dx.par_chunks_mut(WIDTH * c).enumerate().for_each(|(block, dx)| {
-        let lag = block * WIDTH;
-        let live = WIDTH.min(l - lag);
+    dx.par_chunks_mut(SQUARES * WIDTH * c).enumerate().for_each(|(block, dx)| {
+        let start = block * SQUARES * WIDTH;
         vectorised(
             #[inline(always)]
             || {
                 let mut square: Square = [[0.0; WIDTH]; WIDTH];
                 for first in (0..c).step_by(WIDTH) {
                     let count = WIDTH.min(c - first);
-                    for (i, row) in square.iter_mut().enumerate().take(count) {
-                        let from = &a.dy[(first + i) * l + lag..];
-                        match from.first_chunk::<WIDTH>() {
-                            Some(from) if live == WIDTH => *row = *from,
-                            _ => copy(&from[..live], row),
+                    for (lag, dx) in (start..).step_by(WIDTH).zip(dx.chunks_mut(WIDTH * c)) {
+                        let live = WIDTH.min(l - lag);
+                        for (i, row) in square.iter_mut().enumerate().take(count) {
+                            let from = &a.dy[(first + i) * l + lag..];
+                            match from.first_chunk::<WIDTH>() {
+                                Some(from) if live == WIDTH => *row = *from,
+                                _ => copy(&from[..live], row),
+                            }
                         }
-                    }
-                    turn(&mut square);
-                    for (row, dx) in square.iter().zip(dx.chunks_exact_mut(c)) {
-                        match dx[first..].first_chunk_mut::<WIDTH>() {
-                            Some(dx) => *dx = *row,
-                            None => dx[first..].copy_from_slice(&row[..count]),
+                        turn(&mut square);
+                        for (row, dx) in square.iter().zip(dx.chunks_exact_mut(c)) {
+                            match dx[first..].first_chunk_mut::<WIDTH>() {
+                                Some(dx) => *dx = *row,
+                                None => dx[first..].copy_from_slice(&row[..count]),
+                            }
                         }
                     }
                 }
                 for (i, dx) in dx.chunks_exact_mut(c).enumerate() {
-                    let distance = (lag + i).abs_diff(a.params.centre);
+                    let distance = (start + i).abs_diff(a.params.centre);
                     let near = &decays[distance % WIDTH * c..][..c];
                     let far = &decays[(WIDTH + distance / WIDTH) * c..][..c];
                     dx.iter_mut().zip(near).zip(far).for_each(|((dx, near), far)| *dx *= near * far);

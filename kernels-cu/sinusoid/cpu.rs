@@ -20,7 +20,8 @@ pub fn forward(a: Forward<'_, f32>) {
     frequencies.extend((0..half).map(|i| frequency(i, a.params.denominator)));
     a.y.par_chunks_mut(d.max(1)).zip(a.t).with_min_len(8).for_each(|(y, t)| {
         let (cos, sin) = y.split_at_mut(half);
-        let (sin, frequencies) = (&mut sin[..half], &frequencies[..half]);
+        // Of one length, so that no index is checked.
+        let (cos, sin, frequencies) = (&mut cos[..half], &mut sin[..half], &frequencies[..half]);
         vectorised(
             #[inline(always)]
             || {

@@ -22,7 +22,7 @@ const BLOCK_ROWS: usize = 19 * ROWS;
 const NARROW: usize = 1 << 17;
 /// Fewest columns of a block where there are more: packing the rows again per block must not weigh.
 const BLOCK_COLUMNS: usize = 128;
-/// Multiply-adds in the time in which an element is packed.
+/// Multiply-adds of f32 in the time in which an element is packed.
 const PACK: usize = 32;
 /// Multiply-adds that are worth a task of their own.
 const TASK: usize = 1 << 20;
@@ -95,21 +95,27 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// Row and column ranges of blocks: about `tasks` of them, none larger than the caches hold. Where b does not fit
-    /// the cache there are fewer if the threads are done sooner so, with less to pack.
+    /// Row and column ranges of blocks, none larger than the caches hold: about `tasks` of them where b is small, else
+    /// at most so many, such that the threads are done soonest. Fewer blocks have less to pack.
     fn grid(&self, tasks: usize, threads: usize) -> (Cuts, Cuts) {
         let [m, _, n] = self.product.size;
-        let needed = if self.narrow { 1 } else { m.div_ceil(BLOCK_ROWS) };
-        let column_blocks = if self.narrow { 1 } else { tasks.div_ceil(needed).min(n.div_ceil(BLOCK_COLUMNS)) };
-        let columns = Cuts::new(n, column_blocks, 2 * LANES);
-        let most = needed.max(tasks.div_ceil(column_blocks).min(m.div_ceil(4 * ROWS)));
-        let cost = |rows: &Cuts| {
-            let block = rows.size * columns.size + PACK * (rows.size + columns.size);
+        let most = tasks.min(m.div_ceil(4 * ROWS));
+        if self.narrow {
+            return (Cuts::new(m, most, ROWS), Cuts::new(n, 1, 2 * LANES));
+        }
+        let needed = m.div_ceil(BLOCK_ROWS);
+        let most = if tasks > 1 { most.max(needed + threads - 1) } else { needed };
+        let pack = if self.kernel == Kernel::F32 { PACK } else { 2 * PACK };
+        let cost = |(rows, columns): &(Cuts, Cuts)| {
+            let block = rows.size * columns.size + pack * (rows.size + columns.size);
             (rows.count() * columns.count()).div_ceil(threads) * block
         };
-        let rows = (needed..most).map(|blocks| Cuts::new(m, blocks, ROWS)).min_by_key(cost);
-        let full = Cuts::new(m, most, ROWS);
-        (rows.filter(|rows| !self.narrow && cost(rows) < cost(&full)).unwrap_or(full), columns)
+        let all = Cuts::new(n, 1, 2 * LANES);
+        (1..=tasks.div_ceil(needed).min(n.div_ceil(BLOCK_COLUMNS)))
+            .map(|columns| Cuts::new(n, columns, 2 * LANES))
+            .flat_map(|columns| (needed..=most).map(move |rows| (Cuts::new(m, rows, ROWS), columns)))
+            .min_by_key(cost)
+            .unwrap_or((Cuts::new(m, needed, ROWS), all))
     }
 
     /// Words `first..` of rows of a, as lanes.
