@@ -2414,13 +2414,16 @@ pub mod gated_conv_2d {
         Case { name: "one_tap", tier: Tier::Tiny, shape: "B=1 Gh=4 Gw=3 C=1 K=1", dims: Dims { b: 1, gh: 4, gw: 3, c: 1, k: 1 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "one_row", tier: Tier::Tiny, shape: "B=1 Gh=1 Gw=13 C=6 K=3", dims: Dims { b: 1, gh: 1, gw: 13, c: 6, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "blocks", tier: Tier::Tiny, shape: "B=1 Gh=21 Gw=17 C=131 K=3", dims: Dims { b: 1, gh: 21, gw: 17, c: 131, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "walks_se", tier: Tier::Tiny, shape: "B=2 Gh=5 Gw=35 C=70 K=3", dims: Dims { b: 2, gh: 5, gw: 35, c: 70, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
+        Case { name: "walks_x", tier: Tier::Tiny, shape: "B=2 Gh=4 Gw=33 C=10 K=3", dims: Dims { b: 2, gh: 4, gw: 33, c: 10, k: 3 }, params: Params {  }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
+        Case { name: "walks_y", tier: Tier::Tiny, shape: "B=2 Gh=3 Gw=34 C=66 K=3", dims: Dims { b: 2, gh: 3, gw: 34, c: 66, k: 3 }, params: Params {  }, absent: &["short_weight", "short_bias"], bf16: &[], gradcheck: true },
         Case { name: "fashion_b128", tier: Tier::Real, shape: "B=128 Gh=7 Gw=7 C=128 K=3", dims: Dims { b: 128, gh: 7, gw: 7, c: 128, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256", tier: Tier::Real, shape: "B=2 Gh=16 Gw=16 C=1152 K=3", dims: Dims { b: 2, gh: 16, gw: 16, c: 1152, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
         Case { name: "dit_xl_256_x", tier: Tier::Real, shape: "B=2 Gh=16 Gw=16 C=1152 K=3", dims: Dims { b: 2, gh: 16, gw: 16, c: 1152, k: 3 }, params: Params {  }, absent: &["inner_weight", "inner_bias"], bf16: &[], gradcheck: true },
         Case { name: "pixart_2k", tier: Tier::Real, shape: "B=2 Gh=128 Gw=128 C=1152 K=3", dims: Dims { b: 2, gh: 128, gw: 128, c: 1152, k: 3 }, params: Params {  }, absent: &[], bf16: &[], gradcheck: true },
     ];
 
-    pub const INFO: OpInfo = OpInfo { name: "gated_conv_2d", summary: "Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.", backward: true, cases: &["se_odd", "x_wide_grid", "y_tall_grid", "five_by_five", "window_over_the_grid", "one_token", "one_tap", "one_row", "blocks", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
+    pub const INFO: OpInfo = OpInfo { name: "gated_conv_2d", summary: "Hyena operators with short filters on the grid of tokens: centred depthwise 2-D convolutions and two gates.", backward: true, cases: &["se_odd", "x_wide_grid", "y_tall_grid", "five_by_five", "window_over_the_grid", "one_token", "one_tap", "one_row", "blocks", "walks_se", "walks_x", "walks_y", "fashion_b128", "dit_xl_256", "dit_xl_256_x", "pixart_2k"], tolerance: Some(check::Tolerance { atol: 1e-4, rtol: 1e-5, rms: 3e-6 }), tolerance_bf16: None, elements: &[ElementType::F32, ElementType::Bf16], ways: &[], cost };
 
     /// Cost of one forward call whose dims `dim` knows by name.
     pub fn cost(dim: &dyn Fn(&str) -> usize) -> Cost {

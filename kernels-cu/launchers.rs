@@ -155,6 +155,10 @@ pub const KERNELS: &[&Kernel] = &[
     &gated_conv::GATED_CONV_ANY_BACKWARD_INPUT,
     &gated_conv::GATED_CONV_ANY_BACKWARD_SUMS,
     &gated_conv::GATED_CONV_BACKWARD_FILTERS,
+    &gated_conv_2d::GATED_CONV_2D_SE_3_PRODUCT,
+    &gated_conv_2d::GATED_CONV_2D_SE_3_FORWARD,
+    &gated_conv_2d::GATED_CONV_2D_X_3_FORWARD,
+    &gated_conv_2d::GATED_CONV_2D_Y_3_FORWARD,
     &gated_conv_2d::GATED_CONV_2D_PRODUCT,
     &gated_conv_2d::GATED_CONV_2D_FORWARD,
     &gated_conv_2d::GATED_CONV_2D_BACKWARD_GATE,
@@ -5445,6 +5449,140 @@ pub mod gated_conv {
 /// Kernels of `gated_conv_2d`.
 pub mod gated_conv_2d {
     use super::*;
+
+    pub const GATED_CONV_2D_SE_3_PRODUCT: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_se_3_product", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_SE_3_PRODUCT`].
+    pub struct GatedConv2dSe3Product<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub kv: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConv2dSe3Product<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.kv.address()),
+                int(queue, &GATED_CONV_2D_SE_3_PRODUCT, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_SE_3_PRODUCT, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_SE_3_PRODUCT, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_SE_3_PRODUCT, "length", self.length)?,
+                int(queue, &GATED_CONV_2D_SE_3_PRODUCT, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_SE_3_PRODUCT, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_SE_3_FORWARD: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_se_3_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_SE_3_FORWARD`].
+    pub struct GatedConv2dSe3Forward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub kv: In<T>,
+        pub y: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConv2dSe3Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.kv.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_2D_SE_3_FORWARD, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_SE_3_FORWARD, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_SE_3_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_SE_3_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_2D_SE_3_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_SE_3_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_X_3_FORWARD: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_x_3_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_X_3_FORWARD`].
+    pub struct GatedConv2dX3Forward<T> {
+        pub p: In<T>,
+        pub short_weight: In<T>,
+        pub short_bias: In<T>,
+        pub y: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConv2dX3Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.short_weight.address()),
+                Arg::Address(self.short_bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_2D_X_3_FORWARD, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_X_3_FORWARD, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_X_3_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_X_3_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_2D_X_3_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_X_3_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
+
+    pub const GATED_CONV_2D_Y_3_FORWARD: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_y_3_forward", arch: 80 };
+
+    /// Arguments of [`GATED_CONV_2D_Y_3_FORWARD`].
+    pub struct GatedConv2dY3Forward<T> {
+        pub p: In<T>,
+        pub inner_weight: In<T>,
+        pub inner_bias: In<T>,
+        pub y: Out<T>,
+        pub gh: usize,
+        pub gw: usize,
+        pub c: usize,
+        pub length: usize,
+        pub segments: usize,
+    }
+
+    impl<T: Element> GatedConv2dY3Forward<T> {
+        pub fn launch<Q: Queue>(self, queue: &mut Q, shape: Shape) -> Result<(), Q::Error> {
+            let args = [
+                Arg::Address(self.p.address()),
+                Arg::Address(self.inner_weight.address()),
+                Arg::Address(self.inner_bias.address()),
+                Arg::Address(self.y.address()),
+                int(queue, &GATED_CONV_2D_Y_3_FORWARD, "gh", self.gh)?,
+                int(queue, &GATED_CONV_2D_Y_3_FORWARD, "gw", self.gw)?,
+                int(queue, &GATED_CONV_2D_Y_3_FORWARD, "c", self.c)?,
+                int(queue, &GATED_CONV_2D_Y_3_FORWARD, "length", self.length)?,
+                int(queue, &GATED_CONV_2D_Y_3_FORWARD, "segments", self.segments)?,
+            ];
+            queue.launch(&Launch { kernel: &GATED_CONV_2D_Y_3_FORWARD, element: T::TYPE, shape, args: &args })
+        }
+    }
 
     pub const GATED_CONV_2D_PRODUCT: Kernel = Kernel { op: "gated_conv_2d", source: "gated_conv_2d.cu", name: "gated_conv_2d_product", arch: 80 };
 

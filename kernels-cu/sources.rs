@@ -129,6 +129,7 @@ pub fn operator(op: &str) -> &'static [File] {
         ],
         "gated_conv_2d" => &[
             ("gated_conv_2d.cu", include_str!("gated_conv_2d/gated_conv_2d.cu")),
+            ("walk.cuh", include_str!("gated_conv_2d/walk.cuh")),
         ],
         "gemm" => &[
             ("gemm.cu", include_str!("gemm/gemm.cu")),

@@ -7,7 +7,10 @@ use graft_engine::backend::DeviceKind;
 use graft_engine::cli::op::{Summary, report, subjects};
 use graft_engine::error::{Error, Result};
 use graft_engine::ops::check::{Row, Verdict, conformance};
+use graft_kernels::generated::OPS;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 fn main() -> ExitCode {
@@ -30,44 +33,72 @@ fn main() -> ExitCode {
     if Summary::of(&rows).good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// A part of the work that one thread does at a time.
+#[derive(Clone)]
+struct Share {
+    backend: &'static str,
+    element: Option<&'static str>,
+    seed: u64,
+    every: bool,
+    filter: String,
+}
+
+/// What the process itself runs is one piece of work, because libraries of the emulator are loaded once in a process. The
+/// builds with a checker are programs of their own, mostly compiled here: as many at a time as there are processors, the
+/// slow ones first.
 fn run(filter: &str, soak: bool) -> Result<Vec<Row>> {
     let seeds = if soak { 0..10 } else { 0..3 };
-    let mut plan: Vec<(&str, u64)> = vec![("cpu", 0), ("plan", 0), ("cuda", 0)];
-    plan.extend(seeds.map(|seed| ("emu", seed)));
-    let mut rows = Vec::new();
-    for (backend, seed) in plan {
-        rows.extend(of_backend(backend, None, seed, false, filter)?);
+    let own = [("cpu", 0), ("plan", 0), ("cuda", 0)].into_iter().chain(seeds.map(|seed| ("emu", seed)));
+    let share = |backend, element, seed, filter: &str| {
+        let every = backend == "asan" || soak;
+        Share { backend, element, seed, every, filter: filter.to_string() }
+    };
+    let mut work = vec![own.map(|(backend, seed)| share(backend, None, seed, filter)).collect::<Vec<_>>()];
+    let chosen = OPS.iter().filter(|op| op.name.contains(filter) && !op.elements.is_empty());
+    for (build, element) in [("tsan", "bf16"), ("asan", "bf16"), ("tsan", "f32"), ("asan", "f32")] {
+        work.extend(chosen.clone().map(|op| vec![share(build, Some(element), 0, &format!("={}", op.name))]));
     }
-    // The builds with a checker are programs of their own, mostly compiled here: two at a time.
-    let checked = ["f32", "bf16"].map(|element| {
-        let filter = filter.to_string();
-        std::thread::spawn(move || {
-            let mut rows = of_backend("asan", Some(element), 0, true, &filter)?;
-            rows.extend(of_backend("tsan", Some(element), 0, soak, &filter)?);
-            Ok::<_, Error>(rows)
-        })
+    let (next, done) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                while let Some((at, shares)) = Some(next.fetch_add(1, Relaxed)).and_then(|at| Some((at, work.get(at)?)))
+                {
+                    let of_share = |share| (of_backend(share), at, share);
+                    let finished: Vec<_> = shares.iter().map(of_share).collect();
+                    done.lock().unwrap_or_else(PoisonError::into_inner).extend(finished);
+                }
+            });
+        }
     });
-    for thread in checked {
-        let died = |_| Error::failure("conformance", "a thread died");
-        rows.extend(thread.join().map_err(died)??);
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.sort_by_key(|(_, at, _)| *at);
+    let mut seconds: Vec<(String, f64)> = Vec::new();
+    let mut rows = Vec::new();
+    for ((found, took), _, share) in done {
+        let name = format!("{}, {}, seed {}", share.backend, share.element.unwrap_or("every type"), share.seed);
+        match seconds.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, sum)) => *sum += took,
+            None => seconds.push((name, took)),
+        }
+        rows.extend(found?);
     }
+    seconds.iter().for_each(|(name, sum)| println!("conformance: {name}: {sum:.1} s of work"));
     Ok(rows)
 }
 
-fn of_backend(backend: &str, element: Option<&str>, seed: u64, every: bool, filter: &str) -> Result<Vec<Row>> {
+/// The rows of a share, and the seconds that they took.
+fn of_backend(share: &Share) -> (Result<Vec<Row>>, f64) {
     let start = Instant::now();
-    let mut rows = Vec::new();
-    match subjects(backend, element, seed, every) {
+    let rows = || match subjects(share.backend, share.element, share.seed, share.every) {
         Ok(found) => {
-            for subject in found {
-                rows.extend(conformance(&subject, filter, None)?);
-            }
+            let rows: Result<Vec<_>> = found.iter().map(|subject| conformance(subject, &share.filter, None)).collect();
+            Ok(rows?.concat())
         }
-        Err(e) => rows.push(skipped(backend, &e)),
-    }
-    let element = element.unwrap_or("every type");
-    println!("conformance: {backend}, {element}, seed {seed}: {:.1} s", start.elapsed().as_secs_f64());
-    Ok(rows)
+        Err(e) => Ok(vec![skipped(share.backend, &e)]),
+    };
+    (rows(), start.elapsed().as_secs_f64())
 }
 
 fn skipped(backend: &str, why: &Error) -> Row {

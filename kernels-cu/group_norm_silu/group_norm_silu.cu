@@ -38,8 +38,18 @@ template <int W> struct Place {
     }
 };
 
-// Pixels first, first + step ... below p.
-__device__ __forceinline__ int count_of(int first, int step, int p) { return first < p ? (p - 1 - first) / step + 1 : 0; }
+// How many of p pixels the threads of a turn have where the turns of all blocks take them in rotation. One division for
+// all: the statistics kernel asks for each of its values, and a division for every turn would take longer than the sums.
+struct Share {
+    int whole, rest;
+    __device__ __forceinline__ Share(int p, int splits) {
+        whole = p / (splits * kTurns), rest = p - whole * splits * kTurns;
+    }
+    __device__ __forceinline__ int of_turn(int split, int turn) const { return whole + (split * kTurns + turn < rest); }
+    __device__ __forceinline__ int of_block(int split) const {
+        return whole * kTurns + min(max(rest - split * kTurns, 0), kTurns);
+    }
+};
 
 // Merges mean and squares of n values into those of `count`.
 __device__ __forceinline__ void merge(float count, float& mean, float& squares, float n, float mean_n, float squares_n) {
@@ -77,9 +87,10 @@ __device__ __forceinline__ void moments(const T* x, float* partials, int p, int 
         }
     }
     float* means = shared + at.own;
+    const Share share(p, splits);
     int merged = 0;
     for (int turn = 0; turn < kTurns; turn++) {
-        const int count = count_of(at.split * kTurns + turn, step, p);
+        const int count = share.of_turn(at.split, turn);
         if (turn == at.turn && count > 0) {
 #pragma unroll
             for (int j = 0; j < W; j++) {
@@ -131,21 +142,18 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     const float* from = partials + size_t(sample) * splits * 2 * c + group * width;
     const float total = float(p) * float(width);
+    const Share share(p, splits);
     float sum = 0.0f;
     for (int i = threadIdx.x; i < splits * width; i += 128) {
         const int split = i / width;
-        int count = 0;
-        for (int turn = 0; turn < kTurns; turn++) count += count_of(split * kTurns + turn, splits * kTurns, p);
-        sum = fmaf(float(count), from[size_t(split) * 2 * c + i % width], sum);
+        sum = fmaf(float(share.of_block(split)), from[size_t(split) * 2 * c + i % width], sum);
     }
     const float mu = block_sum<4>(sum, shared) / total;
     sum = 0.0f;
     for (int i = threadIdx.x; i < splits * width; i += 128) {
         const int split = i / width;
-        int count = 0;
-        for (int turn = 0; turn < kTurns; turn++) count += count_of(split * kTurns + turn, splits * kTurns, p);
         const float* of = from + size_t(split) * 2 * c + i % width;
-        sum += fmaf(float(count) * (of[0] - mu), of[0] - mu, of[c]);
+        sum += fmaf(float(share.of_block(split)) * (of[0] - mu), of[0] - mu, of[c]);
     }
     const float variance = block_sum<4>(sum, shared) / total;
     if (threadIdx.x == 0) mean[blockIdx.x] = mu, rstd[blockIdx.x] = rsqrtf(variance + eps);

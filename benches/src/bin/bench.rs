@@ -4,6 +4,7 @@
 use clap::Parser;
 use graft_benches::models::CASES;
 use graft_benches::page;
+use graft_benches::paired::models::WAYS;
 use graft_benches::paired::ops::Choice;
 use graft_benches::paired::peer::{OPERATOR_PEERS, Program, operators, set_up};
 use graft_benches::paired::{MODELS, OPS, Settings, rows, run_models, run_ops};
@@ -19,7 +20,7 @@ struct Args {
     #[arg(default_value = "")]
     filter: String,
     /// Peers of operators.
-    #[arg(long, value_delimiter = ',', default_value = "pytorch,onnxruntime", value_parser = OPERATOR_PEERS)]
+    #[arg(long, value_delimiter = ',', default_value = "pytorch,onnxruntime,candle", value_parser = OPERATOR_PEERS)]
     peer: Vec<String>,
     /// Pairs of runs.
     #[arg(long, default_value_t = 5)]
@@ -30,6 +31,9 @@ struct Args {
     /// Folder of the rows; that of this processor below benches/results where it is not given.
     #[arg(long)]
     rows: Option<PathBuf>,
+    /// Models also against torch.compile, which compiles for a minute or more each.
+    #[arg(long)]
+    compile: bool,
     /// Write no rows, and measure on a busy machine too.
     #[arg(long)]
     dry_run: bool,
@@ -90,9 +94,10 @@ fn measure(args: &Args, settings: &Settings, folder: &Path) -> Result<()> {
     let choice = Choice { filter: args.filter.clone(), case, pass, gflop: 80.0, megabytes: 310.0 };
     let mut failed = run_ops(settings, &choice, &peers, &mut say)?;
     if args.filter.is_empty() {
-        let dtypes = ["f32".to_string(), "bf16".to_string()];
+        let [dtypes, ways] = [["f32", "bf16"], WAYS].map(|words| words.map(str::to_string));
+        let ways = if args.compile { &ways[..] } else { &ways[..1] };
         let python = settings.root.join(".venv-torch-cpu/bin/python");
-        failed += run_models(settings, &CASES, &dtypes, &python, &mut say)?;
+        failed += run_models(settings, &CASES, &dtypes, ways, &python, &mut say)?;
         alone(folder)?;
     }
     if failed > 0 {

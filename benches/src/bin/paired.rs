@@ -5,6 +5,7 @@
 
 use clap::{Parser, Subcommand};
 use graft_benches::models::{CASES, case};
+use graft_benches::paired::models::WAYS;
 use graft_benches::paired::ops::Choice;
 use graft_benches::paired::peer::{OPERATOR_PEERS, operators};
 use graft_benches::paired::{Settings, run_models, run_ops};
@@ -61,6 +62,9 @@ enum What {
         /// Arithmetic of both sides.
         #[arg(long, value_delimiter = ',', default_value = "f32,bf16", value_parser = ["f32", "bf16"])]
         dtype: Vec<String>,
+        /// How PyTorch runs them.
+        #[arg(long, value_delimiter = ',', default_value = "eager", value_parser = WAYS)]
+        way: Vec<String>,
         /// Python with PyTorch; tools/peers/setup_torch_cpu.sh makes one.
         #[arg(long, default_value = ".venv-torch-cpu/bin/python")]
         python: PathBuf,
@@ -87,10 +91,10 @@ fn run(args: &Args) -> Result<()> {
             let programs = peer.iter().map(|name| operators(name, &settings.root, settings.threads));
             run_ops(&settings, &choice, &programs.collect::<Result<Vec<_>>>()?, &mut say)
         }
-        What::Model { cases, dtype, python } => {
+        What::Model { cases, dtype, way, python } => {
             let chosen =
                 if cases.is_empty() { CASES.to_vec() } else { cases.iter().map(|n| case(n)).collect::<Result<_>>()? };
-            run_models(&settings, &chosen, dtype, python, &mut say)
+            run_models(&settings, &chosen, dtype, way, python, &mut say)
         }
     }?;
     if failed == 0 { Ok(()) } else { Err(Error::failure("paired", format!("{failed} measurements gave no row"))) }

@@ -127,17 +127,18 @@ pub fn run_models(
     settings: &Settings,
     cases: &[ModelCase],
     dtypes: &[String],
+    ways: &[String],
     python: &Path,
     say: &mut Say<'_>,
 ) -> Result<usize> {
     let mut failed = 0;
     for case in cases {
-        for dtype in dtypes {
-            match models::measure(settings, *case, dtype, python) {
+        for (dtype, way) in dtypes.iter().flat_map(|dtype| ways.iter().map(move |way| (dtype, way))) {
+            match models::measure(settings, *case, dtype, way, python) {
                 Ok(row) => keep(settings, MODELS, &row, say)?,
                 Err(e) => {
                     failed += 1;
-                    say(format!("{:<40} {dtype} NO ROW: {e}", case.name));
+                    say(format!("{:<40} {dtype} {way} NO ROW: {e}", case.name));
                 }
             }
         }

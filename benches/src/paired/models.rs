@@ -17,16 +17,19 @@ const COMPARED_STEPS: usize = 3;
 /// Long enough for the threads of one side to go to sleep before the other begins.
 const PAUSE: Duration = Duration::from_millis(150);
 
-/// Measures a case and gives its row.
+/// The ways in which PyTorch runs a model: as it is written, and compiled.
+pub const WAYS: [&str; 2] = ["eager", "compile"];
+
+/// Measures a case against PyTorch running it in `way`, and gives its row.
 ///
 /// # Errors
 /// Outputs that disagree, a busy machine, a peer that cannot run.
-pub fn measure(settings: &Settings, case: ModelCase, dtype: &str, python: &Path) -> Result<Value> {
+pub fn measure(settings: &Settings, case: ModelCase, dtype: &str, way: &str, python: &Path) -> Result<Value> {
     let precision = if dtype == "bf16" { Precision::Bf16 } else { Precision::F32 };
     let folder = settings.root.join("target/paired").join(format!("{}-{dtype}", case.name));
     let mut ours = Prepared::new(case, precision)?;
     ours.export(&folder)?;
-    let mut peer = Peer::start(&program(settings, case, dtype, python, &folder))?;
+    let mut peer = Peer::start(&program(settings, case, dtype, way, python, &folder))?;
     let found = compare(&mut ours, &mut peer, case, &folder)?;
     agree(case.name, dtype, found)?;
     let busy = idle(Duration::from_secs(1), settings.dry_run)?;
@@ -40,10 +43,11 @@ pub fn measure(settings: &Settings, case: ModelCase, dtype: &str, python: &Path)
     let turns = Turns::take(settings.pairs.min(case.pairs), PAUSE, &mut run, &mut |calls| {
         peer.milliseconds(&json!({ "ask": "run", "calls": calls }))
     })?;
-    let target = case.targets[usize::from(precision == Precision::Bf16)];
+    // Targets are set against PyTorch as it is written.
+    let target = case.targets[usize::from(precision == Precision::Bf16)].filter(|_| way == WAYS[0]);
     let measured = json!({
         "case": case.name, "model": case.network.words(), "pass": case.work.pass(), "work": case.work.words(), "dtype": dtype,
-        "shape": { "batch": case.batch, "tokens": ours.tokens() }, "way": "eager",
+        "shape": { "batch": case.batch, "tokens": ours.tokens() }, "way": way,
         "difference": found, "busy_before": busy, "peer": peer.about,
     });
     let origin = rows::origin(&settings.root, settings.threads);
@@ -51,13 +55,20 @@ pub fn measure(settings: &Settings, case: ModelCase, dtype: &str, python: &Path)
 }
 
 /// The peer of a case.
-pub fn program(settings: &Settings, case: ModelCase, dtype: &str, python: &Path, folder: &Path) -> Program {
-    let words = ["--model", case.network.loader(), "--work", case.work.argument(), "--dtype", dtype, "--threads"];
+fn program(settings: &Settings, case: ModelCase, dtype: &str, way: &str, python: &Path, folder: &Path) -> Program {
+    let [model, work] = [case.network.loader(), case.work.argument()];
+    let words = ["--model", model, "--work", work, "--dtype", dtype, "--way", way, "--threads"];
     let script = settings.root.join("tools/peers/pytorch_cpu.py");
     let mut arguments = vec![script.into_os_string(), folder.as_os_str().to_owned()];
     arguments.extend(words.iter().map(OsString::from));
     arguments.push(settings.threads.to_string().into());
-    Program { name: "PyTorch", program: python.to_owned(), arguments, setup: "tools/peers/setup_torch_cpu.sh" }
+    Program {
+        name: "PyTorch",
+        program: python.to_owned(),
+        arguments,
+        environment: Vec::new(),
+        setup: "tools/peers/setup_torch_cpu.sh",
+    }
 }
 
 /// Relative RMS difference of the outputs, or the largest one of the losses of the first steps.

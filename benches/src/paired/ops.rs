@@ -319,8 +319,8 @@ mod tests {
             let values: Vec<f32> = sample.results[0].values.iter().map(|v| v * scale).collect();
             safetensors::write(&path, [TensorRecord::f32("y", &[values.len()], &values)], &BTreeMap::new()).unwrap();
             let line = format!("echo '{{}}'; read l; echo '{{\"file\":\"{}\"}}'; read l", path.display());
-            let program =
-                Program { name: "sh", program: "sh".into(), arguments: vec!["-c".into(), line.into()], setup: "" };
+            let arguments = vec!["-c".into(), line.into()];
+            let program = Program { name: "sh", program: "sh".into(), arguments, environment: Vec::new(), setup: "" };
             let found = compare(&mut Peer::start(&program).unwrap(), "forward", "way", &sample).unwrap();
             assert_eq!(agree("embed", "f32", found).is_ok(), scale == 1.0, "{found}");
         }

@@ -16,12 +16,14 @@ pub struct Program {
     pub program: PathBuf,
     /// Its arguments.
     pub arguments: Vec<OsString>,
+    /// Set in its environment.
+    pub environment: Vec<(&'static str, String)>,
     /// The script that sets it up, from the root of the repository.
     pub setup: &'static str,
 }
 
 /// The peers that measure operators, by the name of `--peer`.
-pub const OPERATOR_PEERS: [&str; 2] = ["pytorch", "onnxruntime"];
+pub const OPERATOR_PEERS: [&str; 3] = ["pytorch", "onnxruntime", "candle"];
 
 /// The program of a peer of operators.
 ///
@@ -29,16 +31,24 @@ pub const OPERATOR_PEERS: [&str; 2] = ["pytorch", "onnxruntime"];
 /// No peer has the name.
 pub fn operators(name: &str, root: &Path, threads: usize) -> Result<Program> {
     let peers = root.join("tools/peers");
-    let threads = [OsString::from("--threads"), OsString::from(threads.to_string())];
+    let flag = [OsString::from("--threads"), OsString::from(threads.to_string())];
     let python = |name, folder: &str, script: &str, setup| Program {
         name,
         program: root.join(folder).join("bin/python"),
-        arguments: [&[peers.join(script).into_os_string()], &threads[..]].concat(),
+        arguments: [&[peers.join(script).into_os_string()], &flag[..]].concat(),
+        environment: Vec::new(),
         setup,
     };
     Ok(match name {
         "pytorch" => python("PyTorch", ".venv-torch-cpu", "pytorch_ops.py", "tools/peers/setup_torch_cpu.sh"),
         "onnxruntime" => python("ONNX Runtime", ".venv-onnx", "onnx_ops.py", "tools/peers/setup_onnx.sh"),
+        "candle" => Program {
+            name: "candle",
+            program: root.join("target/candle-peer/release/candle-peer"),
+            arguments: Vec::new(),
+            environment: vec![("RAYON_NUM_THREADS", threads.to_string())],
+            setup: "tools/peers/setup_candle.sh",
+        },
         other => return Err(Error::usage("--peer", "unknown peer").is(other).must(OPERATOR_PEERS.join(", "))),
     })
 }
@@ -62,6 +72,7 @@ impl Peer {
         let place = program.program.display().to_string();
         let mut child = Command::new(&program.program)
             .args(&program.arguments)
+            .envs(program.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -139,7 +150,13 @@ mod tests {
     use super::*;
 
     fn shell(script: &str) -> Program {
-        Program { name: "sh", program: "sh".into(), arguments: vec!["-c".into(), script.into()], setup: "nothing" }
+        Program {
+            name: "sh",
+            program: "sh".into(),
+            arguments: vec!["-c".into(), script.into()],
+            environment: Vec::new(),
+            setup: "nothing",
+        }
     }
 
     #[test]
