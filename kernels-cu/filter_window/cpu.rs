@@ -64,10 +64,15 @@ pub fn backward(a: Backward<'_, f32>) {
     let mut decays = vec![0.0f32; (WIDTH + most / WIDTH + 1) * c];
     decays.par_chunks_mut(c).enumerate().for_each(|(index, decays)| {
         let distance = if index < WIDTH { index } else { (index - WIDTH) * WIDTH };
-        let away = -(distance as f32);
         vectorised(
             #[inline(always)]
-            || decays.iter_mut().zip(&rates).for_each(|(decay, rate)| *decay = exp_decay(away * rate)),
+            || {
+                // Bound in here: what is captured would be read again for every element.
+                let away = -(distance as f32);
+                for (decay, rate) in decays.iter_mut().zip(&rates) {
+                    *decay = exp_decay(away * rate);
+                }
+            },
         );
     });
     dx.par_chunks_mut(SQUARES * WIDTH * c).enumerate().for_each(|(block, dx)| {

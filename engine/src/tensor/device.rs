@@ -61,8 +61,9 @@ pub(crate) struct Buffer {
 }
 
 /// Bytes from which a buffer is a mapping of its own on large pages, where the system has them: a pass over 128 MiB
-/// in small ones waits a third of its time for translations of addresses.
-const LARGE: usize = 4 << 20;
+/// in small ones waits a third of its time for translations of addresses. What a cache may hold is better off on small
+/// pages: on large ones all tensors begin in the same sets.
+const LARGE: usize = 32 << 20;
 
 enum Storage {
     Lines(Vec<Line>),
