@@ -1,5 +1,5 @@
 # Aliases, one line each; the logic is in the programs. One release build serves all of them.
-.PHONY: demo demo-text test science science-full soak mutants kernels gpu gpu-kit twins bench criterion paired docs data codegen tidy
+.PHONY: demo demo-text test science science-full soak mutants kernels gpu gpu-kit twins bench results criterion paired docs data codegen tidy
 
 demo:    ; cargo run --release -p graft-engine --bin graft -- run assets/fashion-dit/demo.toml --run demo
 demo-text: ; cargo run --release -p graft-engine --bin graft -- run assets/emoji-pixart/graft.toml --run runs/emoji-graft
@@ -13,6 +13,7 @@ gpu:     ; cargo run --release -p graft-engine --bin graft -- gpu
 gpu-kit: ; python3 tools/setup/gpu_kit.py target/gpu-kit
 twins:   ; python3 kernels-triton-ref/check.py
 bench:   ; cargo run --release -p graft-benches --bin bench
+results: ; cargo run --release -p graft-engine --bin graft -- bench results
 criterion: ; cargo bench -p graft-benches
 paired:  ; cargo run --release -p graft-benches --bin paired -- model
 docs:    ; cargo doc --release --workspace --no-deps

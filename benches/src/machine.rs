@@ -1,19 +1,9 @@
 //! The machine and the source that a measured row belongs to.
 
-use graft_engine::error::{Error, Result};
 pub use graft_engine::io::system::processor;
-use serde_json::Value;
-use std::fs::{OpenOptions, create_dir_all};
-use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
-
-/// `name` as a folder: lower case letters and digits, words joined by single dashes.
-pub fn slug(name: &str) -> String {
-    let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty());
-    words.map(str::to_ascii_lowercase).collect::<Vec<_>>().join("-")
-}
 
 /// Commit of the working tree, with `+` where it has changes; `unknown` outside a repository.
 pub fn commit(root: &Path) -> String {
@@ -44,18 +34,6 @@ fn processor_ticks() -> Option<[f64; 2]> {
     Some([ticks.get(3)? + ticks.get(4)?, ticks.iter().take(8).sum()])
 }
 
-/// Adds a row to a file of rows, which is made with its folder if need be.
-///
-/// # Errors
-/// When the file cannot be written.
-pub fn append(path: &Path, row: &Value) -> Result<()> {
-    let folder = path.parent().unwrap_or(path);
-    create_dir_all(folder).map_err(|e| Error::io(folder, "make the folder", &e))?;
-    let mut file =
-        OpenOptions::new().create(true).append(true).open(path).map_err(|e| Error::io(path, "open the rows", &e))?;
-    writeln!(file, "{row}").map_err(|e| Error::io(path, "append a row", &e))
-}
-
 /// Middle value; the mean of the middle two where their number is even. NaN of nothing.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
@@ -70,11 +48,6 @@ pub fn median(values: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_become_folders() {
-        assert_eq!(slug("AMD EPYC 9R14 @ 2.6GHz"), "amd-epyc-9r14-2-6ghz");
-    }
 
     #[test]
     fn a_share_is_a_share() {

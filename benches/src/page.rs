@@ -3,6 +3,8 @@
 use graft_engine::report::chart::{BarChart, Bars};
 use graft_engine::report::format::significant;
 use graft_engine::report::html::{self, Html};
+use graft_engine::report::ladder;
+use graft_engine::report::results::ladders::Ladder;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -17,8 +19,9 @@ fn holds(row: &Value) -> bool {
     row["ratio"].as_f64().unwrap_or(f64::NAN) >= row["target"].as_f64().unwrap_or(0.0)
 }
 
-/// A self-contained page of rows; `own` is the page of rows without peers, where there is one.
-pub fn page(rows: &[Value], own: Option<&str>) -> String {
+/// A self-contained page of rows; `own` is the page of rows without peers, where there is one. Of the `ladders` those of
+/// the operators that were measured.
+pub fn page(rows: &[Value], own: Option<&str>, ladders: &[Ladder]) -> String {
     let title = "Ours and peers in turns";
     html::page(title, |h| {
         h.leaf("h1", &[], title);
@@ -45,7 +48,21 @@ pub fn page(rows: &[Value], own: Option<&str>) -> String {
         table(h, rows.iter().filter(|r| !r["model"].is_null()).collect());
         h.leaf("h2", &[], "Operators");
         table(h, rows.iter().filter(|r| r["model"].is_null() && r["ratio"].is_number()).collect());
+        beside_ladders(h, rows, ladders);
     })
+}
+
+/// The ladders, each below the rows of its operator.
+fn beside_ladders(h: &mut Html, rows: &[Value], ladders: &[Ladder]) {
+    let mut found: BTreeMap<&str, Vec<Vec<String>>> = BTreeMap::new();
+    for row in rows.iter().filter(|r| r["ratio"].is_number()) {
+        let Some(op) = row["op"].as_str() else { continue };
+        let number = |key: &str| row[key].as_f64().map_or("-".to_string(), significant);
+        let words = ["case", "pass", "dtype"].map(|key| text_of(&row[key]).to_string());
+        let measured = [number("ours_ms"), number("peer_ms"), number("ratio")];
+        found.entry(op).or_default().push([&words[..], &measured].concat());
+    }
+    ladder::draw(h, ladders, &["case", "pass", "dtype", "ours, ms", "peer, ms", "ratio"], &found);
 }
 
 /// Bars of the geometric mean of the ratios of every operator, a series for each peer.
@@ -151,13 +168,16 @@ mod tests {
         let rows = [row("gemm/a", 1.5), row("gemm/b", 0.5), absent];
         let (held, below) = verdicts(&rows);
         assert_eq!((held, below.len(), &below[0]["case"]), (1, 1, &json!("gemm/b")));
-        let page = page(&rows, Some("own.html"));
+        let ladder = Ladder { op: "gemm".into(), title: " (CPU)".into(), text: "tiles of 14×32".into() };
+        let page = page(&rows, Some("own.html"), &[ladder]);
         for words in [
             "1 targets hold, 1 do not",
             "candle could not run: no compiler",
             "linear &lt;x&gt;",
             "0.9 missed",
             "href=\"own.html\"",
+            "Ladder of gemm (CPU)",
+            "tiles of 14×32",
             &format!("{} / {}", significant(2.0), significant(4.0)),
         ] {
             assert!(page.contains(words), "{words}");

@@ -5,14 +5,14 @@
 // p, dp: [B, Gh·Gw, 3, C] T; y, dy: [B, Gh·Gw, C] T; short_weight: [3, C, K, K] T, short_bias: [3, C] T; inner_weight:
 // [C, K, K] T, inner_bias: [C] T, and their gradients; sums in f32.
 //
-// Forward, K = 3 and C even: the walks of walk.cuh. With both filters k·v goes through scratch memory and q waits
-// for a second walk: the taps of all four would not leave room for windows. With one of them a single walk is enough.
+// Forward, K = 3 and C even: the walks of walk.cuh. With both filters k·v goes through scratch memory in f32 and q
+// waits for a second walk: the taps of all four would not leave room for windows. With one of them a single walk is enough.
 //
 // Everything else and the backward pass: the kernels of common/gated_window.cuh with a square window. A thread owns an
 // element, a warp 32 channels of a token. k·v, the inner result's gradient dc and those of the filtered q, k, v (du) go
 // through scratch memory in f32, and every tap is a load.
 //
-// Bound: memory. In bf16 8 bytes an element of y with one filter; 12 with both (k and v, k·v written and read, q, y);
+// Bound: memory. In bf16 8 bytes an element of y with one filter; 16 with both (k and v, k·v written and read, q, y);
 // from L2 twice what is read, where two rows share four.
 //
 // Requires: nothing beyond the contract.
@@ -26,15 +26,15 @@ __device__ __forceinline__ Window square(int gh, int gw, int k) { return {gh, gw
 
 // K = 3; length, segments: columns of a walk, and walks that a row takes. kv: [B, Gh·Gw, C], scratch.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
-    gated_conv_2d_se_3_product(const T* p, const T* short_weight, const T* short_bias, T* kv, int gh, int gw, int c,
+    gated_conv_2d_se_3_product(const T* p, const T* short_weight, const T* short_bias, float* kv, int gh, int gw, int c,
                                int length, int segments) {
     walk_product(p, short_weight, short_bias, kv, gh, gw, c, length, segments);
 }
 KERNEL_EXPORT(gated_conv_2d_se_3_product);
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads)
     gated_conv_2d_se_3_forward(const T* p, const T* short_weight, const T* short_bias, const T* inner_weight,
-                               const T* inner_bias, const T* kv, T* y, int gh, int gw, int c, int length,
+                               const T* inner_bias, const float* kv, T* y, int gh, int gw, int c, int length,
                                int segments) {
     walk_se(p, short_weight, short_bias, inner_weight, inner_bias, kv, y, gh, gw, c, length, segments);
 }

@@ -43,7 +43,7 @@ pub fn forward<T: Element, Q: Queue>(queue: &mut Q, a: GpuForward<T>) -> Result<
     let (length, segments, shape) = walks::<T>(a.dims);
     match (walked, a.short_weight.is_some(), a.inner_weight.is_some()) {
         (true, true, true) => {
-            let kv: Out<T> = queue.scratch(b * gh * gw * c)?;
+            let kv: Out<f32> = queue.scratch(b * gh * gw * c)?;
             GatedConv2dSe3Product { p, short_weight, short_bias, kv, gh, gw, c, length, segments }
                 .launch(queue, shape)?;
             let kv = kv.read();

@@ -130,14 +130,14 @@ __device__ __forceinline__ void walk(const Strip& of, Fetch fetch, Put put, Emit
     }
 }
 
-// kv: [B, Gh·Gw, C], the product of the filtered k and v, rounded as any tensor between two operators is.
-__device__ __forceinline__ void walk_product(const T* p, const T* short_weight, const T* short_bias, T* kv, int gh,
+// kv: [B, Gh·Gw, C], the product of the filtered k and v, not rounded: what the inner filter adds may cancel.
+__device__ __forceinline__ void walk_product(const T* p, const T* short_weight, const T* short_bias, float* kv, int gh,
                                              int gw, int c, int length, int segments) {
     const Strip of(gh, gw, c, length, segments);
     if (of.channel >= c) return;
     const size_t tokens = size_t(of.sample) * gh * gw;
     const T* from = p + tokens * 3 * c + c + of.channel;
-    T* to = kv + tokens * c + of.channel;
+    float* to = kv + tokens * c + of.channel;
     const int taps = kTaps * kTaps;
     const Filter of_k(short_weight + (size_t(c) + of.channel) * taps, short_bias + c + of.channel);
     const Filter of_v(short_weight + (size_t(2) * c + of.channel) * taps, short_bias + 2 * c + of.channel);
@@ -164,18 +164,18 @@ __device__ __forceinline__ void walk_product(const T* p, const T* short_weight, 
 
 // y with both filters, of the product kv.
 __device__ __forceinline__ void walk_se(const T* p, const T* short_weight, const T* short_bias, const T* inner_weight,
-                                        const T* inner_bias, const T* kv, T* y, int gh, int gw, int c, int length,
+                                        const T* inner_bias, const float* kv, T* y, int gh, int gw, int c, int length,
                                         int segments) {
     const Strip of(gh, gw, c, length, segments);
     if (of.channel >= c) return;
     const size_t tokens = size_t(of.sample) * gh * gw;
     const T* from = p + tokens * 3 * c + of.channel;
-    const T* product = kv + tokens * c + of.channel;
+    const float* product = kv + tokens * c + of.channel;
     T* to = y + tokens * c + of.channel;
     const Filter of_q(short_weight + size_t(of.channel) * kTaps * kTaps, short_bias + of.channel);
     const Filter inner(inner_weight + size_t(of.channel) * kTaps * kTaps, inner_bias + of.channel);
     Column<T> ahead[kTaps];
-    Column<T> ahead_kv[kTaps];
+    Column<float> ahead_kv[kTaps];
     Under q, under_kv;
     walk(
         of,

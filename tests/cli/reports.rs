@@ -162,3 +162,24 @@ fn digest(folder: &str) -> String {
     let names = names.filter_map(|n| n.into_string().ok());
     names.filter_map(|n| Some(n.strip_prefix("probe_ldmatrix-")?.strip_suffix(".case")?.to_string())).next().unwrap()
 }
+
+#[test]
+fn tables_of_results_are_written_and_checked() {
+    let here = folder("results");
+    std::fs::create_dir_all(here.join("benches/results/some-processor")).unwrap();
+    std::fs::create_dir_all(here.join("docs")).unwrap();
+    std::fs::write(here.join("README.md"), "<!-- generated: results -->\n<!-- end -->\n").unwrap();
+    std::fs::write(here.join("docs/results.md"), "<!-- generated: targets -->\n<!-- end -->\n").unwrap();
+    let target = "[[target]]\ngroup = \"start\"\nname = \"help\"\ndevice = \"\"\ncases = [\"graft --help\"]\nmeasure = \"ms\"\nat_most = 20\n";
+    std::fs::write(here.join("benches/targets.toml"), target).unwrap();
+    let rows = here.join("benches/results/some-processor/start.jsonl").display().to_string();
+    succeed(&here, &["bench", "start", "--samples", "2", "--rows", &rows]);
+    refuse(&here, &["bench", "results", "--check"], 1, &["README.md", "graft bench results"]);
+    let text = succeed(&here, &["bench", "results"]).text();
+    assert!(text.contains("wrote ./README.md") && text.contains("wrote ./docs/results.md"), "{text}");
+    succeed(&here, &["bench", "results", "--check"]);
+    let table = std::fs::read_to_string(here.join("docs/results.md")).unwrap();
+    assert!(table.contains("| start | help |") && table.contains("| ≤ 20 | ms |"), "{table}");
+    std::fs::write(&rows, "{}\nno row\n").unwrap();
+    refuse(&here, &["bench", "results"], 1, &["start.jsonl line 2"]);
+}

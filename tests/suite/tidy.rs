@@ -1,5 +1,6 @@
 //! The rules of the house hold for this repository.
 
+use graft_engine::report::results;
 use graft_tools::{codegen, tidy};
 
 #[test]
@@ -10,6 +11,12 @@ fn every_rule_holds() {
     }
     let broken = findings.iter().filter(|f| !f.warning).count();
     assert_eq!(broken, 0, "the findings are printed above; `cargo xtask tidy` shows them too");
+}
+
+#[test]
+fn every_table_of_results_follows_from_its_rows() {
+    let stale: Vec<_> = results::stale(&codegen::workspace_root()).unwrap().into_iter().map(|(path, _)| path).collect();
+    assert!(stale.is_empty(), "{stale:?}: run `graft bench results` and commit it");
 }
 
 #[path = "../mutants/mutant.rs"]

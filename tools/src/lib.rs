@@ -5,5 +5,4 @@ pub mod cubins;
 pub mod new_op;
 pub mod nvcc;
 pub mod parallel;
-pub mod results;
 pub mod tidy;

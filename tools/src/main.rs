@@ -1,7 +1,7 @@
 //! `cargo xtask`: developer commands.
 
 use graft_tools::cubins::Choice;
-use graft_tools::{codegen, cubins, new_op, nvcc, results, tidy};
+use graft_tools::{codegen, cubins, new_op, nvcc, tidy};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -11,7 +11,6 @@ const USAGE: &str = "usage: cargo xtask COMMAND
             (--target sm_90a: for one kind of device alone, into target/sm_90a.cubins)
   kernels   compile every CUDA source and write the table of its resources
   new-op OP a new operator that works, to be turned into the one that is wanted
-  results   write the tables of measurements of README.md and docs/results.md from benches/results
   tidy      check the rules of the house (also a test)";
 
 fn main() -> ExitCode {
@@ -25,7 +24,6 @@ fn main() -> ExitCode {
         ["cubins", "--target", target] => write_cubins(&root, Choice { op: None, target: Some(target) }),
         ["kernels"] => write_resources(&root),
         ["new-op", name] => write_operator(&root, name),
-        ["results"] => write_results(&root),
         ["tidy"] => report_findings(&root),
         _ => Err(USAGE.to_string()),
     };
@@ -69,15 +67,6 @@ fn write_resources(root: &Path) -> Result<(), String> {
 fn write_cubins(root: &Path, choice: Choice<'_>) -> Result<(), String> {
     let (path, content) = cubins::write(root, choice)?;
     println!("wrote {}: {content}", path.display());
-    Ok(())
-}
-
-fn write_results(root: &Path) -> Result<(), String> {
-    for (path, text) in results::stale(root)? {
-        std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
-        println!("wrote {}", path.display());
-    }
-    println!("the results are up to date");
     Ok(())
 }
 

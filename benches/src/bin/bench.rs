@@ -10,6 +10,7 @@ use graft_benches::paired::peer::{OPERATOR_PEERS, Program, operators, set_up};
 use graft_benches::paired::{MODELS, OPS, Settings, rows, run_models, run_ops};
 use graft_engine::error::{Error, Result};
 use graft_engine::io::atomic;
+use graft_engine::report::results::ladders;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -45,6 +46,9 @@ struct Args {
     page_only: bool,
 }
 
+/// Folder of the operators, whose READMEs have their ladders.
+const KERNELS: &str = "kernels-cu";
+
 /// Operators without a peer on the CPU.
 const ALONE: [&str; 3] = ["attention_int8", "gemm_fp8", "philox"];
 
@@ -69,7 +73,8 @@ fn run(args: &Args) -> Result<()> {
     measured.extend(rows::read(&settings.rows.join(MODELS))?);
     let (path, own) = (folder.join("bench.html"), folder.join("own.html"));
     let link = own.is_file().then_some("own.html");
-    atomic::write_bytes(&path, page::page(&measured, link).as_bytes())?;
+    let ladders = ladders::read(&settings.root.join(KERNELS))?;
+    atomic::write_bytes(&path, page::page(&measured, link, &ladders).as_bytes())?;
     let (holds, below) = page::verdicts(&measured);
     below.iter().for_each(|row| println!("{}", rows::line(row)));
     measured.iter().filter(|r| !r["could_not_run"].is_null()).for_each(|row| println!("{}", rows::line(row)));
@@ -98,7 +103,7 @@ fn measure(args: &Args, settings: &Settings, folder: &Path) -> Result<()> {
         let ways = if args.compile { &ways[..] } else { &ways[..1] };
         let python = settings.root.join(".venv-torch-cpu/bin/python");
         failed += run_models(settings, &CASES, &dtypes, ways, &python, &mut say)?;
-        alone(folder)?;
+        alone(folder, &settings.root.join(KERNELS))?;
     }
     if failed > 0 {
         println!("{failed} measurements gave no row (NO ROW above)");
@@ -107,7 +112,7 @@ fn measure(args: &Args, settings: &Settings, folder: &Path) -> Result<()> {
 }
 
 /// What no peer has, and how the cost of a model grows: rows of the program itself, and their page.
-fn alone(folder: &Path) -> Result<()> {
+fn alone(folder: &Path, kernels: &Path) -> Result<()> {
     let rows = folder.join("own.jsonl");
     if rows.is_file() {
         std::fs::remove_file(&rows).map_err(|e| Error::io(&rows, "remove the rows of the last run", &e))?;
@@ -123,6 +128,7 @@ fn alone(folder: &Path) -> Result<()> {
     let grown = ["--pixels", "256,512", "--grafted", "0,50,100", "--samples", "3", "--rows", &path];
     graft(&[&["bench", "model", "DiT-S/2"], &grown[..]].concat());
     graft(&["bench", "model", "DiT-S/2", "--batch", "1,2,4,8", "--samples", "3", "--rows", &path]);
-    graft(&["bench", "report", &path, "--out", &folder.join("own.html").display().to_string()]);
+    let [page, kernels] = [&folder.join("own.html"), kernels].map(|path| path.display().to_string());
+    graft(&["bench", "report", &path, "--out", &page, "--ladders", &kernels]);
     Ok(())
 }

@@ -5,8 +5,9 @@
 //! 1.6. The optimiser, the data, and what observing costs the teacher are all in the numerator.
 
 use clap::Parser;
-use graft_benches::machine::{append, busy_share, commit, median, processor, slug};
+use graft_benches::machine::{busy_share, commit, median, processor};
 use graft_benches::models::randomise;
+use graft_benches::paired::rows;
 use graft_engine::autograd::{Graph, ParamStore, Precision, Var};
 use graft_engine::backend::{Device, cpu};
 use graft_engine::error::{Error, Result};
@@ -14,6 +15,7 @@ use graft_engine::graft::distill::Distiller;
 use graft_engine::graft::plan::Assignment;
 use graft_engine::graft::settings::DistillConfig;
 use graft_engine::io::datasets::ImageSet;
+use graft_engine::io::{atomic, jsonl::JsonLog};
 use graft_engine::models::dit::{Dit, DitConfig, Run, Seen};
 use graft_engine::nn::operators::{self, Operator, Site, Spec};
 use graft_engine::nn::{Builder, Scheme};
@@ -162,7 +164,9 @@ fn run(args: &Args) -> Result<()> {
     if args.dry_run {
         return Ok(());
     }
-    append(&root.join("benches/results").join(slug(&processor())).join("stage1.jsonl"), &row)
+    let folder = rows::folder(root);
+    atomic::ensure_writable_dir(&folder)?;
+    JsonLog::resume(&folder.join("stage1.jsonl"), u64::MAX)?.append(&row)
 }
 
 /// A batch of noise for the teacher alone.

@@ -1,9 +1,9 @@
 //! The files of rows: one JSON object a line, the newest of each measurement.
 
-use crate::machine::{commit, processor, slug};
+use crate::machine::{commit, processor};
 use graft_engine::backend::cpu;
 use graft_engine::error::{Error, Result};
-use graft_engine::io::atomic;
+use graft_engine::io::{atomic, files::slug, jsonl};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -60,15 +60,7 @@ pub fn put(path: &Path, row: &Value) -> Result<()> {
 /// # Errors
 /// A file that cannot be read, or a line that is no JSON.
 pub fn read(path: &Path) -> Result<Vec<Value>> {
-    if !path.is_file() {
-        return Ok(Vec::new());
-    }
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read the rows", &e))?;
-    let parse = |line: &str| {
-        serde_json::from_str(line)
-            .map_err(|e| Error::failure(path.display().to_string(), format!("no row: {e}")).is(line))
-    };
-    text.lines().map(parse).collect()
+    if path.is_file() { jsonl::read(path) } else { Ok(Vec::new()) }
 }
 
 /// A line that a person reads while it runs.

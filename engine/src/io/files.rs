@@ -1,4 +1,4 @@
-//! Reading whole small files and listing folders.
+//! Reading whole small files, listing folders and naming files.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -62,6 +62,12 @@ pub(crate) fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
+/// A name as that of a file: lower case letters and digits, words joined by single dashes, `nvidia-h200`.
+pub fn slug(name: &str) -> String {
+    let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty());
+    words.map(str::to_ascii_lowercase).collect::<Vec<_>>().join("-")
+}
+
 /// Shortens and escapes text that comes from an untrusted file, so that a message stays one printable line.
 pub(crate) fn printable(text: &str) -> String {
     const MAX: usize = 120;
@@ -97,6 +103,11 @@ mod tests {
         std::fs::write(&path, b"ab\xff").unwrap();
         let error = read_text(&path).unwrap_err().to_string();
         assert!(error.contains("not utf-8 text; is an invalid byte at offset 2"), "{error}");
+    }
+
+    #[test]
+    fn names_become_files() {
+        assert_eq!(slug("AMD EPYC 9R14 @ 2.6GHz"), "amd-epyc-9r14-2-6ghz");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What the device can do at best: a large copy and one that stays in the caches, a large product, exponentials.
 
-use super::{Subject, show};
+use super::{Rows, Subject};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::{Device, cpu};
 use crate::error::Result;
@@ -26,17 +26,19 @@ const CALLS: usize = 1000;
 /// Exponentials of a sample.
 const EXPONENTIALS: usize = 64 << 20;
 
-/// The ceilings of `device`, in its working type; `product` is the type in which products compute on the host.
+/// The ceilings of `device` in its working type, put into `rows`; `product` is the type in which products compute on the host.
 ///
 /// # Errors
 /// When memory runs out.
-pub fn measure(device: &Device, product: Precision, json: bool) -> Result<Vec<Row>> {
-    let mut rows = vec![copy(device)?, product_of(device, product)?];
+pub(super) fn measure(device: &Device, product: Precision, rows: &mut Rows) -> Result<()> {
+    rows.put(copy(device)?)?;
+    rows.put(product_of(device, product)?)?;
     if device.is_host() {
-        rows.extend([copy_in_cache(device)?, exponentials(device)?, call(device)?]);
+        rows.put(copy_in_cache(device)?)?;
+        rows.put(exponentials(device)?)?;
+        rows.put(call(device)?)?;
     }
-    rows.iter().try_for_each(|row| show(row, json))?;
-    Ok(rows)
+    Ok(())
 }
 
 fn ceiling(case: &str, work: String) -> Subject {

@@ -1,9 +1,10 @@
 //! Loading a model against the disk, and starting the program.
 
-use super::{Keep, Subject, finish_with};
+use super::{Keep, Subject};
 use crate::backend::Device;
 use crate::cli::{out, table::Table};
 use crate::error::{Error, Result};
+use crate::io::jsonl::JsonLog;
 use crate::io::{atomic, files, system};
 use crate::models::pixart::{self, PixArt, PixArtConfig, SaveAs};
 use crate::tensor::DType;
@@ -58,7 +59,7 @@ pub fn run(args: &LoadArgs, json: bool) -> Result<()> {
     }
     let row = outcome?;
     if let Some(path) = &args.rows {
-        super::store_value(path, &row)?;
+        JsonLog::resume(path, u64::MAX)?.append(&row)?;
     }
     if json {
         return out::line(row.to_string());
@@ -152,7 +153,9 @@ pub fn start(args: &StartArgs, json: bool) -> Result<()> {
     let mut row =
         Subject { bench: "start", case: "graft --help".into(), work: "start".into() }.row(&device, DType::F32, times);
     row.threads = None;
-    finish_with(vec![row], &args.keep, json)
+    let mut rows = args.keep.open(json)?;
+    rows.put(row)?;
+    rows.finish()
 }
 
 #[cfg(test)]

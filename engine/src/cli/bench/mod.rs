@@ -1,4 +1,4 @@
-//! `graft bench op|site|model|train|e2e|load|start|compare|report|plots`: measurements as rows, one JSON object each.
+//! `graft bench op|site|model|train|e2e|load|start|compare|report|plots|results`: measurements as rows, one JSON object each.
 //!
 //! Every run begins with the ceilings of its device ([`ceilings`]), so that rows can be read as shares of what the
 //! device can do, and so that the cost model can be held against them. Times are those of calls after a warm-up; on a GPU by the device's own clock and
@@ -22,9 +22,8 @@ use crate::io::{atomic, system};
 use crate::ops::contracts;
 use crate::report::bench::{self, CEILING, Ceilings, Misfit, Row, compare};
 use crate::report::format::significant;
+use crate::report::results::{self, ladders};
 use crate::tensor::DType;
-use graft_kernels::ways;
-use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -71,7 +70,17 @@ enum BenchCommand {
         #[arg(short, long, default_value = "docs/results")]
         out: PathBuf,
     },
-    /// A page of rows: a roofline, the layers of a model, the cost model beside what was measured, how cost grows.
+    /// Write the tables of README.md and docs/results.md from the rows in benches/results.
+    Results {
+        /// The repository.
+        #[arg(default_value = ".")]
+        root: PathBuf,
+        /// Write nothing; fail where a table and its rows differ.
+        #[arg(long)]
+        check: bool,
+    },
+    /// A page of rows: a roofline, the layers of a model, the cost model beside what was measured, how cost grows, what was
+    /// tried at each operator.
     Report {
         /// Files of rows.
         #[arg(required = true)]
@@ -79,18 +88,60 @@ enum BenchCommand {
         /// The page.
         #[arg(short, long, default_value = "bench.html")]
         out: PathBuf,
+        /// Folder with the folders of the operators, kernels-cu of the sources: the ladder of each from its README.
+        #[arg(long, value_name = "DIR")]
+        ladders: Option<PathBuf>,
     },
 }
 
 /// Where rows go besides the terminal.
 #[derive(clap::Args)]
 pub struct Keep {
-    /// Add the rows to this file.
+    /// Add each row to this file when it is measured.
     #[arg(long, value_name = "FILE")]
     rows: Option<PathBuf>,
     /// Print what became faster or slower since these rows; fails where something became slower.
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
+}
+
+impl Keep {
+    /// The place for the rows of a run.
+    fn open(&self, json: bool) -> Result<Rows> {
+        let log = self.rows.as_ref().map(|path| JsonLog::resume(path, u64::MAX)).transpose()?;
+        Ok(Rows { json, log, before: self.compare.clone(), rows: Vec::new() })
+    }
+}
+
+/// The rows of a run. Each is kept and, where JSON was asked for, printed when it is measured: a run that is ended before
+/// its time loses none.
+struct Rows {
+    json: bool,
+    log: Option<JsonLog>,
+    before: Option<PathBuf>,
+    rows: Vec<Row>,
+}
+
+impl Rows {
+    fn put(&mut self, row: Row) -> Result<()> {
+        if let Some(log) = &mut self.log {
+            log.append(&row)?;
+        }
+        if self.json {
+            out::line(serde_json::to_string(&row).unwrap_or_default())?;
+        }
+        self.rows.push(row);
+        Ok(())
+    }
+
+    /// The table of the rows and what the cost model makes of them, and the comparison that was asked for.
+    fn finish(self) -> Result<()> {
+        if !self.json {
+            out::line(table(&self.rows).to_string().trim_end())?;
+            Misfit::of(&self.rows).map_or(Ok(()), |misfit| out::line(misfit.to_string()))?;
+        }
+        self.before.map_or(Ok(()), |before| changes(&bench::read(&before)?, &self.rows))
+    }
 }
 
 /// Arguments of `op`.
@@ -111,7 +162,7 @@ pub struct OpArgs {
     /// forward or backward; both where it is not given.
     #[arg(long, default_value = "")]
     pass: String,
-    /// Only this way of running it on a GPU.
+    /// Only this way of running it on a GPU, where it takes the case. Its rows name it and answer no target.
     #[arg(long)]
     way: Option<String>,
     /// Measurements of each.
@@ -146,15 +197,30 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             }
             Ok(())
         }
-        BenchCommand::Report { files, out: path } => {
+        BenchCommand::Results { root, check } => tables(root, *check),
+        BenchCommand::Report { files, out: path, ladders: folder } => {
             let rows = read(files)?;
-            atomic::write_bytes(path, bench::page("Measurements", &rows).as_bytes())?;
+            let ladders = folder.as_ref().map_or(Ok(Vec::new()), |folder| ladders::read(folder))?;
+            atomic::write_bytes(path, bench::page("Measurements", &rows, &ladders).as_bytes())?;
             if let Some(misfit) = Misfit::of(&rows) {
                 out::line(misfit.to_string())?;
             }
             out::line(format!("{} rows in {}", rows.len(), path.display()))
         }
     }
+}
+
+/// Brings the tables of committed rows up to date, or fails where they are not.
+fn tables(root: &Path, check: bool) -> Result<()> {
+    for (path, text) in results::stale(root)? {
+        if check {
+            let stale = Error::failure(path.display().to_string(), "a table differs from its rows");
+            return Err(stale.fix("graft bench results, and commit it"));
+        }
+        atomic::write_bytes(&path, text.as_bytes())?;
+        out::line(format!("wrote {}", path.display()))?;
+    }
+    out::line("every table follows from its rows")
 }
 
 fn read(files: &[PathBuf]) -> Result<Vec<Row>> {
@@ -168,21 +234,17 @@ fn read(files: &[PathBuf]) -> Result<Vec<Row>> {
 /// `graft bench op` and `graft op bench`.
 pub fn run_op(args: &OpArgs, json: bool) -> Result<()> {
     let OpArgs { filter, backend, element, case, pass, way, samples, gflop, cold, keep } = args;
-    let choice = op::Choice { filter, case, pass, gflop: *gflop, samples: *samples, cold: *cold };
+    let way = way.as_deref().map(known_way).transpose()?;
+    let choice = op::Choice { filter, case, pass, gflop: *gflop, samples: *samples, cold: *cold, way };
     let element = backend::element(element)?;
-    let measure = || {
-        if backend == "emu" {
-            return op::count(element, &choice, json);
-        }
-        let device = backend::open_as(backend, element)?;
-        let mut rows = ceilings::measure(&device, Precision::F32, json)?;
-        rows.extend(op::measure(&device, &choice, &rows, json)?);
-        finish(rows, keep, json)
-    };
-    match way {
-        Some(name) => ways::force(known_way(name)?, measure).0,
-        None => measure(),
+    if backend == "emu" {
+        return op::count(element, &choice, json);
     }
+    let device = backend::open_as(backend, element)?;
+    let mut rows = keep.open(json)?;
+    ceilings::measure(&device, Precision::F32, &mut rows)?;
+    op::measure(&device, &choice, &mut rows)?;
+    rows.finish()
 }
 
 /// The way of some operator that a `--way` flag names.
@@ -219,6 +281,7 @@ impl Subject {
             case: self.case,
             work: self.work,
             axes: BTreeMap::new(),
+            way: None,
             backend: device.kind().to_string(),
             element: element.to_string(),
             device: if device.is_host() { system::processor() } else { device.describe() },
@@ -237,41 +300,6 @@ impl Subject {
             version: env!("CARGO_PKG_VERSION").into(),
         }
     }
-}
-
-/// A row as it is measured; a table follows at the end where nobody asked for JSON.
-fn show(row: &Row, json: bool) -> Result<()> {
-    if json { out::line(serde_json::to_string(row).unwrap_or_default()) } else { Ok(()) }
-}
-
-/// The table of rows and what the cost model makes of them, the file of rows and the comparison that were asked for.
-fn finish(rows: Vec<Row>, keep: &Keep, json: bool) -> Result<()> {
-    let misfit = Misfit::of(&rows);
-    finish_with(rows, keep, json)?;
-    match misfit {
-        Some(misfit) if !json => out::line(misfit.to_string()),
-        _ => Ok(()),
-    }
-}
-
-fn finish_with(rows: Vec<Row>, keep: &Keep, json: bool) -> Result<()> {
-    if !json {
-        out::line(table(&rows).to_string().trim_end())?;
-    }
-    if let Some(path) = &keep.rows {
-        store(path, &rows)?;
-    }
-    keep.compare.as_ref().map_or(Ok(()), |before| changes(&bench::read(before)?, &rows))
-}
-
-fn store(path: &Path, rows: &[Row]) -> Result<()> {
-    let mut log = JsonLog::resume(path, u64::MAX)?;
-    rows.iter().try_for_each(|row| log.append(row))
-}
-
-/// Adds one row of any kind to a file.
-fn store_value(path: &Path, row: &impl Serialize) -> Result<()> {
-    JsonLog::resume(path, u64::MAX)?.append(row)
 }
 
 fn table(rows: &[Row]) -> Table {

@@ -3,7 +3,7 @@
 //! Lists of `--batch`, `--pixels` and `--grafted` are gone through in all combinations, a row each, so that a page can
 //! show how cost grows.
 
-use super::{Keep, PATIENCE_MODEL, Subject, ceilings, finish, layers, show, text_model};
+use super::{Keep, PATIENCE_MODEL, Subject, ceilings, layers, text_model};
 use crate::autograd::{Graph, Precision, Var};
 use crate::backend::{self, Device};
 use crate::error::{Error, Result};
@@ -86,18 +86,18 @@ pub fn run(args: &Args, work: Work, json: bool) -> Result<()> {
         other => return Err(Error::usage("--dtype", "unknown type").is(format!("{other:?}")).must("f32 or bf16")),
     };
     let device = backend::open_as(&args.backend, precision.into())?;
-    let mut rows = ceilings::measure(&device, precision, json)?;
+    let mut rows = args.keep.open(json)?;
+    ceilings::measure(&device, precision, &mut rows)?;
     for &pixels in &args.pixels {
         for &grafted in &args.grafted {
             let sizes = sizes(args, pixels, grafted)?;
             for &batch in &args.batch {
-                let found = measure(args, work, &device, precision, &sizes, batch, grafted, &rows)?;
-                found.iter().try_for_each(|row| show(row, json))?;
-                rows.extend(found);
+                let found = measure(args, work, &device, precision, &sizes, batch, grafted, &rows.rows)?;
+                found.into_iter().try_for_each(|row| rows.put(row))?;
             }
         }
     }
-    finish(rows, &args.keep, json)
+    rows.finish()
 }
 
 /// Sizes of a model.

@@ -1,6 +1,6 @@
 //! Operators as they sit in a block, by number of tokens: how the cost of each kind grows.
 
-use super::{Keep, PATIENCE_MODEL, Subject, ceilings, finish, show};
+use super::{Keep, PATIENCE_MODEL, Subject, ceilings};
 use crate::autograd::{Graph, ParamStore, Precision, Var};
 use crate::backend;
 use crate::error::{Error, Result};
@@ -45,15 +45,14 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             .must("a divisor of the width, and a batch of at least 1"));
     }
     let device = backend::open_as(&args.backend, DType::F32)?;
-    let mut rows = ceilings::measure(&device, Precision::F32, json)?;
+    let mut rows = args.keep.open(json)?;
+    ceilings::measure(&device, Precision::F32, &mut rows)?;
     for name in &args.operators {
         for &tokens in &args.tokens {
-            let row = measure(args, &device, name, grid(tokens)?)?;
-            show(&row, json)?;
-            rows.push(row);
+            rows.put(measure(args, &device, name, grid(tokens)?)?)?;
         }
     }
-    finish(rows, &args.keep, json)
+    rows.finish()
 }
 
 /// Rows and columns of so many tokens: a square, or one of half the rows.

@@ -1,26 +1,28 @@
 //! What the battery does, in which order, and for how long at most.
 
+use super::schedule::beside;
 use crate::error::{Error, Result};
 use crate::io::files;
 use crate::ops::contracts;
 use std::path::Path;
 use std::time::Duration;
 
-/// A part of the battery.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A part of the battery, in the order of running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
     Probes,
     Conformance,
     Operators,
-    Peers,
     Models,
     Tune,
     Rest,
+    Peers,
 }
 
 impl Stage {
-    const ALL: [Stage; 7] =
-        [Stage::Probes, Stage::Conformance, Stage::Operators, Stage::Peers, Stage::Models, Stage::Tune, Stage::Rest];
+    /// Every stage, in order.
+    pub const ALL: [Stage; 7] =
+        [Stage::Probes, Stage::Conformance, Stage::Operators, Stage::Models, Stage::Tune, Stage::Rest, Stage::Peers];
 
     /// Name in flags and files.
     pub fn name(self) -> &'static str {
@@ -51,7 +53,8 @@ pub struct Step {
     pub name: String,
     /// Its part.
     pub stage: Stage,
-    /// Program and arguments; `graft` is this program, `{out}` the folder.
+    /// Program and arguments; `graft` is this program, `{out}` the folder. What measures adds its rows to a file of it as
+    /// they come.
     pub command: Vec<String>,
     /// Seconds that it is expected to take: a guess, until a GPU has said.
     pub expected: u64,
@@ -61,8 +64,6 @@ pub struct Step {
     pub after: Option<String>,
     /// It may run beside its neighbours: nothing in it is timed.
     pub beside: bool,
-    /// File for the lines of JSON that it prints. A peer adds its rows to its own file as they come.
-    pub rows: Option<&'static str>,
     /// Why it cannot run on this machine.
     pub missing: Option<String>,
 }
@@ -78,7 +79,6 @@ impl Step {
             limit: Duration::from_secs((4 * expected).max(30)),
             after: None,
             beside: false,
-            rows: None,
             missing: None,
         }
     }
@@ -93,14 +93,15 @@ impl Step {
         self
     }
 
-    fn rows(mut self, file: &'static str) -> Step {
-        self.rows = Some(file);
-        self
-    }
-
     fn missing(mut self, why: Option<String>) -> Step {
         self.missing = why;
         self
+    }
+
+    /// What it is expected to take of the battery's time: of steps that run side by side, its part.
+    pub fn cost(&self) -> Duration {
+        let expected = Duration::from_secs(self.expected);
+        if self.beside { expected / beside() as u32 } else { expected }
     }
 }
 
@@ -196,52 +197,30 @@ pub fn steps(probes: &Path, peers: &Path) -> Result<Vec<Step>> {
         steps.push(Step::new(Stage::Conformance, op, 3, &command).beside());
     }
     let check = |op: &str| format!("{}/{op}", Stage::Conformance.name());
+    let to = |file: &str| format!("{{out}}/{file}");
     for op in &ops {
+        let file = to(OPERATORS);
         let command = [
             &["graft", "--json", "bench", "op", op, "--backend", "cuda"][..],
-            &["--element", working(op), "--cold", "--gflop", "1e6"],
+            &["--element", working(op), "--cold", "--gflop", "1e6", "--rows", &file],
         ];
         let seconds = if WITH_LARGE_CASES.contains(op) { 45 } else { 6 };
-        steps.push(Step::new(Stage::Operators, op, seconds, &command.concat()).after(check(op)).rows(OPERATORS));
+        steps.push(Step::new(Stage::Operators, op, seconds, &command.concat()).after(check(op)));
     }
-    let (python, program) = (python(), peers.display().to_string());
-    let absent = match (peers.join("__main__.py").is_file(), on_path(&python)) {
-        (false, _) => Some(format!("no peers in {program}")),
-        (_, false) => Some(format!("{python} is not installed")),
-        _ => None,
-    };
-    let to = |file: &str| format!("{{out}}/{file}");
-    for op in std::iter::once("ceilings").chain(ops.iter().copied().filter(|op| WITH_PEERS.contains(op))) {
-        let seconds = if FIRST.contains(&op) { 25 } else { 15 };
-        let (budget, file) = ((3 * seconds).to_string(), to(OPERATOR_PEERS));
-        let element = if op == "ceilings" { "bf16" } else { working(op) };
-        let command =
-            [&python, &program, op, "--element", element, "--cold", "--budget", budget.as_str(), "--out", &file];
-        steps.push(Step::new(Stage::Peers, op, seconds, &command).missing(absent.clone()));
-    }
-    let no_models = absent.clone().or_else(|| {
-        let models = peers.parent().is_none_or(|p| !p.join("models.py").is_file());
-        models.then(|| format!("no models.py beside {program}"))
-    });
     for (name, seconds, words) in OURS {
-        let words: Vec<&str> = words.split(' ').collect();
-        let bf16: &[&str] = &["--backend", "cuda", "--dtype", "bf16"];
-        let command = [&["graft", "--json", "bench"], &words[..], bf16].concat();
-        steps.push(Step::new(Stage::Models, name, seconds, &command).rows(MODELS));
-        if let Some((_, seconds, words)) = THEIRS.iter().find(|t| t.0 == name) {
-            let (whole, file) = (peers.join("whole.py").display().to_string(), to(MODEL_PEERS));
-            let words: Vec<&str> = words.split(' ').collect();
-            let command = [&[python.as_str(), &whole], &words[..], &["--graft", "graft", "--out", &file]].concat();
-            let step = Step::new(Stage::Models, &format!("{name}_peers"), *seconds, &command);
-            steps.push(step.missing(no_models.clone()));
-        }
+        let (words, file): (Vec<&str>, _) = (words.split(' ').collect(), to(MODELS));
+        let bf16 = ["--backend", "cuda", "--dtype", "bf16", "--rows", &file];
+        let command = [&["graft", "--json", "bench"], &words[..], &bf16].concat();
+        steps.push(Step::new(Stage::Models, name, seconds, &command));
     }
-    let table = to("tuned.csv");
+    let (table, file) = (to("tuned.csv"), to(TUNED));
     let choices = |op: &&&str| contracts::OPS.iter().any(|o| o.name == **op && o.ways.len() > 1);
     for op in ops.iter().filter(choices) {
-        let tune =
-            ["graft", "--json", "op", "tune", op, "--element", working(op), "--samples", "10", "--write", &table];
-        steps.push(Step::new(Stage::Tune, op, 10, &tune).after(check(op)).rows(TUNED));
+        let tune = [
+            &["graft", "--json", "op", "tune", op, "--element", working(op)][..],
+            &["--samples", "10", "--write", &table, "--rows", &file],
+        ];
+        steps.push(Step::new(Stage::Tune, op, 10, &tune.concat()).after(check(op)));
     }
     let sanitizer = on_path("compute-sanitizer");
     for op in ops.iter().filter(|op| working(op) == "bf16" && computes_in(op, "f32")) {
@@ -253,7 +232,41 @@ pub fn steps(probes: &Path, peers: &Path) -> Result<Vec<Step>> {
         let step = Step::new(Stage::Rest, &format!("sanitizer {op}"), 30, &command).after(check(op));
         steps.push(step.missing((!sanitizer).then(|| "compute-sanitizer is not installed".to_string())));
     }
+    let (python, program) = (python(), peers.display().to_string());
+    let absent = match (peers.join("__main__.py").is_file(), on_path(&python)) {
+        (false, _) => Some(format!("no peers in {program}")),
+        (_, false) => Some(format!("{python} is not installed")),
+        _ => None,
+    };
+    let no_models = absent.clone().or_else(|| {
+        let models = peers.parent().is_none_or(|p| !p.join("models.py").is_file());
+        models.then(|| format!("no models.py beside {program}"))
+    });
+    let alone = std::iter::once("ceilings").chain(ops.iter().copied().filter(|op| WITH_PEERS.contains(op)));
+    for (index, op) in alone.enumerate() {
+        // Whole models follow the operators that their time goes to.
+        if index == FIRST.len() {
+            steps.extend(whole_models(peers, &python, &no_models));
+        }
+        let seconds = if FIRST.contains(&op) { 25 } else { 15 };
+        let (budget, file) = ((3 * seconds).to_string(), to(OPERATOR_PEERS));
+        let element = if op == "ceilings" { "bf16" } else { working(op) };
+        let command =
+            [&python, &program, op, "--element", element, "--cold", "--budget", budget.as_str(), "--out", &file];
+        steps.push(Step::new(Stage::Peers, op, seconds, &command).missing(absent.clone()));
+    }
     Ok(steps)
+}
+
+/// The peers of whole models.
+fn whole_models(peers: &Path, python: &str, missing: &Option<String>) -> Vec<Step> {
+    let (whole, file) = (peers.join("whole.py").display().to_string(), format!("{{out}}/{MODEL_PEERS}"));
+    let step = |(name, seconds, words): (&str, u64, &str)| {
+        let words: Vec<&str> = words.split(' ').collect();
+        let command = [&[python, &whole], &words[..], &["--graft", "graft", "--out", &file]].concat();
+        Step::new(Stage::Peers, &format!("whole {name}"), seconds, &command).missing(missing.clone())
+    };
+    THEIRS.into_iter().map(step).collect()
 }
 
 /// The type that an operator's kernels are for: bf16 where they have it.
@@ -291,7 +304,7 @@ mod tests {
             assert!(step.after.as_ref().is_none_or(|after| names.contains(after)), "{}", step.name);
             names.push(step.name.clone());
         }
-        let timed = steps.iter().filter(|s| s.rows == Some(OPERATORS));
+        let timed = steps.iter().filter(|s| s.stage == Stage::Operators);
         assert!(timed.clone().count() > 10 && timed.clone().all(|s| s.after.is_some()));
         assert_eq!(timed.clone().next().map(|s| s.name.as_str()), Some("operators/attention"));
         assert!(steps.iter().filter(|s| s.stage == Stage::Peers).all(|s| s.missing.is_some()));

@@ -1,6 +1,7 @@
 //! Runs the steps: each in a process of its own, within its time and that of the whole.
 
 use super::plan::{RAW, Step};
+use super::schedule::{Round, Schedule, beside};
 use super::watch::Watch;
 use crate::cli::out;
 use crate::error::{Error, Result};
@@ -8,15 +9,12 @@ use crate::io::atomic;
 use crate::io::jsonl::{self, JsonLog};
 use graft_kernels::emu::process::{self, Finished};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-/// Most checks at a time.
-const BESIDE: usize = 12;
 
 /// What was done, a line a step.
 const LOG: &str = "raw/battery.jsonl";
@@ -36,40 +34,36 @@ pub fn battery(steps: &[Step], folder: &Path, time: Duration) -> Result<()> {
     let mut done = finished(&log)?;
     let mut log = JsonLog::resume(&log, u64::MAX)?;
     let begun = Instant::now();
+    let before = |step: &&Step| done.get(&step.name).is_some_and(|verdict| verdict == "ok");
+    steps.iter().filter(before).try_for_each(|step| out::line(format!("{:<32} ok (before)", step.name)))?;
+    let mut over: BTreeSet<&str> = steps.iter().filter(before).map(|step| step.name.as_str()).collect();
+    let runs = |step: &&Step| step.missing.is_none() && !over.contains(step.name.as_str());
+    let mut schedule = Schedule::new(time, steps.iter().filter(runs));
     let (mut failed, mut skipped) = (0, 0);
     // Checks run side by side: they have no times. Everything else has the GPU to itself.
-    for group in steps.chunk_by(|a, b| a.beside && b.beside) {
-        let mut chosen = Vec::new();
-        for step in group {
-            match done.get(&step.name) {
-                Some(verdict) if verdict == "ok" => out::line(format!("{:<32} ok (before)", step.name))?,
-                _ => chosen.push(step),
-            }
-        }
+    let groups = || steps.chunk_by(|a, b| a.beside && b.beside);
+    for (round, group) in [Round::Shares, Round::Rest].into_iter().flat_map(|round| groups().map(move |g| (round, g))) {
+        let chosen: Vec<&Step> = group.iter().filter(|step| !over.contains(step.name.as_str())).collect();
         let outcomes = side_by_side(&chosen, |step| {
-            let left = time.saturating_sub(begun.elapsed());
-            match reason(step, &done, left) {
-                Some(why) => Ok(Outcome::without("skip", why, 0.0)),
-                None => start(step, folder, step.limit.min(left)),
+            let room = schedule.room(step, round, begun.elapsed());
+            match (reason(step, &done), room) {
+                (None, Some(limit)) => start(step, folder, limit).map(Some),
+                // It may have its turn when all stages had theirs.
+                _ if round == Round::Shares => Ok(None),
+                (why, _) => Ok(Some(Outcome::without("skip", why.unwrap_or("the time is over".to_string()), 0.0))),
             }
         });
         let state = watch.as_ref().map_or(Value::Null, Watch::since);
         for (step, outcome) in chosen.into_iter().zip(outcomes) {
-            let Outcome { verdict, note, said, seconds, rows } = outcome?;
+            let Some(Outcome { verdict, note, said, seconds }) = outcome? else { continue };
+            over.insert(&step.name);
+            schedule.ran(step.stage);
             failed += usize::from(verdict == "fail");
             skipped += usize::from(verdict == "skip");
             out::line(format!("{:<32} {verdict} {seconds:.1} s {note}", step.name))?;
             if verdict == "fail" && !said.is_empty() {
                 let file = folder.join(FAILED).join(format!("{}.txt", step.name.replace(['/', ' '], "-")));
                 atomic::write_bytes(&file, said.as_bytes())?;
-            }
-            // A row of a step that failed is no result.
-            if let (Some(file), "ok") = (step.rows, verdict) {
-                let mut kept = JsonLog::resume(&folder.join(file), u64::MAX)?;
-                for mut row in rows {
-                    row["gpu"] = state.clone();
-                    kept.append(&row)?;
-                }
             }
             let record =
                 json!({ "step": step.name, "verdict": verdict, "seconds": seconds, "note": note, "gpu": state });
@@ -87,22 +81,20 @@ struct Outcome {
     /// All that it wrote.
     said: String,
     seconds: f64,
-    rows: Vec<Value>,
 }
 
 impl Outcome {
     /// One that wrote nothing.
     fn without(verdict: &'static str, note: String, seconds: f64) -> Outcome {
-        Outcome { verdict, note, said: String::new(), seconds, rows: Vec::new() }
+        Outcome { verdict, note, said: String::new(), seconds }
     }
 }
 
-/// Does `work` for every step, at most [`BESIDE`] at a time and one a core; what came of each, in their order.
+/// Does `work` for every step, at most [`beside`] at a time; what came of each, in their order.
 fn side_by_side<T: Send>(steps: &[&Step], work: impl Fn(&Step) -> T + Sync) -> Vec<T> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
-        for _ in 0..BESIDE.min(cores).min(steps.len()) {
+        for _ in 0..beside().min(steps.len()) {
             scope.spawn(|| {
                 loop {
                     let at = next.fetch_add(1, Ordering::Relaxed);
@@ -127,15 +119,13 @@ fn finished(log: &Path) -> Result<BTreeMap<String, String>> {
         .collect())
 }
 
-/// Why a step is not run.
-fn reason(step: &Step, done: &BTreeMap<String, String>, left: Duration) -> Option<String> {
+/// Why a step cannot run.
+fn reason(step: &Step, done: &BTreeMap<String, String>) -> Option<String> {
     if let Some(why) = &step.missing {
         return Some(why.clone());
     }
-    if let Some(after) = step.after.as_ref().filter(|after| done.get(*after).is_none_or(|v| v != "ok")) {
-        return Some(format!("{after} has not passed"));
-    }
-    (left < Duration::from_secs(2)).then(|| "the time is over".to_string())
+    let after = step.after.as_ref().filter(|after| done.get(*after).is_none_or(|v| v != "ok"));
+    after.map(|after| format!("{after} has not passed"))
 }
 
 fn start(step: &Step, folder: &Path, limit: Duration) -> Result<Outcome> {
@@ -159,8 +149,7 @@ fn start(step: &Step, folder: &Path, limit: Duration) -> Result<Outcome> {
         Some(_) if UNSUPPORTED.iter().any(|u| stdout.contains(u) || stderr.contains(u)) => "skip",
         Some(_) => "fail",
     };
-    let rows = stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).filter(Value::is_object).collect();
-    Ok(Outcome { verdict, note, said, seconds, rows })
+    Ok(Outcome { verdict, note, said, seconds })
 }
 
 #[cfg(test)]
@@ -177,32 +166,32 @@ mod tests {
             expected: 1,
             limit: Duration::from_millis(400),
             after: None,
-            rows: Some("rows.jsonl"),
             beside: name == "good" || name == "bad",
             missing: None,
         }
     }
 
     #[test]
-    fn rows_of_failed_steps_are_not_kept_and_a_second_run_goes_on() {
+    fn what_was_measured_before_a_step_was_ended_is_kept_and_a_second_run_goes_on() {
         let folder = test_dir("battery");
         let mut steps = vec![
-            step("good", "echo '{\"ms\":1}'"),
-            step("bad", "echo '{\"ms\":2}'; exit 1"),
-            step("slow", "echo '{\"ms\":3}'; sleep 5"),
-            step("later", "echo '{\"ms\":4}'"),
+            step("good", "exit 0"),
+            step("bad", "exit 1"),
+            step("slow", "echo 3 >> {out}/rows; sleep 5; echo 3 >> {out}/rows"),
+            step("later", "echo 4 >> {out}/rows"),
         ];
         steps[3].after = Some("bad".to_string());
         let time = Duration::from_secs(60);
         assert!(battery(&steps, &folder, time).unwrap_err().to_string().contains("2 steps failed"));
-        let rows = || -> Vec<f64> {
-            jsonl::read(&folder.join("rows.jsonl")).unwrap().iter().map(|row| row["ms"].as_f64().unwrap()).collect()
-        };
-        assert_eq!(rows(), [1.0]);
-        steps[1] = step("bad", "echo '{\"ms\":2}'");
+        let rows = || std::fs::read_to_string(folder.join("rows")).unwrap();
+        assert_eq!(rows(), "3\n");
+        let verdicts = || finished(&folder.join(LOG)).unwrap().into_values().collect::<Vec<_>>();
+        assert_eq!(verdicts(), ["fail", "ok", "skip", "fail"]);
+        steps[1] = step("bad", "exit 0");
         steps.remove(2);
         battery(&steps, &folder, time).unwrap();
-        assert_eq!(rows(), [1.0, 2.0, 4.0]);
+        assert_eq!(rows(), "3\n4\n");
+        assert_eq!(verdicts(), ["ok", "ok", "ok", "fail"]);
         battery(&steps, &folder, Duration::ZERO).unwrap();
     }
 }

@@ -100,6 +100,9 @@ enum OpCommand {
         /// none. Nothing is written where it is not given.
         #[arg(long, value_name = "FILE")]
         write: Option<PathBuf>,
+        /// Add the times of every way of a call to this file when they are measured.
+        #[arg(long, value_name = "FILE")]
+        rows: Option<PathBuf>,
     },
     /// Measure both passes at the shapes of real models: `graft bench op`.
     Bench(bench::OpArgs),
@@ -152,9 +155,10 @@ pub fn run(args: &Args, json: bool) -> Result<()> {
             finish(rows, json)
         }
         OpCommand::Replay { folder, backend } => replay::run(&backend::open(backend)?, folder),
-        OpCommand::Tune { filter, backend, element, case, samples, write } => {
+        OpCommand::Tune { filter, backend, element, case, samples, write, rows } => {
             let device = backend::open_as(backend, backend::element(element)?)?;
-            tune::run(&device, &tune::Choice { filter, case, samples: *samples }, write.as_deref(), json)
+            let choice = tune::Choice { filter, case, samples: *samples };
+            tune::run(&device, &choice, [write.as_deref(), rows.as_deref()], json)
         }
         OpCommand::Bench(args) => bench::run_op(args, json),
     }

@@ -4,6 +4,7 @@
 use crate::backend::Device;
 use crate::cli::{bench::op::named, out, table::Table};
 use crate::error::{Error, Result};
+use crate::io::jsonl::JsonLog;
 use crate::io::{atomic, files};
 use crate::ops::check::{CaseRow, time_cases};
 use crate::tensor::DType;
@@ -32,8 +33,9 @@ struct Found {
     times: Vec<(&'static str, f64)>,
 }
 
-/// Measures on `device`, prints every time, and writes the fastest into `write`.
-pub fn run(device: &Device, choice: &Choice<'_>, write: Option<&Path>, json: bool) -> Result<()> {
+/// Measures on `device`, prints every time and adds it to `log`, and writes the fastest into `write`: when a call is
+/// measured, so that a run that is ended before its time loses none.
+pub fn run(device: &Device, choice: &Choice<'_>, [write, log]: [Option<&Path>; 2], json: bool) -> Result<()> {
     let Some(gpu) = device.properties().map(|p| p.name.clone()) else {
         return Err(Error::usage("op tune", "the device has no ways to choose from").is(device.kind()).must("a GPU"));
     };
@@ -44,14 +46,9 @@ pub fn run(device: &Device, choice: &Choice<'_>, write: Option<&Path>, json: boo
             .map_err(|why| Error::failure(path.display().to_string(), why).fix("name a table of graft op tune"))?,
         _ => Vec::new(),
     };
-    let found = measure(device, choice)?;
-    if found.is_empty() {
-        return Err(Error::usage("op tune", "no case fits")
-            .is(format!("operator {:?}, case {:?}", choice.filter, choice.case))
-            .fix("docs/ops.md lists the operators that have several ways"));
-    }
+    let mut log = log.map(|path| JsonLog::resume(path, u64::MAX)).transpose()?;
     let element = device.element().to_string();
-    for call in &found {
+    let found = measure(device, choice, &mut |call| {
         let (way, ms) = call.times[0];
         let row = Tuned { gpu: &gpu, op: call.op, pass: call.pass, element: &element, shape: call.shape, way, ms };
         let same = |r: &Tuned<'_>| {
@@ -59,18 +56,23 @@ pub fn run(device: &Device, choice: &Choice<'_>, write: Option<&Path>, json: boo
         };
         rows.retain(|r| !same(r));
         rows.push(row);
-    }
-    if let Some(path) = write {
-        atomic::write_bytes(path, render(&mut rows).as_bytes())?;
+        if let Some(path) = write {
+            atomic::write_bytes(path, render(&mut rows).as_bytes())?;
+        }
+        let times: Vec<_> = call.times.iter().map(|(way, ms)| json!({ "way": way, "ms": ms })).collect();
+        let Found { op, pass, shape, .. } = call;
+        let record = json!({ "gpu": gpu, "op": op, "pass": pass, "element": element, "shape": shape, "times": times });
+        if let Some(log) = &mut log {
+            log.append(&record)?;
+        }
+        if json { out::line(record) } else { Ok(()) }
+    })?;
+    if found.is_empty() {
+        return Err(Error::usage("op tune", "no case fits")
+            .is(format!("operator {:?}, case {:?}", choice.filter, choice.case))
+            .fix("docs/ops.md lists the operators that have several ways"));
     }
     if json {
-        for call in &found {
-            let times: Vec<_> = call.times.iter().map(|(way, ms)| json!({ "way": way, "ms": ms })).collect();
-            let Found { op, pass, shape, .. } = call;
-            out::line(
-                json!({ "gpu": gpu, "op": op, "pass": pass, "element": element, "shape": shape, "times": times }),
-            )?;
-        }
         return Ok(());
     }
     let mut table = Table::new(&["operator", "pass", "shape", "way", "median ms", "of the fastest"]);
@@ -85,7 +87,7 @@ pub fn run(device: &Device, choice: &Choice<'_>, write: Option<&Path>, json: boo
     out::line(table.to_string().trim_end())
 }
 
-fn measure(device: &Device, choice: &Choice<'_>) -> Result<Vec<Found>> {
+fn measure(device: &Device, choice: &Choice<'_>, hear: &mut dyn FnMut(&Found) -> Result<()>) -> Result<Vec<Found>> {
     let element = device.element();
     let mut found = Vec::new();
     let chosen = |row: &CaseRow| {
@@ -105,7 +107,9 @@ fn measure(device: &Device, choice: &Choice<'_>) -> Result<Vec<Found>> {
         }
         times.sort_by(|a, b| a.1.total_cmp(&b.1));
         if !times.is_empty() {
-            found.push(Found { op: row.info.name, pass, shape: row.shape, times });
+            let call = Found { op: row.info.name, pass, shape: row.shape, times };
+            hear(&call)?;
+            found.push(call);
         }
         Ok(())
     })?;
@@ -134,7 +138,7 @@ mod tests {
     #[test]
     fn a_host_device_has_nothing_to_tune() {
         let choice = Choice { filter: "", case: "", samples: 1 };
-        let error = run(&Device::cpu(), &choice, None, false).unwrap_err().to_string();
+        let error = run(&Device::cpu(), &choice, [None, None], false).unwrap_err().to_string();
         assert!(error.contains("must be a GPU"), "{error}");
     }
 }

@@ -1,6 +1,7 @@
 //! How cost grows along what was varied: curves for a page, and plots that are files.
 
 use super::{CEILING, LAYER, Row};
+use crate::io::files::slug;
 use crate::report::chart::{LineChart, Series};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +15,8 @@ const DOUBLING: [&str; 3] = ["tokens", "batch", THREADS];
 /// The charts of a set of rows of one device and working type: milliseconds along each thing that was varied, a curve
 /// for each setting of the rest, and the gain from grafting.
 pub fn charts(rows: &[Row]) -> Vec<(String, LineChart)> {
-    let rows: Vec<Row> = rows.iter().filter(|r| r.bench != CEILING && r.bench != LAYER).map(with_threads).collect();
+    let counts = |r: &&Row| r.bench != CEILING && r.bench != LAYER && r.way.is_none();
+    let rows: Vec<Row> = rows.iter().filter(counts).map(with_threads).collect();
     let kinds: BTreeSet<&String> = rows.iter().map(|r| &r.bench).collect();
     let mut charts = Vec::new();
     for kind in kinds {
@@ -60,12 +62,6 @@ pub fn plots(rows: &[Row]) -> BTreeMap<String, String> {
         }
     }
     files
-}
-
-/// Lower case letters and digits, words joined by single dashes.
-fn slug(name: &str) -> String {
-    let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty());
-    words.map(str::to_ascii_lowercase).collect::<Vec<_>>().join("-")
 }
 
 fn with_threads(row: &Row) -> Row {
@@ -149,5 +145,7 @@ mod tests {
             well_formed(&text);
         }
         assert!(plots(&[row(CEILING, "copy", 1.0)]).is_empty());
+        rows.iter_mut().for_each(|r| r.way = Some("forced".into()));
+        assert!(charts(&rows).is_empty());
     }
 }

@@ -18,12 +18,12 @@ pub struct Misfit {
 }
 
 impl Misfit {
-    /// The error over the rows that have a prediction, if any has.
+    /// The error over the rows that have a prediction, if any has; those of a way that was asked for are left out.
     pub fn of(rows: &[Row]) -> Option<Misfit> {
         let mut errors: Vec<(f64, &Row, f64)> = rows
             .iter()
             .filter_map(|r| {
-                let predicted = r.predicted_ms.filter(|p| *p > 0.0 && r.ms > 0.0)?;
+                let predicted = r.predicted_ms.filter(|p| *p > 0.0 && r.ms > 0.0 && r.way.is_none())?;
                 Some(((r.ms / predicted).ln().abs(), r, predicted))
             })
             .collect();

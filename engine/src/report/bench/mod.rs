@@ -32,6 +32,8 @@ pub const EXPS: &str = "exponentials";
 pub const CALL: &str = "call";
 /// Kind of the rows that are parts of a forward pass: an operator within a layer.
 pub const LAYER: &str = "layer";
+/// The axis of a call on a GPU whose cache holds nothing.
+pub const COLD: &str = "cold L2";
 
 /// One measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,6 +47,9 @@ pub struct Row {
     /// What was varied, by name: batch, tokens, percent of layers grafted.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub axes: BTreeMap<String, f64>,
+    /// The way of running the operator that was asked for; none where it was chosen as always.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub way: Option<String>,
     /// Backend: `cpu` or `cuda`.
     pub backend: String,
     /// Working type.
@@ -105,9 +110,10 @@ impl Row {
         format!("{bench} {case} {work}{} on {backend} {element} ({device}{threads})", self.axes_in_words())
     }
 
-    /// `, batch 2, tokens 256`.
+    /// `, batch 2, tokens 256`, with the way that was asked for.
     pub fn axes_in_words(&self) -> String {
-        self.axes.iter().map(|(name, value)| format!(", {name} {value}")).collect()
+        let axes: String = self.axes.iter().map(|(name, value)| format!(", {name} {value}")).collect();
+        self.way.as_ref().map_or(axes.clone(), |way| format!("{axes}, way {way}"))
     }
 }
 
@@ -134,6 +140,7 @@ pub(crate) mod tests {
             case: case.into(),
             work: "forward".into(),
             axes: BTreeMap::from([("batch".to_string(), 2.0)]),
+            way: None,
             backend: "cpu".into(),
             element: "f32".into(),
             device: "X".into(),
@@ -158,6 +165,8 @@ pub(crate) mod tests {
         let text = serde_json::to_string(&row("model", "DiT-S/2", 3.0)).unwrap();
         let back: Row = serde_json::from_str(&text).unwrap();
         assert_eq!(back.subject(), "model DiT-S/2 forward, batch 2 on cpu f32 (X, 2 threads)");
-        assert!(!text.contains("peak_bytes"));
+        assert!(!text.contains("peak_bytes") && !text.contains("way"));
+        let forced = Row { way: Some("wgmma".into()), ..back };
+        assert_eq!(forced.subject(), "model DiT-S/2 forward, batch 2, way wgmma on cpu f32 (X, 2 threads)");
     }
 }

@@ -1,11 +1,14 @@
 //! The page of a file of rows: every row with its share of the ceiling, a roofline, where the time of a forward pass
-//! goes, the cost model beside what was measured, and how cost grows along what was varied.
+//! goes, the cost model beside what was measured, how cost grows along what was varied, and what was tried at each
+//! operator.
 
 use super::misfit::Misfit;
 use super::{CEILING, Ceilings, LAYER, Row, curves};
 use crate::report::chart::{LineChart, Series};
 use crate::report::format::significant;
 use crate::report::html::{self, Html};
+use crate::report::ladder;
+use crate::report::results::ladders::Ladder;
 use crate::report::stack::StackChart;
 use std::collections::BTreeMap;
 
@@ -14,20 +17,43 @@ const ROOF: usize = 60;
 /// Operations per byte that the roofline spans, as powers of ten.
 const SPAN: (f64, f64) = (-1.0, 4.0);
 
-/// A self-contained page.
-pub fn page(title: &str, rows: &[Row]) -> String {
+/// A self-contained page; of the `ladders` those of the operators that were measured.
+pub fn page(title: &str, rows: &[Row], ladders: &[Ladder]) -> String {
     html::page(title, |h| {
         h.leaf("h1", &[], title);
         growth(h, rows);
         for (device, list) in by_device(rows) {
             h.leaf("h2", &[], &device);
-            ceilings(h, &list);
-            roofline(h, &list);
-            layers(h, &list);
-            predictions(h, &list);
+            // What was run in a way that was asked for stands in the table alone.
+            let chosen: Vec<Row> = list.iter().filter(|row| row.way.is_none()).cloned().collect();
+            ceilings(h, &chosen);
+            roofline(h, &chosen);
+            layers(h, &chosen);
+            predictions(h, &chosen);
             table(h, &list);
         }
+        beside_ladders(h, rows, ladders);
     })
+}
+
+/// The ladders, each below the rows of its operator with what was predicted of them.
+fn beside_ladders(h: &mut Html, rows: &[Row], ladders: &[Ladder]) {
+    let mut found: BTreeMap<&str, Vec<Vec<String>>> = BTreeMap::new();
+    for row in rows.iter().filter(|row| row.bench == "op") {
+        let factor = row.predicted_ms.map_or("-".into(), |predicted| significant(row.ms / predicted));
+        let line = [
+            row.case.clone(),
+            format!("{}{}", row.work, row.axes_in_words()),
+            format!("{}, {}", row.device, row.element),
+            row.predicted_ms.map_or("-".into(), significant),
+            significant(row.ms),
+            factor,
+        ];
+        let (op, _) = row.case.split_once('/').unwrap_or((&row.case, ""));
+        found.entry(op).or_default().push(line.to_vec());
+    }
+    let heads = ["case", "work", "device", "predicted, ms", "measured, ms", "measured over predicted"];
+    ladder::draw(h, ladders, &heads, &found);
 }
 
 /// Rows of each device with its threads and working type.
@@ -219,7 +245,7 @@ mod tests {
             r.axes.insert("tokens".into(), tokens);
             rows.push(r);
         }
-        let page = page("Bench", &rows);
+        let page = page("Bench", &rows, &[]);
         well_formed(&page);
         for words in ["time along tokens", "% of", "DiT-S/2 &lt;&amp;&gt;", "Power: not readable."] {
             assert!(page.contains(words), "{words}");
@@ -239,11 +265,26 @@ mod tests {
             r.predicted_ms = Some(ms / 2.0);
             rows.push(r);
         }
-        let page = page("Bench", &rows);
+        let page = page("Bench", &rows, &[]);
         well_formed(&page);
         let words = ["Roofline", "block 1", "last layer", "5.00 ms", "Predicted and measured", "a factor of 2.00"];
         for words in words {
             assert!(page.contains(words), "{words}: {page}");
         }
+    }
+
+    #[test]
+    fn a_ladder_stands_below_what_was_predicted_of_its_operator() {
+        let mut rows = vec![row("op", "gemm/fc1", 3.0), row("op", "attention/a", 1.0)];
+        rows[0].predicted_ms = Some(2.0);
+        let ladder = Ladder { op: "gemm".into(), title: " (CPU)".into(), text: "tiles of 14×32".into() };
+        let page = page("Bench", &rows, &[ladder]);
+        well_formed(&page);
+        let after = page.split_once("Ladders").map(|(_, after)| after).unwrap();
+        assert!(
+            after.contains("<td>2.00</td><td>3.00</td><td>1.50</td>") && after.contains("tiles of 14×32"),
+            "{after}"
+        );
+        assert!(!after.contains("attention/a"));
     }
 }

@@ -1,6 +1,7 @@
 //! Ours beside peers, in the same run.
 
 use super::rows::{Row, digits, newest, table};
+use crate::error::Result;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
@@ -34,7 +35,7 @@ fn operator_rows(rows: &[Row]) -> Vec<&Row> {
 ///
 /// # Errors
 /// A row that lacks a field.
-pub fn short(rows: &[Row]) -> Result<String, String> {
+pub fn short(rows: &[Row]) -> Result<String> {
     let mut out = models(rows)?;
     let operators = operator_rows(rows);
     let mut by_device: BTreeMap<&str, Vec<(&Row, f64)>> = BTreeMap::new();
@@ -55,7 +56,7 @@ pub fn short(rows: &[Row]) -> Result<String, String> {
             .enumerate()
             .filter(|(i, _)| keep(*i))
             .map(|(_, (row, _))| operator_line(row))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<_>>()?;
         out += &table(&OPERATOR_HEADS[1..], &lines.into_iter().map(|l| l[1..].to_vec()).collect::<Vec<_>>(), NO_ROW);
     }
     out += &absent(&operators);
@@ -66,7 +67,7 @@ pub fn short(rows: &[Row]) -> Result<String, String> {
 ///
 /// # Errors
 /// A row that lacks a field.
-pub fn models(rows: &[Row]) -> Result<String, String> {
+pub fn models(rows: &[Row]) -> Result<String> {
     let chosen = model_rows(rows);
     let mut lines = Vec::new();
     for row in chosen.iter().filter(|r| r.could_not_run().is_none()) {
@@ -95,10 +96,10 @@ const OPERATOR_HEADS: [&str; 10] =
 ///
 /// # Errors
 /// A row that lacks a field.
-pub fn operators(rows: &[Row]) -> Result<String, String> {
+pub fn operators(rows: &[Row]) -> Result<String> {
     let chosen = operator_rows(rows);
     let measured = chosen.iter().filter(|r| r.could_not_run().is_none());
-    let lines = measured.map(|r| operator_line(r)).collect::<Result<Vec<_>, _>>()?;
+    let lines = measured.map(|r| operator_line(r)).collect::<Result<Vec<_>>>()?;
     let reached = lines.iter().filter(|l| !l[9].ends_with("missed")).count();
     let mut out = table(&OPERATOR_HEADS, &lines, NO_ROW);
     if !lines.is_empty() {
@@ -113,7 +114,7 @@ fn target(row: &Row) -> f64 {
     row.maybe_number("target").unwrap_or(1.0)
 }
 
-fn operator_line(row: &Row) -> Result<Vec<String>, String> {
+fn operator_line(row: &Row) -> Result<Vec<String>> {
     let ratio = row.number("ratio")?;
     let verdict = match row.maybe_number("target") {
         None => "none".to_string(),
@@ -209,9 +210,7 @@ mod tests {
         assert_eq!(lines.len(), 2 * ENDS + 1);
         assert!(lines[0].contains("case_00") && lines[0].contains("0.9: missed") && lines[7].contains("case_19"));
         assert_eq!(lines[8], "- X, Candle: no such operator (gemm/case_00 forward)");
-        let mut missing = row(json!({ "processor": "X", "peer": { "name": "ONNX" }, "could_not_run": "no wheel" }));
-        missing.place = "x/ops.jsonl:9".into();
-        rows.push(missing.clone());
+        rows.push(row(json!({ "processor": "X", "peer": { "name": "ONNX" }, "could_not_run": "no wheel" })));
         assert!(operators(&rows).unwrap().ends_with("- X, ONNX: no wheel (every row)\n"));
         rows.last_mut().unwrap().value["peer"] = json!({ "name": "PyTorch" });
         assert!(!operators(&rows).unwrap().contains("every row"), "it has run");

@@ -1,56 +1,70 @@
-//! The committed rows.
+//! Rows of measurements as the tables read them: of operators and models, ours alone or beside a peer's. Ours alone are
+//! those of [`crate::report::bench`].
 
+use crate::error::{Error, Result};
+use crate::io::{files, jsonl};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// Folder of the rows, below the root.
-pub const FOLDER: &str = "benches/results";
+/// Folder of the committed rows, below the root.
+const FOLDER: &str = "benches/results";
 
 /// A line of a file of rows.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// Folder and file, for messages and to tell machines apart.
-    pub place: String,
+    /// File and line, for messages.
+    place: String,
+    /// Folder of the file, which tells machines apart.
+    machine: String,
     /// What it holds.
     pub value: Value,
 }
 
-/// Every committed row, in the order of folders, files and lines.
+/// Every committed row of the repository at `root`, in the order of folders, files and lines.
 ///
 /// # Errors
 /// A file that cannot be read, or a line that is no JSON.
-pub fn read(root: &Path) -> Result<Vec<Row>, String> {
+pub fn read(root: &Path) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for folder in entries(&root.join(FOLDER))? {
-        for file in entries(&folder)?.into_iter().filter(|p| p.extension().is_some_and(|e| e == "jsonl")) {
-            let text = std::fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?;
-            let name = |p: &Path| p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-                let place = format!("{}/{}:{}", name(&folder), name(&file), i + 1);
-                let value = serde_json::from_str(line).map_err(|e| format!("{FOLDER}/{place}: {e}"))?;
-                rows.push(Row { place, value });
-            }
-        }
+        rows.extend(of_machine(&folder)?);
     }
     Ok(rows)
 }
 
-/// What a folder holds, sorted; nothing of what is no folder.
-pub fn entries(folder: &Path) -> Result<Vec<PathBuf>, String> {
-    if !folder.is_dir() {
-        return Ok(Vec::new());
+/// The rows of a machine: those of every file right in its folder.
+///
+/// # Errors
+/// As [`read`].
+pub fn of_machine(folder: &Path) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for file in entries(folder)?.into_iter().filter(|p| p.extension().is_some_and(|e| e == "jsonl")) {
+        rows.extend(of_file(&file)?);
     }
-    let entries = std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    let mut paths: Vec<PathBuf> = entries.filter_map(Result::ok).map(|e| e.path()).collect();
-    paths.sort();
-    Ok(paths)
+    Ok(rows)
+}
+
+/// The rows of a file in the folder of a machine. Those of a way that was asked for (`graft bench op --way`) are left
+/// out: they say what was tried, and answer for nothing.
+///
+/// # Errors
+/// As [`read`].
+pub fn of_file(file: &Path) -> Result<Vec<Row>> {
+    let machine = file.parent().map(files::file_name).unwrap_or_default();
+    let row = |(i, value)| Row { place: format!("{} line {}", file.display(), i + 1), machine: machine.clone(), value };
+    Ok(jsonl::read(file)?.into_iter().enumerate().map(row).filter(|row| !row.is_forced()).collect())
+}
+
+/// What a folder holds, sorted; nothing of what is no folder.
+pub(super) fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    if folder.is_dir() { files::list(folder) } else { Ok(Vec::new()) }
 }
 
 impl Row {
     /// Folder of the row's machine.
     pub fn machine(&self) -> &str {
-        self.place.split('/').next().unwrap_or_default()
+        &self.machine
     }
 
     /// A field of text, if the row has it.
@@ -67,16 +81,20 @@ impl Row {
     ///
     /// # Errors
     /// Names the row and the field.
-    pub fn text(&self, key: &str) -> Result<&str, String> {
-        self.maybe(key).ok_or_else(|| format!("{FOLDER}/{}: no text {key:?}", self.place))
+    pub fn text(&self, key: &str) -> Result<&str> {
+        self.maybe(key).ok_or_else(|| self.lacks("text", key))
     }
 
     /// A number.
     ///
     /// # Errors
     /// Names the row and the field.
-    pub fn number(&self, key: &str) -> Result<f64, String> {
-        self.maybe_number(key).ok_or_else(|| format!("{FOLDER}/{}: no number {key:?}", self.place))
+    pub fn number(&self, key: &str) -> Result<f64> {
+        self.maybe_number(key).ok_or_else(|| self.lacks("number", key))
+    }
+
+    fn lacks(&self, kind: &str, key: &str) -> Error {
+        Error::failure(&self.place, format!("a row that has no {kind} {key:?}"))
     }
 
     /// Name of the processor or GPU.
@@ -87,6 +105,11 @@ impl Row {
     /// Ours against a peer's, measured in turns, or why the peer could not run.
     pub fn is_paired(&self) -> bool {
         self.value["peer"].is_object() || self.value["peer"].is_string()
+    }
+
+    /// Ours in a way that was asked for. In a pair the way is the peer's.
+    fn is_forced(&self) -> bool {
+        self.maybe("way").is_some() && !self.is_paired()
     }
 
     /// Name of the peer, with its version where the row has one.
@@ -129,6 +152,14 @@ impl Row {
         self.maybe("dtype").or_else(|| self.maybe("element")).unwrap_or_default()
     }
 
+    /// What two rows must share to be of the same work on the same device: device, work, working type, subject and what
+    /// was varied.
+    pub fn measured(&self) -> [String; 5] {
+        let axes = self.value["axes"].as_object().filter(|axes| !axes.is_empty());
+        let axes = axes.map_or(String::new(), |_| self.value["axes"].to_string());
+        [self.device().into(), self.work().into(), self.element().into(), self.subject(), axes]
+    }
+
     /// Milliseconds of ours.
     pub fn ms(&self) -> Option<f64> {
         self.maybe_number("ours_ms").or_else(|| self.maybe_number("ms"))
@@ -167,11 +198,11 @@ pub fn digits(value: f64) -> String {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    pub fn row(value: Value) -> Row {
-        Row { place: "x/rows.jsonl:1".into(), value }
+    pub(crate) fn row(value: Value) -> Row {
+        Row { place: "x/rows.jsonl line 1".into(), machine: "x".into(), value }
     }
 
     #[test]
@@ -181,7 +212,21 @@ pub mod tests {
         );
         assert_eq!((row.subject().as_str(), row.work(), row.peer().as_str()), ("gemm/fc1", "forward", "P 2"));
         assert_eq!((row.could_not_run().as_deref(), row.machine()), (Some("no wheel"), "x"));
-        assert!(row.number("ours_ms").unwrap_err().contains("x/rows.jsonl:1"));
+        assert!(row.number("ours_ms").unwrap_err().to_string().contains("x/rows.jsonl line 1"));
+    }
+
+    #[test]
+    fn a_way_that_was_asked_for_answers_for_nothing() {
+        let file = files::test_dir("rows-of-ways").join("rows.jsonl");
+        let mut log = jsonl::JsonLog::create(&file).unwrap();
+        let rows = [
+            serde_json::json!({ "case": "gemm/a", "ms": 2.0 }),
+            serde_json::json!({ "case": "gemm/a", "ms": 1.0, "way": "wgmma_128x256" }),
+            serde_json::json!({ "case": "gemm/a", "ours_ms": 3.0, "way": "eager", "peer": { "name": "PyTorch" } }),
+        ];
+        rows.iter().for_each(|row| log.append(row).unwrap());
+        let kept: Vec<_> = of_file(&file).unwrap().iter().map(|row| row.ms().unwrap()).collect();
+        assert_eq!(kept, [2.0, 3.0]);
     }
 
     #[test]

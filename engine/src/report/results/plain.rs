@@ -2,6 +2,9 @@
 
 use super::rows::{self, Row, digits, newest, table};
 use super::targets::rate;
+use crate::error::Result;
+use crate::io::files;
+use crate::report::bench::COLD;
 use serde_json::Value;
 use std::path::Path;
 
@@ -16,7 +19,7 @@ fn mebibytes(value: &Value) -> String {
 fn at(row: &Row) -> String {
     let axes = row.value["axes"].as_object().into_iter().flatten();
     let words = axes.filter_map(|(name, value)| match name.as_str() {
-        "cold L2" => Some(name.clone()),
+        COLD => Some(name.clone()),
         _ => Some(format!("{name} {}", value.as_f64()?)),
     });
     words.collect::<Vec<_>>().join(", ")
@@ -36,12 +39,10 @@ fn of_ceiling(row: &Row, rows: &[Row]) -> String {
 ///
 /// # Errors
 /// A row that lacks a field.
-pub fn gpu(rows: &[Row]) -> Result<String, String> {
+pub fn gpu(rows: &[Row]) -> Result<String> {
     let chosen = rows.iter().filter(|r| r.maybe("backend") == Some("cuda") && !r.is_paired());
-    let chosen = newest(chosen, |r| {
-        let way = r.maybe("way").unwrap_or_default().to_string();
-        [r.device().to_string(), r.subject(), r.work().to_string(), r.element().to_string(), way, at(r)]
-    });
+    let chosen =
+        newest(chosen, |r| [r.device().to_string(), r.subject(), r.work().to_string(), r.element().to_string(), at(r)]);
     let mut lines = Vec::new();
     for row in chosen {
         let rate = |key: &str, scale: f64| {
@@ -67,7 +68,7 @@ pub fn gpu(rows: &[Row]) -> Result<String, String> {
 ///
 /// # Errors
 /// A row that lacks a field.
-pub fn text_to_image(rows: &[Row]) -> Result<String, String> {
+pub fn text_to_image(rows: &[Row]) -> Result<String> {
     let chosen = newest(rows.iter().filter(|r| r.maybe("case") == Some("text_to_image")), |r| {
         let size = [r.value["width"].to_string(), r.value["height"].to_string(), r.value["steps"].to_string()];
         (r.device().to_string(), r.maybe("model").unwrap_or_default().to_string(), r.element().to_string(), size)
@@ -114,7 +115,7 @@ pub fn text_to_image(rows: &[Row]) -> Result<String, String> {
 ///
 /// # Errors
 /// A row that lacks a field.
-pub fn loading(rows: &[Row]) -> Result<String, String> {
+pub fn loading(rows: &[Row]) -> Result<String> {
     let chosen = newest(rows.iter().filter(|r| r.maybe("bench") == Some("load")), |r| {
         (r.device().to_string(), r.maybe("work").unwrap_or_default().to_string(), r.value["bytes"].to_string())
     });
@@ -139,7 +140,7 @@ pub fn loading(rows: &[Row]) -> Result<String, String> {
 ///
 /// # Errors
 /// A row that lacks a field.
-pub fn cost_model(rows: &[Row]) -> Result<String, String> {
+pub fn cost_model(rows: &[Row]) -> Result<String> {
     let chosen = newest(rows.iter().filter(|r| r.maybe_number("predicted_ms").is_some_and(|p| p > 0.0)), |r| {
         let words = [r.device(), r.element(), r.work()].map(str::to_string);
         (words, r.subject(), r.value["threads"].to_string(), r.value["axes"].to_string())
@@ -182,10 +183,10 @@ pub fn cost_model(rows: &[Row]) -> Result<String, String> {
 ///
 /// # Errors
 /// A folder that cannot be read.
-pub fn growth(root: &Path, rows: &[Row]) -> Result<String, String> {
+pub fn growth(root: &Path, rows: &[Row]) -> Result<String> {
     let plots = rows::entries(&root.join("docs").join(PLOTS))?;
     let names = plots.iter().filter(|p| p.extension().is_some_and(|e| e == "svg"));
-    let names = names.filter_map(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned());
+    let names = names.map(|p| files::file_name(p));
     let measured = rows.iter().filter(|r| r.value["axes"].is_object() && r.maybe("bench") != Some("layer")).count();
     let mut out = String::new();
     for name in names {
