@@ -33,12 +33,12 @@ pub fn forward(a: Forward<'_, f32>) {
 fn step(p: Params, param: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32]) {
     let n = param.len();
     let (m, v, grad) = (&mut m[..n], &mut v[..n], &grad[..n]);
-    let (keep, rate, root2) = (1.0 - p.lr * p.weight_decay, p.lr / p.bias1, p.bias2.sqrt());
+    let (keep, rate, scale) = (1.0 - p.lr * p.weight_decay, p.lr / p.bias1, 1.0 / p.bias2.sqrt());
     for i in 0..n {
         let g = p.grad_scale * grad[i];
         m[i] += p.rate1 * (g - m[i]);
         v[i] += p.rate2 * (g * g - v[i]);
-        param[i] = keep * param[i] - rate * m[i] / (v[i].sqrt() / root2 + p.eps);
+        param[i] = keep * param[i] - rate * m[i] / v[i].sqrt().mul_add(scale, p.eps);
     }
 }
 

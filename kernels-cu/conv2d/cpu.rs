@@ -20,7 +20,11 @@ struct Windows<'a> {
 
 /// Forward pass.
 pub fn forward(a: Forward<'_, f32>) {
-    let Dims { b, h, w, c, f, kh, kw, oh, ow } = a.dims;
+    let Dims { b, h, w, kh, kw, oh, ow, .. } = a.dims;
+    let pointwise = (kh, kw, a.params.stride) == (1, 1, 1) && (oh, ow) == (h, w);
+    // Where every window is a pixel those of all images are one row, of full tiles.
+    let dims = if pointwise { Dims { b: 1, h: 1, w: b * h * w, oh: 1, ow: b * h * w, ..a.dims } } else { a.dims };
+    let Dims { b, c, f, oh, ow, .. } = dims;
     let (rows, k) = (b * oh * ow, kh * kw * c);
     let (filters, bf16) = weight(a.filters, k, a.params.bf16);
     let finish = Finish { bias: a.bias, relu: a.params.relu };
@@ -29,11 +33,10 @@ pub fn forward(a: Forward<'_, f32>) {
         && !a.y.is_empty()
         && let Some(filters) = Filters::pack(filters, f, kh * kw, c, bf16)
     {
-        return in_place(a.dims, a.params, a.x, &filters, a.y, finish);
+        return in_place(dims, a.params, a.x, &filters, a.y, finish);
     }
-    let windows = Windows { x: a.x, dims: a.dims, params: a.params };
-    let plain = (kh, kw, a.params.stride) == (1, 1, 1) && (oh, ow) == (h, w);
-    let operand = if plain { Values::F32(a.x) } else { Values::Rows(&windows) };
+    let windows = Windows { x: a.x, dims, params: a.params };
+    let operand = if pointwise { Values::F32(a.x) } else { Values::Rows(&windows) };
     let left = Matrix { values: operand, strides: [k, 1] };
     let product = Product::new([rows, k, f], left, filters.transposed(), bf16);
     run(&product, Output::new(a.y, None, f, [rows, f]), &|_, from, y, _| finish.row(from, y));

@@ -1,5 +1,5 @@
-//! CPU path: forward, squares of 16 by 16 are turned in registers and decay on the way, channels over threads; backward a
-//! lag at a time, lags over threads.
+//! CPU path: squares of 16 by 16 are turned in registers. Forward they decay on the way, channels over threads; backward
+//! whole lags decay once they are complete, lags over threads.
 
 use super::rate;
 use crate::attention::tiles::{WIDTH, copy};
@@ -8,8 +8,8 @@ use crate::generated::filter_window::{Backward, Dims, Forward, Params};
 use crate::simd::{exp_decay, vectorised};
 use rayon::prelude::*;
 
-/// Elements that one thread takes at a time at the least.
-const GRAIN: usize = 1 << 12;
+/// Squares along the lags that one thread takes at a time backward, so that it reads a few cache lines of a channel.
+const SQUARES: usize = 4;
 
 /// The exponent of a lag: how far it is from the centre, negative.
 #[inline(always)]
@@ -55,17 +55,58 @@ pub fn forward(a: Forward<'_, f32>) {
     });
 }
 
-/// Backward pass.
+/// Backward pass. The decay of a distance is that of its multiple of [`WIDTH`] times that of the rest: few exponentials.
 pub fn backward(a: Backward<'_, f32>) {
     let (Dims { l, c }, Some(dx)) = (a.dims, a.dx) else { return };
     let rates: Vec<f32> = (0..c).map(|channel| rate(a.params, channel) as f32).collect();
-    dx.par_chunks_mut(c).enumerate().with_min_len(GRAIN.div_ceil(c)).for_each(|(lag, dx)| {
-        let away = away(a.params, lag);
+    let most = a.params.centre.max(l.saturating_sub(a.params.centre));
+    // Of the distances below WIDTH, then of its multiples.
+    let mut decays = vec![0.0f32; (WIDTH + most / WIDTH + 1) * c];
+    decays.par_chunks_mut(c).enumerate().for_each(|(index, decays)| {
+        let distance = if index < WIDTH { index } else { (index - WIDTH) * WIDTH };
         vectorised(
             #[inline(always)]
             || {
-                dx.iter_mut().zip(&rates).for_each(|(dx, rate)| *dx = exp_decay(away * rate));
-                dx.iter_mut().zip(a.dy[lag..].iter().step_by(l)).for_each(|(dx, dy)| *dx *= dy);
+                // Bound in here: what is captured would be read again for every element.
+                let away = -(distance as f32);
+                for (decay, rate) in decays.iter_mut().zip(&rates) {
+                    *decay = exp_decay(away * rate);
+                }
+            },
+        );
+    });
+    dx.par_chunks_mut(SQUARES * WIDTH * c).enumerate().for_each(|(block, dx)| {
+        let start = block * SQUARES * WIDTH;
+        vectorised(
+            #[inline(always)]
+            || {
+                let mut square: Square = [[0.0; WIDTH]; WIDTH];
+                for first in (0..c).step_by(WIDTH) {
+                    let count = WIDTH.min(c - first);
+                    for (lag, dx) in (start..).step_by(WIDTH).zip(dx.chunks_mut(WIDTH * c)) {
+                        let live = WIDTH.min(l - lag);
+                        for (i, row) in square.iter_mut().enumerate().take(count) {
+                            let from = &a.dy[(first + i) * l + lag..];
+                            match from.first_chunk::<WIDTH>() {
+                                Some(from) if live == WIDTH => *row = *from,
+                                _ => copy(&from[..live], row),
+                            }
+                        }
+                        turn(&mut square);
+                        for (row, dx) in square.iter().zip(dx.chunks_exact_mut(c)) {
+                            match dx[first..].first_chunk_mut::<WIDTH>() {
+                                Some(dx) => *dx = *row,
+                                None => dx[first..].copy_from_slice(&row[..count]),
+                            }
+                        }
+                    }
+                }
+                for (i, dx) in dx.chunks_exact_mut(c).enumerate() {
+                    let distance = (start + i).abs_diff(a.params.centre);
+                    let near = &decays[distance % WIDTH * c..][..c];
+                    let far = &decays[(WIDTH + distance / WIDTH) * c..][..c];
+                    dx.iter_mut().zip(near).zip(far).for_each(|((dx, near), far)| *dx *= near * far);
+                }
             },
         );
     });

@@ -140,44 +140,49 @@ fn statistics(x: &[f32], c: usize, eps: f32, mean: &mut [f32], rstd: &mut [f32])
     }
 }
 
-/// Backward pass: one pass for the sums of channels, one for the gradient of x.
+/// Backward pass: one pass for the sums of channels, which leaves the gradient u of z where that of x will be, and one
+/// for the gradient of x.
 pub fn backward(a: Backward<'_, f32>) {
     let Dims { b, h, w, c, g } = a.dims;
-    let (image, width, silu) = (h * w * c, c / g, a.params.silu);
+    let (image, width, len) = (h * w * c, c / g, block(c) * c);
     let (mut d_gamma, mut d_beta) = (vec![0.0f64; c], vec![0.0f64; c]);
-    let mut dx = a.dx;
-    for index in 0..b {
+    let (asked, mut unasked) = (a.dx.is_some(), Vec::new());
+    let dx = a.dx.unwrap_or_else(|| {
+        unasked.resize(b * image, 0.0);
+        &mut unasked
+    });
+    for (index, dx) in dx.chunks_mut(image).enumerate() {
         let (x, dy) = (&a.x[index * image..][..image], &a.dy[index * image..][..image]);
-        let affine = Affine::new(a.gamma, a.beta, &a.mean[index * g..][..g], &a.rstd[index * g..][..g]);
-        let rstd: Vec<f32> = (0..c).map(|i| a.rstd[index * g + i / width]).collect();
-        let slope = Slope { affine: &affine, rstd: &rstd, silu };
-        let [sum_u, sum_un] = slope.sums(x, dy, c);
+        let rstd = &a.rstd[index * g..][..g];
+        let affine = Affine::new(a.gamma, a.beta, &a.mean[index * g..][..g], rstd);
+        let [sum_u, sum_ud] = affine.slopes(x, dy, a.params.silu, dx);
+        let rstd: Vec<f64> = (0..c).map(|i| f64::from(rstd[i / width])).collect();
         (0..c).for_each(|i| {
-            d_gamma[i] += sum_un[i];
+            d_gamma[i] += sum_ud[i] * rstd[i];
             d_beta[i] += sum_u[i];
         });
-        let Some(dx) = dx.as_mut().map(|dx| &mut dx[index * image..][..image]) else { continue };
+        if !asked {
+            continue;
+        }
+        // dx = rstd·(v − mean(v) − n·mean(v·n)) with v = u·gamma and n = (x − mean)·rstd, but given statistics are
+        // constants.
         let own = if a.stats.is_some() { 0.0 } else { 1.0 / (h * w * width) as f64 };
-        let mean_of = |sums: &[f64]| -> Vec<f32> {
-            let group =
-                |first: usize| (first..first + width).map(|i| sums[i] * f64::from(a.gamma[i])).sum::<f64>() * own;
-            (0..c).map(|i| group(i / width * width) as f32).collect()
+        let mean_of = |sums: &[f64], i: usize| -> f64 {
+            let first = i / width * width;
+            (first..first + width).map(|i| sums[i] * f64::from(a.gamma[i])).sum::<f64>() * own
         };
-        let (mean_v, mean_vn) = (mean_of(&sum_u), mean_of(&sum_un));
-        let len = block(c) * c;
-        dx.par_chunks_mut(len).zip(x.par_chunks(len).zip(dy.par_chunks(len))).for_each(|(dx, (x, dy))| {
-            let mut n = vec![0.0f32; c];
+        let shift: Vec<f32> = (0..c).map(|i| (-rstd[i] * mean_of(&sum_u, i)) as f32).collect();
+        let slope: Vec<f32> = (0..c).map(|i| (-rstd[i].powi(3) * mean_of(&sum_ud, i)) as f32).collect();
+        dx.par_chunks_mut(len).zip(x.par_chunks(len)).for_each(|(dx, x)| {
             vectorised(
                 #[inline(always)]
                 || {
                     // Of one length, so that no index is checked.
-                    let (n, gamma, rstd) = (&mut n[..c], &a.gamma[..c], &rstd[..c]);
-                    let (mean_v, mean_vn) = (&mean_v[..c], &mean_vn[..c]);
-                    for (dx, (x, dy)) in dx.chunks_exact_mut(c).zip(x.chunks_exact(c).zip(dy.chunks_exact(c))) {
-                        slope.row(x, dy, n, dx);
+                    let (mean, scale) = (&affine.mean[..c], &affine.scale[..c]);
+                    let (shift, slope) = (&shift[..c], &slope[..c]);
+                    for (dx, x) in dx.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
                         for i in 0..c {
-                            let v = dx[i] * gamma[i];
-                            dx[i] = rstd[i] * (v - mean_v[i] - n[i] * mean_vn[i]);
+                            dx[i] = dx[i].mul_add(scale[i], (x[i] - mean[i]).mul_add(slope[i], shift[i]));
                         }
                     }
                 },
@@ -188,51 +193,25 @@ pub fn backward(a: Backward<'_, f32>) {
     a.dbeta.into_iter().flatten().zip(d_beta).for_each(|(o, v)| *o = v as f32);
 }
 
-/// The gradient of z, from that of y.
-struct Slope<'a> {
-    affine: &'a Affine<'a>,
-    rstd: &'a [f32],
-    silu: bool,
-}
-
-impl Slope<'_> {
-    /// n = (x − mean)·rstd and u = dy·act'(z) of one pixel.
-    #[inline(always)]
-    fn row(&self, x: &[f32], dy: &[f32], n: &mut [f32], u: &mut [f32]) {
-        let c = u.len();
-        let (x, dy, n) = (&x[..c], &dy[..c], &mut n[..c]);
-        let (mean, rstd) = (&self.affine.mean[..c], &self.rstd[..c]);
-        let (scale, beta) = (&self.affine.scale[..c], &self.affine.beta[..c]);
-        for i in 0..c {
-            n[i] = (x[i] - mean[i]) * rstd[i];
-            u[i] = dy[i];
-        }
-        if self.silu {
-            for i in 0..c {
-                let z = (x[i] - mean[i]).mul_add(scale[i], beta[i]);
-                let s = sigmoid(z);
-                u[i] *= s * z.mul_add(1.0 - s, 1.0);
-            }
-        }
-    }
-
-    /// Σ u and Σ u·n of every channel of one image.
-    fn sums(&self, x: &[f32], dy: &[f32], c: usize) -> [Vec<f64>; 2] {
+impl Affine<'_> {
+    /// The gradient u = dy·act'(z) of every value of one image, and Σ u and Σ u·(x − mean) of every channel.
+    fn slopes(&self, x: &[f32], dy: &[f32], silu: bool, u: &mut [f32]) -> [Vec<f64>; 2] {
+        let c = self.beta.len();
         let len = block(c) * c;
         let mut partial = vec![0.0f32; x.len().div_ceil(len) * 2 * c];
-        partial.par_chunks_mut(2 * c).zip(x.par_chunks(len).zip(dy.par_chunks(len))).for_each(|(sums, (x, dy))| {
-            let (sum_u, sum_un) = sums.split_at_mut(c);
-            let (mut n, mut u) = (vec![0.0f32; c], vec![0.0f32; c]);
+        let values = u.par_chunks_mut(len).zip(x.par_chunks(len).zip(dy.par_chunks(len)));
+        partial.par_chunks_mut(2 * c).zip(values).for_each(|(sums, (u, (x, dy)))| {
+            let (sum_u, sum_ud) = sums.split_at_mut(c);
+            let mut d = vec![0.0f32; c];
             vectorised(
                 #[inline(always)]
                 || {
-                    let (n, u) = (&mut n[..c], &mut u[..c]);
-                    let (sum_u, sum_un) = (&mut sum_u[..c], &mut sum_un[..c]);
-                    for (x, dy) in x.chunks_exact(c).zip(dy.chunks_exact(c)) {
-                        self.row(x, dy, n, u);
+                    let (d, sum_u, sum_ud) = (&mut d[..c], &mut sum_u[..c], &mut sum_ud[..c]);
+                    for (u, (x, dy)) in u.chunks_exact_mut(c).zip(x.chunks_exact(c).zip(dy.chunks_exact(c))) {
+                        self.slope(x, dy, silu, d, u);
                         for i in 0..c {
                             sum_u[i] += u[i];
-                            sum_un[i] = u[i].mul_add(n[i], sum_un[i]);
+                            sum_ud[i] = u[i].mul_add(d[i], sum_ud[i]);
                         }
                     }
                 },
@@ -245,5 +224,24 @@ impl Slope<'_> {
             }
         }
         total
+    }
+
+    /// d = x − mean and u = dy·act'(z) of one pixel.
+    #[inline(always)]
+    fn slope(&self, x: &[f32], dy: &[f32], silu: bool, d: &mut [f32], u: &mut [f32]) {
+        let c = u.len();
+        let (x, dy, d) = (&x[..c], &dy[..c], &mut d[..c]);
+        let (mean, scale, beta) = (&self.mean[..c], &self.scale[..c], &self.beta[..c]);
+        for i in 0..c {
+            d[i] = x[i] - mean[i];
+            u[i] = dy[i];
+        }
+        if silu {
+            for i in 0..c {
+                let z = d[i].mul_add(scale[i], beta[i]);
+                let s = sigmoid(z);
+                u[i] *= s * z.mul_add(1.0 - s, 1.0);
+            }
+        }
     }
 }

@@ -20,11 +20,13 @@ pub fn forward(a: Forward<'_, f32>) {
     frequencies.extend((0..half).map(|i| frequency(i, a.params.denominator)));
     a.y.par_chunks_mut(d.max(1)).zip(a.t).with_min_len(8).for_each(|(y, t)| {
         let (cos, sin) = y.split_at_mut(half);
-        let (sin, frequencies) = (&mut sin[..half], &frequencies[..half]);
         vectorised(
             #[inline(always)]
             || {
-                for i in 0..half {
+                // Bound in here, and of one length: what is captured would be read again for every element.
+                let (t, len) = (*t, half);
+                let (cos, sin, frequencies) = (&mut cos[..len], &mut sin[..len], &frequencies[..len]);
+                for i in 0..len {
                     (sin[i], cos[i]) = sin_cos_exact(t * frequencies[i]);
                 }
             },

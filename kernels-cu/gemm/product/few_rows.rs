@@ -1,11 +1,12 @@
 //! Products of vectors: every column of b is read once and multiplied with up to [`ROWS`] rows while it passes.
 //!
 //! A conditioning vector times a weight is bound by reading the weight; packing it would read and write it once more.
+//! In bf16 the words are those of the micro-kernels, pairs of neighbours along k.
 
 #![allow(unsafe_code)] // AVX-512 intrinsics; threads write disjoint columns of one result.
 
 use super::micro::{Kernel, LANES};
-use super::pack::{Nearest, Plain, Widened, Words};
+use super::pack::{Nearest, Plain, Rounded, Stored, Widened, Words, rounded};
 use super::{Finish, Output, Product, Values};
 use half::bf16;
 use rayon::prelude::*;
@@ -22,7 +23,7 @@ const TASK: usize = 1 << 17;
 thread_local! {
     /// Sums of a block, by column, kept from call to call.
     static SUMS: RefCell<Vec<[f32; ROWS]>> = const { RefCell::new(Vec::new()) };
-    /// Rows rounded to bf16, kept from call to call.
+    /// Rows rounded to bf16, as f32 or in pairs, kept from call to call.
     static ROUNDED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
@@ -36,21 +37,21 @@ pub fn fits(product: &Product<'_>) -> bool {
 /// Computes the product, blocks of columns over threads.
 pub fn run(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Finish<'_>) {
     let [m, k, n] = product.size;
+    let pairs = product.bf16 && Kernel::Bf16.available();
     // Taken out of its cell, so that a product that this thread picks up while it waits finds an empty one.
     let mut rounded = ROUNDED.take();
-    let a = match product.a.values {
-        Values::F32(values) if !product.bf16 => values,
+    let (a, stride) = match product.a.values {
+        Values::F32(values) if !product.bf16 => (values, product.a.strides[0]),
         values => {
-            rounded.clear();
-            match values {
-                Values::F32(values) => rounded.extend(values.iter().map(|v| bf16::from_f32(*v).to_f32())),
-                Values::Bf16(values) => rounded.extend(values.iter().map(|v| v.to_f32())),
-                Values::Rows(_) => {} // refused by `fits`
+            let words = if pairs { k.div_ceil(2) } else { k };
+            rounded.resize(m * words, 0.0);
+            for (row, out) in rounded.chunks_exact_mut(words).enumerate() {
+                round(values, row * product.a.strides[0]..row * product.a.strides[0] + k, pairs, out);
             }
-            &rounded[..]
+            (&rounded[..], words)
         }
     };
-    let row = |r: usize| a[r * product.a.strides[0]..][..k].as_ptr();
+    let row = |r: usize| a[r * stride..].as_ptr();
     let width = (TASK / k).max(LANES);
     // Products of `count` rows from `turn` on with all columns.
     let multiply = |turn: usize, count: usize, columns: &Range<usize>, sums: &mut [[f32; ROWS]]| {
@@ -61,11 +62,14 @@ pub fn run(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Fini
                 let left = count - first;
                 let rows = std::array::from_fn(|r| row(turn + (first + r).min(count - 1)));
                 let sums = &mut sums[first..];
-                // SAFETY: AVX-512 is there (`fits`); rows and the column hold k elements.
+                // SAFETY: AVX-512 is there (`fits`), with products of bf16 where there are pairs; rows and the column
+                // hold k elements.
                 first += unsafe {
                     match product.b.values {
+                        Values::F32(b) if pairs => group_of_pairs::<Rounded>(left, rows, &b[start..][..k], sums),
                         Values::F32(b) if product.bf16 => group::<Nearest>(left, rows, &b[start..][..k], sums),
                         Values::F32(b) => group::<Plain>(left, rows, &b[start..][..k], sums),
+                        Values::Bf16(b) if pairs => group_of_pairs::<Stored>(left, rows, &b[start..][..k], sums),
                         Values::Bf16(b) => group::<Widened>(left, rows, &b[start..][..k], sums),
                         Values::Rows(_) => left, // never on the right: `dispatch` checks
                     }
@@ -100,44 +104,77 @@ pub fn run(product: &Product<'_>, out: &Output<'_>, parallel: bool, finish: Fini
     ROUNDED.set(rounded);
 }
 
-/// Multiplies the next 4, 2 or 1 of `left` rows with a column, and returns how many.
-///
-/// # Safety
-/// As [`dots`].
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn group<W: Words>(left: usize, rows: [*const f32; 4], column: &[W::Element], sums: &mut [f32]) -> usize {
-    let [r0, r1, ..] = rows;
-    // SAFETY: passed on to the caller.
-    unsafe {
-        match left {
-            1 => sums[..1].copy_from_slice(&dots::<W, 1>([r0], column)),
-            2 | 3 => sums[..2].copy_from_slice(&dots::<W, 2>([r0, r1], column)),
-            _ => sums[..4].copy_from_slice(&dots::<W, 4>(rows, column)),
+/// Elements of a row rounded to bf16: pairs of them a word, or one as f32.
+fn round(values: Values<'_>, elements: Range<usize>, pairs: bool, out: &mut [f32]) {
+    match values {
+        // SAFETY: pairs are asked for where AVX-512 is there; a row of k elements has half as many words.
+        Values::F32(values) if pairs => unsafe { rounded(&values[elements], out) },
+        Values::F32(values) => {
+            out.iter_mut().zip(&values[elements]).for_each(|(out, v)| *out = bf16::from_f32(*v).to_f32());
         }
-    }
-    [1, 2, 2, 4][left.min(4) - 1]
-}
-
-/// The products of rows with a column, in two partial sums of [`LANES`] each.
-///
-/// # Safety
-/// The processor has AVX-512 F and BW, and every row has as many elements as the column.
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn dots<W: Words, const R: usize>(rows: [*const f32; R], column: &[W::Element]) -> [f32; R] {
-    let mut sums = [[_mm512_setzero_ps(); R]; 2];
-    for start in (0..column.len()).step_by(2 * LANES) {
-        for (half, sums) in sums.iter_mut().enumerate() {
-            let i = start + half * LANES;
-            let left = column.len().saturating_sub(i);
-            // SAFETY: at most `left` elements from `i` on are read.
-            unsafe {
-                let value = _mm512_castsi512_ps(W::along(column.as_ptr().wrapping_add(i), left));
-                for r in 0..R {
-                    let row = _mm512_castsi512_ps(Plain::along(rows[r].wrapping_add(i), left));
-                    sums[r] = _mm512_fmadd_ps(row, value, sums[r]);
-                }
+        Values::Bf16(values) if pairs => {
+            for (out, pair) in out.iter_mut().zip(values[elements].chunks(2)) {
+                let high = pair.get(1).map_or(0, |v| v.to_bits());
+                *out = f32::from_bits(u32::from(pair[0].to_bits()) | u32::from(high) << 16);
             }
         }
+        Values::Bf16(values) => out.iter_mut().zip(&values[elements]).for_each(|(out, v)| *out = v.to_f32()),
+        Values::Rows(_) => {} // refused by `fits`
     }
-    std::array::from_fn(|r| _mm512_reduce_add_ps(_mm512_add_ps(sums[0][r], sums[1][r])))
 }
+
+/// Defines products of rows with a column: `$group` takes the next 4, 2 or 1 of `left` rows and returns how many,
+/// `$dots` multiplies them, in two partial sums of [`LANES`] words each.
+macro_rules! dot_kernel {
+    ($group:ident, $dots:ident, $features:literal, $multiply:expr) => {
+        /// # Safety
+        /// The processor has the instructions, and every row has as many elements as the column.
+        #[target_feature(enable = $features)]
+        unsafe fn $group<W: Words>(
+            left: usize,
+            rows: [*const f32; 4],
+            column: &[W::Element],
+            sums: &mut [f32],
+        ) -> usize {
+            let [r0, r1, ..] = rows;
+            // SAFETY: passed on to the caller.
+            unsafe {
+                match left {
+                    1 => sums[..1].copy_from_slice(&$dots::<W, 1>([r0], column)),
+                    2 | 3 => sums[..2].copy_from_slice(&$dots::<W, 2>([r0, r1], column)),
+                    _ => sums[..4].copy_from_slice(&$dots::<W, 4>(rows, column)),
+                }
+            }
+            [1, 2, 2, 4][left.min(4) - 1]
+        }
+
+        /// # Safety
+        /// As its caller.
+        #[target_feature(enable = $features)]
+        unsafe fn $dots<W: Words, const R: usize>(rows: [*const f32; R], column: &[W::Element]) -> [f32; R] {
+            let mut sums = [[_mm512_setzero_ps(); R]; 2];
+            let words = column.len().div_ceil(W::PER_WORD);
+            for start in (0..words).step_by(2 * LANES) {
+                for (half, sums) in sums.iter_mut().enumerate() {
+                    let i = start + half * LANES;
+                    let left = column.len().saturating_sub(i * W::PER_WORD);
+                    // SAFETY: at most `left` elements from there on are read, and as many words of the rows as they fill.
+                    unsafe {
+                        let value = W::along(column.as_ptr().wrapping_add(i * W::PER_WORD), left);
+                        for r in 0..R {
+                            let row = Plain::along(rows[r].wrapping_add(i), left.div_ceil(W::PER_WORD));
+                            sums[r] = $multiply(sums[r], _mm512_castsi512_ps(row), _mm512_castsi512_ps(value));
+                        }
+                    }
+                }
+            }
+            std::array::from_fn(|r| _mm512_reduce_add_ps(_mm512_add_ps(sums[0][r], sums[1][r])))
+        }
+    };
+}
+
+dot_kernel!(group, dots, "avx512f,avx512bw", |sum, a, b| _mm512_fmadd_ps(a, b, sum));
+dot_kernel!(group_of_pairs, dots_of_pairs, "avx512f,avx512bw,avx512bf16", |sum, a, b| {
+    // Registers of pairs of bf16, under the name of f32 so far.
+    _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512, __m512bh>(a), std::mem::transmute::<__m512, __m512bh>(b))
+});

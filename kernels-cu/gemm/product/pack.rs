@@ -112,7 +112,9 @@ impl Panel<'_> {
                 let place = out.add(word * LANES);
                 if lane_step == 1 {
                     for ahead in 0..W::PER_WORD {
+                        // Both ends: the lanes of a panel of a mostly lie in two cache lines.
                         _mm_prefetch::<_MM_HINT_T0>(at(0, element + 16 + ahead).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(at(lanes - 1, element + 16 + ahead).cast());
                     }
                     _mm512_storeu_si512(place.cast(), W::across(at(0, element), next(0), lanes));
                 } else {
@@ -188,9 +190,9 @@ pub struct Widened;
 /// f32 rounded to bf16, as f32.
 pub struct Nearest;
 /// f32 rounded to pairs of bf16.
-struct Rounded;
+pub struct Rounded;
 /// Pairs of bf16 as they are.
-struct Stored;
+pub struct Stored;
 
 impl Words for Plain {
     type Element = f32;

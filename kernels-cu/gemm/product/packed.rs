@@ -22,6 +22,8 @@ const BLOCK_ROWS: usize = 19 * ROWS;
 const NARROW: usize = 1 << 17;
 /// Fewest columns of a block where there are more: packing the rows again per block must not weigh.
 const BLOCK_COLUMNS: usize = 128;
+/// Multiply-adds of f32 in the time in which an element is packed.
+const PACK: usize = 32;
 /// Multiply-adds that are worth a task of their own.
 const TASK: usize = 1 << 20;
 
@@ -37,7 +39,7 @@ pub fn run(kernel: Kernel, product: &Product<'_>, out: Output<'_>, parallel: boo
     let stretch = stretch_of(words);
     let plan = Plan { kernel, product, words, stretch, narrow: words <= stretch && stretch * n <= NARROW };
     let threads = if parallel { rayon::current_num_threads() } else { 1 };
-    let (rows, columns) = plan.grid((m * n * k / TASK).clamp(1, if threads == 1 { 1 } else { 4 * threads }));
+    let (rows, columns) = plan.grid((m * n * k / TASK).clamp(1, if threads == 1 { 1 } else { 4 * threads }), threads);
     let blocks = rows.count() * columns.count();
     let block = |index: usize| {
         let (rows, columns) = (rows.range(index / columns.count()), columns.range(index % columns.count()));
@@ -93,13 +95,27 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// Row and column ranges of blocks: about `tasks` of them, none larger than the caches hold.
-    fn grid(&self, tasks: usize) -> (Cuts, Cuts) {
+    /// Row and column ranges of blocks, none larger than the caches hold: about `tasks` of them where b is small, else
+    /// at most so many, such that the threads are done soonest. Fewer blocks have less to pack.
+    fn grid(&self, tasks: usize, threads: usize) -> (Cuts, Cuts) {
         let [m, _, n] = self.product.size;
-        let needed = if self.narrow { 1 } else { m.div_ceil(BLOCK_ROWS) };
-        let column_blocks = if self.narrow { 1 } else { tasks.div_ceil(needed).min(n.div_ceil(BLOCK_COLUMNS)) };
-        let row_blocks = needed.max(tasks.div_ceil(column_blocks).min(m.div_ceil(4 * ROWS)));
-        (Cuts::new(m, row_blocks, ROWS), Cuts::new(n, column_blocks, 2 * LANES))
+        let most = tasks.min(m.div_ceil(4 * ROWS));
+        if self.narrow {
+            return (Cuts::new(m, most, ROWS), Cuts::new(n, 1, 2 * LANES));
+        }
+        let needed = m.div_ceil(BLOCK_ROWS);
+        let most = if tasks > 1 { most.max(needed + threads - 1) } else { needed };
+        let pack = if self.kernel == Kernel::F32 { PACK } else { 2 * PACK };
+        let cost = |(rows, columns): &(Cuts, Cuts)| {
+            let block = rows.size * columns.size + pack * (rows.size + columns.size);
+            (rows.count() * columns.count()).div_ceil(threads) * block
+        };
+        let all = Cuts::new(n, 1, 2 * LANES);
+        (1..=tasks.div_ceil(needed).min(n.div_ceil(BLOCK_COLUMNS)))
+            .map(|columns| Cuts::new(n, columns, 2 * LANES))
+            .flat_map(|columns| (needed..=most).map(move |rows| (Cuts::new(m, rows, ROWS), columns)))
+            .min_by_key(cost)
+            .unwrap_or((Cuts::new(m, needed, ROWS), all))
     }
 
     /// Words `first..` of rows of a, as lanes.
@@ -246,10 +262,12 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Two pieces of the scratch memory, which grows to the largest product seen.
+/// Two pieces of the scratch memory, which grows to the largest product seen; the first begins with a cache line, so
+/// that no register of a panel lies across two.
 fn reserve(scratch: &mut Vec<f32>, first: usize, second: usize) -> (&mut [f32], &mut [f32]) {
-    if scratch.len() < first + second {
-        scratch.resize(first + second, 0.0);
+    if scratch.len() < first + second + LANES {
+        scratch.resize(first + second + LANES, 0.0);
     }
-    scratch[..first + second].split_at_mut(first)
+    let skipped = scratch.as_ptr().align_offset(size_of::<[f32; LANES]>()).min(LANES);
+    scratch[skipped..skipped + first + second].split_at_mut(first)
 }

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
+use std::ops::{Deref, DerefMut, Range};
 
 /// Most windows of a tile. Tiles of 13 were measured at half the speed of those of 12.
 const ROWS: usize = 12;
@@ -23,31 +24,48 @@ thread_local! {
     static SPARE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Memory for `len` words with arbitrary contents, given back by [`give_back`].
-fn take(len: usize) -> Vec<f32> {
-    let mut memory = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
-    if memory.len() < len {
-        memory.resize(len, 0.0);
-    }
-    memory
+/// Words with arbitrary contents that begin with a cache line, so that no register of a panel lies across two.
+struct Memory {
+    all: Vec<f32>,
+    used: Range<usize>,
 }
 
-fn give_back(memory: Vec<f32>) {
-    SPARE.with_borrow_mut(|spare| spare.push(memory));
+impl Memory {
+    fn take(len: usize) -> Self {
+        let mut all = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
+        if all.len() < len + LANES {
+            all.resize(len + LANES, 0.0);
+        }
+        let skipped = all.as_ptr().align_offset(size_of::<[f32; LANES]>()).min(LANES);
+        Memory { all, used: skipped..skipped + len }
+    }
+}
+
+impl Deref for Memory {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        &self.all[self.used.clone()]
+    }
+}
+
+impl DerefMut for Memory {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.all[self.used.clone()]
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        SPARE.with_borrow_mut(|spare| spare.push(std::mem::take(&mut self.all)));
+    }
 }
 
 /// All filters, packed: [`LANES`] of them side by side, word by word along k.
 pub struct Filters {
     kernel: Kernel,
-    memory: Vec<f32>,
+    memory: Memory,
     words: usize,
     count: usize,
-}
-
-impl Drop for Filters {
-    fn drop(&mut self) {
-        give_back(std::mem::take(&mut self.memory));
-    }
 }
 
 impl Filters {
@@ -61,9 +79,8 @@ impl Filters {
         }
         assert!(filters.holds([count, depth]), "filters reach past their slice");
         let words = depth / per_word;
-        let mut memory = take(count.div_ceil(LANES) * words * LANES);
-        let panels = memory[..count.div_ceil(LANES) * words * LANES].par_chunks_mut(words * LANES);
-        panels.enumerate().for_each(|(index, out)| {
+        let mut memory = Memory::take(count.div_ceil(LANES) * words * LANES);
+        memory.par_chunks_mut(words * LANES).enumerate().for_each(|(index, out)| {
             let lanes = LANES.min(count - index * LANES);
             let panel = Panel { operand: filters, depth, lane: index * LANES, lanes, first: 0, words };
             // SAFETY: the kernel is available, the chunk holds `words` rows, and the filters were checked.
@@ -127,8 +144,8 @@ pub fn multiply(filters: &Filters, pixels: Pixels, y: &mut [f32], fill: impl FnO
     let len = (pixels.side(0) - 1) * line + (pixels.side(1) - 1) * pixel + run;
     assert_eq!(taps[0] * taps[1] * run, filters.words, "the filters have other taps");
     assert_eq!(y.len(), rows * columns * filters.count, "the result has another size");
-    let mut memory = take(len);
-    fill(&mut memory[..len]);
+    let mut memory = Memory::take(len);
+    fill(&mut memory);
     let stretch = stretch_of(filters.words);
     let width = columns.div_ceil(columns.div_ceil(ROWS));
     for (column, panels) in (0..filters.count).step_by(2 * LANES).zip(filters.memory.chunks(2 * filters.words * LANES))
@@ -159,7 +176,6 @@ pub fn multiply(filters: &Filters, pixels: Pixels, y: &mut [f32], fill: impl FnO
             }
         }
     }
-    give_back(memory);
 }
 
 /// Operands and place of a tile.
