@@ -1,5 +1,6 @@
 //! The host processor: threads and instruction sets.
 
+use super::apart;
 use crate::error::{Error, Result};
 use graft_kernels::simd;
 use rayon::prelude::*;
@@ -40,8 +41,8 @@ pub fn on_workers<R: Send>(work: impl FnOnce() -> R + Send) -> R {
 /// When the thread pool was already started with another count.
 pub fn set_threads(count: usize) -> Result<()> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(count);
-    let pool = if count > 1 { pool.use_current_thread() } else { pool };
-    match pool.build_global() {
+    let pool = if count > 1 { pool.use_current_thread().start_handler(|_| apart::joins()) } else { pool };
+    match pool.build_global().inspect(|()| apart::begin(count)) {
         Err(_) if threads() == count => Ok(()),
         Err(e) => Err(Error::usage("--threads", format!("cannot start the thread pool: {e}"))
             .is(count)

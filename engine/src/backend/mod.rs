@@ -4,6 +4,7 @@
 //! `graft_kernels::<op>::cpu`, `oracle` the plain loops. `cuda` (driver, streams, graphs) and `emu` (the CUDA
 //! sources on an emulated GPU) have their rooms here.
 
+pub(crate) mod apart;
 pub mod cpu;
 pub mod cuda;
 pub mod emu;

@@ -1,6 +1,6 @@
 //! Checks of the entry points: nothing runs before every argument fits.
 
-use crate::backend::{Device, DeviceKind};
+use crate::backend::{Device, DeviceKind, apart};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 use graft_kernels::launch::ElementType;
@@ -32,6 +32,7 @@ const MAX_DIMS: usize = 12;
 impl DimCheck {
     pub(super) fn new(op: &'static str, names: &'static [&'static str]) -> Self {
         debug_assert!(names.len() <= MAX_DIMS);
+        apart::keep();
         DimCheck {
             op,
             names,
