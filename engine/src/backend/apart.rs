@@ -72,12 +72,14 @@ pub(crate) fn keep() {
     system::keep();
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
+    #[cfg(target_os = "linux")]
     use rustix::thread::{sched_getaffinity, sched_getcpu};
 
     /// In a process of its own, because a thread pool is one for all: the test names itself.
     #[test]
+    #[cfg(target_os = "linux")]
     fn the_other_thread_is_kept_off_the_callers_processor() {
         if std::env::var_os("GRAFT_APART").is_none() {
             let name = "backend::apart::tests::the_other_thread_is_kept_off_the_callers_processor";

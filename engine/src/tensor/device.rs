@@ -4,11 +4,11 @@
 //! of the same size that an earlier step returned, so the loop allocates nothing. Counters tell live and peak bytes.
 
 use super::gpu::{Gpu, Kernels, Memory};
+use super::pages::{LARGE, Pages};
 use super::{DType, Shape, Tensor};
 use crate::error::{Error, Result};
 use bytemuck::{Pod, Zeroable};
 use graft_kernels::launch::Properties;
-use memmap2::MmapMut;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -60,15 +60,10 @@ pub(crate) struct Buffer {
     device: Device,
 }
 
-/// Bytes from which a buffer is a mapping of its own on large pages, where the system has them: a pass over 128 MiB
-/// in small ones waits a third of its time for translations of addresses. What a cache may hold is better off on small
-/// pages: on large ones all tensors begin in the same sets.
-const LARGE: usize = 32 << 20;
-
 enum Storage {
     Lines(Vec<Line>),
-    /// At least [`LARGE`] bytes, from the start of a page.
-    Pages(MmapMut),
+    /// At least [`LARGE`] bytes.
+    Pages(Pages),
     /// Of a dry device: its length, and zeros where someone asks for values all the same.
     Dry(usize, OnceLock<Vec<f32>>),
     /// Of a device with its own memory.
@@ -80,7 +75,7 @@ impl Buffer {
     pub(crate) fn floats(&self) -> Option<&[f32]> {
         match &self.storage {
             Storage::Lines(lines) => Some(bytemuck::cast_slice(lines)),
-            Storage::Pages(pages) => Some(bytemuck::cast_slice(pages)),
+            Storage::Pages(pages) => Some(pages.floats()),
             Storage::Dry(len, values) => Some(values.get_or_init(|| vec![0.0; *len])),
             Storage::Gpu(_) => None,
         }
@@ -90,7 +85,7 @@ impl Buffer {
     pub(crate) fn floats_mut(&mut self) -> Option<&mut [f32]> {
         match &mut self.storage {
             Storage::Lines(lines) => Some(bytemuck::cast_slice_mut(lines)),
-            Storage::Pages(pages) => Some(bytemuck::cast_slice_mut(pages)),
+            Storage::Pages(pages) => Some(pages.floats_mut()),
             Storage::Dry(len, values) => {
                 values.get_or_init(|| vec![0.0; *len]);
                 values.get_mut().map(|values| &mut values[..])
@@ -111,7 +106,7 @@ impl Buffer {
     fn lines(&self) -> usize {
         match &self.storage {
             Storage::Lines(lines) => lines.len(),
-            Storage::Pages(pages) => pages.len() / 64,
+            Storage::Pages(pages) => pages.floats().len() / 16,
             Storage::Dry(len, _) => len / 16,
             Storage::Gpu(memory) => memory.bytes().div_ceil(64),
         }
@@ -421,7 +416,7 @@ impl Device {
         let held = if lines * 64 < LARGE {
             bytemuck::allocation::try_zeroed_vec(lines).map(Storage::Lines)
         } else {
-            MmapMut::map_anon(lines * 64).map(Storage::Pages).map_err(drop)
+            Pages::zeroed(lines * 64).map(Storage::Pages).map_err(drop)
         };
         let storage = held.map_err(|()| {
             Error::failure(format!("{} memory", self.0.kind), "out of memory")
@@ -429,11 +424,6 @@ impl Device {
                 .must("free memory")
                 .fix("use a smaller batch, --dtype bf16, or activation checkpointing")
         })?;
-        #[cfg(target_os = "linux")]
-        if let Storage::Pages(pages) = &storage {
-            // A wish: where it is not granted the pages are small ones.
-            let _ = pages.advise(memmap2::Advice::HugePage);
-        }
         Ok(Arc::new(Buffer { storage, device: self.clone() }))
     }
 

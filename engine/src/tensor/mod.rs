@@ -10,6 +10,7 @@
 mod device;
 mod gpu;
 mod memory;
+mod pages;
 mod shape;
 
 pub use device::{Device, DeviceKind, MemoryStats};
