@@ -1,9 +1,17 @@
 //! CPU path: one head at a time in cache, heads and query ranges over threads.
 
 use super::dense::{self, Saved};
-use super::layout::{self, of_head, packed, sample, touch};
+use super::layout::{self, RowsMut, of_head, packed, sample, touch};
 use super::softmax::All;
-use crate::generated::attention::{Backward, Forward};
+use super::tiles::Rows;
+use crate::generated::attention::{Backward, Dims, Forward};
+use crate::simd::vectorised;
+use rayon::prelude::*;
+
+/// Keys from which a head's are divided where heads are few.
+const LONG: usize = 512;
+/// Tasks that few heads of a sample are divided into.
+const TASKS: usize = 4;
 
 /// Forward pass.
 pub fn forward(a: Forward<'_, f32>) {
@@ -15,7 +23,7 @@ pub fn forward(a: Forward<'_, f32>) {
     });
 }
 
-/// Backward pass. Heads go over threads: each owns its rows of `dqkv`.
+/// Backward pass. Heads go over threads: each owns its rows of `dqkv`. Few heads of many keys are divided.
 pub fn backward(a: Backward<'_, f32>) {
     let Some(dqkv) = a.dqkv else { return };
     let (dims, qkv, scale) = (a.dims, a.qkv, a.params.scale);
@@ -23,7 +31,47 @@ pub fn backward(a: Backward<'_, f32>) {
     layout::backward(dims, dqkv, begin, |index, head, grads| {
         let lse = &a.lse[(index * dims.h + head) * dims.n..][..dims.n];
         let saved = Saved { y: of_head(a.y, dims, index, head), dy: of_head(a.dy, dims, index, head), lse };
-        dense::backward(packed(qkv, dims, index, head), dims.n, All, scale, saved, grads);
+        let qkv = packed(qkv, dims, index, head);
+        match parts(dims) {
+            1 => dense::backward(qkv, dims.n, All, scale, saved, grads),
+            parts => by_keys(qkv, dims.n.div_ceil(parts), scale, saved, grads),
+        }
+    });
+}
+
+/// Ranges of keys of a head that are tasks of their own. The order of the sums follows from it, so it follows from the
+/// shape of a sample alone.
+fn parts(Dims { n, h, .. }: Dims) -> usize {
+    if n < LONG { 1 } else { (TASKS / h).max(1) }
+}
+
+fn reborrow<'a>(rows: &'a mut [&mut [f32]]) -> RowsMut<'a> {
+    rows.iter_mut().map(|row| &mut **row).collect()
+}
+
+/// Gradients of one head by ranges of `most` keys: each owns the rows of its keys, and what they add to the queries is
+/// summed in the order of the ranges.
+fn by_keys([q, k, v]: [Rows<'_>; 3], most: usize, scale: f32, saved: Saved<'_>, [dq, dk, dv]: &mut [RowsMut<'_>; 3]) {
+    let (n, e) = (saved.lse.len(), q.width);
+    let mut others = vec![0.0; (n.div_ceil(most) - 1) * n * e];
+    let sums = std::iter::once(reborrow(dq))
+        .chain(others.chunks_exact_mut(n * e).map(|sum| sum.chunks_exact_mut(e).collect()));
+    let keys = dk.chunks_mut(most).zip(dv.chunks_mut(most));
+    let mut tasks: Vec<[RowsMut<'_>; 3]> =
+        sums.zip(keys).map(|(dq, (dk, dv))| [dq, reborrow(dk), reborrow(dv)]).collect();
+    tasks.par_iter_mut().enumerate().for_each(|(index, grads)| {
+        let (first, count) = (index * most, grads[1].len());
+        dense::backward([q, k.from(first), v.from(first)], count, All, scale, saved, grads);
+    });
+    dq.par_iter_mut().enumerate().for_each(|(i, row)| {
+        vectorised(
+            #[inline(always)]
+            || {
+                for other in others.chunks_exact(n * e) {
+                    row.iter_mut().zip(&other[i * e..]).for_each(|(sum, more)| *sum += more);
+                }
+            },
+        );
     });
 }
 
@@ -33,7 +81,7 @@ mod tests {
     use super::*;
     use crate::Tier;
     use crate::check::{Fill, Tolerance, compare, draw_f32};
-    use crate::generated::attention::{CASES, Dims, INFO};
+    use crate::generated::attention::{CASES, INFO};
 
     #[test]
     fn agrees_with_the_oracle() {

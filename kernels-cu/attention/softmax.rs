@@ -49,11 +49,13 @@ pub fn exponentials(row: &mut [f32], count: usize, scale: f32, before: f32) -> (
             max[lane] = if x[lane] > max[lane] { x[lane] } else { max[lane] };
         }
     }
+    let mut left = count % WIDTH;
     for x in rest {
         for lane in 0..WIDTH {
-            x[lane] = if lane < count % WIDTH { x[lane] * scale } else { f32::NEG_INFINITY };
+            x[lane] = if lane < left { x[lane] * scale } else { f32::NEG_INFINITY };
             max[lane] = if x[lane] > max[lane] { x[lane] } else { max[lane] };
         }
+        left = 0;
     }
     let max = largest(max);
     let mut sum = [0.0f32; WIDTH];
@@ -80,6 +82,27 @@ pub fn score_gradients(p: &mut [f32], ds: &mut [f32], scale: f32, lse: f32, delt
         for lane in 0..WIDTH {
             p[lane] = exp_weight(p[lane].mul_add(scale, -lse));
             ds[lane] = p[lane] * (ds[lane] - delta);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::vectorised;
+
+    #[test]
+    fn what_lies_behind_the_scores_weighs_nothing() {
+        for count in [1, 15, 16, 17, 33, 48, 79, 80] {
+            // Larger than every score, as what an earlier row left may be.
+            let mut row = [9.0f32; 5 * WIDTH];
+            (0..count).for_each(|i| row[i] = (i % 7) as f32 * 0.25);
+            let largest = row[..count].iter().fold(f32::MIN, |most, x| x.max(most));
+            let want: f64 = row[..count].iter().map(|x| f64::from(2.0 * (x - largest)).exp()).sum();
+            let (max, sum) = vectorised(|| exponentials(&mut row, count, 2.0, f32::NEG_INFINITY));
+            assert_eq!(max, 2.0 * largest, "{count}");
+            assert!((f64::from(sum) - want).abs() < 1e-5 * want, "{count}: {sum} instead of {want}");
+            assert!(row[count..].iter().all(|weight| *weight < 1e-30), "{count}: {row:?}");
         }
     }
 }
