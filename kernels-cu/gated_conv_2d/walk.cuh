@@ -130,6 +130,18 @@ __device__ __forceinline__ void walk(const Strip& of, Fetch fetch, Put put, Emit
     }
 }
 
+// Writes what value(y, r) makes of the rows of a strip at one token; `to` at the strip's sample and channel.
+template <class E, class Value>
+__device__ __forceinline__ void write_rows(E* to, const Strip& of, int token, int gh, int gw, int c, Value value) {
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+        if (of.row + r >= gh) continue;
+        float y[kPair];
+        value(y, r);
+        write(to + (size_t(of.row + r) * gw + of.first + token) * c, y);
+    }
+}
+
 // kv: [B, Gh·Gw, C], the product of the filtered k and v, not rounded: what the inner filter adds may cancel.
 __device__ __forceinline__ void walk_product(const T* p, const T* short_weight, const T* short_bias, float* kv, int gh,
                                              int gw, int c, int length, int segments) {
@@ -151,14 +163,11 @@ __device__ __forceinline__ void walk_product(const T* p, const T* short_weight, 
         },
         [&](int u) { k.put(ahead[0][u], u), v.put(ahead[1][u], u); },
         [&](int u, int token) {
-#pragma unroll
-            for (int r = 0; r < kRows; r++) {
-                if (of.row + r >= gh) continue;
-                float a[kPair], b[kPair];
+            write_rows(to, of, token, gh, gw, c, [&](float (&a)[kPair], int r) {
+                float b[kPair];
                 of_k.over(a, k, r, u), of_v.over(b, v, r, u);
                 a[0] *= b[0], a[1] *= b[1];
-                write(to + (size_t(of.row + r) * gw + of.first + token) * c, a);
-            }
+            });
         });
 }
 
@@ -185,14 +194,11 @@ __device__ __forceinline__ void walk_se(const T* p, const T* short_weight, const
         },
         [&](int u) { q.put(ahead[u], u), under_kv.put(ahead_kv[u], u); },
         [&](int u, int token) {
-#pragma unroll
-            for (int r = 0; r < kRows; r++) {
-                if (of.row + r >= gh) continue;
-                float a[kPair], b[kPair];
+            write_rows(to, of, token, gh, gw, c, [&](float (&a)[kPair], int r) {
+                float b[kPair];
                 of_q.over(a, q, r, u), inner.over(b, under_kv, r, u);
                 a[0] *= b[0], a[1] *= b[1];
-                write(to + (size_t(of.row + r) * gw + of.first + token) * c, a);
-            }
+            });
         });
 }
 
@@ -219,14 +225,11 @@ __device__ __forceinline__ void walk_x(const T* p, const T* short_weight, const 
         },
         [&](int u) { q.put(ahead[0][u], u), k.put(ahead[1][u], u), v.put(ahead[2][u], u); },
         [&](int u, int token) {
-#pragma unroll
-            for (int r = 0; r < kRows; r++) {
-                if (of.row + r >= gh) continue;
-                float a[kPair], b[kPair], d[kPair];
+            write_rows(to, of, token, gh, gw, c, [&](float (&a)[kPair], int r) {
+                float b[kPair], d[kPair];
                 of_q.over(a, q, r, u), of_k.over(b, k, r, u), of_v.over(d, v, r, u);
                 a[0] *= b[0] * d[0], a[1] *= b[1] * d[1];
-                write(to + (size_t(of.row + r) * gw + of.first + token) * c, a);
-            }
+            });
         });
 }
 
@@ -249,17 +252,13 @@ __device__ __forceinline__ void walk_y(const T* p, const T* inner_weight, const 
         },
         [&](int u) { kv.put(ahead[0][u], ahead[1][u], u); },
         [&](int u, int token) {
-#pragma unroll
-            for (int r = 0; r < kRows; r++) {
-                if (of.row + r >= gh) continue;
-                const size_t at = size_t(of.row + r) * gw + of.first + token;
+            write_rows(to, of, token, gh, gw, c, [&](float (&a)[kPair], int r) {
                 Word<T> word;
-                float a[kPair], b[kPair];
-                read(word, from + at * 3 * c);
+                float b[kPair];
+                read(word, from + (size_t(of.row + r) * gw + of.first + token) * 3 * c);
                 unpack<T>(a, word);
                 inner.over(b, kv, r, u);
                 a[0] *= b[0], a[1] *= b[1];
-                write(to + at * c, a);
-            }
+            });
         });
 }
